@@ -1,0 +1,115 @@
+"""What travels between the rooms: the record of what a policy chose, [B, T], rows first, padded on the right.
+
+One layout serves both worlds. An env row: `obs[t]` is what the policy saw, `action[t]` what it chose there; each episode's
+last observation and the observation after the row's last step stand in the row as masked columns. A text row: `obs[t]` is
+token t, `action[t]` token t+1, and prompt and padding are masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = Any  # a Tensor, a dict of Tensors, a dataclass of Tensors, or None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What sampling hands on. Every field is [B, T, ...] but `state`; masked entries are finite."""
+
+    obs: Tree
+    """What the policy saw: a Tensor, or a dict of Tensors by name."""
+    action: Tensor
+    """What it chose: [B, T] or [B, T, D]."""
+    logprob: Tensor
+    """log pi(action | obs) under the policy that sampled it, [B, T]."""
+    mask: Tensor
+    """bool [B, T]: True where the policy chose; False at prompt, padding, tool output, last observations."""
+    reward: Tensor
+    """What the environment paid for the step, [B, T]."""
+    terminated: Tensor
+    """bool [B, T]: nothing follows this step, so nothing is bootstrapped."""
+    truncated: Tensor
+    """bool [B, T]: the episode was cut after this step; bootstrap from the next column, trace no further."""
+    state: Tensor | None = None
+    """Recurrent state before column 0, [B, S]; None for a policy without memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("logprob", "reward", "terminated", "truncated"):
+            shape = tuple(getattr(self, name).shape)
+            if shape != tuple(self.mask.shape) or len(shape) != 2:
+                raise ValueError(f"{name} is {shape}, mask is {tuple(self.mask.shape)}: both must be [B, T]")
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask is {self.mask.dtype}, must be bool")
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    @property
+    def ended(self) -> Tensor:
+        """bool [B, T]: the episode's last chosen step."""
+        return self.terminated | self.truncated
+
+    @property
+    def start(self) -> Tensor:
+        """bool [B, T]: a new episode begins here, two columns after an end (its last observation stands between)."""
+        start = torch.zeros_like(self.mask)
+        start[:, 2:] = self.ended[:, :-2]
+        return start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(Trajectory):
+    """A record ready to learn from: a `Trajectory` with what steps 3 and 4 found out about it."""
+
+    value: Tensor
+    """V(obs) when the record was made, [B, T]."""
+    advantage: Tensor
+    """How much better the step was than expected, [B, T]."""
+    target: Tensor
+    """What the critic should have said, [B, T]."""
+    old: Tree
+    """The distribution that sampled, [B, T, ...], for the exact KL(old, new)."""
+
+    @classmethod
+    def of(cls, record: Trajectory, **found: Any) -> Batch:
+        """The record with `value`, `advantage`, `target` and `old` added, or some of them replaced."""
+        own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+        return cls(**(own | found))
+
+    def __getitem__(self, rows: Tensor | slice) -> Batch:
+        """The record of some rows."""
+        return map_tensors(lambda x: x[rows], self)
+
+    def steps(self) -> Batch:
+        """The chosen steps alone, each a row of its own: [N, 1, ...]. Only for policies without memory."""
+        chosen = self.mask.reshape(-1).nonzero()[:, 0]
+        return map_tensors(lambda x: x.flatten(0, 1)[chosen][:, None], dataclasses.replace(self, state=None))
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """The same tree with `function` applied to every Tensor in it; what is not a Tensor stays as it is.
+
+    So does a dataclass field marked `metadata={"shared": True}`: one Tensor for all steps, without their dimensions.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {name: map_tensors(function, leaf) for name, leaf in tree.items()}
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        own = [f.name for f in dataclasses.fields(tree) if not f.metadata.get("shared")]
+        return dataclasses.replace(tree, **{name: map_tensors(function, getattr(tree, name)) for name in own})
+    return tree
+
+
+def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
+    """What a policy says at every column of a record: its distribution there and its value [B, T]."""
+    if record.state is None:
+        return policy(record.obs)
+    distribution, value, _ = policy(record.obs, record.state, record.start)
+    return distribution, value

@@ -1,0 +1,244 @@
+"""What a policy says about its next choice: sample, log_prob, entropy, kl. Parameters are [..., K] or [..., D].
+
+`action` and `log_prob` are the distribution's own: what an environment receives is the policy's business. Entropy and KL
+run over allowed actions only, with finite arithmetic. `sample` is `at(noise(generator))`, so noise can be held for a while.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Distribution(Protocol):
+    """The one interface of both worlds. Leading dimensions are [B, T]."""
+
+    def noise(self, generator: torch.Generator | None) -> Tensor: ...
+    def at(self, noise: Tensor) -> Tensor: ...
+    def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
+    def mode(self) -> Tensor: ...
+    def log_prob(self, action: Tensor) -> Tensor: ...
+    def entropy(self) -> Tensor: ...
+    def kl(self, other: Self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """One of K. `logp` holds normalised log-probabilities, [..., K]; a disallowed action has a finite, huge negative one."""
+
+    logp: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, allowed: Tensor | None = None) -> Categorical:
+        """From logits [..., K], over the actions where `allowed` (bool, [..., K]) is True."""
+        if allowed is not None:
+            logits = torch.where(allowed, logits, torch.finfo(logits.dtype).min / 2)
+        return cls(logits.log_softmax(dim=-1))
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        """Gumbel noise, [..., K]."""
+        exponential = torch.empty_like(self.logp).exponential_(generator=generator)
+        return -exponential.clamp(min=torch.finfo(self.logp.dtype).tiny).log()
+
+    def at(self, noise: Tensor) -> Tensor:
+        """The action of given noise: argmax(logp + noise), [...] int64 (Gumbel 1954)."""
+        return (self.logp + noise).argmax(dim=-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.at(self.noise(generator))
+
+    def mode(self) -> Tensor:
+        return self.logp.argmax(dim=-1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """action: [...] int64 -> [...]."""
+        return self.logp.gather(-1, action[..., None])[..., 0]
+
+    def entropy(self) -> Tensor:
+        """-sum p log p, in nats, [...]."""
+        return -(self.logp.exp() * self.logp).sum(dim=-1)
+
+    def kl(self, other: Categorical) -> Tensor:
+        """KL(self, other) in nats, [...]; both over the same allowed actions."""
+        return (self.logp.exp() * (self.logp - other.logp)).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class MultiCategorical:
+    """Several independent categoricals side by side; their log-probs, entropies and KLs add up. Actions are [..., D]."""
+
+    parts: dict[str, Categorical]
+
+    @classmethod
+    def of(cls, logits: Tensor, sizes: tuple[int, ...], allowed: Tensor | None = None) -> MultiCategorical:
+        """From logits [..., sum(sizes)] and, with a mask, `allowed` of the same shape."""
+        masks = [None] * len(sizes) if allowed is None else allowed.split(sizes, dim=-1)
+        pairs = zip(logits.split(sizes, dim=-1), masks, strict=True)
+        return cls({str(i): Categorical.of(part, mask) for i, (part, mask) in enumerate(pairs)})
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        return torch.cat([part.noise(generator) for part in self.parts.values()], dim=-1)
+
+    def at(self, noise: Tensor) -> Tensor:
+        pieces = noise.split([part.logp.shape[-1] for part in self.parts.values()], dim=-1)
+        return torch.stack([part.at(piece) for part, piece in zip(self.parts.values(), pieces, strict=True)], dim=-1)
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.at(self.noise(generator))
+
+    def mode(self) -> Tensor:
+        return torch.stack([part.mode() for part in self.parts.values()], dim=-1)
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """action: [..., D] int64 -> [...]."""
+        return sum_of(part.log_prob(action[..., i]) for i, part in enumerate(self.parts.values()))
+
+    def entropy(self) -> Tensor:
+        return sum_of(part.entropy() for part in self.parts.values())
+
+    def kl(self, other: MultiCategorical) -> Tensor:
+        return sum_of(part.kl(other.parts[name]) for name, part in self.parts.items())
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """D independent yes-or-no choices; `logits` [..., D] are log-odds of 1. Actions are [..., D] int64."""
+
+    logits: Tensor
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        """Uniform in [0, 1), [..., D]."""
+        return torch.rand(self.logits.shape, generator=generator, dtype=self.logits.dtype, device=self.logits.device)
+
+    def at(self, noise: Tensor) -> Tensor:
+        return (noise < self.logits.sigmoid()).long()
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.at(self.noise(generator))
+
+    def mode(self) -> Tensor:
+        return (self.logits > 0).long()
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        sign = 2 * action.to(self.logits.dtype) - 1
+        return torch.nn.functional.logsigmoid(sign * self.logits).sum(dim=-1)
+
+    def entropy(self) -> Tensor:
+        return self.kl_terms(None)
+
+    def kl(self, other: Bernoulli) -> Tensor:
+        return self.kl_terms(other.logits)
+
+    def kl_terms(self, other: Tensor | None) -> Tensor:
+        """sum p (log p - log q) over both outcomes; without `other`, the entropy -sum p log p."""
+        yes, no = (torch.nn.functional.logsigmoid(sign * self.logits) for sign in (1, -1))
+        if other is None:
+            return -(yes.exp() * yes + no.exp() * no).sum(dim=-1)
+        other_yes, other_no = (torch.nn.functional.logsigmoid(sign * other) for sign in (1, -1))
+        return (yes.exp() * (yes - other_yes) + no.exp() * (no - other_no)).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """D independent normals; `mean` and `log_std` are [..., D]. Actions are [..., D], unbounded."""
+
+    mean: Tensor
+    log_std: Tensor
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        """Standard normal, [..., D]."""
+        return torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+
+    def at(self, noise: Tensor) -> Tensor:
+        return self.mean + self.log_std.exp() * noise
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        return self.at(self.noise(generator))
+
+    def mode(self) -> Tensor:
+        return self.mean
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log density, [...]."""
+        z = (action - self.mean) * (-self.log_std).exp()
+        return (-0.5 * z.square() - self.log_std - HALF_LOG_2PI).sum(dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy in nats, [...]."""
+        return (self.log_std + HALF_LOG_2PI + 0.5).sum(dim=-1)
+
+    def kl(self, other: DiagonalGaussian) -> Tensor:
+        """log(s'/s) + (s^2 + (m - m')^2) / 2s'^2 - 1/2, summed over D."""
+        spread = (2 * (self.log_std - other.log_std)).exp()
+        shift = ((self.mean - other.mean) * (-other.log_std).exp()).square()
+        return (other.log_std - self.log_std + 0.5 * (spread + shift - 1)).sum(dim=-1)
+
+
+@dataclass(frozen=True)
+class SquashedGaussian(DiagonalGaussian):
+    """A normal whose action is squashed by tanh and scaled by `half_width` [D] before it acts.
+
+    `action` stays the unsquashed sample, which no rounding of tanh can spoil; `log_prob` is the density of the *squashed*
+    action, with the Jacobian. KL is exact, for squashing is one-to-one. The entropy has no closed form: it is estimated.
+    """
+
+    half_width: Tensor = field(metadata={"shared": True})
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        return super().log_prob(action) - self._log_jacobian(action).sum(dim=-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy of the normal plus E[log |d squashed / d action|], estimated by 20-node Gauss-Hermite quadrature."""
+        nodes, weights = _hermite(self.mean.dtype, self.mean.device)
+        points = self.mean[..., None, :] + self.log_std.exp()[..., None, :] * nodes[:, None]
+        expected = (self._log_jacobian(points) * weights[:, None]).sum(dim=-2)
+        return super().entropy() + expected.sum(dim=-1)
+
+    def _log_jacobian(self, action: Tensor) -> Tensor:
+        # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), without cancellation
+        return 2 * (math.log(2) - action - torch.nn.functional.softplus(-2 * action)) + self.half_width.log()
+
+
+@dataclass(frozen=True)
+class StateNoiseGaussian(DiagonalGaussian):
+    """Noise that is a linear function of the state's features (gSDE; Raffin et al. 2021, eq. 3-5).
+
+    noise = features @ E, with E [F, D] drawn from N(0, weight_std^2) and held for some steps; so, over the draw of E,
+    each action is normal with variance features^2 @ weight_std^2: that is `log_std`, and the log-probs are its own.
+    """
+
+    features: Tensor
+    weight_std: Tensor = field(metadata={"shared": True})
+
+    @classmethod
+    def of_features(cls, mean: Tensor, features: Tensor, weight_log_std: Tensor) -> StateNoiseGaussian:
+        """mean [..., D], features [..., F], weight_log_std [F, D]."""
+        weight_std = weight_log_std.exp()
+        variance = features.square() @ weight_std.square()
+        return cls(mean, 0.5 * (variance + 1e-6).log(), features, weight_std)
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        """A standard normal for every weight, [..., F, D]."""
+        shape = (*self.mean.shape[:-1], *self.weight_std.shape)
+        return torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+
+    def at(self, noise: Tensor) -> Tensor:
+        return self.mean + (self.features[..., None, :] @ (noise * self.weight_std))[..., 0, :]
+
+
+def sum_of(terms: object) -> Tensor:
+    """The sum of some Tensors."""
+    return torch.stack(list(terms)).sum(dim=0)  # pyright: ignore[reportArgumentType]
+
+
+def _hermite(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of E[f(z)], z standard normal (Golub & Welsch 1969), 20 of them."""
+    off = torch.arange(1, 20, dtype=torch.float64).sqrt()
+    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    return nodes.to(device, dtype), vectors[0].square().to(device, dtype)

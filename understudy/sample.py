@@ -1,0 +1,61 @@
+"""Step 1, sample: what a policy is, and one choice of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Policy(Protocol):
+    """Anything that says how it would act and how much it expects: `policy(obs) -> distribution, value [B, T]`.
+
+    A policy with `memory` reads whole rows. If it is recurrent it is `policy(obs, state, start) -> distribution, value,
+    state`: `state` [B, S] before column 0, `start` [B, T] True where an episode begins, so that the state is zeroed there.
+    """
+
+    memory: bool
+
+    def __call__(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any: ...
+
+
+class Choice(NamedTuple):
+    """One choice for every row: the action and log pi(action | obs), both as the distribution has them."""
+
+    action: Tensor
+    logprob: Tensor
+    state: Tensor | None
+
+
+@torch.no_grad()
+def choose(
+    policy: Policy,
+    obs: Any,
+    state: Tensor | None = None,
+    start: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
+    sample: bool = True,
+) -> Choice:
+    """Let the policy choose once a row: obs [B, 1, ...] -> action [B, ...], logprob [B], state [B, S].
+
+    Sampler and scorer are one object: the log-prob comes from the distribution that sampled, so the first ratio is 1.
+
+    Args:
+        generator: the only source of randomness.
+        noise: noise held from an earlier choice (`distribution.noise`), instead of fresh noise.
+        sample: without it, the distribution's mode.
+    """
+    if state is None:
+        distribution, _ = policy(obs)
+    else:
+        distribution, _, state = policy(obs, state, start)
+    if not sample:
+        action = distribution.mode()
+    elif noise is not None:
+        action = distribution.at(noise)
+    else:
+        action = distribution.sample(generator)
+    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], state)

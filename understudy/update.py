@@ -1,0 +1,108 @@
+"""Step 5, update: epochs, minibatches, micro-batches, gradient clipping, optimizer steps. One for both worlds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.batch import Batch
+from understudy.reduce import per_step
+
+
+def update(
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    record: Batch,
+    objective: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]],
+    *,
+    epochs: int,
+    minibatches: int,
+    max_grad_norm: float | None,
+    micro: int | None = None,
+    weigh: Callable[[Tensor], Tensor] = per_step,
+    refresh: Callable[[Batch], Batch] | None = None,
+    prepare: Callable[[Batch], Batch] | None = None,
+    steer: Callable[[dict[str, float]], bool] | None = None,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """Improve the policy on a record: `epochs` passes over it in shuffled minibatches, one optimizer step each.
+
+    A policy without memory learns from the chosen steps alone, shuffled; one with memory from whole rows. One weight a
+    minibatch step is built before it is cut into micro-batches, so any cut gives the same gradient. A minibatch without
+    a chosen step makes no optimizer step.
+
+    Args:
+        objective: `(policy, batch) -> loss per step, metrics per step`.
+        minibatches: how many an epoch is split into, sizes differing by at most one; at most one a row.
+        max_grad_norm: joint bound on the gradient's norm; None for none. A parameter group with a `max_grad_norm` of its
+            own is clipped apart by that.
+        micro: rows a single forward pass sees; None for a whole minibatch.
+        weigh: mask [B, T] -> weights [B, T] of losses and metrics.
+        refresh: makes the record anew before every epoch but the first (advantages under the current critic).
+        prepare: what needs a whole minibatch before it is cut (advantage standardisation).
+        steer: sees a minibatch's metrics before its optimizer step; True ends the update without that step.
+        generator: shuffles.
+
+    Returns:
+        Each metric averaged over the minibatches of the last epoch begun; `grad_norm` before clipping;
+        `optimizer_steps` and `epochs` made.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the parameters stay as they were before that step.
+    """
+    sums: dict[str, Tensor] = {}
+    taken = seen = epoch = 0
+    for epoch in range(epochs):
+        if refresh is not None and epoch > 0:
+            record = refresh(record)
+        batch = record if policy.memory else record.steps()
+        order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
+        sums, seen = {}, 0
+        for rows in order.tensor_split(min(minibatches, len(batch))):
+            minibatch = batch[rows]
+            if not minibatch.mask.any():
+                continue
+            if prepare is not None:
+                minibatch = prepare(minibatch)
+            metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
+            if steer is not None and steer({name: float(x) for name, x in metrics.items()}):
+                return _mean(sums or metrics, seen or 1) | {"optimizer_steps": taken, "epochs": epoch + 1}
+            metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
+            optimizer.step()
+            taken, seen = taken + 1, seen + 1
+            sums = {name: sums[name] + x for name, x in metrics.items()} if sums else metrics
+    return _mean(sums, seen) | {"optimizer_steps": taken, "epochs": epoch + 1}
+
+
+def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
+    """Leave the minibatch's gradient in the parameters, micro-batch by micro-batch; its weighted metrics."""
+    optimizer.zero_grad(set_to_none=True)
+    totals: dict[str, Tensor] = {}
+    size = len(minibatch)
+    for at in range(0, size, micro or size):
+        piece = slice(at, at + (micro or size))
+        loss, metrics = objective(policy, minibatch[piece])
+        (loss * weight[piece]).sum().backward()
+        parts = {name: (x * weight[piece]).sum() for name, x in metrics.items()}
+        totals = {name: totals[name] + x for name, x in parts.items()} if totals else parts
+    return totals
+
+
+def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
+    """Clip the groups with a bound of their own apart, the others jointly; the norm of them all before that."""
+    apart = [group for group in optimizer.param_groups if group.get("max_grad_norm") is not None]
+    joint = [p for group in optimizer.param_groups if group.get("max_grad_norm") is None for p in group["params"]]
+    limits = [(group["params"], group["max_grad_norm"]) for group in apart]
+    limits += [(joint, float("inf") if max_grad_norm is None else max_grad_norm)] if joint else []
+    norms = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, limit) for parameters, limit in limits])
+    norm = norms.square().sum().sqrt()
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {float(norm)}: lower learning_rate or max_grad_norm")
+    return norm
+
+
+def _mean(sums: dict[str, Tensor], count: int) -> dict[str, float]:
+    return {name: float(total) / max(count, 1) for name, total in sums.items()}

@@ -1,0 +1,37 @@
+"""Step 3, value: what the critic expects at each step, and after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.batch import Trajectory, consult
+from understudy.sample import Policy
+
+
+@torch.no_grad()
+def estimate(policy: Policy, record: Trajectory) -> tuple[Any, Tensor]:
+    """The distribution and the value [B, T] of the policy as it is now, at every column of the record.
+
+    One batched pass also gives V of every episode's true last observation: it stands in the record as a masked column.
+    """
+    return consult(policy, record)
+
+
+def next_value(value: Tensor, record: Trajectory) -> Tensor:
+    """V after each chosen step, [B, T]; 0 at the other columns.
+
+    It is the value at the next chosen step of the same episode (text that the policy did not choose is stepped over).
+    Where the episode or the row has none left, it is the value at the column to the right: the last observation's.
+    """
+    mask, steps = record.mask, value.shape[1]
+    column = torch.arange(steps, device=mask.device)
+    chosen = torch.where(mask, column, steps)
+    at_or_after = chosen.flip(1).cummin(dim=1).values.flip(1)
+    following = torch.full_like(chosen, steps)
+    following[:, :-1] = at_or_after[:, 1:]
+    right = (column + 1).clamp(max=steps - 1).expand_as(chosen)
+    index = torch.where(record.ended | (following == steps), right, following)
+    return torch.where(mask, value.gather(1, index), 0.0)
