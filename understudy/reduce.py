@@ -24,13 +24,12 @@ def per_budget(mask: Tensor, *, budget: int) -> Tensor:
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean over masked-in entries; 0 where there is none. x, mask: [B, T]."""
-    return (torch.where(mask, x, 0.0) * per_step(mask)).sum()
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_var(x: Tensor, mask: Tensor) -> Tensor:
     """Variance over masked-in entries, divided by n - 1 (by 1 for a single one). x, mask: [B, T]."""
-    squares = torch.where(mask, x - masked_mean(x, mask), 0.0).square()
-    return squares.sum() / (mask.sum() - 1).clamp(min=1)
+    return _centred(x, mask).square().sum() / (mask.sum() - 1).clamp(min=1)
 
 
 def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
@@ -40,7 +39,7 @@ def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """
     if mask.sum() < 2:
         return torch.where(mask, x, 0.0)
-    return torch.where(mask, (x - masked_mean(x, mask)) / (masked_var(x, mask).sqrt() + eps), 0.0)
+    return _centred(x, mask) / (masked_var(x, mask).sqrt() + eps)
 
 
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -66,3 +65,9 @@ def group_moments(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = zeros.index_add(0, index, x) / size
     square = zeros.index_add(0, index, (x - mean[index]).square())
     return size[index], mean[index], (square / (size - 1).clamp(min=1))[index]
+
+
+def _centred(x: Tensor, mask: Tensor) -> Tensor:
+    """x minus its mean over masked-in entries, 0 elsewhere. Twice, for the first mean is rounded: equal numbers become 0."""
+    x = torch.where(mask, x - masked_mean(x, mask), 0.0)
+    return torch.where(mask, x - masked_mean(x, mask), 0.0)

@@ -1,0 +1,158 @@
+"""Weights and masked statistics, by hand and against torch on the masked-in entries alone."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.records import flags, row, seeded
+from understudy.reduce import (
+    explained_variance,
+    group_moments,
+    masked_mean,
+    masked_var,
+    moments,
+    per_budget,
+    per_row,
+    per_step,
+    standardize,
+)
+
+MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
+NOTHING = torch.zeros(2, 3).bool()
+
+
+def scattered(seed: int = 0):
+    """Numbers under a random mask; what is masked out is huge."""
+    x = torch.randn(4, 6, generator=seeded(seed), dtype=torch.float64)
+    mask = torch.rand(4, 6, generator=seeded(seed + 1)) < 0.6
+    return torch.where(mask, x, 1e9), mask
+
+
+def test_a_step_weighs_one_over_the_number_of_steps():
+    # four chosen steps in all
+    assert_close(per_step(MASK), 0.25 * MASK.float())
+
+
+def test_a_row_weighs_the_same_however_long_it_is():
+    # two rows with a step: 1/2 each; three steps share the first half, one has the second
+    expected = torch.tensor([[1 / 6, 1 / 6, 1 / 6, 0], [0, 1 / 2, 0, 0], [0, 0, 0, 0]])
+    assert_close(per_row(MASK), expected)
+
+
+def test_a_step_weighs_one_over_rows_times_budget():
+    # 3 rows of 8: 1/24, whatever their lengths
+    assert_close(per_budget(MASK, budget=8), MASK / 24)
+
+
+@pytest.mark.parametrize("weigh", [per_step, per_row])
+def test_no_step_weighs_anything_where_none_is_chosen(weigh):
+    assert_close(weigh(NOTHING), torch.zeros(2, 3))
+
+
+def test_the_mean_is_over_chosen_steps():
+    # (1 + 2 + 6 + 7) / 4
+    x = torch.tensor([[1, 2, 6, 99], [99, 7, 99, 99], [99, 99, 99, 99.0]])
+    assert_close(masked_mean(x, MASK), torch.tensor(4.0))
+
+
+def test_the_mean_of_nothing_is_zero():
+    assert_close(masked_mean(torch.ones(2, 3), NOTHING), torch.tensor(0.0))
+
+
+def test_the_mean_ignores_a_nan_outside_the_mask():
+    assert_close(masked_mean(row(3, float("nan")), flags(1, 0)), torch.tensor(3.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mean_and_variance_are_those_of_the_chosen_entries(seed):
+    x, mask = scattered(seed)
+
+    assert_close(masked_mean(x, mask), x[mask].mean())
+    assert_close(masked_var(x, mask), x[mask].var())
+
+
+def test_the_variance_of_one_entry_or_none_is_zero():
+    assert_close(masked_var(row(5, 9), flags(1, 0)), torch.tensor(0.0))
+    assert_close(masked_var(row(5, 9), flags(0, 0)), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_standardized_numbers_have_mean_zero_and_deviation_one(seed):
+    x, mask = scattered(seed)
+
+    z = standardize(x + 5, mask)
+
+    assert_close(z[mask].mean(), torch.zeros((), dtype=torch.float64))
+    assert_close(z[mask].std(), torch.ones((), dtype=torch.float64))
+
+
+def test_standardizing_keeps_the_order():
+    # mean 3, deviation sqrt((4 + 0 + 4) / 2) = 2
+    assert_close(standardize(row(1, 3, 5), flags(1, 1, 1)), row(-1, 0, 1))
+
+
+def test_two_numbers_are_standardized():
+    # mean 2, deviation sqrt((1 + 1) / 1)
+    assert_close(standardize(row(1, 3), flags(1, 1)), row(-(0.5**0.5), 0.5**0.5))
+
+
+def test_standardizing_leaves_zero_outside_the_mask():
+    assert_close(standardize(row(1, 3, 7), flags(1, 1, 0))[:, 2], torch.zeros(1))
+
+
+def test_a_single_number_is_not_standardized():
+    assert_close(standardize(row(5, 9), flags(1, 0)), row(5, 0))
+
+
+@pytest.mark.parametrize("number", [0.1, 7.3, 1234.5])
+def test_equal_numbers_are_standardized_to_zero(number):
+    assert_close(standardize(row(*[number] * 7), flags(*[1] * 7)), row(*[0] * 7), atol=1e-3, rtol=0)
+
+
+def test_eps_only_guards_the_division():
+    # numbers as small as 1e-4 still come out with deviation 1
+    assert_close(standardize(row(1e-4, 3e-4, 5e-4), flags(1, 1, 1)), row(-1, 0, 1), atol=1e-3, rtol=0)
+
+
+def test_eps_is_added_to_the_deviation():
+    # deviation 2, eps 2
+    assert_close(standardize(row(1, 3, 5), flags(1, 1, 1), eps=2.0), row(-0.5, 0, 0.5))
+
+
+def test_a_perfect_critic_explains_everything():
+    assert_close(explained_variance(row(1, 2, 3), row(1, 2, 3), flags(1, 1, 1)), torch.tensor(1.0))
+
+
+def test_a_constant_critic_explains_nothing():
+    assert_close(explained_variance(row(9, 9, 9), row(1, 2, 3), flags(1, 1, 1)), torch.tensor(0.0))
+
+
+def test_a_critic_of_the_wrong_sign_explains_less_than_nothing():
+    # target - value is twice the target: 1 - 4 Var / Var
+    assert_close(explained_variance(row(-1, -2, -3), row(1, 2, 3), flags(1, 1, 1)), torch.tensor(-3.0))
+
+
+def test_a_critic_is_judged_at_chosen_steps_only():
+    assert_close(explained_variance(row(1, 2, 9), row(1, 2, -9), flags(1, 1, 0)), torch.tensor(1.0))
+
+
+def test_there_is_nothing_to_explain_where_targets_do_not_vary():
+    assert explained_variance(row(1, 2), row(4, 4), flags(1, 1)).isnan()
+
+
+def test_moments_are_mean_and_population_variance_over_the_first_dimension():
+    # column 0: mean 2, ((1-2)^2 + (3-2)^2) / 2 = 1; column 1: mean 5, no spread
+    mean, variance = moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+
+    assert_close(mean, torch.tensor([2.0, 5.0], dtype=torch.float64))
+    assert_close(variance, torch.tensor([1.0, 0.0], dtype=torch.float64))
+
+
+def test_group_moments_are_each_members_size_mean_and_variance():
+    # group 7: {1, 3}, mean 2, variance (1 + 1) / 1; group 4: {10}; group 2: {0, 3, 6}, mean 3, variance (9 + 0 + 9) / 2
+    x = torch.tensor([1.0, 10, 0, 3, 3, 6])
+    size, mean, variance = group_moments(x, torch.tensor([7, 4, 2, 7, 2, 2]))
+
+    assert_close(size, torch.tensor([2.0, 1, 3, 2, 3, 3]))
+    assert_close(mean, torch.tensor([2.0, 10, 3, 2, 3, 3]))
+    assert_close(variance, torch.tensor([2.0, 0, 9, 2, 9, 9]))

@@ -1,0 +1,68 @@
+"""Step 3: V as it is now, and V after each step in the layout of the record."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.records import Table, flags, random_record, record, row, seeded
+from understudy.value import estimate, next_value
+
+
+def test_an_estimate_is_the_policys_value_at_every_column():
+    table, taken = Table(), random_record(0)
+
+    distribution, value = estimate(table, taken)
+
+    assert_close(value, table.values[taken.obs].detach())
+    assert_close(distribution.log_prob(taken.action), table(taken.obs)[0].log_prob(taken.action).detach())
+
+
+def test_no_gradient_flows_through_an_estimate():
+    distribution, value = estimate(Table(), random_record(0))
+
+    assert not value.requires_grad
+    assert not distribution.logp.requires_grad
+
+
+def test_v_after_a_step_is_v_at_the_next_step():
+    assert_close(next_value(row(1, 2, 3), record(flags(1, 1, 0))), row(2, 3, 0))
+
+
+def test_v_after_a_truncated_step_is_v_of_its_last_observation():
+    # control layout: s0 s1, last observation, s0', last observation
+    taken = record(flags(1, 1, 0, 1, 0), truncated=flags(0, 1, 0, 0, 0))
+    assert_close(next_value(row(1, 2, 3, 4, 5), taken), row(2, 3, 0, 5, 0))
+
+
+def test_v_after_a_terminated_step_never_comes_from_the_next_episode():
+    taken = record(flags(1, 0, 1, 0), terminated=flags(1, 0, 0, 0))
+    assert_close(next_value(row(1, 2, 3, 4), taken), row(2, 0, 4, 0))
+
+
+def test_text_that_was_not_chosen_is_stepped_over():
+    # text layout: prompt, a1, tool tool, a2, eos
+    taken = record(flags(0, 1, 0, 0, 1, 1, 0), terminated=flags(0, 0, 0, 0, 0, 1, 0))
+    assert_close(next_value(row(1, 2, 3, 4, 5, 6, 7), taken), row(0, 5, 0, 0, 6, 7, 0))
+
+
+def test_v_after_the_last_step_of_a_cut_row_is_v_at_the_column_to_the_right():
+    # padding further right (9) is not looked at
+    assert_close(next_value(row(1, 2, 9, 9), record(flags(1, 0, 0, 0))), row(2, 0, 0, 0))
+
+
+def test_a_step_in_the_last_column_has_only_its_own_v():
+    assert_close(next_value(row(1, 2), record(flags(1, 1))), row(2, 2))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_v_after_a_step_is_the_slow_references(seed):
+    taken = random_record(seed)
+    value = torch.randn(taken.mask.shape, generator=seeded(seed), dtype=torch.float64)
+
+    expected = torch.zeros_like(value)
+    for b, t in taken.mask.nonzero().tolist():
+        later = [c for c in range(t + 1, value.shape[1]) if taken.mask[b, c]]
+        over = bool(taken.terminated[b, t]) or bool(taken.truncated[b, t]) or not later
+        expected[b, t] = value[b, t + 1] if over else value[b, later[0]]
+
+    assert_close(next_value(value, taken), expected)
