@@ -18,7 +18,8 @@ def reward_to_go(reward: Tensor, terminated: Tensor, truncated: Tensor, mask: Te
     G_t = r_t + gamma * G_{t+1}, [B, T]; 0 at masked columns. Nothing is bootstrapped: meant for whole episodes.
     """
     ended = terminated | truncated
-    return _masked(_backward_sum(_paid(reward, ended, mask), _carry(gamma, ended, mask)), mask)
+    paid = _paid(reward, ended, mask)
+    return _masked(_backward_sum(paid, _carry(torch.full_like(paid, gamma), ended, mask)), mask)
 
 
 def td_error(
@@ -56,7 +57,8 @@ def gae(
     lam = 0 is the TD error; lam = 1 with V = 0 is the reward-to-go.
     """
     delta = td_error(reward, value, next_value, terminated, truncated, mask, gamma=gamma)
-    return _masked(_backward_sum(delta, _carry(gamma * lam, terminated | truncated, mask)), mask)
+    decay = torch.full_like(delta, gamma * lam)
+    return _masked(_backward_sum(delta, _carry(decay, terminated | truncated, mask)), mask)
 
 
 def group_relative(score: Tensor, group: Tensor, *, scale: bool, eps: float = 1e-4) -> Tensor:
@@ -84,13 +86,13 @@ def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
 
 
 def _paid(reward: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
-    """Each choice's pay: its own reward and that of the masked columns up to the next choice of its episode."""
+    """Each choice's pay: its own reward and that of the masked columns up to the next choice of its episode. 0 elsewhere."""
     passed = torch.zeros_like(reward)
     passed[:, :-1] = torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0)
-    return _backward_sum(reward, passed)
+    return _masked(_backward_sum(reward, passed), mask)
 
 
-def _carry(decay: float, ended: Tensor, mask: Tensor) -> Tensor:
+def _carry(decay: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """How much of the next column's trace reaches this one: 0 at an end, `decay` at a choice, 1 where masked."""
     return torch.where(ended, 0.0, torch.where(mask, decay, 1.0))
 
