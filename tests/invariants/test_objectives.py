@@ -1,0 +1,134 @@
+"""What every objective has in common: the gradient does not depend on how the same steps are laid out or cut."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.records import Table, random_batch, seeded
+from understudy import objective as room
+from understudy.batch import Batch, map_tensors
+from understudy.objective import policy_gradient, ppo, ppo_penalty, squared_error
+from understudy.reduce import per_budget, per_row, per_step
+from understudy.update import update
+
+OBJECTIVES = {
+    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.1, value_loss=squared_error),
+    "ppo": partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
+    "ppo_penalty": partial(ppo_penalty, kl_coef=0.7, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
+}
+EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+WEIGHTS = {"per_step": per_step, "per_row": per_row, "per_budget": partial(per_budget, budget=7)}
+EVERY_WEIGHT = pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
+
+
+def test_every_objective_of_the_room_is_in_this_table():
+    functions = inspect.getmembers(room, inspect.isfunction)
+    public = {name for name, f in functions if not name.startswith("_") and "policy" in inspect.signature(f).parameters}
+    assert public - {"consult"} == OBJECTIVES.keys()
+
+
+def gradient(objective, batch: Batch, weight: torch.Tensor):
+    table = Table()
+    (objective(table, batch)[0] * weight).sum().backward()
+    return table.logits.grad, table.values.grad
+
+
+@EVERY_WEIGHT
+@EVERY
+def test_padding_columns_change_no_gradient(objective, weigh):
+    batch = random_batch(1, Table())
+    padded = map_tensors(lambda x: torch.cat([x, torch.zeros_like(x[:, :2])], dim=1), batch)
+
+    assert_close(gradient(objective, padded, weigh(padded.mask)), gradient(objective, batch, weigh(batch.mask)))
+
+
+@EVERY
+def test_what_stands_in_unchosen_columns_changes_no_gradient(objective):
+    batch = random_batch(1, Table())
+    junk = {
+        name: torch.where(batch.mask, getattr(batch, name), 50.0)
+        for name in ("advantage", "target", "value", "logprob")
+    }
+    junk |= {"action": torch.where(batch.mask, batch.action, 2), "obs": torch.where(batch.mask, batch.obs, 4)}
+
+    weight = per_step(batch.mask)
+    assert_close(gradient(objective, Batch.of(batch, **junk), weight), gradient(objective, batch, weight))
+
+
+@EVERY_WEIGHT
+@EVERY
+def test_the_order_of_rows_changes_no_gradient(objective, weigh):
+    batch = random_batch(1, Table())
+    moved = batch[torch.randperm(len(batch), generator=seeded())]
+
+    assert_close(gradient(objective, moved, weigh(moved.mask)), gradient(objective, batch, weigh(batch.mask)))
+
+
+@EVERY_WEIGHT
+@EVERY
+def test_the_gradients_of_rows_apart_add_up(objective, weigh):
+    batch = random_batch(1, Table())
+    weight = weigh(batch.mask)
+
+    first = gradient(objective, batch[:2], weight[:2])
+    second = gradient(objective, batch[2:], weight[2:])
+    assert_close(tuple(a + b for a, b in zip(first, second, strict=True)), gradient(objective, batch, weight))
+
+
+@EVERY
+def test_episodes_in_a_row_have_the_gradient_of_episodes_apart(objective):
+    batch = random_batch(1, Table())
+    apart = [map_tensors(lambda x, b=b, t=t: x[b : b + 1, t : t + 1], batch) for b, t in batch.mask.nonzero().tolist()]
+    weight = torch.full((1, 1), 1 / len(apart))
+
+    sums = [gradient(objective, piece, weight) for piece in apart]
+    total = tuple(torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+    assert_close(total, gradient(objective, batch, per_step(batch.mask)))
+
+
+def learnt(objective, *, micro=None, memory=True, weigh=per_step, order=0):
+    """Parameters and metrics after two epochs of two minibatches."""
+    table = Table(memory=memory)
+    optimizer = torch.optim.SGD(table.parameters(), lr=0.1)
+    metrics = update(
+        table,
+        optimizer,
+        random_batch(1, table),
+        objective,
+        epochs=2,
+        minibatches=2,
+        max_grad_norm=0.5,
+        micro=micro,
+        weigh=weigh,
+        generator=seeded(order),
+    )
+    return dict(table.state_dict()), metrics
+
+
+@EVERY_WEIGHT
+@EVERY
+@pytest.mark.parametrize("micro", [1, 2, 100])
+def test_any_cut_into_micro_batches_learns_the_same(objective, weigh, micro):
+    assert_close(learnt(objective, micro=micro, weigh=weigh), learnt(objective, weigh=weigh))
+
+
+@EVERY
+@pytest.mark.parametrize("micro", [1, 3])
+def test_any_cut_of_steps_apart_learns_the_same(objective, micro):
+    assert_close(learnt(objective, micro=micro, memory=False), learnt(objective, memory=False))
+
+
+@EVERY
+def test_steps_apart_have_the_gradient_of_whole_rows(objective):
+    batch = random_batch(1, Table())
+    steps = batch.steps()
+
+    assert_close(gradient(objective, steps, per_step(steps.mask)), gradient(objective, batch, per_step(batch.mask)))
+
+
+@EVERY
+def test_equal_seeds_learn_equal_parameters(objective):
+    assert_close(learnt(objective, order=3), learnt(objective, order=3), rtol=0, atol=0)

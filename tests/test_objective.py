@@ -1,0 +1,268 @@
+"""Step 5: losses per step by hand, where their gradients are zero, and what they have in common at ratio 1."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.records import Table, flags, random_batch, record, row
+from understudy.batch import Batch
+from understudy.distribution import Categorical
+from understudy.objective import (
+    adapt_kl_coef,
+    clipped_surrogate,
+    critic_error,
+    huber_error,
+    policy_gradient,
+    ppo,
+    ppo_penalty,
+    squared_error,
+)
+from understudy.value import estimate
+
+
+def log(*numbers: float):
+    return row(*numbers).log()
+
+
+class Fixed:
+    """Says the same whatever it sees: probabilities 0.2 and 0.8, value 3."""
+
+    memory = False
+
+    def __call__(self, obs):
+        return Categorical(log(0.2, 0.8).expand(*obs.shape, 2)), torch.full(obs.shape, 3.0)
+
+
+def one_step(*, old_probability: float = 0.4, advantage: float = 2.0, target: float = 1.0, value: float = 3.0) -> Batch:
+    """One step that took action 1, whose old probability was this."""
+    old = Categorical(log(1 - old_probability, old_probability)[:, None])
+    found = {"value": row(value), "advantage": row(advantage), "target": row(target), "old": old}
+    taken = record(flags(1), action=torch.ones(1, 1).long(), logprob=log(old_probability))
+    return Batch.of(taken, **found)
+
+
+ENTROPY = -0.2 * log(0.2) - 0.8 * log(0.8)
+KL = 0.6 * log(0.6 / 0.2) + 0.4 * log(0.4 / 0.8)
+
+
+def test_the_policy_gradient_loss_by_hand():
+    # -2 log 0.8 + 0.5 * (3 - 1)^2 / 2 - 0.1 H
+    loss, _ = policy_gradient(Fixed(), one_step(), value_coef=0.5, entropy_coef=0.1, value_loss=squared_error)
+    assert_close(loss, -2 * log(0.8) + 1.0 - 0.1 * ENTROPY)
+
+
+def test_the_policy_gradient_loss_uses_the_value_loss_it_is_given():
+    # |3 - 1| - 1/2
+    loss, _ = policy_gradient(Fixed(), one_step(), value_coef=2.0, entropy_coef=0.0, value_loss=huber_error)
+    assert_close(loss, -2 * log(0.8) + 2 * 1.5)
+
+
+def test_without_a_critic_the_policy_gradient_asks_no_target():
+    loss, metrics = policy_gradient(
+        Fixed(), one_step(target=float("nan")), value_coef=0.0, entropy_coef=0.0, value_loss=squared_error
+    )
+    assert_close(loss, -2 * log(0.8))
+    assert_close(metrics["value_error"], row(0))
+
+
+def test_the_ppo_loss_by_hand():
+    # ratio 0.8 / 0.4 = 2, clipped to 1.2: -1.2 * 2 + 0.5 * (3 - 1)^2 / 2 - 0.1 H
+    loss, _ = ppo(Fixed(), one_step(), clip=0.2, value_coef=0.5, entropy_coef=0.1)
+    assert_close(loss, row(-2.4 + 1.0) - 0.1 * ENTROPY)
+
+
+def test_the_ppo_loss_clips_the_value_when_asked():
+    # old value 1, V = 3 kept within 0.5: 1.5; target 3: the larger of 0 and (1.5 - 3)^2 / 2 = 1.125
+    loss, _ = ppo(
+        Fixed(),
+        one_step(advantage=0.0, value=1.0, target=3.0),
+        clip=0.2,
+        value_coef=1.0,
+        entropy_coef=0.0,
+        value_clip=0.5,
+    )
+    assert_close(loss, row(1.125))
+
+
+def test_the_penalty_loss_by_hand():
+    # 3 KL(old, new) - 2 * 2 + 0.5 * (3 - 1)^2 / 2 - 0.1 H
+    loss, _ = ppo_penalty(Fixed(), one_step(), kl_coef=3.0, value_coef=0.5, entropy_coef=0.1)
+    assert_close(loss, 3 * KL - 4 + 1.0 - 0.1 * ENTROPY)
+
+
+def test_the_penalty_loss_clips_the_value_when_asked():
+    loss, _ = ppo_penalty(
+        Fixed(),
+        one_step(advantage=0.0, value=1.0, target=3.0),
+        kl_coef=0.0,
+        value_coef=1.0,
+        entropy_coef=0.0,
+        value_clip=0.5,
+    )
+    assert_close(loss, row(1.125))
+
+
+def test_the_metrics_are_the_parts_of_the_loss():
+    _, metrics = ppo(Fixed(), one_step(), clip=0.2, value_coef=0.5, entropy_coef=0.1)
+
+    assert_close(metrics["loss"], row(-1.4) - 0.1 * ENTROPY)
+    assert_close(metrics["policy_loss"], row(-2.4))
+    assert_close(metrics["value_error"], row(2.0))
+    assert_close(metrics["entropy"], ENTROPY)
+    assert_close(metrics["kl_old"], KL)
+    assert_close(metrics["ratio"], row(2.0))
+
+
+@pytest.mark.parametrize(("old_probability", "clipped"), [(0.9, 0.0), (0.8, 0.0), (0.7, 0.0), (0.6, 1.0), (1.0, 0.0)])
+def test_the_clip_fraction_counts_ratios_outside_the_clip(old_probability, clipped):
+    # 0.8 over 0.9, 0.8, 0.7, 0.6, 1.0 is 0.89, 1, 1.14, 1.33, 0.8 (a hair inside for rounding)
+    _, metrics = ppo(Fixed(), one_step(old_probability=old_probability), clip=0.2001, value_coef=0.0, entropy_coef=0.0)
+    assert_close(metrics["clip_fraction"], row(clipped))
+
+
+def test_a_ratio_below_the_clip_is_counted():
+    _, metrics = ppo(Fixed(), one_step(old_probability=0.99), clip=0.1, value_coef=0.0, entropy_coef=0.0)
+    assert_close(metrics["clip_fraction"], row(1.0))
+
+
+@pytest.mark.parametrize("name", ["ratio", "kl_old"])
+def test_the_penalty_reports_its(name):
+    _, metrics = ppo_penalty(Fixed(), one_step(), kl_coef=3.0, value_coef=0.0, entropy_coef=0.0)
+    assert_close(metrics[name], {"ratio": row(2.0), "kl_old": KL}[name])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [
+        (1.0, 1.0, -1.0),
+        (1.5, 1.0, -1.3),  # good and already likelier: clipped to 1 + high
+        (1.5, -1.0, 1.5),  # bad and likelier: not clipped
+        (0.5, 1.0, -0.5),  # good and less likely: not clipped
+        (0.5, -1.0, 0.8),  # bad and already less likely: clipped to 1 - low
+    ],
+)
+def test_the_clipped_surrogate_by_hand(ratio, advantage, loss):
+    ours = clipped_surrogate(log(2 * ratio), log(2), row(advantage), low=0.2, high=0.3)
+    assert_close(ours, row(loss))
+
+
+@pytest.mark.parametrize(("ratio", "advantage", "slope"), [(1.5, 1, 0), (1.5, -1, 1.5), (0.5, 1, -0.5), (0.5, -1, 0)])
+def test_the_surrogates_gradient_is_zero_where_clipped_and_only_there(ratio, advantage, slope):
+    # unclipped: d(-ratio A) / d logprob = -ratio A
+    logprob = log(ratio).requires_grad_()
+
+    clipped_surrogate(logprob, row(0), row(advantage), low=0.2, high=0.2).backward()
+
+    assert_close(logprob.grad, row(slope))
+
+
+def test_half_the_squared_error():
+    assert_close(squared_error(row(1, 5), row(4, 4)), row(4.5, 0.5))
+
+
+def test_huber_is_square_within_one_and_straight_beyond():
+    # 0.5 * 0.5^2; 1/2; 3 - 1/2
+    assert_close(huber_error(row(0.5, -1, 3), row(0, 0, 0)), row(0.125, 0.5, 2.5))
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "error"),
+    [
+        (2.0, 3.0, 1.125),  # kept at 1.5: (1.5 - 3)^2 / 2, larger than (2 - 3)^2 / 2
+        (0.0, 3.0, 4.5),  # kept at 0.5, nearer: the unclipped (0 - 3)^2 / 2 counts
+        (0.0, -1.0, 1.125),  # kept at 0.5: (0.5 + 1)^2 / 2
+        (1.2, 3.0, 1.62),  # within the clip: (1.2 - 3)^2 / 2
+    ],
+)
+def test_a_clipped_critic_error_is_the_larger_one(value, target, error):
+    assert_close(critic_error(row(value), one_step(value=1.0, target=target), clip=0.5), row(error))
+
+
+def test_without_a_clip_the_critic_error_is_half_the_squared_error():
+    assert_close(critic_error(row(2.0), one_step(value=1.0, target=5.0), clip=0.0), row(4.5))
+
+
+@pytest.mark.parametrize(("kl", "coef"), [(0.5, 1.0), (0.7, 2.0), (1.0, 2.0), (1.4, 2.0), (1.6, 4.0)])
+def test_the_kl_coefficient_halves_below_and_doubles_above_its_target(kl, coef):
+    # target 1: below 2/3, above 3/2
+    assert adapt_kl_coef(2.0, kl, target=1.0) == coef
+
+
+def test_the_kl_coefficient_scales_its_limits_with_the_target():
+    # target 3: nothing between 2 and 4.5
+    assert [adapt_kl_coef(2.0, kl, target=3.0) for kl in (1.9, 2.1, 4.4, 4.6)] == [1.0, 2.0, 2.0, 4.0]
+
+
+OBJECTIVES = {
+    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.1, value_loss=squared_error),
+    "ppo": partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
+    "ppo_penalty": partial(ppo_penalty, kl_coef=0.7, value_coef=0.5, entropy_coef=0.1),
+}
+EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+
+
+def on_policy(table: Table) -> Batch:
+    """A random record as if `table` had sampled it: every ratio is 1."""
+    batch = random_batch(2, table)
+    old, value = estimate(table, batch)
+    return Batch.of(batch, old=old, value=value, logprob=torch.where(batch.mask, old.log_prob(batch.action), -1.0))
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_penalty"])
+def test_at_ratio_one_the_gradient_is_that_of_reinforce(name):
+    gradients = []
+    for objective in (OBJECTIVES[name], OBJECTIVES["policy_gradient"]):
+        table = Table()
+        batch = on_policy(table)
+        objective(table, batch)[0][batch.mask].sum().backward()
+        gradients.append((table.logits.grad, table.values.grad))
+
+    assert_close(gradients[0], gradients[1])
+
+
+@EVERY
+def test_no_gradient_reaches_the_actions_of_unchosen_columns(objective):
+    table = Table()
+    batch = random_batch(2, table)
+    loss, _ = partial(objective, value_coef=0.0, entropy_coef=0.0)(table, Batch.of(batch, old=table(batch.obs)[0]))
+
+    loss[~batch.mask].sum().backward()
+
+    assert_close(table.logits.grad, torch.zeros_like(table.logits))
+
+
+@EVERY
+def test_the_loss_of_unchosen_columns_stays_finite_for_an_impossible_action(objective):
+    class Sure:
+        def __call__(self, obs):
+            allowed = torch.tensor([True, False, False])
+            return Categorical.of(torch.zeros(*obs.shape, 3), allowed), torch.zeros(obs.shape)
+
+    batch = random_batch(2, Table())
+    batch = Batch.of(batch, action=torch.where(batch.mask, 0, 2), old=Sure()(batch.obs)[0])
+
+    loss, metrics = objective(Sure(), batch)
+
+    assert loss.isfinite().all()
+    assert all(x.isfinite().all() for x in metrics.values())
+
+
+@EVERY
+def test_no_metric_carries_a_gradient(objective):
+    table = Table()
+    _, metrics = objective(table, random_batch(2, table))
+
+    assert not any(x.requires_grad for x in metrics.values())
+
+
+@EVERY
+def test_no_gradient_reaches_the_critic_through_the_advantage(objective):
+    table = Table()
+    batch = random_batch(2, table)
+    batch = Batch.of(batch, advantage=batch.target - table(batch.obs)[1].detach())
+
+    partial(objective, value_coef=0.0)(table, batch)[0].sum().backward()
+
+    assert table.values.grad is None or not table.values.grad.any()
