@@ -26,6 +26,7 @@ def update(
     refresh: Callable[[Batch], Batch] | None = None,
     prepare: Callable[[Batch], Batch] | None = None,
     steer: Callable[[dict[str, float]], bool] | None = None,
+    reshuffle: bool = True,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Improve the policy on a record: `epochs` passes over it in shuffled minibatches, one optimizer step each.
@@ -44,6 +45,7 @@ def update(
         refresh: makes the record anew before every epoch but the first (advantages under the current critic).
         prepare: what needs a whole minibatch before it is cut (advantage standardisation).
         steer: sees a minibatch's metrics before its optimizer step; True ends the update without that step.
+        reshuffle: draw a new order for every epoch; otherwise one for them all.
         generator: shuffles.
 
     Returns:
@@ -55,13 +57,15 @@ def update(
     """
     sums: dict[str, Tensor] = {}
     taken = seen = epoch = 0
-    for epoch in range(epochs):
-        if refresh is not None and epoch > 0:
+    order = torch.empty(0)
+    for epoch in range(1, epochs + 1):
+        if refresh is not None and epoch > 1:
             record = refresh(record)
         batch = record if policy.memory else record.steps()
-        order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
+        if reshuffle or epoch == 0:
+            order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
         sums, seen = {}, 0
-        for rows in order.tensor_split(min(minibatches, len(batch))):
+        for rows in order.tensor_split(max(1, min(minibatches, len(batch)))):
             minibatch = batch[rows]
             if not minibatch.mask.any():
                 continue
@@ -69,12 +73,12 @@ def update(
                 minibatch = prepare(minibatch)
             metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
             if steer is not None and steer({name: float(x) for name, x in metrics.items()}):
-                return _mean(sums or metrics, seen or 1) | {"optimizer_steps": taken, "epochs": epoch + 1}
+                return _mean(sums or metrics, seen or 1) | {"optimizer_steps": taken, "epochs": epoch}
             metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
             optimizer.step()
             taken, seen = taken + 1, seen + 1
             sums = {name: sums[name] + x for name, x in metrics.items()} if sums else metrics
-    return _mean(sums, seen) | {"optimizer_steps": taken, "epochs": epoch + 1}
+    return _mean(sums, seen) | {"optimizer_steps": taken, "epochs": epoch}
 
 
 def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
@@ -85,7 +89,12 @@ def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, mi
     for at in range(0, size, micro or size):
         piece = slice(at, at + (micro or size))
         loss, metrics = objective(policy, minibatch[piece])
-        (loss * weight[piece]).sum().backward()
+        total = (loss * weight[piece]).sum()
+        if not torch.isfinite(total):
+            raise FloatingPointError(
+                f"the loss is {total.item()}: look at the record's rewards, advantages and targets"
+            )
+        total.backward()
         parts = {name: (x * weight[piece]).sum() for name, x in metrics.items()}
         totals = {name: totals[name] + x for name, x in parts.items()} if totals else parts
     return totals
