@@ -15,17 +15,19 @@ class Policy(Protocol):
     state`: `state` [B, S] before column 0, `start` [B, T] True where an episode begins, so that the state is zeroed there.
     """
 
-    memory: bool
+    @property
+    def memory(self) -> bool: ...
 
     def __call__(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any: ...
 
 
 class Choice(NamedTuple):
-    """One choice for every row: the action and log pi(action | obs), both as the distribution has them."""
+    """One choice for every row: the action, log pi(action | obs), the state after it, and the noise that made it."""
 
     action: Tensor
     logprob: Tensor
     state: Tensor | None
+    noise: Tensor | None
 
 
 @torch.no_grad()
@@ -45,17 +47,14 @@ def choose(
 
     Args:
         generator: the only source of randomness.
-        noise: noise held from an earlier choice (`distribution.noise`), instead of fresh noise.
+        noise: held from an earlier `Choice`, instead of fresh noise.
         sample: without it, the distribution's mode.
     """
     if state is None:
         distribution, _ = policy(obs)
     else:
         distribution, _, state = policy(obs, state, start)
-    if not sample:
-        action = distribution.mode()
-    elif noise is not None:
-        action = distribution.at(noise)
-    else:
-        action = distribution.sample(generator)
-    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], state)
+    if sample and noise is None:
+        noise = distribution.noise(generator)
+    action = distribution.at(noise) if sample else distribution.mode()
+    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], state, noise)

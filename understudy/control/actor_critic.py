@@ -1,0 +1,82 @@
+"""Actor-critic in environments: online, one step at a time (Sutton & Barto 2018, sec. 13.5), or n steps of many copies
+at once (A2C; Mnih et al. 2016). Five steps, in order, in one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import gymnasium
+from gymnasium.vector import VectorEnv
+from torch import nn
+
+from understudy.advantage import gae
+from understudy.batch import Batch
+from understudy.control import config, stage
+from understudy.objective import huber_error, policy_gradient, squared_error
+from understudy.reduce import explained_variance, standardize
+from understudy.run.config import Count, Unit
+from understudy.run.store import Run
+from understudy.update import update
+from understudy.value import estimate, next_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """One optimizer step an iteration. rollout 1, num_envs 1 and lam 0 is the online form: it learns at every step."""
+
+    rollout: Count = 5
+    """Env calls an iteration; 1 for the online form."""
+    lam: Unit = 1.0
+    """GAE's lambda: 1 for n-step returns, 0 for the TD error."""
+    value_loss: Literal["squared", "huber"] = "squared"
+    """The critic's error: half the square, or Huber's."""
+    standardize: bool = False
+    """Standardise advantages over the record."""
+    learning_rate: config.Positive = 7e-4
+    """Adam's step size at the start."""
+
+
+def iterate(
+    cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
+) -> Generator[dict[str, Any], None, Run]:
+    """The loop itself, an iteration at a time."""
+    with stage.open_stage("actor-critic", cfg, env, policy) as run:
+        objective = partial(
+            policy_gradient,
+            value_coef=cfg.value_coef,
+            entropy_coef=cfg.entropy_coef,
+            value_loss=huber_error if cfg.value_loss == "huber" else squared_error,
+        )
+        while run.on:
+            rate = run.schedule()
+            traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
+            paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
+            old, value = estimate(run.policy, traj)  # 3 value
+            ends = traj.terminated, traj.truncated, traj.mask
+            advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)  # 4 advantage
+            batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
+            if cfg.standardize:
+                batch = Batch.of(batch, advantage=standardize(advantage, batch.mask))
+            metrics = update(  # 5 update
+                run.policy,
+                run.optimizer,
+                batch,
+                objective,
+                epochs=1,
+                minibatches=1,
+                max_grad_norm=cfg.max_grad_norm,
+                generator=run.shuffle,
+            )
+            run.policy.gather(traj)
+            if cfg.rollout * cfg.num_envs > 1:
+                metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
+            yield from run.report(metrics | {"learning_rate": rate})
+        return run.run
+
+
+def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
+    return stage.drain(iterate(cfg, env=env, policy=policy))

@@ -1,0 +1,114 @@
+"""What the recipes of the control world have in common: the fields of their configs. Defaults live in configs only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from understudy.control.networks import Shape
+from understudy.run.config import Count, NonNegative, Positive, Unit, Whole, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of every control recipe."""
+
+    env: str
+    """Gymnasium id, module:id, or entry point module:Class."""
+    env_options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment, as JSON."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers, innermost first, each 'Name key=value ...'; Name from gymnasium.wrappers or module:Class."""
+    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
+    """How copies of the environment run: in turn, a process each, the id's own vector env, or EnvPool."""
+    num_envs: Count = 8
+    """Copies of the environment, one row of the record each."""
+    steps: Count = 100_000
+    """Chosen steps in all, over all copies; the run ends at the first iteration boundary at or after it."""
+    seed: Whole = 0
+    """Seed of everything: weights, choices, shuffling, episodes."""
+    out: str | None = None
+    """Directory of the run; runs/NAME-N by default."""
+    init: str | None = None
+    """Run or policy directory to start from, instead of fresh weights."""
+    preset: str = "tuned"
+    """Where defaults came from: tuned (this env's own, if shipped), none, cleanrl, sb3, rsl_rl."""
+    device: str = "cpu"
+    """Torch device of policy and update."""
+    threads: Count = 1
+    """Torch threads; tiny tensors are fastest with one."""
+
+    hidden: tuple[Count, ...] = (64, 64)
+    """Width of each hidden layer."""
+    activation: Literal["tanh", "relu", "elu"] = "tanh"
+    """Nonlinearity of hidden layers."""
+    shared: bool = False
+    """One trunk for actor and critic, instead of a network each."""
+    memory: Literal["none", "gru", "lstm"] = "none"
+    """Recurrent layer after the hidden ones."""
+    memory_size: Count = 64
+    """Width of the recurrent layer."""
+    orthogonal: bool = True
+    """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
+    squash: Literal["clip", "tanh"] = "clip"
+    """How a Box action gets to its bounds: clipped, or tanh scaled to them."""
+    log_std: float = 0.0
+    """Initial log standard deviation of Box actions, in units of the action."""
+    exploration: Literal["independent", "held", "gsde"] = "independent"
+    """Noise of Box actions: fresh each step, held for noise_hold steps, or a held function of features (gSDE)."""
+    noise_hold: Count = 4
+    """Steps that held noise and gSDE keep their noise."""
+
+    gamma: Unit = 0.99
+    """Discount per step."""
+    normalize_obs: bool = False
+    """Scale float observations by their running mean and deviation, kept in the policy."""
+    normalize_reward: bool = False
+    """Scale rewards by the running deviation of the discounted return, kept in the policy."""
+    learning_rate: Positive = 3e-4
+    """Adam's step size at the start."""
+    learning_rate_schedule: Literal["constant", "linear"] = "constant"
+    """How it goes on: constant, or linear to 0 over the run's steps."""
+    adam_eps: Positive = 1e-5
+    """Adam's epsilon."""
+    max_grad_norm: Positive = 0.5
+    """Bound on the gradient's norm."""
+    value_coef: NonNegative = 0.5
+    """Weight of the value loss, which is half the squared error."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus, per nat."""
+
+    log_every: Count = 1
+    """Iterations a line of metrics sums up."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics also go."""
+    checkpoint_every: Whole = 0
+    """Iterations between checkpoints; 0 for none but the last."""
+    evaluate_every: Whole = 0
+    """Iterations between evaluations, own env and generators, best policy kept under best/; 0 for none."""
+    evaluate_episodes: Count = 20
+    """Episodes an evaluation takes."""
+    stop_at_return: float | None = None
+    """End as soon as the mean return of the last 100 episodes reaches this."""
+    video: bool = False
+    """Record one episode of the final policy under RUN/video."""
+    quiet: bool = False
+    """Show no progress."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    @property
+    def shape(self) -> Shape:
+        """What the network is made of."""
+        return Shape(
+            hidden=self.hidden,
+            activation=self.activation,
+            memory=self.memory,
+            memory_size=self.memory_size,
+            shared=self.shared,
+            orthogonal=self.orthogonal,
+            squash=self.squash,
+            log_std=self.log_std,
+            state_noise=self.exploration == "gsde",
+        )

@@ -1,0 +1,179 @@
+"""Environments by id, entry point or object, as one vector env; what is missing or misspelt is said in a sentence."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import yaml
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from understudy.control.spaces import check_action_space, leaves
+from understudy.run.config import RequestError, nearest
+
+# the extra of this package that brings what an environment's own package needs, told by its entry point
+EXTRAS = {"box2d": "box2d", "mujoco": "mujoco"}
+
+
+def make(
+    env: str,
+    *,
+    num_envs: int,
+    vectorization: str = "sync",
+    options: dict[str, Any] | None = None,
+    wrappers: tuple[str, ...] = (),
+    render: bool = False,
+    seed: int = 0,
+) -> VectorEnv:
+    """A vector env of `num_envs` copies; sync and async ones never reset by themselves.
+
+    Args:
+        env: a Gymnasium id, `module:id`, or an entry point `module:Class`.
+        vectorization: "sync", "async" (a process each), "native" (the id's own vector env), or "envpool".
+        options: keyword arguments of the environment.
+        wrappers: each "Name key=value ...", Name from gymnasium.wrappers or `module:Class`; the first is innermost.
+        seed: only for EnvPool, which takes it when it is made.
+
+    Raises:
+        RequestError: unknown id, missing extra, unknown wrapper, unsupported space.
+    """
+    options = dict(options or {})
+    if render:
+        options["render_mode"] = "rgb_array"
+    try:
+        if vectorization == "envpool":
+            envs = _envpool(env, num_envs, options, wrappers, seed)
+        elif vectorization == "native":
+            envs = _native(env, num_envs, options, wrappers)
+        else:
+            kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
+            maker = single(env, options, wrappers)
+            envs = kind([maker] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise RequestError(f"env is {env!r}, which needs a package that is missing: {_mend(env, error)}") from error
+    except (gymnasium.error.Error, TypeError) as error:
+        raise RequestError(f"env is {env!r} with env_options {options}: {first_sentence(error)}") from error
+    try:
+        list(leaves(envs.single_observation_space))
+        check_action_space(envs.single_action_space)
+    except ValueError as error:
+        envs.close()
+        raise RequestError(f"env is {env!r}: its {error}") from error
+    return envs
+
+
+def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) -> VectorEnv:
+    """A user's own env as a vector env whose episodes get their seeds where that is possible.
+
+    A single env becomes a vector env of one. In a `SyncVectorEnv` that resets by itself each sub-env is wrapped so that
+    its resets are seeded; other vector envs that reset by themselves are seeded once, at the start.
+    """
+    if isinstance(env, gymnasium.Env):
+        return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+    inner = env.unwrapped
+    if isinstance(inner, SyncVectorEnv) and inner.autoreset_mode is not AutoresetMode.DISABLED:
+        inner.envs = [SeededResets(sub, seed_of, row) for row, sub in enumerate(inner.envs)]
+    return env
+
+
+class SeededResets(gymnasium.Wrapper):
+    """Gives every reset the seed of its row and episode, whoever asks for it."""
+
+    def __init__(self, env: gymnasium.Env, seed_of: Callable[[int, int], int], row: int) -> None:
+        super().__init__(env)
+        self.seed_of, self.row, self.episode = seed_of, row, -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.episode += 1
+        return self.env.reset(seed=self.seed_of(self.row, self.episode), options=options)
+
+
+def single(env: str, options: dict[str, Any], wrappers: tuple[str, ...]) -> Callable[[], gymnasium.Env]:
+    """Makes one environment, wrapped. Its names are resolved now, so that a wrong one is refused before any process."""
+    maker = _maker(env)
+    wraps = [_wrapper(text) for text in wrappers]
+
+    def build() -> gymnasium.Env:
+        made = maker(**options)
+        for wrap, arguments in wraps:
+            made = wrap(made, **arguments)
+        return made
+
+    return build
+
+
+def threshold(envs: VectorEnv) -> float | None:
+    """The return at which the environment counts as solved, where it says one."""
+    spec = envs.spec or getattr(next(iter(getattr(envs.unwrapped, "envs", [])), None), "spec", None)
+    return None if spec is None else spec.reward_threshold
+
+
+def first_sentence(error: BaseException) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _maker(env: str) -> Callable[..., gymnasium.Env]:
+    module, _, name = env.rpartition(":")
+    if module:
+        try:
+            loaded = importlib.import_module(module)
+        except ImportError as error:
+            raise RequestError(f"env is {env!r}: module {module!r} cannot be imported ({error}); install it") from error
+        if hasattr(loaded, name):
+            return getattr(loaded, name)
+    if name not in gymnasium.registry:
+        raise RequestError(f"env is {env!r}, which Gymnasium does not know{nearest(name, gymnasium.registry)}")
+    # the passive checker looks at the first step only; the walker looks at all of them
+    return lambda **options: gymnasium.make(name, disable_env_checker=True, **options)
+
+
+def _wrapper(text: str) -> tuple[Callable[..., gymnasium.Env], dict[str, Any]]:
+    name, *pairs = text.split()
+    module, _, attribute = name.rpartition(":")
+    try:
+        source = importlib.import_module(module or "gymnasium.wrappers")
+        wrap = getattr(source, attribute)
+    except (ImportError, AttributeError) as error:
+        close = "" if module else nearest(attribute, dir(gymnasium.wrappers))
+        raise RequestError(f"wrappers has {text!r}: there is no {name!r}{close}") from error
+    if any("=" not in pair for pair in pairs):
+        raise RequestError(f"wrappers has {text!r}: write its arguments as key=value")
+    return wrap, {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
+
+
+def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...]) -> VectorEnv:
+    maker = _maker(env)
+    name = env.rpartition(":")[2]
+    if wrappers:
+        raise RequestError(f"wrappers is {wrappers!r}: a native vector env takes none; use vectorization sync")
+    if name not in gymnasium.registry:
+        return maker(num_envs=num_envs, **options)  # pyright: ignore[reportReturnType]
+    if gymnasium.registry[name].vector_entry_point is None:
+        raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
+    return gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
+
+
+def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int) -> VectorEnv:
+    if wrappers:
+        raise RequestError(f"wrappers is {wrappers!r}: EnvPool takes none; use vectorization sync")
+    try:
+        import envpool  # pyright: ignore[reportMissingImports]  # an extra
+    except ImportError as error:
+        raise RequestError(
+            "vectorization is 'envpool', and EnvPool is missing: pip install 'understudy[envpool]'"
+        ) from error
+    if env not in envpool.list_all_envs():
+        raise RequestError(f"env is {env!r}, which EnvPool does not know{nearest(env, envpool.list_all_envs())}")
+    return envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+
+
+def _mend(env: str, error: Exception) -> str:
+    spec = gymnasium.registry.get(env.rpartition(":")[2])
+    point = str(spec.entry_point) if spec is not None else ""
+    for word, extra in EXTRAS.items():
+        if word in point:
+            return f"pip install 'understudy[{extra}]'"
+    return first_sentence(error)

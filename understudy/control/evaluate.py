@@ -1,0 +1,59 @@
+"""Evaluation, held constant: frozen scales, seeds never used in training, the unnormalised return, an env of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from gymnasium.wrappers import RecordVideo
+
+from understudy.control import environment
+from understudy.control.collect import Walker
+from understudy.control.config import Config
+from understudy.control.policy import Policy
+from understudy.run.config import RequestError
+from understudy.run.seeds import derive, generator
+
+SEED = 20_261_121  # of every evaluation, whatever the run's seed
+
+
+def evaluate(
+    policy: Policy, cfg: Config, *, episodes: int, sample: bool = False, seed: int = SEED, video: Path | None = None
+) -> list[float]:
+    """The undiscounted, unnormalised returns of whole episodes; the same seeds at every call.
+
+    Args:
+        sample: choose as in training; otherwise the distribution's mode.
+        video: record the episodes there (needs the extra "video").
+    """
+    rows = 1 if video else min(episodes, 50)
+    envs = environment.make(
+        cfg.env,
+        num_envs=rows,
+        vectorization="sync",
+        options=cfg.env_options,
+        wrappers=cfg.wrappers,
+        render=video is not None,
+    )
+    if video is not None:
+        try:
+            envs.envs = [RecordVideo(envs.envs[0], str(video), episode_trigger=lambda _: True)]  # pyright: ignore
+        except Exception as error:
+            envs.close()
+            raise RequestError(f"video cannot be recorded ({error}): pip install 'understudy[video]'") from error
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad():
+            walker = Walker(
+                envs,
+                seed_of=lambda row, episode: derive(seed, "evaluate", row, episode),
+                generator=generator(seed, "evaluate", cfg.device),
+                device=cfg.device,
+                sample=sample,
+            )
+            returns = walker.play(policy, -(-episodes // rows))
+    finally:
+        policy.train(training)
+        envs.close()
+    return [episode.episode_return for episode in sorted(returns, key=lambda e: (e.number, e.row))][:episodes]

@@ -1,0 +1,252 @@
+"""Actor-critics for observations of any supported space: MLP, CNN, recurrent; one distribution head per action space."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from understudy.control.spaces import MASK, PLAIN, features, half_width, is_image
+from understudy.distribution import (
+    Bernoulli,
+    Categorical,
+    DiagonalGaussian,
+    Distribution,
+    MultiCategorical,
+    SquashedGaussian,
+    StateNoiseGaussian,
+)
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What an actor-critic is made of; saved with the policy."""
+
+    hidden: tuple[int, ...]
+    activation: Literal["tanh", "relu", "elu"]
+    memory: Literal["none", "gru", "lstm"]
+    memory_size: int
+    shared: bool
+    orthogonal: bool
+    squash: Literal["clip", "tanh"]
+    log_std: float
+    state_noise: bool
+
+
+class ActorCritic(nn.Module):
+    """`network(obs) -> distribution, value [B, T]`; with memory, `network(obs, state, start) -> ..., state [B, S]`.
+
+    obs: a Tensor [B, T, ...] or a dict of them; `action_mask` among them limits the distribution and is not a feature.
+    """
+
+    def __init__(self, observation_space: gymnasium.Space, action_space: gymnasium.Space, shape: Shape) -> None:
+        super().__init__()
+        self.actor = Body(observation_space, shape)
+        self.critic = None if shape.shared else Body(observation_space, shape)
+        self.head = head_for(action_space, self.actor.width, shape)
+        self.value = _linear(self.actor.width, 1, gain=1.0, orthogonal=shape.orthogonal)
+        self.state_size = 0 if shape.memory == "none" else self.actor.state_size * (1 if shape.shared else 2)
+
+    def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
+        obs = obs if isinstance(obs, dict) else {PLAIN: obs}
+        allowed = obs.get(MASK)
+        if not self.state_size:
+            actor = self.actor(obs)
+            critic = actor if self.critic is None else self.critic(obs)
+            return self.head(actor, allowed), self.value(critic)[..., 0]
+        assert state is not None and start is not None
+        size = self.actor.state_size
+        actor, after = self.actor.remember(obs, state[:, :size], start)
+        critic = actor
+        if self.critic is not None:
+            critic, critic_after = self.critic.remember(obs, state[:, size:], start)
+            after = torch.cat([after, critic_after], dim=1)
+        return self.head(actor, allowed), self.value(critic)[..., 0], after
+
+
+class Body(nn.Module):
+    """Observation to features: images through a CNN, everything else flat; an MLP; a GRU or LSTM at the end."""
+
+    def __init__(self, observation_space: gymnasium.Space, shape: Shape) -> None:
+        super().__init__()
+        self.spaces = features(observation_space)
+        images = {name: space for name, space in self.spaces.items() if is_image(space)}
+        nets = [Cnn(space.shape, orthogonal=shape.orthogonal) for space in images.values() if space.shape]
+        self.cnn, self.images = nn.ModuleList(nets), list(images)
+        flat = [_flat_width(space) for name, space in self.spaces.items() if name not in images]
+        width = sum(net.width for net in nets) + sum(flat)
+        layers: list[nn.Module] = []
+        for hidden in shape.hidden:
+            layers += [
+                _linear(width, hidden, gain=math.sqrt(2), orthogonal=shape.orthogonal),
+                ACTIVATIONS[shape.activation](),
+            ]
+            width = hidden
+        self.mlp = nn.Sequential(*layers)
+        self.memory = None if shape.memory == "none" else Memory(width, shape.memory_size, shape.memory)
+        self.width = width if self.memory is None else shape.memory_size
+        self.state_size = 0 if self.memory is None else self.memory.state_size
+
+    def forward(self, obs: dict[str, Tensor]) -> Tensor:
+        parts = [_flat(space, obs[name]) for name, space in self.spaces.items() if name not in self.images]
+        parts += [net(obs[name]) for name, net in zip(self.images, self.cnn, strict=True)]
+        return self.mlp(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
+
+    def remember(self, obs: dict[str, Tensor], state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.memory is not None
+        return self.memory(self.forward(obs), state, start)
+
+
+class Cnn(nn.Module):
+    """uint8 images [B, T, *shape] to features [B, T, width]; scaled to [0, 1] here (Mnih et al. 2015 from 36 pixels on).
+
+    Channels are told by the space: [H, W]; [H, W, C] where the last dimension is the smallest; [C, H, W] otherwise. A
+    stack of colour images, [K, H, W, C], is K * C channels.
+    """
+
+    def __init__(self, shape: tuple[int, ...], *, orthogonal: bool) -> None:
+        super().__init__()
+        self.dims = len(shape)
+        self.last = self.dims > 2 and shape[-1] <= min(shape[-3], shape[-2])
+        height, width = shape[-3:-1] if self.last else shape[-2:]
+        channels = math.prod(shape) // (height * width)
+        large = min(height, width) >= 36
+        plan = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)] if large else [(16, 3, 1, 1), (32, 3, 2, 1)]
+        layers: list[nn.Module] = []
+        for out, kernel, stride, padding in plan:
+            layer = nn.Conv2d(channels, out, kernel, stride, padding)
+            if orthogonal:
+                nn.init.orthogonal_(layer.weight, math.sqrt(2))
+                nn.init.zeros_(layer.bias)  # pyright: ignore[reportArgumentType]
+            layers += [layer, nn.ReLU()]
+            channels = out
+        self.net = nn.Sequential(*layers, nn.Flatten())
+        with torch.no_grad():
+            self.width = self.net(torch.zeros(1, self.net[0].in_channels, height, width)).shape[1]  # pyright: ignore
+
+    def forward(self, image: Tensor) -> Tensor:
+        lead, shape = image.shape[: -self.dims], image.shape[-self.dims :]
+        image = image.reshape(-1, *shape).float() / 255
+        if self.last:
+            image = image.movedim(-1, -3)
+        height, width = image.shape[-2:]
+        return self.net(image.reshape(image.shape[0], -1, height, width)).reshape(*lead, self.width)
+
+
+class Memory(nn.Module):
+    """A GRU or LSTM over rows [B, T, F] whose state is zeroed where an episode starts.
+
+    Rows are cut at their starts into sequences of their own, run side by side, and laid back: one pass, whatever the ends.
+    """
+
+    def __init__(self, width: int, size: int, kind: Literal["gru", "lstm"]) -> None:
+        super().__init__()
+        self.rnn = (nn.GRU if kind == "gru" else nn.LSTM)(width, size, batch_first=True)
+        self.lstm = kind == "lstm"
+        self.state_size = size * (2 if self.lstm else 1)
+
+    def forward(self, x: Tensor, state: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, F], state [B, S] before column 0, start [B, T] -> features [B, T, size], state after column T-1."""
+        rows, steps = start.shape
+        column = torch.arange(steps, device=x.device)
+        begin = start.clone()
+        begin[:, 0] = True
+        sequence = begin.flatten().cumsum(0).reshape(rows, steps) - 1
+        position = column - torch.where(begin, column, 0).cummax(dim=1).values
+        lengths = torch.bincount(sequence.flatten())
+        padded = x.new_zeros(len(lengths), int(lengths.max()), x.shape[2])
+        padded[sequence, position] = x
+        before = x.new_zeros(len(lengths), self.state_size)
+        before[sequence[:, 0]] = torch.where(start[:, :1], 0.0, state)
+        hidden = before[None] if not self.lstm else tuple(h.contiguous() for h in before[None].chunk(2, dim=2))
+        packed = nn.utils.rnn.pack_padded_sequence(padded, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        out, after = self.rnn(packed, hidden)
+        out, _ = nn.utils.rnn.pad_packed_sequence(out, batch_first=True)
+        after = torch.cat(after, dim=2) if self.lstm else after
+        return out[sequence, position], after[0][sequence[:, -1]]
+
+
+class CategoricalHead(nn.Module):
+    """Discrete, MultiDiscrete and MultiBinary: logits, and which of them are allowed."""
+
+    def __init__(self, space: gymnasium.Space, width: int, shape: Shape) -> None:
+        super().__init__()
+        self.sizes: tuple[int, ...] = ()
+        self.bits = 0
+        if isinstance(space, spaces.MultiDiscrete):
+            self.sizes = tuple(int(n) for n in space.nvec.reshape(-1))
+        elif isinstance(space, spaces.MultiBinary):
+            self.bits = math.prod(space.shape)
+        outputs = sum(self.sizes) or self.bits or int(space.n)  # pyright: ignore
+        self.logits = _linear(width, outputs, gain=0.01, orthogonal=shape.orthogonal)
+
+    def forward(self, features: Tensor, allowed: Tensor | None) -> Distribution:
+        logits = self.logits(features)
+        if self.bits and allowed is None:
+            return Bernoulli(logits)
+        if self.bits:  # a bit is a choice of two, so that either can be forbidden
+            logits = torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(-2)
+            return MultiCategorical.of(logits, (2,) * self.bits, allowed)
+        return MultiCategorical.of(logits, self.sizes, allowed) if self.sizes else Categorical.of(logits, allowed)
+
+
+class GaussianHead(nn.Module):
+    """Box: a mean from the features, one log standard deviation per dimension (per feature and dimension with gSDE)."""
+
+    half_width: Tensor
+
+    def __init__(self, space: spaces.Box, width: int, shape: Shape) -> None:
+        super().__init__()
+        size = math.prod(space.shape)
+        self.mean = _linear(width, size, gain=0.01, orthogonal=shape.orthogonal)
+        self.state_noise, self.squash = shape.state_noise, shape.squash == "tanh"
+        if self.state_noise and self.squash:
+            raise ValueError("squash is 'tanh' and exploration is 'gsde': choose squash 'clip', or exploration 'held'")
+        self.log_std = nn.Parameter(torch.full((width, size) if self.state_noise else (size,), shape.log_std))
+        self.register_buffer("half_width", half_width(space), persistent=False)
+
+    def forward(self, features: Tensor, allowed: Tensor | None) -> Distribution:
+        mean = self.mean(features)
+        if self.state_noise:  # features detached: exploration noise does not shape them, as in SB3's gSDE
+            return StateNoiseGaussian.of_features(mean, features.detach(), self.log_std)
+        log_std = self.log_std.expand_as(mean)
+        return SquashedGaussian(mean, log_std, self.half_width) if self.squash else DiagonalGaussian(mean, log_std)
+
+
+def head_for(space: gymnasium.Space, width: int, shape: Shape) -> nn.Module:
+    """The distribution head of an action space."""
+    return GaussianHead(space, width, shape) if isinstance(space, spaces.Box) else CategoricalHead(space, width, shape)
+
+
+def _linear(inputs: int, outputs: int, *, gain: float, orthogonal: bool) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    if orthogonal:
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def _flat_width(space: gymnasium.Space) -> int:
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    return math.prod(space.shape or ())
+
+
+def _flat(space: gymnasium.Space, x: Tensor) -> Tensor:
+    """A vector per step: one-hot where discrete. x: [B, T, ...] -> [B, T, width]."""
+    if isinstance(space, spaces.Discrete):
+        return nn.functional.one_hot(x, int(space.n)).float()
+    if isinstance(space, spaces.MultiDiscrete):
+        sizes = [int(n) for n in space.nvec.reshape(-1)]
+        parts = x.flatten(2).unbind(dim=-1)
+        return torch.cat([nn.functional.one_hot(part, n) for part, n in zip(parts, sizes, strict=True)], dim=-1).float()
+    return x.flatten(2) if x.dim() > 2 else x[..., None]

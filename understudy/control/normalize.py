@@ -1,0 +1,99 @@
+"""Running scale of observations and rewards, a part of the saved policy.
+
+Statistics are gathered from chosen steps only, each once, and take effect after the update: within an iteration they are
+frozen, so a record means one thing from the first minibatch to the last. Records hold raw observations and rewards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from understudy.batch import Trajectory
+from understudy.reduce import moments
+
+CLIP = 10.0  # standard deviations; as in OpenAI's baselines (`common/vec_env/vec_normalize.py`) and since
+
+
+class Moments(nn.Module):
+    """Running mean and variance of a stream of [...]-shaped values, merged batch by batch (Chan et al. 1979), float64."""
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:
+        """x: [N, ...]. Until the first batch, mean 0 and variance 1."""
+        if not len(x):
+            return
+        mean, var = moments(x)
+        total = self.count + len(x)
+        shift = mean - self.mean
+        if self.count == 0:
+            self.var.zero_()
+        spread = self.var * self.count + var * len(x) + shift.square() * self.count * len(x) / total
+        self.mean.add_(shift * len(x) / total)
+        self.var.copy_(spread / total)
+        self.count.copy_(total)
+
+
+class ObsScale(nn.Module):
+    """Each float entry of an observation less its mean, over its standard deviation, within 10 of them.
+
+    Images, discrete entries and the action mask pass as they are.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.names = list(shapes)
+        self.seen = [Moments(shape) for shape in shapes.values()]
+        self.moments = nn.ModuleList(self.seen)
+
+    def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
+        scaled = dict(obs)
+        for name, seen in zip(self.names, self.seen, strict=True):
+            std = (seen.var + 1e-8).sqrt()
+            scaled[name] = ((obs[name] - seen.mean.float()) / std.float()).clamp(-CLIP, CLIP)
+        return scaled
+
+    def gather(self, obs: dict[str, Tensor], mask: Tensor) -> None:
+        """Add the chosen steps' observations: obs [B, T, ...], mask [B, T]."""
+        for name, seen in zip(self.names, self.seen, strict=True):
+            seen.add(obs[name][mask])
+
+
+class RewardScale(nn.Module):
+    """Rewards over the standard deviation of the running discounted return, never centred, within 10 of them.
+
+    Every row has one running return; it decays by gamma a chosen step and is zeroed at its episode's end
+    (Engstrom et al. 2020, sec. 3, "reward scaling", with the zeroing that their Algorithm 1 leaves out).
+    """
+
+    def __init__(self, gamma: float) -> None:
+        super().__init__()
+        self.gamma = gamma
+        self.moments = Moments(())
+        self.running = torch.zeros(0, dtype=torch.float64)
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """reward: [B, T] -> [B, T]."""
+        return (reward / (self.moments.var + 1e-8).sqrt().float()).clamp(-CLIP, CLIP)
+
+    def gather(self, record: Trajectory) -> None:
+        """Add the chosen steps' running returns; rows go on from the record before, [B, T]."""
+        if len(self.running) != len(record):
+            self.running = torch.zeros(len(record), dtype=torch.float64)
+        returns = torch.zeros(record.mask.shape, dtype=torch.float64)
+        for t in range(record.mask.shape[1]):
+            chosen = record.mask[:, t]
+            self.running = torch.where(chosen, self.gamma * self.running + record.reward[:, t], self.running)
+            returns[:, t] = self.running
+            self.running = torch.where(record.ended[:, t], 0.0, self.running)
+        self.moments.add(returns[record.mask])

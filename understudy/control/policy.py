@@ -1,0 +1,219 @@
+"""The policy of the control world: a network with its spaces and its scales, complete in itself once saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from understudy.control.networks import ActorCritic, Shape
+from understudy.control.normalize import ObsScale, RewardScale
+from understudy.control.spaces import (
+    MASK,
+    PLAIN,
+    add_batch,
+    check_action_space,
+    executable,
+    features,
+    from_json,
+    is_batched,
+    is_image,
+    read,
+    to_json,
+)
+from understudy.run.config import RequestError
+from understudy.sample import choose
+
+
+class Policy(nn.Module):
+    """`policy(obs) -> distribution, value`; with memory, `policy(obs, state, start) -> distribution, value, state`.
+
+    Args:
+        network: an `ActorCritic`, or any module with the same call; one with memory has `state_size` > 0.
+        squash: how a Box action gets to its bounds, "clip" or "tanh".
+        scale_obs: keep a running scale of float observations.
+        scale_reward: the gamma of a running scale of rewards; None for rewards as they are.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        *,
+        squash: str = "clip",
+        scale_obs: bool = False,
+        scale_reward: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_action_space(action_space)
+        self.network, self.squash = network, squash
+        self.observation_space, self.action_space = observation_space, action_space
+        shapes = {
+            name: tuple(space.shape)
+            for name, space in features(observation_space).items()
+            if isinstance(space, spaces.Box) and not is_image(space)
+        }
+        self.obs_scale = ObsScale(shapes) if scale_obs else None
+        self.reward_scale = None if scale_reward is None else RewardScale(scale_reward)
+
+    @classmethod
+    def build(
+        cls,
+        observation_space: gymnasium.Space,
+        action_space: gymnasium.Space,
+        shape: Shape,
+        *,
+        seed: int,
+        **scales: Any,
+    ) -> Policy:
+        """A policy with fresh weights that depend on nothing but `seed`."""
+        check_action_space(action_space)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = ActorCritic(observation_space, action_space, shape)
+        policy = cls(network, observation_space, action_space, squash=shape.squash, **scales)
+        policy.shape = shape
+        return policy
+
+    shape: Shape | None = None
+
+    @property
+    def state_size(self) -> int:
+        return getattr(self.network, "state_size", 0)
+
+    @property
+    def memory(self) -> bool:
+        return self.state_size > 0
+
+    def initial_state(self, rows: int) -> Tensor | None:
+        """The state before an episode, [rows, S]; None without memory."""
+        return torch.zeros(rows, self.state_size, device=self.device) if self.memory else None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
+        if self.obs_scale is not None:
+            obs = self.obs_scale(obs) if isinstance(obs, dict) else self.obs_scale({PLAIN: obs})[PLAIN]
+        return self.network(obs, state, start) if self.memory else self.network(obs)
+
+    def reward(self, reward: Tensor) -> Tensor:
+        """Rewards as the critic learns them: scaled where the policy has a scale. [B, T]."""
+        return reward if self.reward_scale is None else self.reward_scale(reward)
+
+    def gather(self, record: Any) -> None:
+        """Add a record's chosen steps to the running scales; to be called once a record, after its update."""
+        if self.obs_scale is not None:
+            self.obs_scale.gather(record.obs if isinstance(record.obs, dict) else {PLAIN: record.obs}, record.mask)
+        if self.reward_scale is not None:
+            self.reward_scale.gather(record)
+
+    def executable(self, action: Tensor) -> np.ndarray:
+        """What the environment receives for actions [B, ...] as the distribution sampled them."""
+        return executable(self.action_space, action, self.squash)
+
+    def act(
+        self,
+        obs: Any,
+        *,
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+        state: Tensor | None = None,
+        start: Any = None,
+        action_mask: Any = None,
+    ) -> Any:
+        """The action for an observation: numpy in, numpy out, batched or not, valid in the action space.
+
+        Args:
+            obs: as the environment gives it, unnormalised; with or without a batch dimension.
+            sample: draw from the distribution; otherwise its mode.
+            state: with memory, what the last call returned; None at the start.
+            start: with memory, True where an episode begins, per row.
+            action_mask: as `info["action_mask"]`, where the environment gives it there.
+
+        Returns:
+            The action; a policy with memory returns (action, state).
+        """
+        batched = is_batched(self.observation_space, obs)
+        obs = obs if batched else add_batch(self.observation_space, obs)
+        mask = None if action_mask is None else np.asarray(action_mask)
+        if mask is not None:
+            mask = mask.reshape(len(mask) if batched else 1, -1)
+        tree = read(self.observation_space, obs, mask)
+        rows = len(next(iter(tree.values())) if isinstance(tree, dict) else tree)
+        column = (
+            {k: v[:, None].to(self.device) for k, v in tree.items()}
+            if isinstance(tree, dict)
+            else tree[:, None].to(self.device)
+        )
+        if isinstance(column, dict) and MASK in column and not column[MASK].any(dim=-1).all():
+            raise ValueError("action_mask allows no action: allow at least one")
+        begin = torch.zeros(rows, 1, dtype=torch.bool, device=self.device)
+        if start is not None:
+            begin |= torch.as_tensor(start, dtype=torch.bool, device=self.device).reshape(-1, 1)
+        state = self.initial_state(rows) if state is None else state
+        choice = choose(self, column, state, begin, generator=generator, sample=sample)
+        action = self.executable(choice.action)
+        action = action if batched else action[0]
+        return (action, choice.state) if self.memory else action
+
+    def save(self, path: Path) -> None:
+        """Write `policy.json` and `policy.safetensors` into a directory."""
+        path.mkdir(parents=True, exist_ok=True)
+        about = {
+            "world": "control",
+            "observation_space": to_json(self.observation_space),
+            "action_space": to_json(self.action_space),
+            "squash": self.squash,
+            "scale_obs": self.obs_scale is not None,
+            "scale_reward": None if self.reward_scale is None else self.reward_scale.gamma,
+            "network": None if self.shape is None else dataclasses.asdict(self.shape),
+        }
+        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        save_file(weights, path / "policy.safetensors")
+        (path / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path, network: nn.Module | None = None) -> Policy:
+        """Read what `save` wrote. A policy around a network of one's own needs that `network` again."""
+        about = json.loads((path / "policy.json").read_text())
+        observation_space, action_space = from_json(about["observation_space"]), from_json(about["action_space"])
+        scales = {"scale_obs": about["scale_obs"], "scale_reward": about["scale_reward"]}
+        if network is not None:
+            policy = cls(network, observation_space, action_space, squash=about["squash"], **scales)
+        elif about["network"] is None:
+            raise ValueError(
+                f"network is missing: {path} holds weights of a network of your own, pass it as network=..."
+            )
+        else:
+            shape = Shape(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
+            policy = cls.build(observation_space, action_space, shape, seed=0, **scales)
+        weights = load_file(path / "policy.safetensors")
+        missing, unexpected = policy.load_state_dict(weights, strict=False)
+        if missing or unexpected:
+            raise ValueError(
+                f"{path / 'policy.safetensors'} does not fit its policy.json: missing {missing}, unexpected {unexpected}"
+            )
+        return policy
+
+
+def policy_path(path: Path, field: str) -> Path:
+    """The policy's directory, given it or its run's.
+
+    Raises:
+        RequestError: neither holds a policy.
+    """
+    for candidate in (path, path / "policy"):
+        if (candidate / "policy.json").is_file() and (candidate / "policy.safetensors").is_file():
+            return candidate
+    raise RequestError(f"{field} is '{path}', which holds no policy: give the directory of a run, or its policy/")

@@ -1,0 +1,152 @@
+"""PPO in environments (Schulman et al. 2017): five steps, in order, in one loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import gymnasium
+import torch
+from gymnasium.vector import VectorEnv
+from torch import nn
+
+from understudy.advantage import gae
+from understudy.batch import Batch, Trajectory
+from understudy.control import config, stage
+from understudy.control.policy import Policy
+from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
+from understudy.reduce import explained_variance, masked_mean, standardize
+from understudy.run.config import Count, NonNegative, Positive, Unit
+from understudy.run.store import Run
+from understudy.update import update
+from understudy.value import estimate, next_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """PPO: every published variant is a field."""
+
+    rollout: Count = 128
+    """Env calls an iteration; num_envs times as many steps, reset rows of self-resetting envs apart."""
+    epochs: Count = 10
+    """Passes over the record."""
+    minibatches: Count = 4
+    """Optimizer steps a pass."""
+    lam: Unit = 0.95
+    """GAE's lambda, from 0 (TD error) to 1 (Monte Carlo)."""
+    objective: Literal["clip", "penalty"] = "clip"
+    """Surrogate: clipped ratio, or ratio minus kl_coef * KL(old, new), exact."""
+    clip: Positive = 0.2
+    """How far the ratio may go from 1 before it is clipped."""
+    clip_schedule: Literal["constant", "linear"] = "constant"
+    """How clip goes on: constant, or linear to 0 over the run's steps."""
+    value_clip: NonNegative = 0.0
+    """How far the value may go from the old one before its loss is clipped; 0 for off."""
+    kl_coef: NonNegative = 1.0
+    """Coefficient of the KL penalty, initial where it adapts."""
+    kl_target: NonNegative = 0.0
+    """KL(old, new) in nats an adaptive coefficient aims at, by doubling and halving; 0 for a fixed one."""
+    stop_kl: NonNegative = 0.0
+    """End the update before a minibatch whose mean KL(old, new) is above this, in nats; 0 for off."""
+    adapt_learning_rate: NonNegative = 0.0
+    """KL in nats around which the learning rate is divided or multiplied by 1.5 every minibatch (rsl_rl); 0 for off."""
+    standardize: Literal["none", "minibatch", "batch"] = "minibatch"
+    """Over what advantages are standardised."""
+    refresh: bool = False
+    """Compute values and advantages anew before every epoch."""
+    reshuffle: bool = True
+    """Draw a new order for every epoch, instead of one an iteration."""
+    clip_grad_apart: bool = False
+    """Bound the gradients of actor and critic each by max_grad_norm, instead of jointly."""
+
+
+def iterate(
+    cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
+) -> Generator[dict[str, Any], None, Run]:
+    """The loop itself, an iteration at a time: log, evaluate or break between them."""
+    with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer) as run:
+        kl_coef = cfg.kl_coef
+        while run.on:
+            rate, clip = run.schedule(), cfg.clip * (run.left if cfg.clip_schedule == "linear" else 1)
+            surrogate = partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
+            traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
+            paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
+            old, value = estimate(run.policy, traj)  # 3 value
+            batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
+            metrics = update(  # 5 update
+                run.policy,
+                run.optimizer,
+                batch,
+                partial(surrogate, value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef, value_clip=cfg.value_clip),
+                epochs=cfg.epochs,
+                minibatches=cfg.minibatches,
+                max_grad_norm=cfg.max_grad_norm,
+                refresh=partial(reconsider, run.policy, paid, cfg) if cfg.refresh else None,
+                prepare=standardized if cfg.standardize == "minibatch" else None,
+                steer=partial(steer, run.optimizer, cfg) if cfg.stop_kl or cfg.adapt_learning_rate else None,
+                reshuffle=cfg.reshuffle,
+                generator=run.shuffle,
+            )
+            run.policy.gather(traj)
+            if cfg.objective == "penalty":
+                metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(run.policy, batch)}
+                kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target) if cfg.kl_target else kl_coef
+            metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
+            yield from run.report(metrics | {"learning_rate": rate, "clip": clip})
+        return run.run
+
+
+def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
+    return stage.drain(iterate(cfg, env=env, policy=policy))
+
+
+def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:
+    """The record with GAE's advantages and the critic's targets A + V; standardised where that is over the batch."""
+    after = next_value(value, traj)
+    ends = traj.terminated, traj.truncated, traj.mask
+    advantage = gae(paid, value, after, *ends, gamma=cfg.gamma, lam=cfg.lam)
+    batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
+    return standardized(batch) if cfg.standardize == "batch" else batch
+
+
+def reconsider(policy: Policy, paid: torch.Tensor, cfg: Config, batch: Batch) -> Batch:
+    """The record as the critic sees it now; what the actor is held against stays (Andrychowicz et al. 2021, sec. 3.5)."""
+    _, value = estimate(policy, batch)
+    return weigh_up(batch, paid, value, batch.old, cfg)
+
+
+def standardized(batch: Batch) -> Batch:
+    return Batch.of(batch, advantage=standardize(batch.advantage, batch.mask))
+
+
+def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, float]) -> bool:
+    """Before an optimizer step: let the KL set the learning rate, or end the update, where the config says so."""
+    kl = metrics["kl_old"]
+    if cfg.adapt_learning_rate:
+        factor = 1 / 1.5 if kl > 2 * cfg.adapt_learning_rate else 1.5 if 0 < kl < cfg.adapt_learning_rate / 2 else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = min(max(group["lr"] * factor, 1e-5), 1e-2)
+    return 0 < cfg.stop_kl < kl
+
+
+@torch.no_grad()
+def kl_since(policy: Policy, batch: Batch) -> float:
+    """Mean KL(old, new) over the record, after the update."""
+    now, _ = estimate(policy, batch)
+    return float(masked_mean(batch.old.kl(now), batch.mask))
+
+
+def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+    """One Adam; with clip_grad_apart, actor and critic as groups with a bound each."""
+    made = stage.adam(policy, cfg)
+    if cfg.clip_grad_apart:
+        critic = [p for name, p in policy.named_parameters() if name.startswith(("network.critic", "network.value"))]
+        own = {id(p) for p in critic}
+        actor = [p for p in policy.parameters() if id(p) not in own]
+        made.param_groups.clear()
+        for group in (actor, critic):
+            made.add_param_group({"params": group, "max_grad_norm": cfg.max_grad_norm})
+    return made

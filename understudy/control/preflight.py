@@ -1,0 +1,84 @@
+"""What must hold before the first step: the environment keeps to its own spaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+from understudy.run.config import RequestError
+
+STEPS = 3
+
+
+def check_env(name: str, env: gymnasium.Env, *, seed: int) -> None:
+    """Reset and step a fresh environment a few times, and close it.
+
+    Raises:
+        RequestError: an observation outside its space, a reward that is no finite number, an end that is no bool.
+    """
+    try:
+        obs, info = env.reset(seed=seed)
+        _observation(name, "reset", env.observation_space, obs)
+        env.action_space.seed(seed)
+        for step in range(STEPS):
+            action = env.action_space.sample(mask=_mask(env.action_space, info))
+            obs, reward, terminated, truncated, info = env.step(action)
+            _observation(name, f"step {step}", env.observation_space, obs)
+            if np.asarray(reward).ndim != 0 or not np.isfinite(float(reward)):
+                raise RequestError(f"env {name!r} pays reward {reward!r} at step {step}: must be one finite number")
+            for what, flag in (("terminated", terminated), ("truncated", truncated)):
+                if not isinstance(flag, bool | np.bool_):
+                    raise RequestError(f"env {name!r} returns {what} {flag!r} at step {step}: must be a bool")
+            if terminated or truncated:
+                break
+    except (RequestError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever a user's environment raises, said in a sentence
+        raise RequestError(
+            f"env {name!r} raises {type(error).__name__} in its first steps: {error}; mend it"
+        ) from error
+    finally:
+        env.close()
+
+
+def _mask(space: gymnasium.Space, info: dict[str, Any]) -> Any:
+    """The env's own mask in the form `sample` takes, for Discrete spaces; others sample freely."""
+    mask = info.get("action_mask")
+    return np.asarray(mask, dtype=np.int8) if mask is not None and isinstance(space, spaces.Discrete) else None
+
+
+def _observation(name: str, when: str, space: gymnasium.Space, obs: Any) -> None:
+    problem = _outside(space, obs, "observation")
+    if problem:
+        raise RequestError(
+            f"env {name!r} breaks its own observation_space at {when}: {problem}; mend the space or the env"
+        )
+
+
+def _outside(space: gymnasium.Space, obs: Any, path: str) -> str:
+    """What puts an observation outside its space; a float64 where the space says float32 is let pass."""
+    if isinstance(space, spaces.Dict):
+        if not isinstance(obs, dict) or set(obs) != set(space.spaces):
+            keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
+            return f"{path} has {keys}, the space {sorted(space.spaces)}"
+        return next((p for key, inner in space.spaces.items() if (p := _outside(inner, obs[key], f"{path}.{key}"))), "")
+    if isinstance(space, spaces.Tuple):
+        if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
+            return f"{path} is {type(obs).__name__}, the space a tuple of {len(space.spaces)}"
+        parts = enumerate(zip(space.spaces, obs, strict=True))
+        return next((p for i, (inner, part) in parts if (p := _outside(inner, part, f"{path}.{i}"))), "")
+    array = np.asarray(obs)
+    if array.shape != (space.shape or ()):
+        return f"{path} has shape {array.shape}, the space {space.shape}"
+    if isinstance(space, spaces.Box):
+        if not np.isfinite(array).all():
+            return f"{path} is not finite: {array.reshape(-1)[:4]}"
+        below, above = array < space.low, array > space.high
+        if (below | above).any():
+            at = tuple(int(i) for i in np.argwhere(below | above)[0])
+            return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
+        return ""
+    return "" if space.contains(obs) else f"{path} is {obs!r}, the space {space}"

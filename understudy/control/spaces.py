@@ -1,0 +1,196 @@
+"""Gymnasium's spaces as tensors: observations in, executable actions out, both as JSON for a saved policy.
+
+A plain observation space gives one Tensor, [B, ...]; Dict and Tuple spaces, nested or not, give a dict of Tensors by path
+("camera", "arm.joints", "0"). An action mask is one more entry, `action_mask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+MASK = "action_mask"
+PLAIN = "obs"
+
+
+def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnasium.Space]]:
+    """The plain spaces inside an observation space, by path; a plain space is its own only leaf, called "obs".
+
+    Raises:
+        ValueError: a leaf is of a kind that cannot be a Tensor (Text, Graph, Sequence, ...).
+    """
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
+        for name, inner in items:
+            yield from leaves(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        yield path or PLAIN, space
+    else:
+        raise ValueError(
+            f"observation_space has {type(space).__name__}{f' at {path!r}' if path else ''}, which is not supported: "
+            "use Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these"
+        )
+
+
+def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
+    """The leaves a network sees: all but the action mask."""
+    return {path: leaf for path, leaf in leaves(space) if path != MASK}
+
+
+def read(space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None) -> Tensor | dict[str, Tensor]:
+    """A batched observation, as the space nests it, as fresh Tensors [B, ...]; `allowed` joins as `action_mask`."""
+    found = {
+        path: _tensor(leaf, array, path) for (path, leaf), array in zip(leaves(space), _arrays(space, obs), strict=True)
+    }
+    if allowed is not None:
+        found[MASK] = torch.tensor(allowed, dtype=torch.bool)
+    return found[PLAIN] if list(found) == [PLAIN] else found
+
+
+def is_image(space: gymnasium.Space) -> bool:
+    """A Box of uint8 with two dimensions or more."""
+    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) >= 2
+
+
+def is_batched(space: gymnasium.Space, obs: Any) -> bool:
+    """Whether an observation has a batch dimension, told by its first leaf's number of dimensions."""
+    _, leaf = next(leaves(space))
+    return np.ndim(next(_arrays(space, obs))) > len(leaf.shape or ())
+
+
+def add_batch(space: gymnasium.Space, obs: Any) -> Any:
+    """The same observation as a batch of one."""
+    if isinstance(space, spaces.Dict):
+        return {name: add_batch(inner, obs[name]) for name, inner in space.spaces.items()}
+    if isinstance(space, spaces.Tuple):
+        return tuple(add_batch(inner, part) for inner, part in zip(space.spaces, obs, strict=True))
+    return np.asarray(obs)[None]
+
+
+def mask_width(space: gymnasium.Space) -> int:
+    """How wide an action mask of this action space is, all its dimensions flat; 0 where it can have none.
+
+    Discrete: n. MultiDiscrete: the sum of its sizes. MultiBinary: 2 a bit (may be 0, may be 1).
+    """
+    if isinstance(space, spaces.Discrete):
+        return int(space.n)
+    if isinstance(space, spaces.MultiDiscrete):
+        return int(space.nvec.sum())
+    return 2 * int(np.prod(space.shape)) if isinstance(space, spaces.MultiBinary) else 0
+
+
+def check_action_space(space: gymnasium.Space) -> None:
+    """Raises ValueError, naming the space, where a policy cannot act in it."""
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        raise ValueError(
+            f"action_space is {space}, a Box of {space.dtype}, which is not supported: rounding would break the "
+            "log-probs; use MultiDiscrete, or a Box of float32"
+        )
+    if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        raise ValueError(
+            f"action_space is {type(space).__name__}, which is not supported: use Discrete, MultiDiscrete, MultiBinary, Box"
+        )
+
+
+def executable(space: gymnasium.Space, action: Tensor, squash: str) -> np.ndarray:
+    """What the environment receives for actions [B, ...] as the distribution sampled them: valid in the space.
+
+    Args:
+        squash: for a Box, "clip" to the bounds, or "tanh" scaled to them where both are finite (clip where not).
+    """
+    if isinstance(space, spaces.Discrete):
+        return (action.cpu().numpy() + space.start).astype(space.dtype)
+    if isinstance(space, spaces.MultiDiscrete):
+        return (action.cpu().numpy().reshape(-1, *space.shape) + space.start).astype(space.dtype)
+    if isinstance(space, spaces.MultiBinary):
+        return action.cpu().numpy().reshape(-1, *space.shape).astype(space.dtype)
+    assert isinstance(space, spaces.Box)
+    value = action.cpu().numpy().reshape(-1, *space.shape).astype(np.float64)
+    if squash == "tanh":
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        value = np.where(bounded, low + (np.tanh(value) + 1) * 0.5 * (high - low), value)
+    return np.clip(value.astype(space.dtype), space.low, space.high)
+
+
+def half_width(space: spaces.Box) -> Tensor:
+    """Half the width of each action dimension, [D]; 0 where a bound is infinite and tanh does not apply."""
+    low, high = space.low.reshape(-1).astype(np.float64), space.high.reshape(-1).astype(np.float64)
+    bounded = np.isfinite(low) & np.isfinite(high)
+    return torch.tensor(np.where(bounded, (np.where(bounded, high, 0) - np.where(bounded, low, 0)) / 2, 0.0)).float()
+
+
+def to_json(space: gymnasium.Space) -> dict[str, Any]:
+    """A space as plain data; bounds as numbers or "inf"/"-inf" strings."""
+    if isinstance(space, spaces.Dict):
+        return {"kind": "Dict", "spaces": {name: to_json(inner) for name, inner in space.spaces.items()}}
+    if isinstance(space, spaces.Tuple):
+        return {"kind": "Tuple", "spaces": [to_json(inner) for inner in space.spaces]}
+    if isinstance(space, spaces.Box):
+        low, high = (_bounds(x) for x in (space.low, space.high))
+        return {"kind": "Box", "shape": list(space.shape), "dtype": space.dtype.name, "low": low, "high": high}
+    if isinstance(space, spaces.Discrete):
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, spaces.MultiDiscrete):
+        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+    if isinstance(space, spaces.MultiBinary):
+        return {"kind": "MultiBinary", "n": list(space.shape)}
+    raise ValueError(f"a {type(space).__name__} space cannot be saved")
+
+
+def from_json(data: dict[str, Any]) -> gymnasium.Space:
+    """The space that `to_json` wrote."""
+    kind = data["kind"]
+    if kind == "Dict":
+        return spaces.Dict({name: from_json(inner) for name, inner in data["spaces"].items()})
+    if kind == "Tuple":
+        return spaces.Tuple([from_json(inner) for inner in data["spaces"]])
+    if kind == "Box":
+        low, high = (
+            np.broadcast_to(np.array(data[b], np.float64), data["shape"]).astype(data["dtype"]) for b in ("low", "high")
+        )
+        return spaces.Box(low, high, dtype=np.dtype(data["dtype"]).type)
+    if kind == "Discrete":
+        return spaces.Discrete(data["n"], start=data["start"])
+    if kind == "MultiDiscrete":
+        return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+    if kind == "MultiBinary":
+        return spaces.MultiBinary(data["n"])
+    raise ValueError(f"kind is {kind!r}, must be Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
+
+
+def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
+    """The leaves of an observation, in the order of `leaves`."""
+    if isinstance(space, spaces.Dict):
+        for name, inner in space.spaces.items():
+            yield from _arrays(inner, obs[name])
+    elif isinstance(space, spaces.Tuple):
+        for inner, part in zip(space.spaces, obs, strict=True):
+            yield from _arrays(inner, part)
+    else:
+        yield obs
+
+
+def _tensor(space: gymnasium.Space, array: Any, path: str) -> Tensor:
+    if path == MASK:
+        return torch.tensor(np.asarray(array), dtype=torch.bool).flatten(1)
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        # kept from 0, whatever the space starts at
+        return torch.from_numpy(np.asarray(array, dtype=np.int64) - space.start)
+    if is_image(space):
+        return torch.from_numpy(np.array(array, dtype=np.uint8))
+    return torch.from_numpy(np.array(array, dtype=np.float32))
+
+
+def _bounds(x: np.ndarray) -> Any:
+    """One number where all are equal, else a nested list; infinities as strings, which numpy reads back."""
+    first = x.reshape(-1)[0] if x.size else 0.0
+    if x.size and (x == first).all():
+        return float(first) if np.isfinite(first) else str(float(first))
+    return np.where(np.isfinite(x), x.astype(object), x.astype(str).astype(object)).tolist()

@@ -1,0 +1,258 @@
+"""What every control recipe walks on: environments, policy, optimizer, walker; and what it does around an iteration."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import torch
+from gymnasium.vector import VectorEnv
+from torch import nn
+
+from understudy.control import environment
+from understudy.control.collect import Walker
+from understudy.control.config import Config
+from understudy.control.evaluate import evaluate
+from understudy.control.policy import Policy, policy_path
+from understudy.control.preflight import check_env
+from understudy.run.config import RequestError, to_json
+from understudy.run.picture import learning_curve
+from understudy.run.progress import Progress
+from understudy.run.seeds import derive, generator
+from understudy.run.sinks import open_sinks
+from understudy.run.store import Run, process_seconds
+
+WINDOW = 100  # episodes in `episode_return_mean`
+
+
+@dataclasses.dataclass
+class Stage:
+    """The open run of a recipe."""
+
+    cfg: Config
+    run: Run
+    walker: Walker
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    shuffle: torch.Generator
+    progress: Progress
+    sinks: list[Any]
+    threshold: float | None
+    iteration: int = 0
+    stopped: bool = False
+    train_started: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.window: deque[tuple[float, int]] = deque(maxlen=WINDOW)
+        self.episodes = 0
+        self.sums: dict[str, float] = {}
+        self.summed = 0
+        self.best = -float("inf")
+        self.train_started = time.time()
+
+    @property
+    def on(self) -> bool:
+        """Whether another iteration is due."""
+        return not self.stopped and self.walker.steps < self.cfg.steps
+
+    @property
+    def left(self) -> float:
+        """The share of the run's steps still to come, from 1 down to 0: what linear schedules follow."""
+        return max(0.0, 1 - self.walker.steps / self.cfg.steps)
+
+    def schedule(self) -> float:
+        """The learning rate of the coming iteration; a linear one is set here, a constant one stays as it is."""
+        if self.cfg.learning_rate_schedule == "linear":
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.cfg.learning_rate * self.left
+        return self.optimizer.param_groups[0]["lr"]
+
+    def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """Close an iteration: count it, log it, show it, evaluate and checkpoint when due. Yields its line of metrics."""
+        self.iteration += 1
+        self._episodes()
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()}
+        self.summed += 1
+        cfg, run = self.cfg, self.run
+        mean = statistics.fmean(r for r, _ in self.window) if self.window else None
+        reached = mean if mean is not None and len(self.window) == WINDOW else -float("inf")
+        if self.threshold is not None and run.solved_at is None and reached >= self.threshold:
+            run.solved_at = {"steps": self.walker.steps, "seconds": process_seconds()}
+            run.event("solved", threshold=self.threshold, **run.solved_at)
+        self.stopped = cfg.stop_at_return is not None and reached >= cfg.stop_at_return
+        if self.summed < cfg.log_every and self.on:
+            return
+        line = self._line(mean)
+        if cfg.evaluate_every and self.iteration % cfg.evaluate_every == 0:
+            line |= self._evaluate()
+        run.log(line)
+        for sink in self.sinks:
+            sink.log({name: value for name, value in line.items() if isinstance(value, float | int)}, self.walker.steps)
+        self.progress.show(line, now=not self.on)
+        if cfg.checkpoint_every and self.iteration % cfg.checkpoint_every == 0:
+            self.checkpoint()
+        yield line
+
+    def checkpoint(self) -> None:
+        """Write policy, optimizer and counters under checkpoints/ITERATION, once."""
+        name = f"{self.iteration:06d}"
+        if not (self.run.path / "checkpoints" / name).exists():
+            state = {"iteration": self.iteration, "steps": self.walker.steps, "solved_at": self.run.solved_at}
+            self.run.checkpoint(name, self.policy, self.optimizer, state)
+
+    def finish(self) -> None:
+        """Save the final policy, the last checkpoint, the learning curve, and a video where one is asked for."""
+        if self.iteration:
+            self.checkpoint()
+        self.policy.save(self.run.path / "policy")
+        title = f"{self.cfg.env}, seed {self.cfg.seed}"
+        learning_curve(self.run.metrics, self.run.path / "curve.png", title=title, goal=self.threshold)
+        if self.cfg.video:
+            evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video")
+
+    def _episodes(self) -> None:
+        while self.walker.finished:
+            episode = self.walker.finished.popleft()
+            self.window.append((episode.episode_return, episode.length))
+            self.episodes += 1
+
+    def _line(self, mean: float | None) -> dict[str, Any]:
+        seconds = time.time() - self.train_started
+        rate = self.walker.steps / seconds
+        metrics = {name: total / self.summed for name, total in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return {
+            "iteration": self.iteration,
+            "steps": self.walker.steps,
+            "episodes": self.episodes,
+            "episode_return_mean": mean,
+            "episode_length_mean": statistics.fmean(n for _, n in self.window) if self.window else None,
+            **metrics,
+            "seconds": seconds,
+            "steps_per_second": rate,
+            "seconds_left": max(0, self.cfg.steps - self.walker.steps) / rate,
+        }
+
+    def _evaluate(self) -> dict[str, float]:
+        returns = evaluate(self.policy, self.cfg, episodes=self.cfg.evaluate_episodes)
+        mean = statistics.fmean(returns)
+        if mean > self.best:
+            self.best = mean
+            self.policy.save(self.run.path / "best")
+        return {"evaluation_return_mean": mean, "evaluation_return_best": self.best}
+
+
+@contextmanager
+def open_stage(
+    recipe: str,
+    cfg: Config,
+    env: gymnasium.Env | VectorEnv | None,
+    policy: nn.Module | None,
+    *,
+    group_size: int = 1,
+    optimizer: Any = None,
+) -> Generator[Stage]:
+    """Everything a recipe needs, from its config; saved and closed at the end, however that comes.
+
+    Args:
+        env: a user's own environment or vector env, instead of the config's id.
+        policy: a user's own `Policy` or network, `network(obs) -> distribution, value`.
+        group_size: rows next to each other that share their episode seeds, so that they start from one state.
+        optimizer: (policy, cfg) -> optimizer, where it is not one Adam over all parameters.
+    """
+    torch.set_num_threads(cfg.threads)
+
+    def seed_of(row: int, episode: int) -> int:
+        return derive(cfg.seed, "episode", row // group_size, episode)
+
+    if env is None:
+        if cfg.vectorization in ("sync", "async"):
+            check_env(
+                cfg.env,
+                environment.single(cfg.env, cfg.env_options, cfg.wrappers)(),
+                seed=derive(cfg.seed, "preflight"),
+            )
+        envs = environment.make(
+            cfg.env,
+            num_envs=cfg.num_envs,
+            vectorization=cfg.vectorization,
+            options=cfg.env_options,
+            wrappers=cfg.wrappers,
+            seed=derive(cfg.seed, "envpool"),
+        )
+    else:
+        envs = environment.adopt(env, seed_of)
+    try:
+        policy = cast(policy, cfg, envs).to(cfg.device)
+        made = (optimizer or adam)(policy, cfg)
+        description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
+        run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description)
+        walker = Walker(
+            envs,
+            seed_of=seed_of,
+            generator=generator(cfg.seed, "sample", cfg.device),
+            hold=0 if cfg.exploration == "independent" else cfg.noise_hold,
+            device=cfg.device,
+        )
+        shuffle = generator(cfg.seed, "shuffle")
+        sinks = open_sinks(cfg.log, run.path, description["config"])
+        title = f"{recipe} {cfg.env} seed {cfg.seed} -> {run.path}"
+        with Progress(title, cfg.steps, quiet=cfg.quiet) as progress:
+            stage = Stage(cfg, run, walker, policy, made, shuffle, progress, sinks, environment.threshold(envs))
+            try:
+                yield stage
+            except (KeyboardInterrupt, GeneratorExit):
+                stage.finish()
+                raise
+            except BaseException as error:
+                run.event("failed", error=f"{type(error).__name__}: {environment.first_sentence(error)}")
+                raise
+            else:
+                stage.finish()
+            finally:
+                run.close()
+                for sink in sinks:
+                    sink.close()
+    finally:
+        envs.close()
+
+
+def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
+    """The policy of a run: a user's own, or that of `init`, or a fresh one. The spaces must be the environment's."""
+    spaces = envs.single_observation_space, envs.single_action_space
+    scales = {"scale_obs": cfg.normalize_obs, "scale_reward": cfg.gamma if cfg.normalize_reward else None}
+    if isinstance(policy, Policy):
+        return policy
+    if policy is not None:
+        return Policy(policy, *spaces, squash=cfg.squash, **scales)
+    if cfg.init is None:
+        return Policy.build(*spaces, cfg.shape, seed=derive(cfg.seed, "weights"), **scales)
+    loaded = Policy.load(policy_path(Path(cfg.init), "init"))
+    if (loaded.observation_space, loaded.action_space) != spaces:
+        raise RequestError(
+            f"init is {cfg.init!r}, a policy for {loaded.observation_space} and {loaded.action_space}, but env has "
+            f"{spaces[0]} and {spaces[1]}: choose a policy of the same spaces"
+        )
+    return loaded
+
+
+def adam(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+    """One Adam over all parameters."""
+    fused = torch.device(cfg.device).type in ("cpu", "cuda")
+    return torch.optim.Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=fused)
+
+
+def drain(iterations: Generator[dict[str, Any], None, Run]) -> Run:
+    """Run a recipe's iterations to their end; the run they made."""
+    while True:
+        try:
+            next(iterations)
+        except StopIteration as stop:
+            return stop.value

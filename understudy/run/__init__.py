@@ -1,0 +1,1 @@
+"""What every run has, in both worlds: its directory, seeds, progress, configuration, pictures."""

@@ -1,0 +1,90 @@
+"""Configuration: what values a field may have, how a config becomes JSON, the nearest name to a misspelt one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class RequestError(ValueError):
+    """The request was wrong (a flag, config, data or file): one sentence with the field, the value and the mend."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take, both ends included unless `above` is set."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        return (self.low < value if self.above else self.low <= value) and value <= self.high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return (
+                f"between {self.low:g} and {self.high:g}"
+                if not self.above
+                else f"above {self.low:g}, up to {self.high:g}"
+            )
+        return f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+
+
+Unit = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(0, above=True)]
+NonNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+
+
+def check(config: Any) -> None:
+    """Raise `RequestError` for the first field whose value is of the wrong kind or out of range."""
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        problem = _problem(hint, value)
+        if problem:
+            raise RequestError(f"{name} is {value!r}: must be {problem}")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """Every field of a config as plain data."""
+    return dataclasses.asdict(config)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name closest to a misspelt one, or nothing where none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _problem(hint: Any, value: Any) -> str:
+    """What is wrong with a value, as the end of the sentence "must be ..."; empty where nothing is."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        problem = _problem(args[0], value)
+        ranges = [mark for mark in args[1:] if isinstance(mark, Range)]
+        return problem or next((str(mark) for mark in ranges if not mark.holds(value)), "")
+    if origin in (Union, types.UnionType):
+        problems = [_problem(arg, value) for arg in args]
+        return "" if "" in problems else " or ".join(dict.fromkeys(problems))
+    if origin is Literal:
+        return "" if value in args else "one of " + ", ".join(map(str, args))
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "a tuple"
+        return next((f"a tuple whose entries are {p}" for x in value if (p := _problem(args[0], x))), "")
+    if hint is float:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return "" if good else "a finite number"
+    if hint is int:
+        return "" if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if hint is type(None):
+        return "" if value is None else "none"
+    kind = origin or hint
+    return "" if kind is Any or isinstance(value, kind) else f"a {kind.__name__}"
