@@ -105,6 +105,14 @@ def test_every_epoch_is_shuffled_anew():
     assert seen[0].advantage.flatten().tolist() != list(range(20))
 
 
+def test_without_reshuffling_one_order_serves_every_epoch():
+    seen: list[Batch] = []
+    learn(record_of(*range(20)), watched(seen), epochs=2, reshuffle=False)
+
+    assert seen[0].advantage.equal(seen[1].advantage)
+    assert seen[0].advantage.flatten().tolist() != list(range(20))
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_the_generator_alone_decides_the_order(same):
     orders = []

@@ -62,7 +62,7 @@ def update(
         if refresh is not None and epoch > 1:
             record = refresh(record)
         batch = record if policy.memory else record.steps()
-        if reshuffle or epoch == 0:
+        if reshuffle or epoch == 1:
             order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
         sums, seen = {}, 0
         for rows in order.tensor_split(max(1, min(minibatches, len(batch)))):

@@ -9,12 +9,14 @@ from functools import partial
 from typing import Any, Literal
 
 import gymnasium
+import torch
 from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.advantage import gae
 from understudy.batch import Batch
 from understudy.control import config, stage
+from understudy.control.policy import Policy
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, Unit
@@ -36,14 +38,16 @@ class Config(config.Config):
     standardize: bool = False
     """Standardise advantages over the record."""
     learning_rate: config.Positive = 7e-4
-    """Adam's step size at the start."""
+    """The optimizer's step size at the start."""
+    optimizer: Literal["adam", "rmsprop"] = "adam"
+    """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""
 
 
 def iterate(
     cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
 ) -> Generator[dict[str, Any], None, Run]:
     """The loop itself, an iteration at a time."""
-    with stage.open_stage("actor-critic", cfg, env, policy) as run:
+    with stage.open_stage("actor-critic", cfg, env, policy, optimizer=optimizer) as run:
         objective = partial(
             policy_gradient,
             value_coef=cfg.value_coef,
@@ -80,3 +84,10 @@ def iterate(
 def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg, env=env, policy=policy))
+
+
+def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+    """One Adam, or one RMSprop, over all parameters."""
+    if cfg.optimizer == "adam":
+        return stage.adam(policy, cfg)
+    return torch.optim.RMSprop(policy.parameters(), lr=cfg.learning_rate, alpha=0.99, eps=cfg.adam_eps)

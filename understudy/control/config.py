@@ -31,8 +31,8 @@ class Config:
     """Directory of the run; runs/NAME-N by default."""
     init: str | None = None
     """Run or policy directory to start from, instead of fresh weights."""
-    preset: str = "tuned"
-    """Where defaults came from: tuned (this env's own, if shipped), none, cleanrl, sb3, rsl_rl."""
+    preset: str = "none"
+    """Where defaults come from: tuned (this env's own; the command line's default), none, cleanrl, sb3, rsl_rl."""
     device: str = "cpu"
     """Torch device of policy and update."""
     threads: Count = 1
@@ -54,6 +54,8 @@ class Config:
     """How a Box action gets to its bounds: clipped, or tanh scaled to them."""
     log_std: float = 0.0
     """Initial log standard deviation of Box actions, in units of the action."""
+    scalar_std: bool = False
+    """Learn the standard deviation of Box actions itself, at least 1e-6, instead of its logarithm (rsl_rl)."""
     exploration: Literal["independent", "held", "gsde"] = "independent"
     """Noise of Box actions: fresh each step, held for noise_hold steps, or a held function of features (gSDE)."""
     noise_hold: Count = 4
@@ -110,5 +112,6 @@ class Config:
             orthogonal=self.orthogonal,
             squash=self.squash,
             log_std=self.log_std,
+            scalar_std=self.scalar_std,
             state_noise=self.exploration == "gsde",
         )

@@ -37,6 +37,7 @@ class Shape:
     orthogonal: bool
     squash: Literal["clip", "tanh"]
     log_std: float
+    scalar_std: bool
     state_noise: bool
 
 
@@ -198,7 +199,7 @@ class CategoricalHead(nn.Module):
 
 
 class GaussianHead(nn.Module):
-    """Box: a mean from the features, one log standard deviation per dimension (per feature and dimension with gSDE)."""
+    """Box: a mean from the features, one learned spread per dimension (per feature and dimension with gSDE)."""
 
     half_width: Tensor
 
@@ -209,7 +210,9 @@ class GaussianHead(nn.Module):
         self.state_noise, self.squash = shape.state_noise, shape.squash == "tanh"
         if self.state_noise and self.squash:
             raise ValueError("squash is 'tanh' and exploration is 'gsde': choose squash 'clip', or exploration 'held'")
-        self.log_std = nn.Parameter(torch.full((width, size) if self.state_noise else (size,), shape.log_std))
+        start = torch.full((width, size) if self.state_noise else (size,), shape.log_std)
+        self.scalar_std = shape.scalar_std
+        self.spread = nn.Parameter(start.exp() if self.scalar_std else start)
         self.register_buffer("half_width", half_width(space), persistent=False)
 
     def forward(self, features: Tensor, allowed: Tensor | None) -> Distribution:
@@ -218,6 +221,11 @@ class GaussianHead(nn.Module):
             return StateNoiseGaussian.of_features(mean, features.detach(), self.log_std)
         log_std = self.log_std.expand_as(mean)
         return SquashedGaussian(mean, log_std, self.half_width) if self.squash else DiagonalGaussian(mean, log_std)
+
+    @property
+    def log_std(self) -> Tensor:
+        """Log standard deviation, of what is learned: itself, or the standard deviation."""
+        return self.spread.clamp(min=1e-6).log() if self.scalar_std else self.spread
 
 
 def head_for(space: gymnasium.Space, width: int, shape: Shape) -> nn.Module:

@@ -126,9 +126,11 @@ def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, floa
     """Before an optimizer step: let the KL set the learning rate, or end the update, where the config says so."""
     kl = metrics["kl_old"]
     if cfg.adapt_learning_rate:
-        factor = 1 / 1.5 if kl > 2 * cfg.adapt_learning_rate else 1.5 if 0 < kl < cfg.adapt_learning_rate / 2 else 1.0
         for group in optimizer.param_groups:
-            group["lr"] = min(max(group["lr"] * factor, 1e-5), 1e-2)
+            if kl > 2 * cfg.adapt_learning_rate:
+                group["lr"] = max(group["lr"] / 1.5, 1e-5)
+            elif 0 < kl < cfg.adapt_learning_rate / 2:
+                group["lr"] = min(group["lr"] * 1.5, 1e-2)
     return 0 < cfg.stop_kl < kl
 
 
