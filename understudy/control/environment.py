@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
@@ -42,19 +43,13 @@ def make(
     options = dict(options or {})
     if render:
         options["render_mode"] = "rgb_array"
-    try:
-        if vectorization == "envpool":
-            envs = _envpool(env, num_envs, options, wrappers, seed)
-        elif vectorization == "native":
-            envs = _native(env, num_envs, options, wrappers)
-        else:
-            kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
-            maker = single(env, options, wrappers)
-            envs = kind([maker] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise RequestError(f"env is {env!r}, which needs a package that is missing: {_mend(env, error)}") from error
-    except (gymnasium.error.Error, TypeError) as error:
-        raise RequestError(f"env is {env!r} with env_options {options}: {first_sentence(error)}") from error
+    if vectorization == "envpool":
+        envs = _envpool(env, num_envs, options, wrappers, seed)
+    elif vectorization == "native":
+        envs = _native(env, num_envs, options, wrappers)
+    else:
+        kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
+        envs = kind([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     try:
         list(leaves(envs.single_observation_space))
         check_action_space(envs.single_action_space)
@@ -90,15 +85,21 @@ class SeededResets(gymnasium.Wrapper):
         return self.env.reset(seed=self.seed_of(self.row, self.episode), options=options)
 
 
-def single(env: str, options: dict[str, Any], wrappers: tuple[str, ...]) -> Callable[[], gymnasium.Env]:
+def single(
+    env: str, options: dict[str, Any] | None = None, wrappers: tuple[str, ...] = ()
+) -> Callable[[], gymnasium.Env]:
     """Makes one environment, wrapped. Its names are resolved now, so that a wrong one is refused before any process."""
     maker = _maker(env)
     wraps = [_wrapper(text) for text in wrappers]
 
     def build() -> gymnasium.Env:
-        made = maker(**options)
-        for wrap, arguments in wraps:
-            made = wrap(made, **arguments)
+        with _explained(env, options or {}):
+            made = maker(**(options or {}))
+        for text, (wrap, arguments) in zip(wrappers, wraps, strict=True):
+            try:
+                made = wrap(made, **arguments)
+            except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
+                raise RequestError(f"wrappers has {text!r}, which does not fit: {first_sentence(error)}") from error
         return made
 
     return build
@@ -153,7 +154,8 @@ def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[st
         return maker(num_envs=num_envs, **options)  # pyright: ignore[reportReturnType]
     if gymnasium.registry[name].vector_entry_point is None:
         raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
-    return gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
+    with _explained(env, options):
+        return gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
 
 
 def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int) -> VectorEnv:
@@ -167,13 +169,21 @@ def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[s
         ) from error
     if env not in envpool.list_all_envs():
         raise RequestError(f"env is {env!r}, which EnvPool does not know{nearest(env, envpool.list_all_envs())}")
-    return envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+    made: Any = envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+    return made
 
 
-def _mend(env: str, error: Exception) -> str:
-    spec = gymnasium.registry.get(env.rpartition(":")[2])
-    point = str(spec.entry_point) if spec is not None else ""
-    for word, extra in EXTRAS.items():
-        if word in point:
-            return f"pip install 'understudy[{extra}]'"
-    return first_sentence(error)
+@contextmanager
+def _explained(env: str, options: dict[str, Any]) -> Iterator[None]:
+    """What keeps an environment from being made, said in a sentence."""
+    try:
+        yield
+    except gymnasium.error.DependencyNotInstalled as error:
+        spec = gymnasium.registry.get(env.rpartition(":")[2])
+        point = str(spec.entry_point) if spec is not None else ""
+        mend = next((f"pip install 'understudy[{extra}]'" for word, extra in EXTRAS.items() if word in point), None)
+        raise RequestError(
+            f"env is {env!r}, which needs a package that is missing: {mend or first_sentence(error)}"
+        ) from error
+    except (gymnasium.error.Error, TypeError) as error:
+        raise RequestError(f"env is {env!r} with env_options {options}: {first_sentence(error)}") from error

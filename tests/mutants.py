@@ -1,0 +1,455 @@
+"""Break the formulas one at a time; a test must turn red each time. `python tests/mutants.py [words to filter by]`.
+
+HAND holds breakages that someone thought of, with what they would mean; each must be killed. The mechanical pass makes every
+comparison, sign, mask, detach, index and end flag of a file wrong, one at a time; nine in ten must be killed, and a
+survivor that no test can kill stands in EQUIVALENT with its reason. A new file is one line in TESTS.
+
+Each mutant runs in a fork of this process, which has torch and pytest loaded, on a copy of the package.
+"""
+
+from __future__ import annotations
+
+import ast
+import gc
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.dont_write_bytecode = True  # a mutant must never meet another one's cache
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKERS = min(2, os.cpu_count() or 1)
+SECONDS = 60  # for one mutant; one that hangs counts as killed
+ENOUGH = 0.9  # of the mechanical mutants
+
+ESTIMATORS, OBJECTIVES, TWIN = "invariants/test_estimators.py", "invariants/test_objectives.py", "worlds/test_twin.py"
+TESTS = {  # file -> the tests that must notice, the likeliest first
+    "batch.py": ("test_batch.py", TWIN),
+    "reduce.py": ("test_reduce.py", "test_update.py", OBJECTIVES),
+    "distribution.py": ("test_distribution.py",),
+    "sample.py": ("test_sample.py", TWIN),
+    "score.py": ("test_score.py", TWIN),
+    "value.py": ("test_value.py", ESTIMATORS, TWIN),
+    "advantage.py": ("test_advantage.py", ESTIMATORS, TWIN),
+    "objective.py": ("test_objective.py", OBJECTIVES, TWIN),
+    "update.py": ("test_update.py", OBJECTIVES, TWIN),
+    # control/collect.py, control/normalize.py: add their tests here
+}
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    meaning: str
+    at: int | None = None
+    """Where `old` stands; None where it stands once."""
+
+
+HAND = [
+    Mutant("batch.py", "self.terminated | self.truncated", "self.terminated", "a truncated episode never ends"),
+    Mutant(
+        "batch.py",
+        "start[:, 2:] = self.ended[:, :-2]",
+        "start[:, 1:] = self.ended[:, :-1]",
+        "forgets before the last obs",
+    ),
+    Mutant(
+        "batch.py", "self.mask.reshape(-1).nonzero()", "(self.mask | True).reshape(-1).nonzero()", "learns from padding"
+    ),
+    Mutant("batch.py", "own | found", "found | own", "what is found is thrown away"),
+    Mutant("batch.py", 'if not f.metadata.get("shared")', "", "cuts what all steps share"),
+    Mutant(
+        "batch.py",
+        "policy(record.obs, record.state, record.start)",
+        "policy(record.obs, record.state, record.ended)",
+        "forgets at the end",
+    ),
+    Mutant("reduce.py", "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()", "mean over padding"),
+    Mutant("reduce.py", "mask.sum(dim=1, keepdim=True)", "mask.sum(dim=0, keepdim=True)", "rows and columns mixed up"),
+    Mutant("reduce.py", "weight / mask.any(dim=1).sum().clamp(min=1)", "weight / mask.shape[0]", "empty rows count"),
+    Mutant("reduce.py", "(mask.shape[0] * budget)", "budget", "per_budget sums the rows"),
+    Mutant("reduce.py", "torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)", "x.mean()", "a mean over padding"),
+    Mutant("reduce.py", "(mask.sum() - 1).clamp(min=1)", "mask.sum().clamp(min=1)", "the biased variance"),
+    Mutant(
+        "reduce.py", "masked_var(target - value, mask)", "masked_var(value, mask)", "explains the value, not the target"
+    ),
+    Mutant(
+        "reduce.py", "(square / (size - 1).clamp(min=1))[index]", "(square / size)[index]", "a group's biased variance"
+    ),
+    Mutant("distribution.py", "torch.where(allowed, logits,", "torch.where(~allowed, logits,", "the mask inverted"),
+    Mutant("distribution.py", "return cls(logits.log_softmax(dim=-1))", "return cls(logits)", "unnormalised"),
+    Mutant("distribution.py", "return -exponential", "return exponential", "noise is not Gumbel"),
+    Mutant("distribution.py", "clamp(min=torch.finfo(self.logp.dtype).tiny)", "clamp(min=0)", "infinite noise"),
+    Mutant("distribution.py", "(self.logp + noise).argmax", "noise.argmax", "ignores the policy"),
+    Mutant(
+        "distribution.py",
+        "(self.logp.exp() * (self.logp - other.logp))",
+        "(other.logp.exp() * (other.logp - self.logp))",
+        "KL turned round",
+    ),
+    Mutant(
+        "distribution.py",
+        "return -(self.logp.exp() * self.logp)",
+        "return (self.logp.exp() * self.logp)",
+        "entropy's sign",
+    ),
+    Mutant("distribution.py", "noise < self.logits.sigmoid()", "noise > self.logits.sigmoid()", "yes is no"),
+    Mutant(
+        "distribution.py",
+        "self.mean + self.log_std.exp() * noise",
+        "self.mean + (2 * self.log_std).exp() * noise",
+        "variance for deviation",
+    ),
+    Mutant("distribution.py", "- self.log_std - HALF_LOG_2PI", "- HALF_LOG_2PI", "a density without its width"),
+    Mutant(
+        "distribution.py",
+        "(2 * (self.log_std - other.log_std))",
+        "(2 * (other.log_std - self.log_std))",
+        "KL's ratio turned round",
+    ),
+    Mutant(
+        "distribution.py",
+        "super().log_prob(action) - self._log_jacobian",
+        "super().log_prob(action) + self._log_jacobian",
+        "Jacobian's sign",
+    ),
+    Mutant("distribution.py", " + self.half_width.log()", "", "the width is not in the density"),
+    Mutant(
+        "distribution.py",
+        "return super().entropy() + expected.sum(dim=-1)",
+        "return super().entropy()",
+        "entropy of the unsquashed",
+    ),
+    Mutant(
+        "distribution.py",
+        "features.square() @ weight_std.square()",
+        "features.square() @ weight_std",
+        "deviation for variance",
+    ),
+    Mutant("distribution.py", "(noise * self.weight_std)", "noise", "noise without its width"),
+    Mutant("score.py", ".amax(dim=1)", ".amin(dim=1)", "never paid, or paid at the first step"),
+    Mutant("score.py", "torch.where(mask, column, -1)", "column.expand_as(mask)", "paid in the padding"),
+    Mutant("value.py", "record.ended | (following == steps)", "following == steps", "bootstraps from the next episode"),
+    Mutant("value.py", "record.ended | (following == steps)", "record.ended", "a cut row does not bootstrap"),
+    Mutant("value.py", "following[:, :-1] = at_or_after[:, 1:]", "following = at_or_after", "V of the step itself"),
+    Mutant("value.py", "(column + 1)", "(column + 2)", "steps over the last observation"),
+    Mutant(
+        "advantage.py", "torch.where(terminated, 0.0, next_value)", "next_value", "bootstraps past a terminal state"
+    ),
+    Mutant(
+        "advantage.py",
+        "torch.where(terminated, 0.0, next_value)",
+        "torch.where(truncated, 0.0, next_value)",
+        "truncation is terminal",
+    ),
+    Mutant("advantage.py", "next_value) - value, mask)", "next_value) + value, mask)", "V's sign"),
+    Mutant("advantage.py", "gamma * lam)", "lam)", "the trace is not discounted"),
+    Mutant(
+        "advantage.py",
+        "torch.where(ended, 0.0, torch.where(mask, decay, 1.0))",
+        "torch.where(mask, decay, 1.0)",
+        "traces cross an end",
+    ),
+    Mutant("advantage.py", "torch.where(mask, decay, 1.0)", "decay", "gamma counts columns, not choices"),
+    Mutant("advantage.py", "mask[:, 1:] | ended[:, :-1]", "mask[:, 1:]", "pay after an end counts"),
+    Mutant(
+        "advantage.py",
+        "return _masked(_backward_sum(reward, passed), mask)",
+        "return _backward_sum(reward, passed)",
+        "tool pay counts twice",
+    ),
+    Mutant("advantage.py", "if scale else centred", "if not scale else centred", "the flag inverted"),
+    Mutant(
+        "advantage.py",
+        "(score - mean) * size / (size - 1)",
+        "(score - mean) * (size - 1) / (size - 1)",
+        "own score in the baseline",
+    ),
+    Mutant(
+        "objective.py", "-batch.advantage * torch.where", "batch.advantage * torch.where", "makes bad actions likelier"
+    ),
+    Mutant("objective.py", "torch.minimum(ratio * advantage", "torch.maximum(ratio * advantage", "clips the wrong way"),
+    Mutant("objective.py", "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - high, 1 + low)", "clip's ends swapped"),
+    Mutant(
+        "objective.py",
+        "ratio = (logprob - old_logprob).exp()",
+        "ratio = (old_logprob - logprob).exp()",
+        "ratio turned round",
+    ),
+    Mutant("objective.py", "- entropy_coef * entropy", "+ entropy_coef * entropy", "entropy is punished"),
+    Mutant("objective.py", "+ value_coef * error", "+ error", "value_coef is ignored"),
+    Mutant(
+        "objective.py",
+        "kl_coef * batch.old.kl(distribution)",
+        "-kl_coef * batch.old.kl(distribution)",
+        "the KL is rewarded",
+    ),
+    Mutant(
+        "objective.py",
+        "kl_coef * batch.old.kl(distribution)",
+        "kl_coef * distribution.kl(batch.old)",
+        "KL turned round in the loss",
+    ),
+    Mutant(
+        "objective.py",
+        "return torch.maximum(error, squared_error(near",
+        "return torch.minimum(error, squared_error(near",
+        "critic's clip",
+    ),
+    Mutant("objective.py", "return 0.5 * (value", "return (value", "twice the squared error"),
+    Mutant(
+        "objective.py",
+        "if kl < target / 1.5:\n        return coef / 2",
+        "if kl < target / 1.5:\n        return coef * 2",
+        "KL runs away",
+    ),
+    Mutant(
+        "objective.py",
+        "torch.where(batch.mask, distribution.log_prob(batch.action), batch.logprob)",
+        "distribution.log_prob(batch.action)",
+        "infinite loss in padding",
+    ),
+    Mutant("update.py", "else record.steps()", "else record", "padding is shuffled in"),
+    Mutant(
+        "update.py", "if not minibatch.mask.any():\n                continue", "", "an empty minibatch makes a step"
+    ),
+    Mutant("update.py", "minibatch = prepare(minibatch)", "prepare(minibatch)", "advantages are not standardised"),
+    Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
+    Mutant("update.py", "zero_grad(set_to_none=True)", "step()", "gradients pile up"),
+    Mutant(
+        "update.py", "(loss * weight[piece]).sum()", "(loss * weight[piece]).sum() * size", "scaled by the minibatch"
+    ),
+    Mutant("update.py", "totals[name] + x for", "x for", "metrics of the last micro-batch"),
+    Mutant("update.py", "sums[name] + x for", "x for", "metrics of the last minibatch"),
+    Mutant("update.py", "if not torch.isfinite(norm):", "if False:", "a broken gradient is learnt from"),
+    Mutant("update.py", "if not torch.isfinite(total):", "if False:", "a broken loss is learnt from"),
+    Mutant("update.py", "generator=generator, device", "device", "the order is not the generator's"),
+    # control/collect.py, control/normalize.py: add theirs here
+]
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+"""(file, old, new) of a mechanical mutant's line -> why no test can kill it."""
+
+
+def mechanical(file: str, source: str) -> Iterator[Mutant]:
+    """Every comparison, sign, mask, detach, index and end flag of a file made wrong, one at a time."""
+    starts = [0]
+    for line in source.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    assert source.isascii(), f"{file}: positions are counted in bytes"
+
+    def span(node: ast.expr) -> tuple[int, int]:
+        return starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+
+    def text(node: ast.expr) -> str:
+        return source[slice(*span(node))]
+
+    tree = ast.parse(source)
+    for node in [n for n in _code(tree) if isinstance(n, ast.expr)]:
+        start, _ = span(node)
+        for new, meaning in _broken(node, text):
+            if new != text(node):
+                yield Mutant(file, text(node), new, meaning, start)
+
+
+def _code(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it, without annotations."""
+    yield node
+    for name, field in ast.iter_fields(node):
+        if name in ("annotation", "returns"):
+            continue
+        for child in field if isinstance(field, list) else [field]:
+            if isinstance(child, ast.AST):
+                yield from _code(child)
+
+
+COMPARISONS = {ast.Lt: ("<=", ">"), ast.Gt: (">=", "<"), ast.LtE: ("<", ">="), ast.GtE: (">", "<="), ast.Eq: ("!=",)}
+COMPARISONS |= {ast.NotEq: ("==",), ast.Is: ("is not",), ast.IsNot: ("is",), ast.In: ("not in",), ast.NotIn: ("in",)}
+SIGNS = {ast.Add: "-", ast.Sub: "+"}
+FLAGS = {"terminated": "truncated", "truncated": "terminated"}
+
+
+def _broken(node: ast.expr, text) -> Iterator[tuple[str, str]]:
+    """Wrong versions of one expression, and what was done to it."""
+    match node:
+        case ast.Compare(left=left, ops=[op], comparators=[right]):
+            for other in COMPARISONS[type(op)]:
+                yield f"{text(left)} {other} {text(right)}", "comparison"
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
+            yield f"{text(left)} {SIGNS[type(op)]} ({text(right)})", "sign"
+        case ast.BinOp(left=left, op=ast.BitOr() | ast.BitAnd(), right=right):
+            yield from ((text(left), "flag dropped"), (text(right), "flag dropped"))
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            if "mask" in text(right):
+                yield text(left), "mask dropped"
+            if "mask" in text(left):
+                yield text(right), "mask dropped"
+        case ast.UnaryOp(op=ast.USub() | ast.Not() | ast.Invert(), operand=operand):
+            yield f"({text(operand)})", "sign"
+        case ast.BoolOp(op=op, values=[left, right]):
+            yield f"{text(left)} {'and' if isinstance(op, ast.Or) else 'or'} {text(right)}", "and / or"
+        case ast.Call(func=ast.Attribute(value=value, attr="detach")):
+            yield text(value), "detach dropped"
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="no_grad")):
+            yield "torch.enable_grad()", "gradient let through"
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="where"), args=[condition, yes, no]):
+            yield f"torch.where({text(condition)}, {text(yes)}, {text(yes)})", "mask dropped"
+            yield f"torch.where({text(condition)}, {text(no)}, {text(no)})", "mask closed"
+        case ast.Name(id=name, ctx=ast.Load()) if name in FLAGS:
+            yield FLAGS[name], "end flag"
+        case ast.Attribute(value=value, attr=name, ctx=ast.Load()) if name in FLAGS:
+            yield f"{text(value)}.{FLAGS[name]}", "end flag"
+        case ast.Slice(lower=lower, upper=upper) if lower or upper:
+            ends = [text(end) if end else "" for end in (lower, upper)]
+            if lower:
+                yield f"{ends[0]} + 1:{ends[1]}", "index shift"
+            if upper:
+                yield f"{ends[0]}:{ends[1]} - 1", "index shift"
+            if bool(lower) != bool(upper):
+                end = ends[0] or ends[1]
+                turned = end[1:] if end.startswith("-") else f"-({end})"
+                yield (f":{turned}" if lower else f"{turned}:"), "the other end"
+        case ast.Subscript(value=value, slice=index):
+            parts = index.elts if isinstance(index, ast.Tuple) else [index]
+            for i, part in enumerate(parts):
+                if isinstance(part, ast.Constant) and type(part.value) is int:
+                    moved = [text(p) if j != i else str(part.value + 1) for j, p in enumerate(parts)]
+                    yield f"{text(value)}[{', '.join(moved)}]", "index shift"
+
+
+def hand_made(file: str, source: str) -> Iterator[Mutant]:
+    for mutant in HAND:
+        if mutant.file == file:
+            count = source.count(mutant.old)
+            if count != 1:
+                sys.exit(f"{file}: {mutant.old!r} stands {count} times, must stand once: mend HAND ({mutant.meaning})")
+            yield mutant
+
+
+def line_of(mutant: Mutant, source: str) -> tuple[str, str, str]:
+    """The file, and the whole lines that a mutant changes before and after: how EQUIVALENT names it."""
+    start = source.index(mutant.old) if mutant.at is None else mutant.at
+    stop = start + len(mutant.old)
+    first, last = source.rfind("\n", 0, start) + 1, source.find("\n", stop)
+    before, after = source[first:last], source[first:start] + mutant.new + source[stop:last]
+    return mutant.file, " ".join(before.split()), " ".join(after.split())
+
+
+def apply(mutant: Mutant, source: str) -> str:
+    start = source.index(mutant.old) if mutant.at is None else mutant.at
+    return source[:start] + mutant.new + source[start + len(mutant.old) :]
+
+
+class Stage:
+    """A copy of the package and its tests on which one mutant at a time plays."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mutants-"))
+        for name in ("understudy", "tests"):
+            shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+
+    def play(self, file: str, source: str, tests: tuple[str, ...]) -> int:
+        """Start the tests on a changed file in a fork; its process id. Exit code 0: nobody noticed."""
+        (self.folder / "understudy" / file).write_text(source)
+        child = os.fork()
+        if child:
+            return child
+        os.setsid()
+        silence = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(silence, stream)
+        os.chdir(self.folder)
+        sys.path.insert(0, str(self.folder))
+        options = ["-x", "-q", "-o", "addopts=", "--import-mode=importlib", "--assert=plain", "-p", "no:cacheprovider"]
+        code = 1
+        try:
+            code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+        finally:
+            os._exit(code)
+
+    def restore(self, file: str) -> None:
+        shutil.copy(ROOT / "understudy" / file, self.folder / "understudy" / file)
+
+
+def run(mutants: list[Mutant], sources: dict[str, str]) -> Iterator[tuple[Mutant, bool]]:
+    """Each mutant and whether it was killed, in the order they finish."""
+    free, busy, waiting = [Stage() for _ in range(WORKERS)], {}, list(reversed(mutants))
+    try:
+        while waiting or busy:
+            while waiting and free:
+                mutant, stage = waiting.pop(), free.pop()
+                source = apply(mutant, sources[mutant.file])
+                busy[stage.play(mutant.file, source, TESTS[mutant.file])] = (mutant, stage, time.monotonic())
+            time.sleep(0.01)
+            for child, (mutant, stage, since) in list(busy.items()):
+                done, status = os.waitpid(child, os.WNOHANG)
+                if not done and time.monotonic() - since < SECONDS:
+                    continue
+                if not done:
+                    os.killpg(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                del busy[child]
+                stage.restore(mutant.file)
+                free.append(stage)
+                code = os.waitstatus_to_exitcode(status) if done else 1
+                if code in (4, 5):  # pytest: wrong usage, no tests
+                    sys.exit(f"{mutant.file}: no tests ran, mend TESTS")
+                yield mutant, code != 0
+    finally:
+        for stage in [*free, *(stage for _, stage, _ in busy.values())]:
+            shutil.rmtree(stage.folder, ignore_errors=True)
+
+
+def show(mutant: Mutant, source: str) -> str:
+    line = source.count("\n", 0, source.index(mutant.old) if mutant.at is None else mutant.at) + 1
+    _, before, after = line_of(mutant, source)
+    return f"  {mutant.file}:{line} ({mutant.meaning})\n    - {before}\n    + {after}"
+
+
+def main(words: list[str]) -> int:
+    began = time.monotonic()
+    sources = {file: (ROOT / "understudy" / file).read_text() for file in TESTS}
+    untouched = [Mutant(file, "", "", "nothing is broken", 0) for file in TESTS if not words or file in words]
+    for mutant, red in run(untouched, sources):
+        if red:
+            sys.exit(f"the tests of {mutant.file} are red before anything is broken")
+
+    kinds, known, failed = {"hand-made": hand_made, "mechanical": mechanical}, set(), False
+    for kind, make in kinds.items():
+        mutants = [m for file, source in sources.items() if not words or file in words for m in make(file, source)]
+        equivalent = [m for m in mutants if kind == "mechanical" and line_of(m, sources[m.file]) in EQUIVALENT]
+        known |= {line_of(m, sources[m.file]) for m in equivalent}
+        mutants = [m for m in mutants if m not in equivalent]
+        survivors = [mutant for mutant, killed in run(mutants, sources) if not killed]
+        killed = len(mutants) - len(survivors)
+        print(f"{kind}: {killed} of {len(mutants)} killed, {len(survivors)} survived, {len(equivalent)} equivalent")
+        for mutant in survivors:
+            print(show(mutant, sources[mutant.file]))
+        for mutant in equivalent:
+            print(
+                f"{show(mutant, sources[mutant.file])}\n    equivalent: {EQUIVALENT[line_of(mutant, sources[mutant.file])]}"
+            )
+        failed |= bool(survivors) if kind == "hand-made" else killed < ENOUGH * len(mutants)
+    for name in EQUIVALENT.keys() - known if not words else ():
+        print(f"EQUIVALENT names a mutant that there is no more: {name}")
+        failed = True
+    print(f"{time.monotonic() - began:.0f} s")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    import pytest
+    import torch
+    import torch.distributions
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    sys.exit(main(sys.argv[1:]))

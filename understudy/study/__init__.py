@@ -1,0 +1,1 @@
+"""Comparing runs by what their directories say."""
