@@ -86,7 +86,12 @@ HAND = [
     Mutant("distribution.py", "torch.where(allowed, logits,", "torch.where(~allowed, logits,", "the mask inverted"),
     Mutant("distribution.py", "return cls(logits.log_softmax(dim=-1))", "return cls(logits)", "unnormalised"),
     Mutant("distribution.py", "return -exponential", "return exponential", "noise is not Gumbel"),
-    Mutant("distribution.py", "clamp(min=torch.finfo(self.logp.dtype).tiny)", "clamp(min=0)", "infinite noise"),
+    Mutant(
+        "distribution.py",
+        "torch.finfo(logits.dtype).min / 2",
+        "torch.finfo(logits.dtype).min * 2",
+        "-inf at disallowed actions",
+    ),
     Mutant("distribution.py", "(self.logp + noise).argmax", "noise.argmax", "ignores the policy"),
     Mutant(
         "distribution.py",
@@ -234,7 +239,38 @@ HAND = [
     # control/collect.py, control/normalize.py: add theirs here
 ]
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT = {
+    (
+        "distribution.py",
+        "return (self.logits > 0).long()",
+        "return (self.logits >= 0).long()",
+    ): "at even odds both outcomes are a mode",
+    (
+        "distribution.py",
+        "points = self.mean[..., None, :] + self.log_std.exp()[..., None, :] * nodes[:, None]",
+        "points = self.mean[..., None, :] - (self.log_std.exp()[..., None, :] * nodes[:, None])",
+    ): "the nodes and their weights are symmetric about 0",
+    (
+        "distribution.py",
+        "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))",
+        "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) - (torch.diag(off, -1)))",
+    ): "eigh reads one triangle; its sign changes neither the eigenvalues nor the squares of the vectors",
+    (
+        "advantage.py",
+        "while shift < x.shape[1]:",
+        "while shift <= x.shape[1]:",
+    ): "one round more, which shifts everything out and adds nothing",
+    (
+        "advantage.py",
+        "carry = torch.cat([carry[:, :-shift] * carry[:, shift:], carry[:, -shift:]], dim=1)",
+        "carry = torch.cat([carry[:, :-shift] * carry[:, shift:], carry[:, :shift]], dim=1)",
+    ): "the last `shift` carries fill the shape and are never read again",
+    (
+        "objective.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+    ): "every metric is detached below; this only saves its graph",
+}
 """(file, old, new) of a mechanical mutant's line -> why no test can kill it."""
 
 
@@ -369,6 +405,7 @@ class Stage:
         os.chdir(self.folder)
         sys.path.insert(0, str(self.folder))
         options = ["-x", "-q", "-o", "addopts=", "--import-mode=importlib", "--assert=plain", "-p", "no:cacheprovider"]
+        options += ["-p", "no:unraisableexception"]
         code = 1
         try:
             code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
@@ -451,5 +488,8 @@ if __name__ == "__main__":
     import torch.distributions
 
     torch.set_num_threads(1)
+    one = torch.ones(1, requires_grad=True)
+    torch.optim.Adam([one]).step()
+    torch.testing.assert_close(one, one)  # both load much at their first use: once here, not in every fork
     gc.freeze()
     sys.exit(main(sys.argv[1:]))

@@ -81,6 +81,17 @@ def test_the_mode_is_the_most_likely_action():
     assert_close(DiagonalGaussian(torch.tensor([0.3]), torch.zeros(1)).mode(), torch.tensor([0.3]))
 
 
+def test_an_impossible_yes_is_never_said():
+    # the sigmoid of -200 is 0 in float32, and noise can be 0
+    assert_close(Bernoulli(torch.tensor([-200.0])).at(torch.tensor([0.0])), torch.tensor([0]))
+
+
+def test_a_normal_action_is_the_mean_plus_noise_in_deviations():
+    # 1 + 3 * 2
+    ours = DiagonalGaussian(torch.tensor([1.0]), torch.tensor([3.0]).log())
+    assert_close(ours.at(torch.tensor([2.0])), torch.tensor([7.0]))
+
+
 def chi_square(counts, probability):
     """Pearson's statistic of drawn counts; far below 30 for up to 7 degrees of freedom (p = 1e-4)."""
     expected = probability * counts.sum()
@@ -139,13 +150,6 @@ def test_the_only_allowed_action_is_always_drawn(dtype):
     logits = torch.tensor([50.0, 50, -50, 50], dtype=dtype).expand(2000, 4)
 
     assert (Categorical.of(logits, ALLOWED[1]).sample(seeded()) == 2).all()
-
-
-def test_noise_stays_finite_when_the_draw_rounds_to_zero():
-    # in bfloat16 one draw in some hundreds of an exponential is 0
-    one = Categorical(torch.zeros(20_000, 2, dtype=torch.bfloat16))
-
-    assert one.noise(seeded()).isfinite().all()
 
 
 def test_masked_log_prob_and_entropy_are_those_of_the_allowed_actions_alone():
@@ -233,6 +237,15 @@ def test_a_squashed_entropy_is_minus_the_mean_log_prob():
     assert (many.entropy()[0] - minus.mean()).abs() < 4 * minus.std() / DRAWS**0.5  # four standard errors
 
 
+def test_a_squashed_entropy_is_that_of_each_step_alone():
+    mean, log_std = normal(2, 3, 2), 0.3 * normal(2, 3, 2, seed=1)
+
+    together = squashed(mean, log_std)[0].entropy()
+
+    alone = [[squashed(mean[b, t], log_std[b, t])[0].entropy() for t in range(3)] for b in range(2)]
+    assert_close(together, torch.stack([torch.stack(r) for r in alone]))
+
+
 def test_a_squashed_log_prob_far_out_is_finite_and_exact():
     # 1 - tanh(x)^2 = 4 exp(-2x) for large x: log density = -x^2/2 - log(2 pi)/2 - log 4 + 2x
     ours = SquashedGaussian(torch.zeros(1), torch.zeros(1), half_width=torch.ones(1))
@@ -277,10 +290,18 @@ def test_one_held_noise_acts_in_many_states():
     assert_close(many.at(noise.expand(7, 3, 2)), one_by_one)
 
 
-def test_every_row_draws_its_own_state_noise():
-    features = torch.ones(2, 3)
+def test_state_noise_has_a_weight_for_every_row_step_feature_and_dimension():
+    assert state_noise(torch.ones(4, 5, 3)).noise(seeded()).shape == (4, 5, 3, 2)
 
-    assert not state_noise(features).sample(seeded())[0].equal(state_noise(features).sample(seeded())[1])
+
+def test_state_noise_has_a_density_even_without_features():
+    assert state_noise(torch.zeros(1, 3)).log_prob(torch.zeros(1, 2)).isfinite().all()
+
+
+def test_every_row_draws_its_own_state_noise():
+    first, second = state_noise(torch.ones(2, 3)).sample(seeded())
+
+    assert not first.equal(second)
 
 
 def test_state_noise_log_prob_is_that_of_the_actions_over_many_draws():

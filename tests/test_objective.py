@@ -122,6 +122,11 @@ def test_the_clip_fraction_counts_ratios_outside_the_clip(old_probability, clipp
     assert_close(metrics["clip_fraction"], row(clipped))
 
 
+def test_a_ratio_of_one_is_never_outside_the_clip():
+    _, metrics = ppo(Fixed(), one_step(old_probability=0.8), clip=0.0, value_coef=0.0, entropy_coef=0.0)
+    assert_close(metrics["clip_fraction"], row(0.0))
+
+
 def test_a_ratio_below_the_clip_is_counted():
     _, metrics = ppo(Fixed(), one_step(old_probability=0.99), clip=0.1, value_coef=0.0, entropy_coef=0.0)
     assert_close(metrics["clip_fraction"], row(1.0))
@@ -193,6 +198,11 @@ def test_the_kl_coefficient_halves_below_and_doubles_above_its_target(kl, coef):
 def test_the_kl_coefficient_scales_its_limits_with_the_target():
     # target 3: nothing between 2 and 4.5
     assert [adapt_kl_coef(2.0, kl, target=3.0) for kl in (1.9, 2.1, 4.4, 4.6)] == [1.0, 2.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("kl", [2.0, 4.5])
+def test_the_kl_coefficient_stays_at_its_limits(kl):
+    assert adapt_kl_coef(2.0, kl, target=3.0) == 2.0
 
 
 OBJECTIVES = {

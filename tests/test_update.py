@@ -113,6 +113,15 @@ def test_without_reshuffling_one_order_serves_every_epoch():
     assert seen[0].advantage.flatten().tolist() != list(range(20))
 
 
+def test_without_reshuffling_one_order_serves_all_epochs():
+    seen: list[Batch] = []
+    learn(record_of(*range(20)), watched(seen), epochs=3, reshuffle=False)
+
+    assert seen[0].advantage.flatten().tolist() != list(range(20))
+    assert seen[0].advantage.equal(seen[1].advantage)
+    assert seen[0].advantage.equal(seen[2].advantage)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_the_generator_alone_decides_the_order(same):
     orders = []
@@ -232,6 +241,14 @@ def test_steering_stops_before_the_step_it_sees():
     assert policy.w.item() == -1
     assert shown[0] == {"advantage": 1.0, "ones": 1.0}
     assert metrics == {"advantage": 1, "ones": 1, "grad_norm": 1, "optimizer_steps": 1, "epochs": 1}
+
+
+def test_steering_reports_the_mean_over_the_steps_taken():
+    # the third minibatch is seen and not taken: two steps of advantage 4
+    seen = []
+    _, metrics = learn(record_of(4, 4, 4), minibatches=3, steer=lambda metrics: seen.append(1) or len(seen) == 3)
+
+    assert metrics == {"advantage": 4, "ones": 1, "grad_norm": 4, "optimizer_steps": 2, "epochs": 1}
 
 
 def test_steering_at_the_first_minibatch_still_reports_what_it_saw():

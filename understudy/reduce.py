@@ -69,5 +69,5 @@ def group_moments(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _centred(x: Tensor, mask: Tensor) -> Tensor:
     """x minus its mean over masked-in entries, 0 elsewhere. Twice, for the first mean is rounded: equal numbers become 0."""
-    x = torch.where(mask, x - masked_mean(x, mask), 0.0)
+    x = x - masked_mean(x, mask)
     return torch.where(mask, x - masked_mean(x, mask), 0.0)

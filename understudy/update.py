@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -58,22 +59,23 @@ def update(
     sums: dict[str, Tensor] = {}
     taken = seen = epoch = 0
     order = torch.empty(0)
+    batch = record if policy.memory else record.steps()
     for epoch in range(1, epochs + 1):
         if refresh is not None and epoch > 1:
             record = refresh(record)
-        batch = record if policy.memory else record.steps()
+            batch = record if policy.memory else record.steps()
         if reshuffle or epoch == 1:
             order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
-        sums, seen = {}, 0
-        for rows in order.tensor_split(max(1, min(minibatches, len(batch)))):
-            minibatch = batch[rows]
+        shuffled, sums, seen = batch[order], {}, 0
+        for rows in _split(len(batch), minibatches):
+            minibatch = shuffled[rows]
             if not minibatch.mask.any():
                 continue
             if prepare is not None:
                 minibatch = prepare(minibatch)
             metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
             if steer is not None and steer({name: float(x) for name, x in metrics.items()}):
-                return _mean(sums or metrics, seen or 1) | {"optimizer_steps": taken, "epochs": epoch}
+                return _mean(sums or metrics, seen) | {"optimizer_steps": taken, "epochs": epoch}
             metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
             optimizer.step()
             taken, seen = taken + 1, seen + 1
@@ -88,14 +90,17 @@ def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, mi
     size = len(minibatch)
     for at in range(0, size, micro or size):
         piece = slice(at, at + (micro or size))
-        loss, metrics = objective(policy, minibatch[piece])
+        loss, metrics = objective(policy, minibatch if micro is None else minibatch[piece])
         total = (loss * weight[piece]).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()}: look at the record's rewards, advantages and targets"
             )
         total.backward()
-        parts = {name: (x * weight[piece]).sum() for name, x in metrics.items()}
+        parts = {}
+        if metrics:  # one pass over them all
+            means = (torch.stack(list(metrics.values())) * weight[piece]).sum(dim=(1, 2))
+            parts = dict(zip(metrics, means, strict=True))
         totals = {name: totals[name] + x for name, x in parts.items()} if totals else parts
     return totals
 
@@ -111,6 +116,13 @@ def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tens
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}: lower learning_rate or max_grad_norm")
     return norm
+
+
+def _split(size: int, parts: int) -> list[slice]:
+    """At most `parts` slices of `size` rows, none empty, their sizes differing by at most one."""
+    parts = max(1, min(parts, size))
+    edges = [-(-size * i // parts) for i in range(parts + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
 def _mean(sums: dict[str, Tensor], count: int) -> dict[str, float]:
