@@ -7,12 +7,15 @@ from typing import Any
 
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, goal: float | None = None) -> bool:
-    """Draw the mean return of the last 100 episodes against steps as a PNG; False where there is none to draw."""
+    """Draw the mean return of the last 100 episodes against steps as a PNG; False where there is none to draw.
+
+    One point is no curve.
+    """
+    points = [(m["steps"], m["episode_return_mean"]) for m in metrics if m.get("episode_return_mean") is not None]
+    if len(points) < 2:
+        return False
     from matplotlib.figure import Figure  # takes half a second, and only here
 
-    points = [(m["steps"], m["episode_return_mean"]) for m in metrics if m.get("episode_return_mean") is not None]
-    if not points:
-        return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.8, label="mean return, last 100 episodes")
