@@ -57,4 +57,5 @@ def choose(
     if sample and noise is None:
         noise = distribution.noise(generator)
     action = distribution.at(noise) if sample else distribution.mode()
+    action = action.detach()  # no_grad lets a view of a parameter through: a policy that looks at nothing returns one
     return Choice(action[:, 0], distribution.log_prob(action)[:, 0], state, noise)

@@ -145,12 +145,13 @@ class Walker:
         choice = choose(policy, seen, self.state, start, generator=self.generator, noise=self.noise, sample=self.sample)
         self.noise, self.state = choice.noise, choice.state
         after, reward, terminated, truncated, info = self.envs.step(policy.executable(choice.action))
-        reward = np.asarray(reward, dtype=np.float64)
+        reward = np.array(reward, dtype=np.float64)  # a copy: a vector env may write over its own next time
         terminated = np.array(terminated, dtype=bool) & ~pending
         truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated  # a death at the time limit is a death
         over = terminated | truncated
-        self._account(chosen, reward, over, truncated)
+        self._account(chosen, reward)
         final = self._final(after, info, over & chosen)
+        self._finish(chosen, over, truncated)
         self.pending = over if self.mode is AutoresetMode.NEXT_STEP else pending
         self._renew(after, info, over, renewed=pending if self.mode is AutoresetMode.NEXT_STEP else over)
         if self.state is not None:
@@ -173,11 +174,15 @@ class Walker:
             return None
         rows = np.flatnonzero(ended)
         same_step = self.mode is AutoresetMode.SAME_STEP
+        if same_step and "final_obs" not in info:
+            raise ValueError(
+                'info has no "final_obs", though an episode ended and autoreset_mode is SAME_STEP: give it'
+            )
         found = _stack(self.envs, info["final_obs"][rows]) if same_step else after
         anything = (
             None if self.allowed is None else np.ones((len(rows) if same_step else self.rows, self.allowed.shape[1]))
         )
-        tree = self._read(found, anything)
+        tree = self._read(found, anything, rows if same_step else None)
         return tree if same_step else map_tensors(lambda x: x[torch.from_numpy(rows)], tree)
 
     def _renew(self, after: Any, info: dict[str, Any], over: np.ndarray, renewed: np.ndarray) -> None:
@@ -195,8 +200,8 @@ class Walker:
             )
         self.now = self._read(after, self.allowed)
 
-    def _account(self, chosen: np.ndarray, reward: np.ndarray, over: np.ndarray, truncated: np.ndarray) -> None:
-        """Count steps, returns and finished episodes; refuse a reward that is no number."""
+    def _account(self, chosen: np.ndarray, reward: np.ndarray) -> None:
+        """Count steps and returns; refuse a reward that is no number."""
         if not np.isfinite(reward).all():
             row = int(np.flatnonzero(~np.isfinite(reward))[0])
             raise FloatingPointError(
@@ -206,6 +211,9 @@ class Walker:
         self.steps += int(chosen.sum())
         self.returns += np.where(self.pending, 0.0, reward)
         self.lengths += ~self.pending
+
+    def _finish(self, chosen: np.ndarray, over: np.ndarray, truncated: np.ndarray) -> None:
+        """Write down the episodes that are over."""
         for row in np.flatnonzero(over):
             if chosen[row]:
                 episode = Episode(
@@ -218,16 +226,15 @@ class Walker:
                 self.finished.append(episode)
             self.returns[row], self.lengths[row] = 0.0, 0
 
-    def _read(self, obs: Any, allowed: np.ndarray | None) -> Tree:
-        """The observation as Tensors, refused where it is not finite."""
+    def _read(self, obs: Any, allowed: np.ndarray | None, rows: np.ndarray | None = None) -> Tree:
+        """The observation as Tensors, of all rows or of these; refused where it is not finite."""
         tree = read(self.envs.single_observation_space, obs, allowed)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
             if leaf.is_floating_point() and not torch.isfinite(leaf).all():
-                row = int(
-                    (~torch.isfinite(leaf.flatten(1) if leaf.dim() > 1 else leaf[:, None]).all(dim=1)).nonzero()[0]
-                )
+                index = int((~torch.isfinite(leaf)).reshape(len(leaf), -1).any(dim=1).nonzero()[0])
+                row = index if rows is None else int(rows[index])
                 raise FloatingPointError(
-                    f"observation {path!r} is not finite in env {row}, after step {self.lengths[row]} of its episode "
+                    f"observation {path!r} is not finite in env {row}, after {self.lengths[row]} steps of its episode "
                     f"{self.episode[row]} (from 0): mend the environment"
                 )
         return tree
@@ -246,7 +253,15 @@ class Walker:
         given = np.broadcast_to(info.get(f"_{MASK}", MASK in info), self.rows)
         if not given[rows].all() or (self.now is not None and self.allowed is None):
             raise ValueError(f'info["{MASK}"] is missing at some resets or steps: give it at every one, or never')
-        allowed[rows] = np.asarray(info[MASK]).reshape(self.rows, -1).astype(bool)[rows]
+        for row, mask in zip(np.flatnonzero(rows), np.asarray(info[MASK])[rows], strict=True):
+            # an array; or, as an object, a list or one array a dimension
+            flat = mask.ravel() if isinstance(mask, np.ndarray) else np.concatenate([np.ravel(part) for part in mask])
+            if len(flat) != allowed.shape[1]:
+                raise ValueError(
+                    f'info["{MASK}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '
+                    f"{self.envs.single_action_space}"
+                )
+            allowed[row] = flat
         if not allowed.any(axis=1).all():
             row = int(np.flatnonzero(~allowed.any(axis=1))[0])
             raise ValueError(f'info["{MASK}"] allows no action in env {row}: allow at least one')
