@@ -32,6 +32,7 @@ from understudy.advantage import gae
 from understudy.batch import consult
 from understudy.control import environment
 from understudy.control.policy import Policy
+from understudy.control.spaces import all_forbidden
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.value import estimate, next_value
 
@@ -502,7 +503,7 @@ def test_nested_observations_keep_their_last_ones(rollout, mode):
 
 
 def picky(mode, rollout, diary=Picky):
-    policy = Policy(Anything(), Diary.observation_space, Diary.action_space)
+    policy = Policy(Anything(), diary.observation_space, diary.action_space)
     return records(diaries(mode, diary=diary), policy, rollout)[0]
 
 
@@ -587,6 +588,64 @@ class DeadEnd(Picky):
 def test_a_mask_that_allows_nothing_is_refused_and_the_env_named(mode):
     with pytest.raises(ValueError, match="allows no action in env 2"):
         picky(mode, 5, NothingAllowed)
+
+
+class MaskInObs(Picky):
+    """Gives its mask in its observation."""
+
+    observation_space = spaces.Dict({"obs": Diary.observation_space, "action_mask": spaces.MultiBinary(ACTIONS)})
+
+    def obs(self):
+        return {"obs": super().obs(), "action_mask": self.allowed()}
+
+    def allowed(self):
+        return allowed_at(self.row, self.episode, self.now)
+
+    def info(self):
+        return {}
+
+
+class NothingAllowedInObs(MaskInObs):
+    """Allows nothing at the second step of row 2's first episode."""
+
+    def allowed(self):
+        return super().allowed() * ((self.row, self.episode, self.now) != (2, 0, 1))
+
+
+class DeadEndInObs(MaskInObs):
+    """Allows nothing where an episode is over."""
+
+    def allowed(self):
+        return super().allowed() * (self.now < length_of(self.row, self.episode))
+
+
+@WITH_EVERY_ROLLOUT
+@IN_EVERY_MODE
+def test_an_action_mask_in_the_observation_is_one_in_info(rollout, mode):
+    for record, expected in zip(picky(mode, rollout, MaskInObs), picky(mode, rollout), strict=True):
+        chosen = expected.mask
+        assert_close(record.obs["action_mask"][chosen], expected.obs["action_mask"][chosen])
+        assert_close(record.action, expected.action)
+
+
+@IN_EVERY_MODE
+def test_a_mask_in_the_observation_that_allows_nothing_is_refused(mode):
+    with pytest.raises(ValueError, match="allows no action in env 2, after 1 steps of its episode 0"):
+        picky(mode, 5, NothingAllowedInObs)
+
+
+@IN_EVERY_MODE
+def test_a_mask_in_the_observation_may_allow_nothing_where_an_episode_is_over(mode):
+    for record, expected in zip(picky(mode, 5, DeadEndInObs), picky(mode, 5), strict=True):
+        assert_close(record.action, expected.action)
+        assert_close(record.logprob, expected.logprob)
+
+
+def test_a_mask_must_allow_something_in_every_dimension():
+    rows = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    assert all_forbidden(spaces.MultiDiscrete([2, 3]), rows).tolist() == [False, True, True]
+    assert all_forbidden(spaces.MultiBinary(2), rows[:, :4]).tolist() == [False, True, True]
+    assert all_forbidden(spaces.Discrete(5), rows & False).all()
 
 
 @IN_EVERY_MODE

@@ -19,7 +19,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
-from understudy.control.spaces import MASK, PLAIN, mask_width, read
+from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, read
 from understudy.sample import choose
 
 
@@ -95,7 +95,7 @@ class Walker:
         self.returns[:], self.lengths[:], self.pending[:] = 0, 0, False
         self.state = None
         self.allowed = self._allowed(info, np.ones(self.rows, dtype=bool))
-        self.now = self._read(obs, self.allowed)
+        self._stand(obs)
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
@@ -198,7 +198,7 @@ class Walker:
             self.allowed = (
                 None if self.allowed is None or reset is None else np.where(over[:, None], reset, self.allowed)
             )
-        self.now = self._read(after, self.allowed)
+        self._stand(after)
 
     def _account(self, chosen: np.ndarray, reward: np.ndarray) -> None:
         """Count steps and returns; refuse a reward that is no number."""
@@ -262,10 +262,19 @@ class Walker:
                     f"{self.envs.single_action_space}"
                 )
             allowed[row] = flat
-        if not allowed.any(axis=1).all():
-            row = int(np.flatnonzero(~allowed.any(axis=1))[0])
-            raise ValueError(f'info["{MASK}"] allows no action in env {row}: allow at least one')
         return allowed
+
+    def _stand(self, obs: Any) -> None:
+        """Make this the observations that the next choices are made at; refuse a mask that leaves none."""
+        self.now = self._read(obs, self.allowed)
+        if isinstance(self.now, dict) and MASK in self.now:
+            empty = all_forbidden(self.envs.single_action_space, self.now[MASK]).numpy() & ~self.pending
+            if empty.any():
+                row = int(np.flatnonzero(empty)[0])
+                raise ValueError(
+                    f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
+                    f"{self.episode[row]} (from 0): allow at least one, in every dimension"
+                )
 
 
 def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:

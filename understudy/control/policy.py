@@ -20,6 +20,7 @@ from understudy.control.spaces import (
     MASK,
     PLAIN,
     add_batch,
+    all_forbidden,
     check_action_space,
     executable,
     features,
@@ -156,8 +157,8 @@ class Policy(nn.Module):
             if isinstance(tree, dict)
             else tree[:, None].to(self.device)
         )
-        if isinstance(column, dict) and MASK in column and not column[MASK].any(dim=-1).all():
-            raise ValueError("action_mask allows no action: allow at least one")
+        if isinstance(column, dict) and MASK in column and all_forbidden(self.action_space, column[MASK]).any():
+            raise ValueError("action_mask allows no action: allow at least one, in every dimension")
         begin = torch.zeros(rows, 1, dtype=torch.bool, device=self.device)
         if start is not None:
             begin |= torch.as_tensor(start, dtype=torch.bool, device=self.device).reshape(-1, 1)
@@ -179,31 +180,37 @@ class Policy(nn.Module):
             "scale_reward": None if self.reward_scale is None else self.reward_scale.gamma,
             "network": None if self.shape is None else dataclasses.asdict(self.shape),
         }
-        weights = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        # clones: a network of one's own may share a weight between layers, which safetensors refuses
+        weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.state_dict().items()}
         save_file(weights, path / "policy.safetensors")
         (path / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path, network: nn.Module | None = None) -> Policy:
-        """Read what `save` wrote. A policy around a network of one's own needs that `network` again."""
+        """Read what `save` wrote. A policy around a network of one's own needs that `network` again.
+
+        Raises:
+            RequestError: that network is missing, or the weights do not fit.
+        """
         about = json.loads((path / "policy.json").read_text())
         observation_space, action_space = from_json(about["observation_space"]), from_json(about["action_space"])
         scales = {"scale_obs": about["scale_obs"], "scale_reward": about["scale_reward"]}
         if network is not None:
             policy = cls(network, observation_space, action_space, squash=about["squash"], **scales)
         elif about["network"] is None:
-            raise ValueError(
+            raise RequestError(
                 f"network is missing: {path} holds weights of a network of your own, pass it as network=..."
             )
         else:
             shape = Shape(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
             policy = cls.build(observation_space, action_space, shape, seed=0, **scales)
-        weights = load_file(path / "policy.safetensors")
-        missing, unexpected = policy.load_state_dict(weights, strict=False)
-        if missing or unexpected:
-            raise ValueError(
-                f"{path / 'policy.safetensors'} does not fit its policy.json: missing {missing}, unexpected {unexpected}"
-            )
+        weights, own = load_file(path / "policy.safetensors"), policy.state_dict()
+        apart = sorted(weights.keys() ^ own.keys())
+        apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+        if apart:
+            whose = "its policy.json" if network is None else "the network given"
+            raise RequestError(f"{path / 'policy.safetensors'} does not fit {whose}: {', '.join(apart)} differ; use its own")
+        policy.load_state_dict(weights)
         return policy
 
 

@@ -85,6 +85,13 @@ def mask_width(space: gymnasium.Space) -> int:
     return 2 * int(np.prod(space.shape)) if isinstance(space, spaces.MultiBinary) else 0
 
 
+def all_forbidden(space: gymnasium.Space, allowed: Tensor) -> Tensor:
+    """Rows of an action mask [B, W] that leave the action, or one of its dimensions, nothing to choose from. [B]."""
+    sizes = space.nvec.reshape(-1).tolist() if isinstance(space, spaces.MultiDiscrete) else allowed.shape[-1]
+    parts = allowed.split(2 if isinstance(space, spaces.MultiBinary) else sizes, dim=-1)
+    return ~torch.stack([part.any(dim=-1) for part in parts]).all(dim=0)
+
+
 def check_action_space(space: gymnasium.Space) -> None:
     """Raises ValueError, naming the space, where a policy cannot act in it."""
     if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
