@@ -221,7 +221,7 @@ HAND = [
         "distribution.log_prob(batch.action)",
         "infinite loss in padding",
     ),
-    Mutant("update.py", "else record.steps()", "else record", "padding is shuffled in"),
+    Mutant("update.py", "else record.steps()\n    for", "else record\n    for", "padding is shuffled in"),
     Mutant(
         "update.py", "if not minibatch.mask.any():\n                continue", "", "an empty minibatch makes a step"
     ),
@@ -255,6 +255,11 @@ EQUIVALENT = {
         "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))",
         "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) - (torch.diag(off, -1)))",
     ): "eigh reads one triangle; its sign changes neither the eigenvalues nor the squares of the vectors",
+    (
+        "value.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "what it returns is detached; this only saves the graph",
     (
         "advantage.py",
         "while shift < x.shape[1]:",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.batch import Batch, Trajectory
-from understudy.distribution import Categorical
+from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.value import estimate, next_value
 
 STATES, ACTIONS = 5, 3
@@ -61,6 +61,20 @@ class Adder(nn.Module):
             sums.append(state[:, 0])
         value = torch.stack(sums, dim=1)
         return Categorical.of(value[..., None] * self.logits), value, state
+
+
+class Blind(nn.Module):
+    """A policy that looks at nothing: what it says of every step are its parameters themselves."""
+
+    memory = False
+
+    def __init__(self, rows: int, steps: int):
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(rows, steps, 1))
+        self.value = nn.Parameter(torch.zeros(rows, steps))
+
+    def forward(self, obs):
+        return DiagonalGaussian(self.mean, self.mean), self.value
 
 
 def random_record(seed: int, *, rows: int = 6, episodes: int = 3) -> Trajectory:

@@ -35,7 +35,7 @@ HOUSES = {  # a folder or file -> the folders and files of ours that all of it m
     "doctor": {"run"},
     "studio": {"run"},
     "study": {"run"},
-    "cli": {"control", "language", "doctor", "studio", "study", "run"},
+    "cli": {"__init__", "control", "language", "doctor", "studio", "study", "run"},
     "__init__": {*ANYTHING_SHARED, "control", "language"},
     "__main__": {"cli"},
 }
@@ -66,8 +66,9 @@ def imports(tree: ast.AST, here: str) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             above = ["understudy", *here.split("/")][: -node.level] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
-            # `from understudy import control` names rooms; `from understudy.batch import Batch` names what is in one
-            found += [f"{module}.{alias.name}" for alias in node.names] if module == "understudy" else [module]
+            # `from understudy import control` names a house, `from understudy import load` what the front door offers
+            rooms = [alias.name if alias.name in {*ROOMS, *HOUSES} else "__init__" for alias in node.names]
+            found += [f"{module}.{room}" for room in rooms] if module == "understudy" else [module]
     return found
 
 
@@ -160,9 +161,20 @@ def test_the_public_names_are_sorted():
 
 
 def test_the_tables_see_an_import_however_it_is_written():
-    text = "import understudy.control.ppo\nfrom understudy import language\nfrom .batch import Batch\nfrom . import cli"
+    lines = (
+        "import understudy.control.ppo",
+        "from understudy import language",
+        "from .batch import Batch",
+        "from . import cli, load",
+    )
 
-    assert ours(imports(ast.parse(text), "objective")) == ["control/ppo", "language", "batch", "cli"]
+    assert ours(imports(ast.parse("\n".join(lines)), "objective")) == [
+        "control/ppo",
+        "language",
+        "batch",
+        "cli",
+        "__init__",
+    ]
 
 
 def test_the_worlds_never_import_each_other():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.records import ACTIONS, Adder, Table, seeded
+from tests.records import ACTIONS, Adder, Blind, Table, seeded
 from understudy.sample import choose
 
 OBS = torch.tensor([[0], [3], [4]])
@@ -64,6 +64,14 @@ def test_held_noise_is_not_drawn_again():
 
 def test_a_choice_asks_for_no_gradient():
     assert not choose(Table(), OBS, generator=seeded()).logprob.requires_grad
+
+
+def test_a_choice_that_is_a_parameter_may_be_changed_in_place():
+    choice = choose(Blind(1, 1), torch.zeros(1, 1), sample=False)
+
+    choice.action.add_(1)
+
+    assert_close(choice.action, torch.ones(1, 1))
 
 
 @pytest.mark.parametrize(("start", "state"), [(False, [[12.0]]), (True, [[2.0]])])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.records import Table, flags, random_record, record, row, seeded
+from tests.records import Blind, Table, flags, random_record, record, row, seeded
 from understudy.value import estimate, next_value
 
 
@@ -22,6 +22,13 @@ def test_no_gradient_flows_through_an_estimate():
 
     assert not value.requires_grad
     assert not distribution.logp.requires_grad
+
+
+def test_no_gradient_flows_through_an_estimate_that_is_a_parameter():
+    distribution, value = estimate(Blind(1, 2), record(flags(1, 1)))
+
+    assert not value.requires_grad
+    assert not distribution.mean.requires_grad
 
 
 def test_v_after_a_step_is_v_at_the_next_step():
