@@ -33,7 +33,7 @@ class Moments(nn.Module):
         """x: [N, ...]. Until the first batch, mean 0 and variance 1."""
         if not len(x):
             return
-        mean, var = moments(x)
+        mean, var = (moment.to(self.mean.device) for moment in moments(x))
         total = self.count + len(x)
         shift = mean - self.mean
         if self.count == 0:
@@ -90,10 +90,10 @@ class RewardScale(nn.Module):
         """Add the chosen steps' running returns; rows go on from the record before, [B, T]."""
         if len(self.running) != len(record):
             self.running = torch.zeros(len(record), dtype=torch.float64)
-        returns = torch.zeros(record.mask.shape, dtype=torch.float64)
-        for t in range(record.mask.shape[1]):
-            chosen = record.mask[:, t]
-            self.running = torch.where(chosen, self.gamma * self.running + record.reward[:, t], self.running)
+        mask, reward, ended = (x.cpu() for x in (record.mask, record.reward, record.ended))
+        returns = torch.zeros(mask.shape, dtype=torch.float64)
+        for t in range(mask.shape[1]):
+            self.running = torch.where(mask[:, t], self.gamma * self.running + reward[:, t], self.running)
             returns[:, t] = self.running
-            self.running = torch.where(record.ended[:, t], 0.0, self.running)
-        self.moments.add(returns[record.mask])
+            self.running = torch.where(ended[:, t], 0.0, self.running)
+        self.moments.add(returns[mask])
