@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -185,8 +185,11 @@ class SquashedGaussian(DiagonalGaussian):
     """A normal whose action is squashed by tanh and scaled by `half_width` [D] before it acts.
 
     `action` stays the unsquashed sample, which no rounding of tanh can spoil; `log_prob` is the density of the *squashed*
-    action, with the Jacobian. KL is exact, for squashing is one-to-one. The entropy has no closed form: it is estimated.
+    action, with the Jacobian. KL is exact, for squashing is one-to-one. The entropy has no closed form: it is estimated,
+    and its metric's name says so. A dimension whose half width is 0 has no bounds to be scaled to, and is not squashed.
     """
+
+    entropy_name: ClassVar[str] = "entropy_estimate"
 
     half_width: Tensor = field(metadata={"shared": True})
 
@@ -202,7 +205,9 @@ class SquashedGaussian(DiagonalGaussian):
 
     def _log_jacobian(self, action: Tensor) -> Tensor:
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), without cancellation
-        return 2 * (math.log(2) - action - torch.nn.functional.softplus(-2 * action)) + self.half_width.log()
+        slope = 2 * (math.log(2) - action - torch.nn.functional.softplus(-2 * action))
+        squashed = self.half_width > 0
+        return torch.where(squashed, slope + torch.where(squashed, self.half_width, 1.0).log(), 0.0)
 
 
 @dataclass(frozen=True)

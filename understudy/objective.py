@@ -109,7 +109,8 @@ def _choices(policy, batch: Batch):
 def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, entropy_coef: float):
     entropy = distribution.entropy()
     loss = policy_loss + value_coef * error - entropy_coef * entropy
-    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error, "entropy": entropy}
+    name = getattr(distribution, "entropy_name", "entropy")  # an estimate is called one
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error, name: entropy}
     with torch.no_grad():
         metrics["kl_old"] = batch.old.kl(distribution)
     return loss, {name: metric.detach() for name, metric in metrics.items()}

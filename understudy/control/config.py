@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from understudy.control.networks import Shape
-from understudy.run.config import Count, NonNegative, Positive, Unit, Whole, check
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +99,10 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.squash == "tanh" and self.exploration == "gsde":
+            raise RequestError(
+                "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"
+            )
 
     @property
     def shape(self) -> Shape:

@@ -121,9 +121,10 @@ def executable(space: gymnasium.Space, action: Tensor, squash: str) -> np.ndarra
     value = action.cpu().numpy().reshape(-1, *space.shape).astype(np.float64)
     if squash == "tanh":
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        low, high = np.where(bounded, space.low, -1.0), np.where(bounded, space.high, 1.0)
+        # float64: bounds as wide as float32 goes are further apart than float32 goes
+        low, high = (np.where(bounded, x.astype(np.float64), 0.0) for x in (space.low, space.high))
         value = np.where(bounded, low + (np.tanh(value) + 1) * 0.5 * (high - low), value)
-    return np.clip(value.astype(space.dtype), space.low, space.high)
+    return np.clip(value, space.low, space.high).astype(space.dtype)
 
 
 def half_width(space: spaces.Box) -> Tensor:
@@ -136,6 +137,8 @@ def half_width(space: spaces.Box) -> Tensor:
 def to_json(space: gymnasium.Space) -> dict[str, Any]:
     """A space as plain data; bounds as numbers or "inf"/"-inf" strings."""
     if isinstance(space, spaces.Dict):
+        if not all(isinstance(name, str) for name in space.spaces):
+            raise ValueError(f"a Dict space with keys {list(space.spaces)} cannot be saved: use strings")
         return {"kind": "Dict", "spaces": {name: to_json(inner) for name, inner in space.spaces.items()}}
     if isinstance(space, spaces.Tuple):
         return {"kind": "Tuple", "spaces": [to_json(inner) for inner in space.spaces]}
@@ -143,11 +146,12 @@ def to_json(space: gymnasium.Space) -> dict[str, Any]:
         low, high = (_bounds(x) for x in (space.low, space.high))
         return {"kind": "Box", "shape": list(space.shape), "dtype": space.dtype.name, "low": low, "high": high}
     if isinstance(space, spaces.Discrete):
-        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start)}
+        return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": space.dtype.name}
     if isinstance(space, spaces.MultiDiscrete):
-        return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        numbers = {"nvec": space.nvec.tolist(), "start": space.start.tolist()}
+        return {"kind": "MultiDiscrete", **numbers, "dtype": space.dtype.name}
     if isinstance(space, spaces.MultiBinary):
-        return {"kind": "MultiBinary", "n": list(space.shape)}
+        return {"kind": "MultiBinary", "n": space.n}
     raise ValueError(f"a {type(space).__name__} space cannot be saved")
 
 
@@ -155,18 +159,20 @@ def from_json(data: dict[str, Any]) -> gymnasium.Space:
     """The space that `to_json` wrote."""
     kind = data["kind"]
     if kind == "Dict":
-        return spaces.Dict({name: from_json(inner) for name, inner in data["spaces"].items()})
+        # pairs, for Dict sorts a dict, and a space may not be sorted: its order is that of the weights
+        return spaces.Dict([(name, from_json(inner)) for name, inner in data["spaces"].items()])
     if kind == "Tuple":
         return spaces.Tuple([from_json(inner) for inner in data["spaces"]])
     if kind == "Box":
-        low, high = (
-            np.broadcast_to(np.array(data[b], np.float64), data["shape"]).astype(data["dtype"]) for b in ("low", "high")
-        )
-        return spaces.Box(low, high, dtype=np.dtype(data["dtype"]).type)
+        dtype = np.dtype(data["dtype"])
+        low, high = (np.broadcast_to(np.array(data[bound], dtype), data["shape"]) for bound in ("low", "high"))
+        return spaces.Box(low, high, dtype=dtype.type)
     if kind == "Discrete":
-        return spaces.Discrete(data["n"], start=data["start"])
+        # Gymnasium before 1.2 knows int64 only, and no dtype
+        kept: dict[str, Any] = {} if data["dtype"] == "int64" else {"dtype": np.dtype(data["dtype"]).type}
+        return spaces.Discrete(data["n"], start=data["start"], **kept)
     if kind == "MultiDiscrete":
-        return spaces.MultiDiscrete(data["nvec"], start=data["start"])
+        return spaces.MultiDiscrete(data["nvec"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
     if kind == "MultiBinary":
         return spaces.MultiBinary(data["n"])
     raise ValueError(f"kind is {kind!r}, must be Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
@@ -197,7 +203,5 @@ def _tensor(space: gymnasium.Space, array: Any, path: str) -> Tensor:
 
 def _bounds(x: np.ndarray) -> Any:
     """One number where all are equal, else a nested list; infinities as strings, which numpy reads back."""
-    first = x.reshape(-1)[0] if x.size else 0.0
-    if x.size and (x == first).all():
-        return float(first) if np.isfinite(first) else str(float(first))
-    return np.where(np.isfinite(x), x.astype(object), x.astype(str).astype(object)).tolist()
+    listed = np.where(np.isfinite(x), x.astype(object), x.astype(str).astype(object))
+    return listed.reshape(-1).tolist()[0] if x.size and (x == x.reshape(-1)[0]).all() else listed.tolist()

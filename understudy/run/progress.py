@@ -17,6 +17,7 @@ SHOWN = [
     ("episode_return_mean", "return (last 100)", "{:.1f}"),
     ("kl_old", "KL(old, new)", "{:.4f}"),
     ("entropy", "entropy", "{:.3f}"),
+    ("entropy_estimate", "entropy (estimate)", "{:.3f}"),
     ("explained_variance", "explained variance", "{:.2f}"),
     ("seconds_left", "time left", "{}"),
 ]
@@ -46,7 +47,7 @@ class Progress:
         if self.quiet or (time.monotonic() - self.last < wait and not now):
             return
         self.last = time.monotonic()
-        cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN]
+        cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN if name in metrics]
         if self.live is None:
             print(
                 f"{self.title}: " + "  ".join(f"{heading} {text}" for heading, text in cells),

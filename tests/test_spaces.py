@@ -1,0 +1,230 @@
+"""Spaces as tensors and as JSON: what a policy sees of them, what an environment receives, what is refused."""
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch.testing import assert_close
+
+from tests.probes import ACTIONS, OBSERVATIONS
+from understudy.control.spaces import (
+    MASK,
+    add_batch,
+    check_action_space,
+    executable,
+    features,
+    from_json,
+    half_width,
+    is_batched,
+    is_image,
+    leaves,
+    mask_width,
+    read,
+    to_json,
+)
+
+INF = np.inf
+
+
+def box(low, high, dtype=np.float32) -> spaces.Box:
+    return spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+
+
+EVERY_SPACE = {
+    **OBSERVATIONS,
+    **ACTIONS,
+    "unbounded": spaces.Box(-INF, INF, (2, 2)),
+    "half-infinite": box([-INF, 0, -1], [1, INF, 2]),
+    "float64": box([0.1], [1e300], np.float64),
+    "whole numbers": spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64),
+    "a scalar": box(-1, 2),
+    "Discrete of uint8": spaces.Discrete(4, start=2, dtype=np.uint8),
+    "MultiDiscrete with a start": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, -1], [2, 7]], dtype=np.int32),
+    "one bit": spaces.MultiBinary(1),
+    "bits in a square": spaces.MultiBinary((2, 2)),
+}
+
+
+@pytest.mark.parametrize("name", EVERY_SPACE)
+def test_a_space_comes_back_from_json_as_it_was(name):
+    space = EVERY_SPACE[name]
+
+    assert from_json(json.loads(json.dumps(to_json(space), allow_nan=False))) == space
+
+
+def test_bounds_come_back_exactly():
+    space = box([1 / 3, -INF, 1e-45], [2 / 3, INF, 3.4e38])  # equal spaces are only close to each other
+
+    back = from_json(json.loads(json.dumps(to_json(space))))
+
+    assert isinstance(back, spaces.Box)
+    np.testing.assert_array_equal(back.low, space.low)
+    np.testing.assert_array_equal(back.high, space.high)
+
+
+def test_a_dict_keeps_its_order_which_is_that_of_the_weights():
+    space = spaces.Dict([("z", spaces.Discrete(2)), ("a", spaces.Discrete(3))])
+
+    assert list(features(from_json(json.loads(json.dumps(to_json(space)))))) == ["z", "a"]
+
+
+def test_a_dict_that_json_cannot_name_is_not_saved():
+    with pytest.raises(ValueError, match=r"keys \[0\] cannot be saved: use strings"):
+        to_json(spaces.Dict({0: spaces.Discrete(2)}))  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    "inner", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), spaces.Graph(spaces.Discrete(2), None)]
+)
+def test_what_is_no_tensor_is_refused_with_its_place(inner):
+    with pytest.raises(ValueError, match=rf"has {type(inner).__name__} at 'a.1', which is not supported: use Box"):
+        list(leaves(spaces.Dict({"a": spaces.Tuple([spaces.Discrete(2), inner])})))
+
+
+@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Dict({"a": spaces.Discrete(2)}), spaces.Tuple([])])
+def test_an_action_space_of_another_kind_is_refused(space):
+    with pytest.raises(
+        ValueError, match=f"action_space is {type(space).__name__}, which is not supported: use Discrete"
+    ):
+        check_action_space(space)
+
+
+def test_a_box_of_whole_numbers_is_refused_as_an_action_space():
+    with pytest.raises(ValueError, match="a Box of int32, which is not supported: rounding would break the log-probs"):
+        check_action_space(spaces.Box(0, 5, (2,), np.int32))
+
+
+def test_nested_observations_are_read_leaf_by_leaf():
+    space = OBSERVATIONS["Dict"]
+    obs = {
+        "arm": {"joints": np.ones((2, 2, 2), np.float32), "grip": np.array([1, 3])},
+        "camera": np.full((2, 4, 4), 7, np.uint8),
+        "lamps": np.array([[0, 1], [1, 1]], np.int8),
+    }
+
+    tree = read(space, obs)
+
+    assert isinstance(tree, dict)
+    assert {name: (tuple(x.shape), x.dtype) for name, x in tree.items()} == {
+        "arm.grip": ((2,), torch.int64),
+        "arm.joints": ((2, 2, 2), torch.float32),
+        "camera": ((2, 4, 4), torch.uint8),
+        "lamps": ((2, 2), torch.float32),
+    }
+    assert tree["arm.grip"].tolist() == [0, 2]  # its space starts at 1
+
+
+def test_a_tuple_is_read_by_number():
+    tree = read(
+        spaces.Tuple([spaces.Discrete(2), spaces.Tuple([spaces.Discrete(3)])]), (np.array([1]), (np.array([2]),))
+    )
+
+    assert isinstance(tree, dict)
+    assert {name: x.tolist() for name, x in tree.items()} == {"0": [1], "1.0": [2]}
+
+
+def test_what_was_read_does_not_change_with_the_environments_own_array():
+    own = np.zeros((1, 3), np.float32)
+    tree = read(OBSERVATIONS["vector"], own)
+    own += 1
+
+    assert_close(tree, torch.zeros(1, 3))
+
+
+def test_a_mask_from_info_joins_the_observation():
+    tree = read(OBSERVATIONS["vector"], np.zeros((1, 3)), np.array([[1, 0]]))
+
+    assert isinstance(tree, dict)
+    assert tree[MASK].tolist() == [[True, False]]
+
+
+def test_a_mask_in_the_observation_is_flat_and_no_feature():
+    space = spaces.Dict({"x": spaces.Discrete(2), MASK: spaces.MultiBinary((2, 2))})
+    tree = read(space, {"x": np.array([0]), MASK: np.array([[[1, 0], [0, 1]]], np.int8)})
+
+    assert isinstance(tree, dict)
+    assert tree[MASK].tolist() == [[True, False, False, True]]
+    assert list(features(space)) == ["x"]
+
+
+@pytest.mark.parametrize(("name", "width"), [("Discrete", 3), ("MultiDiscrete", 9), ("MultiBinary", 6), ("Box", 0)])
+def test_a_mask_is_as_wide_as_there_are_ways_to_go(name, width):
+    assert mask_width(ACTIONS[name]) == width
+
+
+@pytest.mark.parametrize("name", OBSERVATIONS)
+def test_a_batch_is_told_from_a_single_observation(name):
+    space = OBSERVATIONS[name]
+    obs = space.sample()
+
+    assert not is_batched(space, obs)
+    assert is_batched(space, add_batch(space, obs))
+
+
+def test_only_uint8_of_two_dimensions_or_more_is_an_image():
+    shapes = [((5, 6), np.uint8), ((5, 6, 3), np.uint8), ((128,), np.uint8), ((5, 6), np.float32)]
+
+    assert [is_image(spaces.Box(0, 255, shape, dtype)) for shape, dtype in shapes] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("squash", ["clip", "tanh"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Box(-2.0, 3.0, (2, 2)),
+        box([-INF, 0.0, -1.0, -INF], [1.0, INF, 2.0, INF]),
+        box([0.1, 0.3], [0.1, 1 / 3]),
+        spaces.Box(np.finfo(np.float32).min, np.finfo(np.float32).max, (2,)),
+        box([0.1], [0.7], np.float64),
+        spaces.Box(-1.0, 1.0, (2,), np.float16),  # pyright: ignore
+    ],
+    ids=str,
+)
+def test_every_number_becomes_an_action_in_the_space(space, squash):
+    width = int(np.prod(space.shape))
+    far = torch.tensor([-1e30, -50.0, -1.0, -1e-8, 0.0, 0.3, 8.0, 9.5, 1e4])[:, None].expand(-1, width)
+
+    for action in executable(space, far, squash):
+        assert space.contains(action)
+
+
+def test_clip_hands_on_what_is_within_the_bounds():
+    assert_close(
+        executable(box([-1, -1], [1, 1]), torch.tensor([[0.25, -3.0]]), "clip"), np.array([[0.25, -1]], np.float32)
+    )
+
+
+def test_tanh_is_scaled_to_the_bounds():
+    # 1 + (tanh(0) + 1) / 2 * (5 - 1) = 3; tanh(log 3 / 2) = 1/2, so 1 + 3/4 * 4 = 4
+    action = executable(spaces.Box(1.0, 5.0, (2,)), torch.tensor([[0.0, np.log(3) / 2]]), "tanh")
+
+    assert_close(action, np.array([[3.0, 4.0]], np.float32))
+
+
+def test_tanh_clips_where_a_bound_is_infinite():
+    action = executable(box([0, -INF], [INF, 1]), torch.tensor([[-2.0, 0.5], [7.0, 3.0]]), "tanh")
+
+    assert_close(action, np.array([[0, 0.5], [7, 1]], np.float32))
+
+
+def test_half_the_width_is_0_where_a_bound_is_infinite():
+    assert_close(half_width(box([-1, 0, -INF], [3, INF, INF])), torch.tensor([2.0, 0.0, 0.0]))
+
+
+def test_discrete_actions_begin_where_their_space_does():
+    many = spaces.MultiDiscrete([[2, 3]], start=[[5, -1]])
+
+    assert executable(spaces.Discrete(3, start=-1), torch.tensor([0, 2]), "clip").tolist() == [-1, 1]
+    assert executable(many, torch.tensor([[1, 2]]), "clip").tolist() == [[[6, 1]]]
+
+
+@pytest.mark.parametrize("name", ["Discrete", "MultiDiscrete", "MultiBinary"])
+def test_an_executable_action_has_the_dtype_of_its_space(name):
+    space: gymnasium.Space = ACTIONS[name]
+    width = () if name == "Discrete" else (int(np.prod(space.shape)),)  # pyright: ignore
+    action = executable(space, torch.ones(1, *width, dtype=torch.int64), "clip")[0]
+
+    assert action.dtype == space.dtype and space.contains(action)
