@@ -39,7 +39,8 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "advantage.py": ("test_advantage.py", ESTIMATORS, TWIN),
     "objective.py": ("test_objective.py", OBJECTIVES, TWIN),
     "update.py": ("test_update.py", OBJECTIVES, TWIN),
-    # control/collect.py, control/normalize.py: add their tests here
+    "control/normalize.py": ("test_normalize.py",),
+    "control/collect.py": ("test_collect.py",),
 }
 
 
@@ -125,7 +126,12 @@ HAND = [
         "super().log_prob(action) + self._log_jacobian",
         "Jacobian's sign",
     ),
-    Mutant("distribution.py", " + self.half_width.log()", "", "the width is not in the density"),
+    Mutant(
+        "distribution.py",
+        "slope + torch.where(squashed, self.half_width, 1.0).log()",
+        "slope",
+        "the width is not in the density",
+    ),
     Mutant(
         "distribution.py",
         "return super().entropy() + expected.sum(dim=-1)",
@@ -236,7 +242,49 @@ HAND = [
     Mutant("update.py", "if not torch.isfinite(norm):", "if False:", "a broken gradient is learnt from"),
     Mutant("update.py", "if not torch.isfinite(total):", "if False:", "a broken loss is learnt from"),
     Mutant("update.py", "generator=generator, device", "device", "the order is not the generator's"),
-    # control/collect.py, control/normalize.py: add theirs here
+    Mutant("control/normalize.py", "shift.square() * self.count", "0 * self.count", "variance between batches is lost"),
+    Mutant("control/normalize.py", "obs[name][mask]", "obs[name].flatten(0, 1)", "padding is gathered"),
+    Mutant(
+        "control/normalize.py", "torch.where(ended[:, t], 0.0, self.running)", "self.running", "returns cross an end"
+    ),
+    Mutant("control/normalize.py", "self.gamma * self.running", "self.running", "the running return is not discounted"),
+    Mutant("control/normalize.py", "(obs[name] - seen.mean.float())", "obs[name]", "observations are not centred"),
+    Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
+    Mutant(
+        "control/normalize.py", "self.moments.add(returns[mask])", "self.moments.add(returns)", "padding is gathered"
+    ),
+    Mutant("control/collect.py", "& ~pending & ~terminated", "& ~pending", "a death at the time limit is both"),
+    Mutant(
+        "control/collect.py",
+        "terminated = np.array(terminated, dtype=bool) & ~pending",
+        "terminated = terminated",
+        "a reset ends",
+    ),
+    Mutant(
+        "control/collect.py", "reward = np.array(reward,", "reward = np.asarray(reward,", "the env writes over rewards"
+    ),
+    Mutant(
+        "control/collect.py",
+        '_stack(self.envs, info["final_obs"][rows])',
+        "after[rows]",
+        "V of the next episode's first obs",
+    ),
+    Mutant("control/collect.py", "~self.pending if not whole", "~self.pending | True if not whole", "resets are steps"),
+    Mutant(
+        "control/collect.py",
+        "torch.from_numpy(over | pending)",
+        "torch.from_numpy(over & ~over)",
+        "memory crosses an end",
+    ),
+    Mutant("control/collect.py", "int(chosen.sum())", "self.rows", "resets are counted"),
+    Mutant("control/collect.py", "np.cumsum(ended, axis=0) - ended", "0", "no room for the last observation"),
+    Mutant(
+        "control/collect.py",
+        "source[ended_row, column[e, ended_row] + 1] = finals",
+        "_ = finals",
+        "a last obs is not written",
+    ),
+    Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
 ]
 
 EQUIVALENT = {
@@ -255,6 +303,16 @@ EQUIVALENT = {
         "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))",
         "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) - (torch.diag(off, -1)))",
     ): "eigh reads one triangle; its sign changes neither the eigenvalues nor the squares of the vectors",
+    (
+        "control/normalize.py",
+        "@torch.no_grad()",
+        "@torch.enable_grad()",
+    ): "observations and rewards carry no gradient",
+    (
+        "distribution.py",
+        "return torch.where(squashed, slope + torch.where(squashed, self.half_width, 1.0).log(), 0.0)",
+        "return torch.where(squashed, slope + torch.where(squashed, self.half_width, self.half_width).log(), 0.0)",
+    ): "the log of 0 stands in the branch that is not taken, and the width is not learnt",
     (
         "value.py",
         "@torch.no_grad()",
@@ -491,6 +549,7 @@ if __name__ == "__main__":
     import pytest
     import torch
     import torch.distributions
+    from gymnasium import vector  # noqa: F401 - loaded once, not in every fork
 
     torch.set_num_threads(1)
     one = torch.ones(1, requires_grad=True)

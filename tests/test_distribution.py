@@ -246,6 +246,16 @@ def test_a_squashed_entropy_is_that_of_each_step_alone():
     assert_close(together, torch.stack([torch.stack(r) for r in alone]))
 
 
+def test_a_dimension_without_a_width_is_not_squashed():
+    mean, log_std, action = torch.tensor([0.3, -0.2]), torch.tensor([0.1, -0.4]), torch.tensor([1.5, 0.7])
+    half = SquashedGaussian(mean, log_std, half_width=torch.tensor([0.0, 2.0]))
+
+    plain = DiagonalGaussian(mean[:1], log_std[:1])
+    squashed = SquashedGaussian(mean[1:], log_std[1:], half_width=torch.tensor([2.0]))
+    assert_close(half.log_prob(action), plain.log_prob(action[:1]) + squashed.log_prob(action[1:]))
+    assert_close(half.entropy(), plain.entropy() + squashed.entropy())
+
+
 def test_a_squashed_log_prob_far_out_is_finite_and_exact():
     # 1 - tanh(x)^2 = 4 exp(-2x) for large x: log density = -x^2/2 - log(2 pi)/2 - log 4 + 2x
     ours = SquashedGaussian(torch.zeros(1), torch.zeros(1), half_width=torch.ones(1))

@@ -168,6 +168,13 @@ def test_rewards_are_scaled_but_never_centred():
     assert_close(scale(row(0, 8, -6)), row(0, 4, -3))
 
 
+def test_rewards_that_never_varied_are_scaled_to_finite_ones():
+    scale = RewardScale(0.0)
+    scale.gather(record(flags(1, 1, 0), reward=row(0, 0, 0)))
+
+    assert_close(scale(row(0, 1)), row(0, CLIP))
+
+
 def test_a_scaled_reward_stays_within_ten():
     scale = RewardScale(0.0)
     scale.gather(record(flags(1, 1, 0), reward=row(8, 12, 0)))

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.records import Table, flags, random_batch, record, row
 from understudy.batch import Batch
-from understudy.distribution import Categorical
+from understudy.distribution import Categorical, SquashedGaussian
 from understudy.objective import (
     adapt_kl_coef,
     clipped_surrogate,
@@ -113,6 +113,16 @@ def test_the_metrics_are_the_parts_of_the_loss():
     assert_close(metrics["entropy"], ENTROPY)
     assert_close(metrics["kl_old"], KL)
     assert_close(metrics["ratio"], row(2.0))
+
+
+def test_an_entropy_that_is_estimated_is_reported_as_an_estimate():
+    squashed = SquashedGaussian(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), half_width=torch.ones(1))
+    batch = Batch.of(one_step(), old=squashed, action=torch.zeros(1, 1, 1))
+
+    _, metrics = ppo(lambda obs: (squashed, torch.zeros(1, 1)), batch, clip=0.2, value_coef=0.5, entropy_coef=0.1)
+
+    assert "entropy" not in metrics
+    assert_close(metrics["entropy_estimate"], squashed.entropy())
 
 
 @pytest.mark.parametrize(("old_probability", "clipped"), [(0.9, 0.0), (0.8, 0.0), (0.7, 0.0), (0.6, 1.0), (1.0, 0.0)])
