@@ -37,6 +37,7 @@ OUTPUTS = {"discrete": 3, "gaussian": 2, "gaussian_elu": 2}  # by case; those no
 TANH = ("discrete", "gaussian")
 EPOCHS, MINIBATCHES = 2, 4
 SEED = 2026
+PLAIN = bool | int | float | str | tuple | None
 
 
 def main() -> None:
@@ -246,7 +247,7 @@ def about_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def defaults(function: Callable) -> dict[str, Any]:
     """The default arguments that are plain data."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, bool | int | float | str | tuple)}
+    return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN)}
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -292,6 +293,7 @@ def record_sb3(inputs: dict[str, Any]) -> dict[str, Any]:
             kind: run_sb3(PPO, inputs, kind, batch_size=ROWS * STEPS // MINIBATCHES, n_epochs=EPOCHS, **small)
             for kind in TANH
         },
+        "truncation": {"discrete": truncate_sb3(inputs, "discrete", **small)},
         "a2c": {kind: run_sb3(A2C, inputs, kind, **small) for kind in TANH},
     }
 
@@ -336,6 +338,37 @@ def run_sb3(kind: Any, inputs: dict[str, Any], case: str, **options: Any) -> dic
     with watch.watching(), ordered(np.random, "permutation", inputs["order"]):
         model.train()
     return {"last_value": last_value[:, 0], **by_row, **watch.found()}
+
+
+class Replay(Spaces):
+    """A row of the stored steps, its ends time limits; the observation that came last is that of the next step, negated."""
+
+    def __init__(self, case: str, given: SimpleNamespace, row: int) -> None:
+        super().__init__(case)
+        self.obs = torch.cat([given.obs[row], given.last_obs[row, None]]).numpy()
+        self.rewards, self.ends, self.at = given.reward[row].tolist(), given.terminated[row].tolist(), 0
+
+    def reset(self, **options: Any) -> tuple[np.ndarray, dict]:
+        super().reset(**options)
+        return self.obs[self.at], {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict]:
+        reward, end, self.at = self.rewards[self.at], self.ends[self.at], self.at + 1
+        return (-1 if end else 1) * self.obs[self.at], reward, False, end, {}
+
+
+def truncate_sb3(inputs: dict[str, Any], case: str, **options: Any) -> dict[str, Any]:
+    """What it makes of the stored steps where every end is a time limit: values and advantages of its own rollout."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    given = tensors(inputs, case)
+    rows = [lambda row=row: Replay(case, given, row) for row in range(ROWS)]
+    model = PPO("MlpPolicy", DummyVecEnv(rows), batch_size=ROWS * STEPS, **options)
+    put(sb3_layers(model.policy), given.weights)
+    _, callback = model._setup_learn(ROWS * STEPS)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, STEPS)
+    return {"value": model.rollout_buffer.values.T.copy(), "advantage": model.rollout_buffer.advantages.T.copy()}
 
 
 # ---- rsl_rl
@@ -435,7 +468,9 @@ class Script:
         self.module: ModuleType = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = self.module
         spec.loader.exec_module(self.module)
-        script = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
+        written = ast.parse(path.read_text()).body
+        script = next(node for node in written if isinstance(node, ast.If))
+        self.make_env = next(node for node in written if isinstance(node, ast.FunctionDef) and node.name == "make_env")
         (loop,) = (node for node in script.body if isinstance(node, ast.For))
         self.make_optimizer = next(node for node in script.body if _assigns(node, "optimizer"))
         self.anneal, _sampling, *self.learn = loop.body
@@ -459,11 +494,14 @@ class Script:
         space = vars(self.module) | {"args": args, "agent": self.agent(case)}
         self.run(space, self.make_optimizer)
         activations = {type(m).__name__ for m in space["agent"].modules() if not isinstance(m, nn.Linear)}
-        plainly = {name: x for name, x in dataclasses.asdict(args).items() if isinstance(x, bool | int | float)}
-        return plainly | {
-            "optimizer": about_optimizer(space["optimizer"]),
-            "activation": (activations - {"Agent", "Sequential"}).pop(),
-        }
+        wrapped = [node.attr for node in ast.walk(self.make_env) if isinstance(node, ast.Attribute) and _wraps(node)]
+        found = {name: x for name, x in dataclasses.asdict(args).items() if isinstance(x, PLAIN)}
+        found["optimizer"] = about_optimizer(space["optimizer"])
+        found["activation"] = (activations - {"Agent", "Sequential"}).pop()
+        found["wrappers"] = sorted(name for name in wrapped if name != "RecordVideo")
+        if case == "gaussian":
+            found["actor_logstd"] = float32(space["agent"].actor_logstd[0, 0])
+        return found
 
     def learning_rates(self, iterations: int) -> list[float]:
         args = self.module.Args()
@@ -474,6 +512,10 @@ class Script:
             self.run(space | {"iteration": iteration}, self.anneal)
             found.append(space["optimizer"].param_groups[0]["lr"])
         return found
+
+
+def _wraps(node: ast.Attribute) -> bool:
+    return ast.unparse(node.value) == "gym.wrappers"
 
 
 def _assigns(node: ast.stmt, name: str) -> bool:
