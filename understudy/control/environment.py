@@ -9,7 +9,7 @@ from typing import Any
 
 import gymnasium
 import yaml
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from understudy.control.spaces import check_action_space, leaves
 from understudy.run.config import RequestError, nearest
@@ -51,12 +51,20 @@ def make(
         kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
         envs = kind([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     try:
-        list(leaves(envs.single_observation_space))
-        check_action_space(envs.single_action_space)
-    except ValueError as error:
+        check_spaces(env, envs.single_observation_space, envs.single_action_space)
+    except RequestError:
         envs.close()
-        raise RequestError(f"env is {env!r}: its {error}") from error
+        raise
     return envs
+
+
+def check_spaces(env: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
+    """Refuse an environment whose spaces a policy cannot read or act in."""
+    try:
+        list(leaves(observation_space))
+        check_action_space(action_space)
+    except ValueError as error:
+        raise RequestError(f"env is {env!r}: its {error}") from error
 
 
 def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) -> VectorEnv:
@@ -65,6 +73,8 @@ def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) ->
     A single env becomes a vector env of one. In a `SyncVectorEnv` that resets by itself each sub-env is wrapped so that
     its resets are seeded; other vector envs that reset by themselves are seeded once, at the start.
     """
+    if isinstance(env, gymnasium.Env) and isinstance(env, VectorEnv):  # EnvPool's are both
+        return SeededWhenMade(env)
     if isinstance(env, gymnasium.Env):
         return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     inner = env.unwrapped
@@ -83,6 +93,13 @@ class SeededResets(gymnasium.Wrapper):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         self.episode += 1
         return self.env.reset(seed=self.seed_of(self.row, self.episode), options=options)
+
+
+class SeededWhenMade(VectorWrapper):
+    """An EnvPool, which has had its seed and warns when it is given another."""
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        return self.env.reset()
 
 
 def single(
@@ -169,8 +186,9 @@ def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[s
         ) from error
     if env not in envpool.list_all_envs():
         raise RequestError(f"env is {env!r}, which EnvPool does not know{nearest(env, envpool.list_all_envs())}")
-    made: Any = envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
-    return made
+    with _explained(env, options):
+        made: Any = envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
+    return SeededWhenMade(made)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from understudy.control.environment import check_spaces
 from understudy.run.config import RequestError
 
 STEPS = 3
@@ -17,9 +18,11 @@ def check_env(name: str, env: gymnasium.Env, *, seed: int) -> None:
     """Reset and step a fresh environment a few times, and close it.
 
     Raises:
-        RequestError: an observation outside its space, a reward that is no finite number, an end that is no bool.
+        RequestError: a space no policy can use; an observation outside its space; a reward that is no finite number; an
+            end that is no bool.
     """
     try:
+        check_spaces(name, env.observation_space, env.action_space)
         obs, info = env.reset(seed=seed)
         _observation(name, "reset", env.observation_space, obs)
         env.action_space.seed(seed)

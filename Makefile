@@ -1,0 +1,60 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both need Python 3.11+, make and pip, nothing else.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT ?=
+
+.PHONY: demo check test format mutants oracles golden scores methods ablation clean
+
+demo: .venv/core ## train PPO on CartPole-v1 until it is solved, live
+	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
+
+check: .venv/dev ## what CI checks before the tests: format, lint, types, layout
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/pytest -q tests/test_layout.py
+
+test: .venv/dev ## every test
+	$(BIN)/pytest
+
+format: .venv/dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+mutants: .venv/dev ## break the formulas one by one; each breakage must turn a test red
+	$(BIN)/python tests/mutants.py
+
+oracles: .venv-oracles/done ## run the peers on stored inputs and rewrite tests/oracles/*.json (CLEANRL=path to a checkout)
+	.venv-oracles/bin/python tests/oracles/record.py $(if $(CLEANRL),--cleanrl $(CLEANRL))
+
+golden: .venv/dev ## rewrite the golden runs; only for a change that should move numbers
+	$(BIN)/python tests/golden/record.py
+
+scores: .venv/dev ## ten seeds of the tuned presets, evaluated: bench/results/scores.json and docs/scores.md
+	$(BIN)/python bench/scores.py
+
+methods: .venv/dev ## every method on CartPole over five seeds
+	$(BIN)/python bench/methods.py
+
+ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time limits
+	$(BIN)/python bench/ablation_truncation.py
+
+clean:
+	rm -rf .venv .venv-oracles build *.egg-info
+
+.venv/core: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+.venv/dev: .venv/core
+	$(PIP) -e '.[dev,box2d,mujoco,envpool]'
+	touch $@
+
+.venv-oracles/done: tests/oracles/requirements.txt .venv/core
+	$(PYTHON) -m venv .venv-oracles
+	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements.txt -e .
+	touch $@

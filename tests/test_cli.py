@@ -1,0 +1,263 @@
+"""The command line: what it refuses and how, what it prints, what it leaves behind."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from understudy import load
+from understudy.cli import main
+
+SMALL = ["--num-envs", "2", "--rollout", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, with the tests' own environments importable."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    return tmp_path
+
+
+def refused(capsys, argv, code, *words):
+    """The program ends with `code` and says one sentence, without a traceback, that holds all `words`."""
+    assert main([str(word) for word in argv]) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1, said.err
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
+
+
+WRONG_REQUESTS = {
+    "no env": ([], ["env is missing", "--env CartPole-v1"]),
+    "unknown env": (["--env", "CartPole-v2x"], ["CartPole-v2x", "did you mean 'CartPole-v1'"]),
+    "unknown module": (["--env", "nowhere:Thing-v0"], ["'nowhere'", "cannot be imported"]),
+    "unknown flag": (["--env", "CartPole-v1", "--gama", "0.9"], ["--gama", "did you mean '--gamma'"]),
+    "stray word": (["--env", "CartPole-v1", "stray"], ["stray"]),
+    "flag without value": (["--env", "CartPole-v1", "--gamma"], ["--gamma"]),
+    "not a number": (["--env", "CartPole-v1", "--steps", "many"], ["--steps", "many"]),
+    "nan": (["--env", "CartPole-v1", "--gamma", "nan"], ["gamma is nan", "finite"]),
+    "infinite": (["--env", "CartPole-v1", "--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
+    "above its range": (["--env", "CartPole-v1", "--gamma", "1.5"], ["gamma is 1.5", "between 0 and 1"]),
+    "below its range": (["--env", "CartPole-v1", "--num-envs", "0"], ["num_envs is 0", "1 or more"]),
+    "at an open end": (["--env", "CartPole-v1", "--clip", "0"], ["clip is 0.0", "above 0"]),
+    "no such choice": (["--env", "CartPole-v1", "--memory", "elephant"], ["elephant", "gru"]),
+    "options that are no JSON": (["--env", "CartPole-v1", "--env-options", "{x"], ["--env-options"]),
+    "options the env has not": (["--env", "CartPole-v1", "--env-options", '{"x": 1}'], ["env_options", "'x'"]),
+    "unknown wrapper": (["--env", "CartPole-v1", "--wrappers", "FrameStack"], ["FrameStack", "did you mean"]),
+    "wrapper without arguments": (
+        ["--env", "CartPole-v1", "--wrappers", "FrameStackObservation"],
+        ["FrameStackObservation", "stack_size"],
+    ),
+    "unknown preset": (["--env", "CartPole-v1", "--preset", "zoo"], ["preset is 'zoo'", "cleanrl"]),
+    "init without a policy": (["--env", "CartPole-v1", "--init", "."], ["init is '.'", "holds no policy"]),
+    "missing config file": (["--config", "none.yaml"], ["config is 'none.yaml'", "cannot be read"]),
+    "no native vector env": (["--env", "Acrobot-v1", "--vectorization", "native"], ["'native'", "use sync"]),
+    "integer Box": (["--env", "badly_behaved:IntegerBox"], ["Box of int32", "MultiDiscrete"]),
+    "unsupported observation": (["--env", "badly_behaved:Talks"], ["Text", "not supported"]),
+    "observation of a wrong shape": (["--env", "badly_behaved:WrongShape"], ["observation_space", "(3,)", "(2,)"]),
+    "observation out of bounds": (["--env", "badly_behaved:OutOfBounds"], ["observation[0] is 7", "-1 to 1"]),
+    "reward that is nan at once": (["--env", "badly_behaved:NanRewardAtOnce"], ["reward nan", "finite"]),
+    "env that raises at once": (["--env", "badly_behaved:RaisesAtOnce"], ["the simulator is not there", "mend it"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_REQUESTS)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(here, capsys, case):
+    flags, words = WRONG_REQUESTS[case]
+
+    refused(capsys, ["control", "ppo", "--quiet", *flags], 2, *words)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["contrl"], ["verb is 'contrl'", "did you mean 'control'"]),
+        (["control", "pop"], ["recipe is 'pop'", "did you mean 'ppo'"]),
+        (["evaluate", "nothing-here"], ["nothing-here", "config.json"]),
+        (["compare", "nothing-here"], ["nothing-here", "config.json"]),
+        (["evaluate"], ["run", "--help"]),
+        (["control", "reinforce", "--env", "CartPole-v1", "--preset", "cleanrl"], ["cleanrl", "reinforce"]),
+        (
+            ["control", "reinforce", "--env", "CartPole-v1", "--baseline", "group", "--num-envs", "6"],
+            ["num_envs is 6", "multiple of group_size 4"],
+        ),
+    ],
+)
+def test_a_wrong_word_is_named_with_the_nearest_right_one(here, capsys, argv, words):
+    refused(capsys, argv, 2, *words)
+
+
+MISSING = {
+    "Box2D": ["--env", "LunarLander-v3"],
+    "mujoco": ["--env", "HalfCheetah-v5"],
+    "envpool": ["--env", "CartPole-v1", "--vectorization", "envpool"],
+    "moviepy": ["--env", "CartPole-v1", "--video"],
+}
+
+
+@pytest.mark.parametrize("package", MISSING)
+def test_a_missing_extra_is_named_with_its_pip_line(here, capsys, monkeypatch, package):
+    for name in [name for name in sys.modules if name.split(".")[0] == package or "mujoco" in name or "box2d" in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    extra = {"Box2D": "box2d", "moviepy": "video"}.get(package, package)
+
+    refused(capsys, ["control", "ppo", "--quiet", "--steps", "32", *MISSING[package]], 2, f"'understudy[{extra}]'")
+
+
+@pytest.mark.parametrize("sink", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
+    if importlib.util.find_spec(sink):
+        pytest.skip(f"{sink} is installed")
+
+    refused(capsys, ["control", "ppo", "--env", "CartPole-v1", "--quiet", "--log", sink], 2, f"'understudy[{sink}]'")
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("NanObservationLater", ["observation", "not finite", "env 0", "after 4 steps"]),
+        ("NanRewardLater", ["reward is nan", "env 0", "episode 0"]),
+        ("RaisesLater", ["the simulator went away"]),
+    ],
+)
+def test_an_env_that_fails_later_ends_the_run_with_1_and_keeps_what_was_saved(here, capsys, env, words):
+    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--rollout", "1", "--out", "run"]
+
+    refused(capsys, ["control", "ppo", "--quiet", "--env", f"badly_behaved:{env}", *flags], 1, *words)
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["000001", "000002", "000003"]
+    failed = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
+    assert failed["kind"] == "failed"
+    assert "Traceback" in failed["traceback"]
+
+
+def test_a_run_is_never_written_over(here, capsys):
+    flags = ["control", "ppo", "--env", "CartPole-v1", "--steps", "32", "--out", "run", *SMALL]
+    assert main(flags) == 0
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+
+    refused(capsys, flags, 2, "out is 'run'", "holds a run already")
+    assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
+
+
+def test_a_run_ends_with_what_to_type_next(here, capsys):
+    assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "64", "--out", "run", *SMALL]) == 0
+
+    assert capsys.readouterr().out.splitlines()[-1] == "Next: understudy evaluate run"
+
+
+def test_a_run_leaves_the_directory_the_contract_names(here, capsys):
+    assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "64", "--out", "run", *SMALL]) == 0
+
+    assert {path.name for path in Path("run").iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "policy"}
+    config = json.loads(Path("run/config.json").read_text())["config"]
+    assert (config["env"], config["num_envs"], config["preset"], config["gamma"]) == ("CartPole-v1", 2, "tuned", 0.98)
+    assert not [path for path in Path("run").rglob("*") if path.suffix in (".pt", ".pth", ".pkl")]
+
+
+def test_the_last_line_of_json_output_is_the_summary(here, capsys):
+    assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "64", "--out", "run", "--json", *SMALL]) == 0
+
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(summary) == {
+        *("run", "steps", "seconds", "train_seconds", "startup_seconds", "episode_return_mean", "solved_at"),
+    }
+    assert (summary["run"], summary["steps"], summary["solved_at"]) == ("run", 64, None)
+
+
+def test_flags_override_the_config_file_which_overrides_the_preset(here, capsys):
+    Path("c.yaml").write_text("env: CartPole-v1\ngamma: 0.9\nhidden: [4]\nlam: 0.5\n")
+
+    assert (
+        main(["control", "ppo", "--config", "c.yaml", "--gamma", "0.8", "--steps", "32", "--quiet", "--out", "r"]) == 0
+    )
+    config = json.loads(Path("r/config.json").read_text())["config"]
+    assert (config["gamma"], config["lam"], config["hidden"], config["epochs"]) == (0.8, 0.5, [4], 20)
+
+
+def test_an_unknown_field_in_the_config_file_is_refused_with_the_nearest(here, capsys):
+    Path("c.yaml").write_text("env: CartPole-v1\nrolout: 3\n")
+
+    refused(capsys, ["control", "ppo", "--config", "c.yaml"], 2, "'rolout'", "did you mean 'rollout'")
+
+
+def test_evaluate_writes_what_compare_reads(here, capsys):
+    for seed in "12":
+        flags = ["--env", "CartPole-v1", "--steps", "32", "--seed", seed, "--out", seed, *SMALL]
+        assert main(["control", "ppo", *flags]) == 0
+        assert main(["evaluate", seed, "--episodes", "3"]) == 0
+    capsys.readouterr()
+
+    assert main(["compare", "1", "2", "--json"]) == 0
+    (group,) = json.loads(capsys.readouterr().out)
+    assert (group["seeds"], group["evaluated"]) == ([1, 2], True)
+    assert group["scores"][0] == sum(json.loads(Path("1/evaluation.json").read_text())["returns"]) / 3
+
+
+def test_evaluate_gives_the_same_returns_every_time(here, capsys):
+    assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "32", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+
+    said = []
+    for _ in range(2):
+        assert main(["evaluate", "run", "--episodes", "3", "--sample", "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out)["returns"])
+    assert said[0] == said[1]
+
+
+def test_evaluate_imports_no_code_that_only_the_run_names(here, capsys):
+    flags = ["--env", "badly_behaved:Plain", "--steps", "32", "--out", "run", *SMALL]
+    assert main(["control", "ppo", *flags]) == 0
+    capsys.readouterr()
+
+    refused(capsys, ["evaluate", "run"], 2, "badly_behaved:Plain", "--env")
+    assert main(["evaluate", "run", "--env", "badly_behaved:Plain", "--episodes", "2"]) == 0
+
+
+def test_every_field_is_a_flag_with_a_line_of_help(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["control", "ppo", "--help"])
+
+    assert stop.value.code == 0
+    said = re.sub(r"[^\S\n]+", " ", capsys.readouterr().out)
+    for flag in ("--env", "--gamma", "--learning-rate", "--preset", "--device", "--stop-kl", "--evaluate-every"):
+        assert flag in said
+    assert "Discount per step" in said
+
+
+def test_help_answers_without_torch_in_half_a_second():
+    before = os.times()
+    said = subprocess.run([sys.executable, "-m", "understudy", "--help"], capture_output=True, text=True, check=True)
+    after = os.times()
+
+    assert "understudy control ppo" in said.stdout
+    # processor time: wall time depends on who else is running
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
+
+
+def test_interrupting_saves_the_policy_and_exits_130(here, capsys, monkeypatch):
+    from understudy.control.stage import Stage
+
+    report = Stage.report
+
+    def interrupted(self, metrics):
+        yield from report(self, metrics)
+        if self.iteration == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage, "report", interrupted)
+
+    assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "999", "--out", "run", *SMALL]) == 130
+    assert load("run").action_space.n == 2
