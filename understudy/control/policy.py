@@ -209,7 +209,9 @@ class Policy(nn.Module):
         apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
         if apart:
             whose = "its policy.json" if network is None else "the network given"
-            raise RequestError(f"{path / 'policy.safetensors'} does not fit {whose}: {', '.join(apart)} differ; use its own")
+            raise RequestError(
+                f"{path / 'policy.safetensors'} does not fit {whose}: {', '.join(apart)} differ; use its own"
+            )
         policy.load_state_dict(weights)
         return policy
 

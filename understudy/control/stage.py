@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
+import traceback
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class Stage:
         self.summed = 0
         self.best = -float("inf")
         self.train_started = time.time()
+        self.run.startup_seconds = process_seconds()
 
     @property
     def on(self) -> bool:
@@ -212,7 +214,8 @@ def open_stage(
                 stage.finish()
                 raise
             except BaseException as error:
-                run.event("failed", error=f"{type(error).__name__}: {environment.first_sentence(error)}")
+                said = f"{type(error).__name__}: {environment.first_sentence(error)}"
+                run.event("failed", error=said, traceback=traceback.format_exc())
                 raise
             else:
                 stage.finish()
@@ -227,6 +230,11 @@ def open_stage(
 def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
     """The policy of a run: a user's own, or that of `init`, or a fresh one. The spaces must be the environment's."""
     spaces = envs.single_observation_space, envs.single_action_space
+    if cfg.exploration != "independent" and not isinstance(spaces[1], gymnasium.spaces.Box):
+        raise RequestError(
+            f"exploration is {cfg.exploration!r}, but action_space is {spaces[1]}: only noise of a Box can be held; "
+            "choose exploration 'independent'"
+        )
     scales = {"scale_obs": cfg.normalize_obs, "scale_reward": cfg.gamma if cfg.normalize_reward else None}
     if isinstance(policy, Policy):
         return policy

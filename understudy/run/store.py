@@ -23,19 +23,15 @@ class Run:
     Attributes:
         path: its directory.  metrics: one dict an iteration, as in metrics.jsonl.
         solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold, or None.
+        startup_seconds: from process start to the first step.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metrics: list[dict[str, Any]] = []
         self.solved_at: dict[str, float] | None = None
-        self.started = time.time()
+        self.startup_seconds = 0.0
         self._files: dict[str, Any] = {}
-
-    @property
-    def seconds(self) -> float:
-        """Since the run was opened."""
-        return time.time() - self.started
 
     @classmethod
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
