@@ -1,0 +1,385 @@
+"""The policy: it acts on raw observations, is complete once saved, explores with log-probs that are right."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+from torch.distributions import Normal
+from torch.testing import assert_close
+
+from tests.probes import ACTIONS, OBSERVATIONS, Anything, anything, vector
+from tests.records import seeded
+from understudy import load
+from understudy.control import ppo
+from understudy.control.collect import Walker
+from understudy.control.policy import Policy
+from understudy.distribution import Categorical
+from understudy.run.config import RequestError
+from understudy.value import estimate
+
+SMALL = {"hidden": (8,), "memory_size": 4}
+
+
+def policy(observation="vector", action="Discrete", *, seed=0, **fields) -> Policy:
+    shape = ppo.Config(env="any", **(SMALL | fields)).shape
+    return Policy.build(OBSERVATIONS[observation], ACTIONS[action], shape, seed=seed)
+
+
+def observations(count: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
+
+
+def equal(one: Policy, other: Policy) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def short(path, **fields) -> ppo.Config:
+    """Two iterations of one pass; `clip_fraction` is the share of steps whose first ratio is further than 1e-5 from 1."""
+    sizes = {"steps": 16, "rollout": 6, "epochs": 1, "minibatches": 1, "clip": 1e-5, "log_every": 2}
+    return ppo.Config(env="any", out=str(path), quiet=True, **(SMALL | sizes | fields))
+
+
+def test_weights_depend_on_nothing_but_the_seed():
+    torch.manual_seed(1)
+    one = policy(seed=7)
+    torch.manual_seed(2)
+    other = policy(seed=7)
+
+    assert equal(one, other) and not equal(one, policy(seed=8))
+
+
+def test_fresh_weights_leave_torchs_own_randomness_alone():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    policy(seed=7)
+
+    assert_close(torch.rand(3), expected, rtol=0, atol=0)
+
+
+def test_a_batch_of_observations_gets_a_batch_of_actions():
+    own = policy()
+
+    assert own.act(observations(4)).shape == (4,)
+    assert own.act(observations(4)[0]).shape == ()
+
+
+def test_the_action_is_the_mode_unless_sampled():
+    own = policy(log_std=-20.0, action="Box")
+    mode = own.act(observations(5))
+
+    assert_close(own.act(observations(5)), mode, rtol=0, atol=0)
+    assert_close(own.act(observations(5), sample=True, generator=seeded()), mode, atol=1e-6, rtol=0)
+    wide = policy(action="Box")
+    assert (wide.act(observations(5), sample=True, generator=seeded()) != wide.act(observations(5))).any(axis=1).all()
+
+
+def test_what_is_sampled_depends_on_the_generator_alone():
+    own = policy(action="MultiDiscrete")
+    one, again, other = (own.act(observations(9), sample=True, generator=seeded(s)) for s in (1, 1, 2))
+
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_a_state_is_carried_from_one_act_to_the_next(memory):
+    own = policy(action="Box", memory=memory)
+    obs = observations(3)
+
+    state, actions = None, []
+    for each in obs:
+        action, state = own.act(each, state=state)
+        actions.append(action)
+    distribution, _, after = own(torch.as_tensor(obs)[None], own.initial_state(1), torch.zeros(1, 3).bool())
+
+    assert_close(np.stack(actions), own.executable(distribution.mean[0].detach()))
+    assert_close(state, after)
+
+
+def test_a_state_is_forgotten_where_an_episode_starts():
+    own = policy(action="Box", memory="gru")
+    first, second = observations(2)
+    _, state = own.act(first)
+    carried, _ = own.act(second, state=state)
+    fresh, _ = own.act(second)
+
+    assert_close(own.act(second, state=state, start=True)[0], fresh)
+    assert np.abs(carried - fresh).max() > 0
+
+
+def test_each_row_starts_on_its_own():
+    own = policy(memory="gru")
+    _, state = own.act(observations(2))
+    _, one = own.act(observations(2), state=state, start=[True, False])
+    _, fresh = own.act(observations(2))
+    _, carried = own.act(observations(2), state=state)
+
+    assert_close(one, torch.stack([fresh[0], carried[1]]))
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_a_masked_action_is_never_taken(sample):
+    own = policy()
+    masks = np.eye(3, dtype=np.int8)[np.arange(30) % 3]
+    actions = own.act(observations(30), action_mask=masks, sample=sample, generator=seeded())
+
+    np.testing.assert_array_equal(actions, np.arange(30) % 3 - 1)  # the space starts at -1
+    assert own.act(observations(1)[0], action_mask=masks[2]) == 1
+
+
+def test_a_mask_that_allows_nothing_is_refused():
+    with pytest.raises(ValueError, match="action_mask allows no action: allow at least one"):
+        policy().act(observations(1)[0], action_mask=np.zeros(3))
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_a_saved_policy_is_complete(tmp_path, action):
+    own = policy("Dict", action)
+    own.save(tmp_path)
+    loaded = load(tmp_path)
+
+    assert equal(own, loaded)
+    assert loaded.shape == own.shape
+    assert (loaded.observation_space, loaded.action_space) == (own.observation_space, own.action_space)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
+
+
+def test_an_order_of_keys_that_is_not_sorted_is_kept(tmp_path):
+    space = spaces.Dict([("z", spaces.Box(-1.0, 1.0, (2,))), ("a", spaces.Discrete(2))])
+    own = Policy.build(space, ACTIONS["Box"], ppo.Config(env="any", **SMALL).shape, seed=0)
+    own.save(tmp_path)
+
+    np.testing.assert_array_equal(load(tmp_path).act(space.sample()).shape, (2,))
+    obs = {"z": np.array([0.5, -0.5], np.float32), "a": 1}
+    np.testing.assert_array_equal(load(tmp_path).act(obs), own.act(obs))
+
+
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path):
+    policy(hidden=(8,)).save(tmp_path / "small")
+    policy(hidden=(9,)).save(tmp_path / "large")
+    (tmp_path / "large" / "policy.safetensors").rename(tmp_path / "small" / "policy.safetensors")
+
+    with pytest.raises(RequestError, match=r"safetensors does not fit its policy.json: network.*weight.* differ"):
+        load(tmp_path / "small")
+
+
+def test_weights_of_another_kind_of_network_are_refused_by_name(tmp_path):
+    policy().save(tmp_path)
+
+    with pytest.raises(RequestError, match=r"does not fit the network given: .*network.actor"):
+        load(tmp_path, network=Plain())
+
+
+class Plain(nn.Module):
+    """A network of someone's own: three actions, one layer used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.value = nn.Linear(3, 1)
+
+    def forward(self, obs):
+        x = self.first(obs)
+        return Categorical.of(self.again(x)), self.value(x)[..., 0]
+
+
+def test_a_network_of_ones_own_is_trained_saved_and_loaded(tmp_path):
+    network = Plain()
+    before = network.first.weight.detach().clone()
+
+    run = ppo.train(short(tmp_path, learning_rate=0.1), env=anything("vector", "Discrete"), policy=network)
+
+    assert not torch.equal(before, network.first.weight)
+    loaded = load(run.path, network=Plain())
+    np.testing.assert_array_equal(
+        loaded.act(observations(9)), Policy(network, OBSERVATIONS["vector"], ACTIONS["Discrete"]).act(observations(9))
+    )
+
+
+def test_a_network_of_ones_own_is_asked_for_when_loading(tmp_path):
+    Policy(Plain(), OBSERVATIONS["vector"], ACTIONS["Discrete"]).save(tmp_path)
+
+    with pytest.raises(RequestError, match=r"network is missing: .* pass it as network="):
+        load(tmp_path)
+
+
+def test_an_environment_of_ones_own_is_one_row(tmp_path):
+    run = ppo.train(short(tmp_path, num_envs=7, log_every=1), env=Anything("vector", "Discrete", length=3))
+
+    assert [line["steps"] for line in run.metrics] == [6, 12, 18]
+
+
+EXPLORATIONS = [("independent", "clip"), ("independent", "tanh"), ("held", "clip"), ("held", "tanh"), ("gsde", "clip")]
+
+
+@pytest.mark.parametrize("memory", ["none", "gru"])
+@pytest.mark.parametrize(("exploration", "squash"), EXPLORATIONS)
+def test_the_first_ratio_is_1_however_a_box_is_explored(tmp_path, exploration, squash, memory):
+    cfg = short(tmp_path, exploration=exploration, squash=squash, memory=memory)
+    (line,) = ppo.iterate(cfg, env=anything("vector", "Box"))
+
+    assert line["clip_fraction"] == 0
+
+
+def test_the_first_ratio_is_1_with_tanh_and_a_bound_that_is_infinite(tmp_path):
+    class Open(Anything):
+        def __init__(self):
+            super().__init__("vector", "Box", length=3)
+            self.action_space = spaces.Box(np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32))
+
+    (line,) = ppo.iterate(short(tmp_path, squash="tanh"), env=vector([Open, Open]))
+
+    assert line["clip_fraction"] == 0
+    assert all(math.isfinite(x) for x in line.values() if x is not None)
+
+
+def test_the_entropy_of_a_squashed_action_is_reported_as_an_estimate(tmp_path):
+    (line,) = ppo.iterate(short(tmp_path, squash="tanh"), env=anything("vector", "Box"))
+
+    assert "entropy_estimate" in line and "entropy" not in line
+
+
+def test_tanh_with_noise_from_features_is_refused():
+    with pytest.raises(RequestError, match="exploration is 'gsde' and squash is 'tanh': choose squash 'clip'"):
+        ppo.Config(env="any", exploration="gsde", squash="tanh")
+
+
+@pytest.mark.parametrize("exploration", ["held", "gsde"])
+def test_held_noise_is_refused_where_actions_are_not_continuous(tmp_path, exploration):
+    with pytest.raises(RequestError, match=f"exploration is '{exploration}', but action_space is Discrete"):
+        ppo.train(short(tmp_path, exploration=exploration), env=anything("vector", "Discrete"))
+
+
+def collected(own: Policy, *, hold: int, steps: int = 7, env=None):
+    walker = Walker(
+        env or anything("vector", "Box"), seed_of=lambda row, episode: 10 * row + episode, generator=seeded(), hold=hold
+    )
+    record = walker.collect(own, steps)
+    distribution, _ = estimate(own, record)
+    return record, distribution
+
+
+def test_held_noise_is_held_for_its_calls_and_then_drawn_anew():
+    record, distribution = collected(policy(action="Box", log_std=-1.0), hold=3)
+    noise = (record.action - distribution.mean) / distribution.log_std.exp()
+    calls = noise[1][record.mask[1]]  # [7, D], whatever episodes they are in
+
+    for start, end in ((0, 3), (3, 6), (6, 7)):
+        # a difference of rounding, as noise was not kept but found again from the action
+        assert_close(calls[start:end], calls[start].expand(end - start, 2), atol=1e-5, rtol=1e-4)
+    assert (calls[2] - calls[3]).abs().min() > 1e-3 and (calls[5] - calls[6]).abs().min() > 1e-3
+
+
+def test_independent_noise_is_drawn_anew_at_every_call():
+    record, distribution = collected(policy(action="Box"), hold=0)
+    calls = (record.action - distribution.mean)[1][record.mask[1]]
+
+    assert (calls[1:] - calls[:-1]).abs().min() > 1e-3
+
+
+def test_noise_goes_on_being_held_in_the_next_record():
+    own = policy(action="Box")
+    walker = Walker(anything("vector", "Box"), seed_of=lambda row, episode: row, generator=seeded(), hold=4)
+    noise = []
+    for _ in range(4):
+        record = walker.collect(own, 2)
+        noise.append((record.action - estimate(own, record)[0].mean)[record.mask].detach())
+
+    assert_close(noise[0], noise[1], atol=1e-5, rtol=1e-4)
+    assert_close(noise[2], noise[3], atol=1e-5, rtol=1e-4)
+    assert (noise[1] - noise[2]).abs().min() > 1e-3
+
+
+class Still(gymnasium.Env):
+    """The same observation for ever."""
+
+    observation_space = OBSERVATIONS["vector"]
+    action_space = ACTIONS["Box"]
+
+    def reset(self, *, seed=None, options=None):
+        return np.array([0.5, -1.0, 0.25], np.float32), {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, False, False, {}
+
+
+def test_noise_from_features_is_one_function_for_its_calls():
+    own = policy(action="Box", exploration="gsde")
+    record, _ = collected(own, hold=3, env=vector([Still, Still]))
+    action = record.action[:, :7]
+
+    # where features stay the same, so does the action
+    assert_close(action[:, :3], action[:, :1].expand(-1, 3, -1))
+    assert_close(action[:, 3:6], action[:, 3:4].expand(-1, 3, -1))
+    assert (action[:, 2] - action[:, 3]).abs().min() > 1e-4
+    assert (action[0] - action[1]).abs().min() > 1e-4  # every row has a function of its own
+
+
+def test_noise_from_features_moves_with_the_features():
+    record, distribution = collected(policy(action="Box", exploration="gsde"), hold=7)
+    noise = (record.action - distribution.mean)[1][record.mask[1]]
+
+    assert (noise[1:] - noise[:-1]).abs().min() > 1e-4
+
+
+def test_log_probs_of_noise_from_features_are_the_density_over_its_draws():
+    own = policy(action="Box", exploration="gsde")
+    record, distribution = collected(own, hold=3)
+    features = own.network.actor({"obs": record.obs})
+    # a sum of normals: variance features^2 @ weight_std^2, to which 1e-6 is added
+    std = (features.square() @ own.network.head.log_std.exp().square() + 1e-6).sqrt()
+    density = Normal(distribution.mean, std).log_prob(record.action).sum(dim=-1)
+
+    assert_close(record.logprob[record.mask], density[record.mask])
+
+
+def test_log_probs_of_held_noise_are_the_density_of_each_action_alone():
+    own = policy(action="Box", log_std=-0.5)
+    record, distribution = collected(own, hold=3)
+    density = Normal(distribution.mean, math.exp(-0.5)).log_prob(record.action).sum(dim=-1)
+
+    assert_close(record.logprob[record.mask], density[record.mask])
+
+
+def test_a_squashed_policy_reaches_for_its_bounds_and_stays_within_them(tmp_path):
+    received = []
+
+    class Noting(Anything):
+        def step(self, action):
+            received.append(action)
+            return super().step(action)  # which refuses what is outside the space
+
+    cfg = short(tmp_path, squash="tanh", log_std=2.0, steps=60)
+    ppo.train(cfg, env=vector([lambda: Noting("vector", "Box", length=4)] * 2))
+    low, high = np.min(received, axis=0), np.max(received, axis=0)
+
+    assert np.abs(low - [-1, 0]).max() < 0.01 and np.abs(high - [1, 3]).max() < 0.01
+
+
+def test_a_policy_of_ones_own_keeps_its_spaces_and_squash():
+    own = policy(action="Box", squash="tanh")
+    action = torch.tensor([[0.5, 0.5]])
+
+    # -1 + (tanh + 1) / 2 * 2 and 0 + (tanh + 1) / 2 * 3
+    tanh = math.tanh(0.5)
+    assert_close(own.executable(action), np.array([[tanh, 1.5 * (tanh + 1)]], np.float32))
+
+
+def test_a_directory_without_a_policy_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"path is .*, which holds no policy: give the directory of a run"):
+        load(Path(tmp_path))
+
+
+def test_a_shape_is_complete_in_its_json():
+    shape = policy(memory="lstm", squash="tanh").shape
+
+    assert shape is not None and shape == type(shape)(**dataclasses.asdict(shape))
