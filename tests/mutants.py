@@ -528,7 +528,11 @@ def main(words: list[str]) -> int:
         equivalent = [m for m in mutants if kind == "mechanical" and line_of(m, sources[m.file]) in EQUIVALENT]
         known |= {line_of(m, sources[m.file]) for m in equivalent}
         mutants = [m for m in mutants if m not in equivalent]
-        survivors = [mutant for mutant, killed in run(mutants, sources) if not killed]
+        survivors = []
+        for done, (mutant, killed) in enumerate(run(mutants, sources), start=1):
+            survivors += [] if killed else [mutant]
+            print(f"\r{kind}: {done} of {len(mutants)}, {len(survivors)} survived", end="", file=sys.stderr, flush=True)
+        print("\r", end="", file=sys.stderr)
         killed = len(mutants) - len(survivors)
         print(f"{kind}: {killed} of {len(mutants)} killed, {len(survivors)} survived, {len(equivalent)} equivalent")
         for mutant in survivors:
