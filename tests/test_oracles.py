@@ -331,7 +331,9 @@ def test_a_scalar_deviation_is_kept_above_rsl_rls_least():
     [
         (1.2e-5, 0.03, 1e-5),  # 1.2e-5 / 1.5 would be below the least
         (9e-3, 0.001, 1e-2),  # 9e-3 * 1.5 would be above the most
-        (5e-2, 0.01, 5e-2),  # within a factor of 2 of 0.01: as it is, though above the most
+        (1e-3, 0.0199, 1e-3),  # within a factor of 2 of 0.01: as it is
+        (1e-3, 0.0051, 1e-3),
+        (5e-2, 0.01, 5e-2),  # even where it is above the most
         (1e-3, 0.0, 1e-3),  # a KL of 0 says nothing yet
     ],
 )
@@ -557,6 +559,15 @@ def test_fresh_biases_are_zero_as_the_peers(peer, case):
 
     for name, recorded in RECORDED[peer]["initial"][case].items():
         assert not made[name].bias.any() and recorded["bias_max"] == 0
+
+
+@pytest.mark.parametrize(
+    ("peer", "start"), [("cleanrl", {"log_std": 0.0}), ("sb3", {"log_std": 0.0}), ("rsl_rl", {"std": 1.0})]
+)
+def test_fresh_noise_is_the_peers(peer, start):
+    made = weights(fresh(preset(peer, "gaussian"), "gaussian"))
+
+    assert {name: x.unique().item() for name, x in made.items() if name.endswith("std")} == start
 
 
 def test_fresh_weights_are_torchs_own_as_rsl_rls():
