@@ -651,7 +651,7 @@ def test_a_mask_must_allow_something_in_every_dimension():
 @IN_EVERY_MODE
 @pytest.mark.parametrize("diary", [ForgetsItsMask, MaskFromTheSecondStep])
 def test_a_mask_missing_at_some_steps_is_refused(mode, diary):
-    with pytest.raises(ValueError, match="missing at some resets or steps"):
+    with pytest.raises(ValueError, match="give it at every reset and step, or never"):
         picky(mode, 5, diary)
 
 
@@ -706,7 +706,7 @@ class SeesNanAtTheEnd(SeesNan):
 @IN_EVERY_MODE
 def test_a_reward_that_is_no_number_is_refused_and_its_place_named(mode):
     # row 2, lengths 4, 1, 2, 3
-    with pytest.raises(FloatingPointError, match="reward is nan in env 2 at step 1 of its episode 3"):
+    with pytest.raises(FloatingPointError, match="reward is nan in env 2, after 1 steps of its episode 3"):
         records(diaries(mode, diary=PaysNan), scripted(), LONG)
 
 
@@ -777,3 +777,25 @@ def test_episodes_of_a_native_vector_env_begin_at_its_start_states():
     for record in taken:
         assert (record.obs[record.start & record.mask].abs() <= 0.05).all()
         assert (record.obs[record.ended].abs() > 0.05).any(dim=1).all()
+
+
+# groups
+
+
+@IN_EVERY_MODE
+def test_fresh_episodes_have_the_same_number_in_every_row_however_many_a_fast_row_plays(mode):
+    # so rows that share their seeds, a group, begin from one state again: rows 1 and 3 have played on after one step
+    walks = walker(diaries(mode))
+    for _ in range(3):
+        record = walks.collect_episodes(scripted(), 1)
+        assert len({episode for _, _, (_, episode, _) in keys(record)}) == 1
+
+
+@IN_EVERY_MODE
+def test_an_env_adopted_twice_gets_the_seeds_of_its_second_run(mode):
+    envs = environment.adopt(diaries(mode), lambda row, episode: 500 + 1000 * row + episode)
+    walks = walker(envs)
+    walks.seed_of = lambda row, episode: 500 + 1000 * row + episode
+
+    episodes = {key[1] for part in [walks.collect(scripted(), LONG)] for _, _, key in keys(part)}
+    assert min(episodes) == 500

@@ -19,6 +19,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
+from understudy.control.environment import SeededResets
 from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, read
 from understudy.sample import choose
 
@@ -87,7 +88,11 @@ class Walker:
 
     def reset(self) -> None:
         """Begin a new episode in every row."""
-        self.episode += 1
+        # one number for all rows, however many each has played: rows that share their seeds begin from one state
+        self.episode[:] = self.episode.max() + 1
+        for sub in getattr(self.envs.unwrapped, "envs", ()):
+            if isinstance(sub, SeededResets):
+                sub.episode = int(self.episode[0]) - 1
         seeds: Any = [self.seed_of(row, int(index)) for row, index in enumerate(self.episode)]
         if not self.seeds_rows:  # native vector envs share one generator: it is seeded once
             seeds = seeds[0] if self.now is None else None

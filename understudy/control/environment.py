@@ -79,7 +79,9 @@ def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) ->
         return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     inner = env.unwrapped
     if isinstance(inner, SyncVectorEnv) and inner.autoreset_mode is not AutoresetMode.DISABLED:
-        inner.envs = [SeededResets(sub, seed_of, row) for row, sub in enumerate(inner.envs)]
+        # one that was adopted before, for another run, gets the seeds of this one
+        subs = [sub.env if isinstance(sub, SeededResets) else sub for sub in inner.envs]
+        inner.envs = [SeededResets(sub, seed_of, row) for row, sub in enumerate(subs)]
     return env
 
 
