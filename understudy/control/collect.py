@@ -8,8 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
-from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, read
+from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader
 from understudy.sample import choose
 
 
@@ -34,18 +33,17 @@ class Episode(NamedTuple):
     truncated: bool
 
 
-@dataclass
-class _Call:
-    """One call of `step`: what went in, what came out, which rows chose, which ended."""
+class _Call(NamedTuple):
+    """One call of `step`, everything [rows, ...]: where it was made, what it led to, and which rows chose in it."""
 
     obs: Tree
+    after: Tree
     action: Tensor
     logprob: Tensor
     chosen: np.ndarray
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
-    final: Tree  # observations of the rows that ended, [F, ...]; None where none did
 
 
 class Walker:
@@ -73,17 +71,18 @@ class Walker:
         self.sample = sample
         self.rows = envs.num_envs
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        self.seeds_rows = self.mode is AutoresetMode.DISABLED or isinstance(
-            envs.unwrapped, SyncVectorEnv | AsyncVectorEnv
-        )
+        takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+        self.seeds_rows = self.mode is AutoresetMode.DISABLED or takes_seeds
+        self.read = reader(envs.single_observation_space)
         self.steps = self.calls = 0
         self.finished: deque[Episode] = deque(maxlen=100_000)
         self.episode = np.full(self.rows, -1)
         self.returns, self.lengths = np.zeros(self.rows), np.zeros(self.rows, dtype=np.int64)
         self.pending = np.zeros(self.rows, dtype=bool)  # NEXT_STEP: the next call resets this row
+        self.start = torch.zeros(self.rows, 1, dtype=torch.bool, device=device)  # states are zeroed at ends, below
         self.state: Tensor | None = None
         self.noise: Tensor | None = None
-        self.allowed: np.ndarray | None = None
+        self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
         self.now: Tree = None
 
     def reset(self) -> None:
@@ -99,17 +98,17 @@ class Walker:
         obs, info = self.envs.reset(seed=seeds)
         self.returns[:], self.lengths[:], self.pending[:] = 0, 0, False
         self.state = None
-        self.allowed = self._allowed(info, np.ones(self.rows, dtype=bool))
-        self._stand(obs)
+        self.masked = MASK in info if self.masked is None else self.masked
+        self.now = self._see(obs, info, choosing=np.ones(self.rows, dtype=bool))
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
-        return self._walk(policy, lambda calls, _: calls < steps, whole=False)
+        return self._walk(policy, lambda calls, _: len(calls) < steps)
 
     def collect_episodes(self, policy: Any, episodes: int) -> Trajectory:
         """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
         self.reset()
-        return self._walk(policy, lambda _, ended: bool((ended < episodes).any()), whole=True, episodes=episodes)
+        return self._walk(policy, lambda _, ended: ended < episodes)
 
     def play(self, policy: Any, episodes: int) -> list[Episode]:
         """Play `episodes` whole, fresh episodes in every row without keeping a record."""
@@ -117,232 +116,179 @@ class Walker:
         self.state = policy.initial_state(self.rows)
         ended = np.zeros(self.rows, dtype=np.int64)
         while (ended < episodes).any():
-            call = self._step(policy, ~self.pending & (ended < episodes))
+            call = self._step(policy, ended < episodes)
             ended += call.terminated | call.truncated
         played = list(self.finished)
         self.finished.clear()
         return played
 
-    def _walk(
-        self, policy: Any, on: Callable[[int, np.ndarray], bool], *, whole: bool, episodes: int = 0
-    ) -> Trajectory:
+    def _walk(self, policy: Any, wanted: Callable[[list[_Call], np.ndarray], Any]) -> Trajectory:
+        """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
         if self.now is None:
             self.reset()
         if policy.memory and self.state is None:
             self.state = policy.initial_state(self.rows)
-        before = None if self.state is None else self.state.clone()
-        calls: list[_Call] = []
-        ended = np.zeros(self.rows, dtype=np.int64)
-        while on(len(calls), ended):
-            chosen = ~self.pending if not whole else ~self.pending & (ended < episodes)
-            calls.append(self._step(policy, chosen))
+        before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
+        while np.any(wanted(calls, ended)):
+            calls.append(self._step(policy, np.broadcast_to(wanted(calls, ended), self.rows)))
             ended += calls[-1].terminated | calls[-1].truncated
-        record = lay_out(calls, self.now, before)
-        return map_tensors(lambda x: x.to(self.device), record)
+        return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before))
 
-    def _step(self, policy: Any, chosen: np.ndarray) -> _Call:
+    def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
         obs, pending = self.now, self.pending
         if not self.hold or self.calls % self.hold == 0:
             self.noise = None
         seen = map_tensors(lambda x: x[:, None].to(self.device), obs)
-        start = torch.zeros(self.rows, 1, dtype=torch.bool, device=self.device)  # the state is zeroed at ends, below
-        choice = choose(policy, seen, self.state, start, generator=self.generator, noise=self.noise, sample=self.sample)
-        self.noise, self.state = choice.noise, choice.state
-        after, reward, terminated, truncated, info = self.envs.step(policy.executable(choice.action))
-        reward = np.array(reward, dtype=np.float64)  # a copy: a vector env may write over its own next time
+        how = {"generator": self.generator, "noise": self.noise, "sample": self.sample}
+        action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
+        found, reward, terminated, truncated, info = self.envs.step(policy.executable(action))
+        # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
         terminated = np.array(terminated, dtype=bool) & ~pending
-        truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated  # a death at the time limit is a death
-        over = terminated | truncated
-        self._account(chosen, reward)
-        final = self._final(after, info, over & chosen)
-        self._finish(chosen, over, truncated)
-        self.pending = over if self.mode is AutoresetMode.NEXT_STEP else pending
-        self._renew(after, info, over, renewed=pending if self.mode is AutoresetMode.NEXT_STEP else over)
-        if self.state is not None:
-            self.state = torch.where(torch.from_numpy(over | pending).to(self.device)[:, None], 0.0, self.state)
-        self.calls += 1
-        return _Call(
-            obs,
-            choice.action.cpu(),
-            choice.logprob.cpu(),
-            chosen,
-            reward,
-            terminated & chosen,
-            truncated & chosen,
-            final,
-        )
-
-    def _final(self, after: Any, info: dict[str, Any], ended: np.ndarray) -> Tree:
-        """The true last observations of the rows that ended, [F, ...]; None where none did. Nothing is chosen there."""
-        if not ended.any():
-            return None
-        rows = np.flatnonzero(ended)
-        same_step = self.mode is AutoresetMode.SAME_STEP
-        if same_step and "final_obs" not in info:
-            raise ValueError(
-                'info has no "final_obs", though an episode ended and autoreset_mode is SAME_STEP: give it'
-            )
-        found = _stack(self.envs, info["final_obs"][rows]) if same_step else after
-        anything = (
-            None if self.allowed is None else np.ones((len(rows) if same_step else self.rows, self.allowed.shape[1]))
-        )
-        tree = self._read(found, anything, rows if same_step else None)
-        return tree if same_step else map_tensors(lambda x: x[torch.from_numpy(rows)], tree)
-
-    def _renew(self, after: Any, info: dict[str, Any], over: np.ndarray, renewed: np.ndarray) -> None:
-        """Stand where the next choice is made: rows that are over are reset here in DISABLED mode."""
-        self.episode += renewed
-        ours = self.mode is AutoresetMode.DISABLED and over.any()
-        self.allowed = self._allowed(info, ~over if ours else np.ones_like(over))
-        if ours:
-            seeds: Any = [self.seed_of(row, int(self.episode[row])) if over[row] else None for row in range(self.rows)]
-            # a fresh dict every time: SyncVectorEnv pops the key
-            after, info = self.envs.reset(seed=seeds, options={"reset_mask": over.copy()})
-            reset = self._allowed(info, over)
-            self.allowed = (
-                None if self.allowed is None or reset is None else np.where(over[:, None], reset, self.allowed)
-            )
-        self._stand(after)
-
-    def _account(self, chosen: np.ndarray, reward: np.ndarray) -> None:
-        """Count steps and returns; refuse a reward that is no number."""
+        truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated
+        over, chosen = terminated | truncated, ~pending & wanted
+        reward = np.where(pending, 0.0, reward).astype(np.float64)
         if not np.isfinite(reward).all():
-            row = int(np.flatnonzero(~np.isfinite(reward))[0])
-            raise FloatingPointError(
-                f"reward is {reward[row]} in env {row} at step {self.lengths[row]} of its episode {self.episode[row]} "
-                "(both from 0): mend the environment, or wrap it so that it pays finite rewards"
-            )
-        self.steps += int(chosen.sum())
-        self.returns += np.where(self.pending, 0.0, reward)
-        self.lengths += ~self.pending
+            raise self._no_number("reward", reward)
+        self.calls, self.steps = self.calls + 1, self.steps + int(chosen.sum())
+        self.returns, self.lengths = self.returns + reward, self.lengths + ~pending
+        if over.any() or pending.any():
+            after = self._turn(found, info, over, chosen, truncated)
+        else:
+            after = self.now = self._see(found, info, choosing=~over)
+        reward = np.where(chosen, reward, 0.0)
+        return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)
 
-    def _finish(self, chosen: np.ndarray, over: np.ndarray, truncated: np.ndarray) -> None:
-        """Write down the episodes that are over."""
+    def _turn(self, found: Any, info: Any, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> Tree:
+        """Episodes end or begin: the observations they led to; we stand where the next choices are made."""
+        begun = over if self.mode is not AutoresetMode.NEXT_STEP else self.pending
+        lasting = self._last(found, info, over) if over.any() else None
         for row in np.flatnonzero(over):
             if chosen[row]:
-                episode = Episode(
-                    float(self.returns[row]),
-                    int(self.lengths[row]),
-                    int(row),
-                    int(self.episode[row]),
-                    bool(truncated[row]),
-                )
-                self.finished.append(episode)
+                about = float(self.returns[row]), int(self.lengths[row]), int(row), int(self.episode[row])
+                self.finished.append(Episode(*about, truncated=bool(truncated[row])))
             self.returns[row], self.lengths[row] = 0.0, 0
+        if self.state is not None:
+            self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
+        self.episode = self.episode + begun
+        self.pending = over if self.mode is AutoresetMode.NEXT_STEP else self.pending
+        if self.mode is AutoresetMode.DISABLED:
+            found, info = self._reset_rows(over, info)
+        self.now = self._see(found, info, choosing=~self.pending)
+        return self.now if lasting is None else lasting
 
-    def _read(self, obs: Any, allowed: np.ndarray | None, rows: np.ndarray | None = None) -> Tree:
-        """The observation as Tensors, of all rows or of these; refused where it is not finite."""
-        tree = read(self.envs.single_observation_space, obs, allowed)
+    def _last(self, found: Any, info: Any, over: np.ndarray) -> Tree:
+        """What the call led to, with the true last observation of every row that is over. Nothing is chosen there."""
+        if self.mode is AutoresetMode.SAME_STEP:
+            if "final_obs" not in info:
+                raise ValueError('info has no "final_obs", though autoreset_mode is SAME_STEP and an episode ended')
+            space, finals = self.envs.single_observation_space, list(info["final_obs"])
+            whole = next(final for final, row in zip(finals, over, strict=True) if row)
+            finals = [final if row else whole for final, row in zip(finals, over, strict=True)]
+            empty = gymnasium.vector.utils.create_empty_array(space, n=self.rows)
+            found = gymnasium.vector.utils.concatenate(space, finals, empty)
+        return self._see(found, info, choosing=np.zeros(self.rows, dtype=bool))
+
+    def _reset_rows(self, over: np.ndarray, info: Any) -> tuple[Any, Any]:
+        """Begin new episodes in the rows that are over; the rows' observations, and what `info` says of each."""
+        seeds: Any = [self.seed_of(row, int(self.episode[row])) if over[row] else None for row in range(self.rows)]
+        # a fresh dict every time: SyncVectorEnv pops the key
+        found, told = self.envs.reset(seed=seeds, options={"reset_mask": over.copy()})
+        return found, self._merged(info, told, over) if self.masked else told
+
+    def _see(self, found: Any, info: Any, *, choosing: np.ndarray) -> Tree:
+        """The observations as Tensors, with the action mask where `info` gives one; refused where not finite."""
+        tree = self.read(found)
+        if self.masked or MASK in info:
+            tree = self._with_mask(tree, info, choosing)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
             if leaf.is_floating_point() and not torch.isfinite(leaf).all():
-                index = int((~torch.isfinite(leaf)).reshape(len(leaf), -1).any(dim=1).nonzero()[0])
-                row = index if rows is None else int(rows[index])
-                raise FloatingPointError(
-                    f"observation {path!r} is not finite in env {row}, after {self.lengths[row]} steps of its episode "
-                    f"{self.episode[row]} (from 0): mend the environment"
-                )
+                raise self._no_number(f"observation {path!r}", leaf.numpy())
+        if isinstance(tree, dict) and MASK in tree:
+            self._refuse_empty(tree[MASK], choosing)
         return tree
 
-    def _allowed(self, info: dict[str, Any], rows: np.ndarray) -> np.ndarray | None:
-        """The action mask from `info`, bool [B, width]; None where the env gives none, or gives it in its observation.
+    def _no_number(self, what: str, values: np.ndarray) -> FloatingPointError:
+        """The refusal of observations or rewards [rows, ...], at the first that is not finite."""
+        row, *at = np.argwhere(~np.isfinite(values))[0]
+        return FloatingPointError(
+            f"{what} is {values[row, *at]} in env {row}, after {self.lengths[row]} steps of its episode "
+            f"{self.episode[row]} (from 0), which is not finite: mend the environment, or wrap it"
+        )
 
-        Rows that `rows` does not name, and rows about to be reset, may do anything: their choice is not used.
-        """
-        if MASK not in info and self.allowed is None:
-            return None
-        rows = rows & ~self.pending
-        allowed = np.ones((self.rows, mask_width(self.envs.single_action_space)), dtype=bool)
-        if not rows.any():
-            return allowed
+    def _with_mask(self, tree: Tree, info: Any, choosing: np.ndarray) -> Tree:
+        """The observations with the action mask of `info`; rows that choose nothing here may do anything."""
+        if not self.masked:
+            raise ValueError(
+                f'info["{MASK}"] was missing at the first reset: give it at every reset and step, or never'
+            )
+        allowed = torch.ones(self.rows, mask_width(self.envs.single_action_space), dtype=torch.bool)
         given = np.broadcast_to(info.get(f"_{MASK}", MASK in info), self.rows)
-        if not given[rows].all() or (self.now is not None and self.allowed is None):
-            raise ValueError(f'info["{MASK}"] is missing at some resets or steps: give it at every one, or never')
-        for row, mask in zip(np.flatnonzero(rows), np.asarray(info[MASK])[rows], strict=True):
-            # an array; or, as an object, a list or one array a dimension
+        for row in np.flatnonzero(choosing):
+            if not given[row]:
+                raise ValueError(f'info["{MASK}"] is missing in env {row}: give it at every reset and step, or never')
+            mask = info[MASK][row]  # an array; or, as an object, a list or one array a dimension
             flat = mask.ravel() if isinstance(mask, np.ndarray) else np.concatenate([np.ravel(part) for part in mask])
             if len(flat) != allowed.shape[1]:
                 raise ValueError(
                     f'info["{MASK}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '
                     f"{self.envs.single_action_space}"
                 )
-            allowed[row] = flat
-        return allowed
+            allowed[row] = torch.from_numpy(flat.astype(bool))
+        return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: allowed}
 
-    def _stand(self, obs: Any) -> None:
-        """Make this the observations that the next choices are made at; refuse a mask that leaves none."""
-        self.now = self._read(obs, self.allowed)
-        if isinstance(self.now, dict) and MASK in self.now:
-            empty = all_forbidden(self.envs.single_action_space, self.now[MASK]).numpy() & ~self.pending
-            if empty.any():
-                row = int(np.flatnonzero(empty)[0])
-                raise ValueError(
-                    f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
-                    f"{self.episode[row]} (from 0): allow at least one, in every dimension"
-                )
+    def _merged(self, info: Any, told: Any, over: np.ndarray) -> dict[str, Any]:
+        """The action masks of a step and of the resets after it, as one `info`."""
+        masks, given = np.full(self.rows, None, dtype=object), np.zeros(self.rows, dtype=bool)
+        for source, rows in ((info, ~over), (told, over)):
+            there = np.broadcast_to(source.get(f"_{MASK}", MASK in source), self.rows) & rows
+            for row in np.flatnonzero(there):
+                masks[row] = source[MASK][row]
+            given |= there
+        return {MASK: masks, f"_{MASK}": given}
+
+    def _refuse_empty(self, allowed: Tensor, choosing: np.ndarray) -> None:
+        empty = all_forbidden(self.envs.single_action_space, allowed).numpy() & choosing
+        if empty.any():
+            row = int(np.flatnonzero(empty)[0])
+            raise ValueError(
+                f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
+                f"{self.episode[row]} (from 0): allow at least one, in every dimension"
+            )
 
 
 def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
     """Lay calls, last observations of episodes, and the observation after it all, out as one record [rows, T].
 
+    Every call has two slots, the choice and what it led to; one more holds `last`. Kept are the choices that were made,
+    the last observations of episodes, and `last` where no episode ended just before it; they move up to the left.
+
     Args:
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
     """
-    chosen = np.stack([call.chosen for call in calls])  # [K, rows], as everything here
-    terminated, truncated = (np.stack([getattr(call, name) for call in calls]) for name in ("terminated", "truncated"))
-    ended = terminated | truncated
-    count, rows = chosen.shape
-    # a chosen step's column: the choices and the ends (one column each for the last observation) before it in its row
-    column = np.cumsum(chosen, axis=0) - 1 + np.cumsum(ended, axis=0) - ended
-    used = chosen.sum(axis=0) + ended.sum(axis=0)
-    open_ = ~_last_ended(chosen, ended)
-    width = int((used + open_).max())
+    seen, after, action, logprob, chosen, reward, terminated, truncated = zip(*calls, strict=True)
+    rows, slots = len(chosen[0]), 2 * len(calls) + 1
+    keep = np.zeros((rows, slots), dtype=bool)
+    made = torch.from_numpy(np.stack(chosen))
+    keep[:, :-1:2] = made.T
+    keep[:, 1::2] = np.stack(terminated, axis=1) | np.stack(truncated, axis=1)
+    keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
+    width = int(keep.sum(axis=1).max())
+    slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, :width])
+    row = torch.arange(rows)[:, None]
 
-    # where each column's observation comes from: call k of row r is k * rows + r, then `last`, then the finals in order
-    finals = np.cumsum(ended.reshape(-1)).reshape(ended.shape) - 1 + (count + 1) * rows
-    source = np.tile(count * rows + np.arange(rows)[:, None], (1, width))  # padding repeats the row's last observation
-    k, row = np.nonzero(chosen)
-    source[row, column[k, row]] = k * rows + row
-    e, ended_row = np.nonzero(ended)
-    source[ended_row, column[e, ended_row] + 1] = finals[e, ended_row]
+    def lay(values: Sequence[Any]) -> Tensor:
+        by_call = torch.stack([torch.as_tensor(value) for value in values])
+        by_call[~made] = 0
+        spread = by_call.new_zeros(slots, *by_call.shape[1:])
+        spread[:-1:2] = by_call
+        return spread[slot, row]
 
-    pools = [call.obs for call in calls] + [last] + [call.final for call in calls if call.final is not None]
-    obs = _gather(pools, torch.from_numpy(source))
-    at = (torch.from_numpy(row), torch.from_numpy(column[k, row]))
-    pick = (torch.from_numpy(k), torch.from_numpy(row))
+    def lay_obs(trees: list[Tree]) -> Tree:
+        if isinstance(last, dict):
+            return {name: torch.stack([tree[name] for tree in trees])[slot, row] for name in last}
+        return torch.stack(trees)[slot, row]
 
-    def place(values: Tensor, dtype: torch.dtype) -> Tensor:
-        laid = torch.zeros(rows, width, *values.shape[2:], dtype=dtype)
-        laid[at] = values[pick].to(dtype)
-        return laid
-
-    action = torch.stack([call.action for call in calls])
-    return Trajectory(
-        obs=obs,
-        action=place(action, action.dtype),
-        logprob=place(torch.stack([call.logprob for call in calls]), torch.float32),
-        mask=place(torch.from_numpy(chosen), torch.bool),
-        reward=place(torch.from_numpy(np.stack([call.reward for call in calls])), torch.float32),
-        terminated=place(torch.from_numpy(terminated), torch.bool),
-        truncated=place(torch.from_numpy(truncated), torch.bool),
-        state=state,
-    )
-
-
-def _last_ended(chosen: np.ndarray, ended: np.ndarray) -> np.ndarray:
-    """Whether each row's last chosen step ended its episode, so that its last observation stands there already."""
-    last = len(chosen) - 1 - np.argmax(chosen[::-1], axis=0)
-    return ended[last, np.arange(chosen.shape[1])]
-
-
-def _gather(pools: list[Tree], source: Tensor) -> Tree:
-    if isinstance(pools[0], dict):
-        return {name: _gather([pool[name] for pool in pools], source) for name in pools[0]}
-    return torch.cat(pools)[source]
-
-
-def _stack(envs: VectorEnv, observations: Any) -> Any:
-    """Observations of some sub-envs, one by one, as a batch in the space's own nesting."""
-    space, count = envs.single_observation_space, len(observations)
-    empty = gymnasium.vector.utils.create_empty_array(space, n=count)
-    return gymnasium.vector.utils.concatenate(space, list(observations), empty)
+    obs = lay_obs([tree for pair in zip(seen, after, strict=True) for tree in pair] + [last])
+    ends = lay(terminated), lay(truncated)
+    return Trajectory(obs, lay(action), lay(logprob), lay(chosen), lay(reward).float(), *ends, state)

@@ -6,7 +6,7 @@ A plain observation space gives one Tensor, [B, ...]; Dict and Tuple spaces, nes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
@@ -43,14 +43,20 @@ def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
     return {path: leaf for path, leaf in leaves(space) if path != MASK}
 
 
+def reader(space: gymnasium.Space) -> Callable[[Any], Tensor | dict[str, Tensor]]:
+    """Reads batched observations of a space, as the space nests them, as fresh Tensors [B, ...]."""
+    casts = {path: _cast(leaf, path) for path, leaf in leaves(space)}
+    if list(casts) == [PLAIN]:
+        return casts[PLAIN]
+    return lambda obs: {path: casts[path](x) for path, x in zip(casts, _arrays(space, obs), strict=True)}
+
+
 def read(space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None) -> Tensor | dict[str, Tensor]:
-    """A batched observation, as the space nests it, as fresh Tensors [B, ...]; `allowed` joins as `action_mask`."""
-    found = {
-        path: _tensor(leaf, array, path) for (path, leaf), array in zip(leaves(space), _arrays(space, obs), strict=True)
-    }
-    if allowed is not None:
-        found[MASK] = torch.tensor(allowed, dtype=torch.bool)
-    return found[PLAIN] if list(found) == [PLAIN] else found
+    """One batched observation as `reader` reads it; `allowed` [B, width] joins as `action_mask`."""
+    tree = reader(space)(obs)
+    if allowed is None:
+        return tree
+    return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: torch.tensor(allowed, dtype=torch.bool)}
 
 
 def is_image(space: gymnasium.Space) -> bool:
@@ -111,20 +117,10 @@ def executable(space: gymnasium.Space, action: Tensor, squash: str) -> np.ndarra
     Args:
         squash: for a Box, "clip" to the bounds, or "tanh" scaled to them where both are finite (clip where not).
     """
-    if isinstance(space, spaces.Discrete):
-        return (action.cpu().numpy() + space.start).astype(space.dtype)
-    if isinstance(space, spaces.MultiDiscrete):
-        return (action.cpu().numpy().reshape(-1, *space.shape) + space.start).astype(space.dtype)
-    if isinstance(space, spaces.MultiBinary):
-        return action.cpu().numpy().reshape(-1, *space.shape).astype(space.dtype)
-    assert isinstance(space, spaces.Box)
-    value = action.cpu().numpy().reshape(-1, *space.shape).astype(np.float64)
-    if squash == "tanh":
-        bounded = np.isfinite(space.low) & np.isfinite(space.high)
-        # float64: bounds as wide as float32 goes are further apart than float32 goes
-        low, high = (np.where(bounded, x.astype(np.float64), 0.0) for x in (space.low, space.high))
-        value = np.where(bounded, low + (np.tanh(value) + 1) * 0.5 * (high - low), value)
-    return np.clip(value, space.low, space.high).astype(space.dtype)
+    choice = action.cpu().numpy().reshape(-1, *(space.shape or ()))
+    if isinstance(space, spaces.Box):
+        return _bounded(space, choice.astype(np.float64), squash)
+    return (choice + getattr(space, "start", 0)).astype(space.dtype)
 
 
 def half_width(space: spaces.Box) -> Tensor:
@@ -178,6 +174,15 @@ def from_json(data: dict[str, Any]) -> gymnasium.Space:
     raise ValueError(f"kind is {kind!r}, must be Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
 
 
+def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
+    if squash == "tanh":
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        # float64: bounds as wide as float32 goes are further apart than float32 goes
+        low, high = (np.where(bounded, x.astype(np.float64), 0.0) for x in (space.low, space.high))
+        value = np.where(bounded, low + (np.tanh(value) + 1) * 0.5 * (high - low), value)
+    return np.clip(value, space.low, space.high).astype(space.dtype)
+
+
 def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
     """The leaves of an observation, in the order of `leaves`."""
     if isinstance(space, spaces.Dict):
@@ -190,15 +195,14 @@ def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
         yield obs
 
 
-def _tensor(space: gymnasium.Space, array: Any, path: str) -> Tensor:
+def _cast(space: gymnasium.Space, path: str) -> Callable[[Any], Tensor]:
+    """Makes a leaf's Tensor: images stay uint8, discrete ones count from 0, whatever the space starts at."""
     if path == MASK:
-        return torch.tensor(np.asarray(array), dtype=torch.bool).flatten(1)
+        return lambda array: torch.tensor(np.asarray(array), dtype=torch.bool).flatten(1)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        # kept from 0, whatever the space starts at
-        return torch.from_numpy(np.asarray(array, dtype=np.int64) - space.start)
-    if is_image(space):
-        return torch.from_numpy(np.array(array, dtype=np.uint8))
-    return torch.from_numpy(np.array(array, dtype=np.float32))
+        return lambda array: torch.from_numpy(np.asarray(array, dtype=np.int64) - space.start)
+    kind = np.uint8 if is_image(space) else np.float32
+    return lambda array: torch.from_numpy(np.array(array, dtype=kind))
 
 
 def _bounds(x: np.ndarray) -> Any:
