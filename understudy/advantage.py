@@ -12,7 +12,7 @@ from torch import Tensor
 from understudy.reduce import group_moments
 
 
-def reward_to_go(reward: Tensor, terminated: Tensor, truncated: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+def reward_to_go(reward, terminated, truncated, mask, *, gamma: float) -> Tensor:
     """Discounted sum of the rewards from each step to its episode's end (Williams 1992; Sutton & Barto 2018, eq. 13.8).
 
     G_t = r_t + gamma * G_{t+1}, [B, T]; 0 at masked columns. Nothing is bootstrapped: meant for whole episodes.
@@ -22,16 +22,7 @@ def reward_to_go(reward: Tensor, terminated: Tensor, truncated: Tensor, mask: Te
     return _masked(_backward_sum(paid, _carry(torch.full_like(paid, gamma), ended, mask)), mask)
 
 
-def td_error(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    mask: Tensor,
-    *,
-    gamma: float,
-) -> Tensor:
+def td_error(reward, value, next_value, terminated, truncated, mask, *, gamma: float) -> Tensor:
     """delta_t = r_t + gamma * V(s_{t+1}) - V(s_t), without V(s_{t+1}) where the step terminated (Sutton & Barto eq. 6.5).
 
     All [B, T]; 0 at masked columns. A truncated step bootstraps: `next_value` is V of its true last observation.
@@ -40,17 +31,7 @@ def td_error(
     return _masked(paid + gamma * torch.where(terminated, 0.0, next_value) - value, mask)
 
 
-def gae(
-    reward: Tensor,
-    value: Tensor,
-    next_value: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    mask: Tensor,
-    *,
-    gamma: float,
-    lam: float,
-) -> Tensor:
+def gae(reward, value, next_value, terminated, truncated, mask, *, gamma: float, lam: float) -> Tensor:
     """Generalized advantage estimation (Schulman et al. 2016, eq. 16): A_t = delta_t + gamma * lam * A_{t+1}.
 
     The trace stops at `terminated` and `truncated`; only `terminated` also drops V(s_{t+1}). All [B, T]; 0 where masked.

@@ -109,7 +109,5 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
     """What a policy says at every column of a record: its distribution there and its value [B, T]."""
-    if record.state is None:
-        return policy(record.obs)
-    distribution, value, _ = policy(record.obs, record.state, record.start)
-    return distribution, value
+    said = policy(record.obs) if record.state is None else policy(record.obs, record.state, record.start)
+    return said[:2]

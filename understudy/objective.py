@@ -12,12 +12,12 @@ from torch import Tensor
 
 from understudy.batch import Batch, consult
 
-Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+Losses = tuple[Tensor, dict[str, Tensor]]  # per step [B, T], and metrics per step
 
 
 def policy_gradient(
     policy, batch: Batch, *, value_coef: float, entropy_coef: float, value_loss: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> Losses:
     """-A log pi(a|s) + value_coef * value_loss - entropy_coef * H (Williams 1992; Mnih et al. 2016, sec. 4). [B, T].
 
     The advantage is a number, not a function: no gradient reaches the critic through it.
@@ -30,14 +30,8 @@ def policy_gradient(
 
 
 def ppo(
-    policy,
-    batch: Batch,
-    *,
-    clip: float,
-    value_coef: float,
-    entropy_coef: float,
-    value_clip: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    policy, batch: Batch, *, clip: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0
+) -> Losses:
     """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7 and 9). [B, T]."""
     distribution, value, logprob = _choices(policy, batch)
     policy_loss = clipped_surrogate(logprob, batch.logprob, batch.advantage, low=clip, high=clip)
@@ -48,14 +42,8 @@ def ppo(
 
 
 def ppo_penalty(
-    policy,
-    batch: Batch,
-    *,
-    kl_coef: float,
-    value_coef: float,
-    entropy_coef: float,
-    value_clip: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    policy, batch: Batch, *, kl_coef: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0
+) -> Losses:
     """PPO with the importance-weighted surrogate minus kl_coef * KL(old, new), the KL exact (2017, eq. 8). [B, T]."""
     distribution, value, logprob = _choices(policy, batch)
     ratio = (logprob - batch.logprob).exp()

@@ -31,31 +31,20 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
-def choose(
-    policy: Policy,
-    obs: Any,
-    state: Tensor | None = None,
-    start: Tensor | None = None,
-    *,
-    generator: torch.Generator | None = None,
-    noise: Tensor | None = None,
-    sample: bool = True,
-) -> Choice:
+def choose(policy: Policy, obs: Any, state=None, start=None, *, generator=None, noise=None, sample=True) -> Choice:
     """Let the policy choose once a row: obs [B, 1, ...] -> action [B, ...], logprob [B], state [B, S].
 
     Sampler and scorer are one object: the log-prob comes from the distribution that sampled, so the first ratio is 1.
 
     Args:
-        generator: the only source of randomness.
+        state, start: for a recurrent policy, [B, S] and bool [B, 1].
+        generator: the only source of randomness, a torch.Generator.
         noise: held from an earlier `Choice`, instead of fresh noise.
         sample: without it, the distribution's mode.
     """
-    if state is None:
-        distribution, _ = policy(obs)
-    else:
-        distribution, _, state = policy(obs, state, start)
+    distribution, _, *after = policy(obs) if state is None else policy(obs, state, start)
     if sample and noise is None:
         noise = distribution.noise(generator)
     action = distribution.at(noise) if sample else distribution.mode()
     action = action.detach()  # no_grad lets a view of a parameter through: a policy that looks at nothing returns one
-    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], state, noise)
+    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], after[0] if after else None, noise)

@@ -56,52 +56,45 @@ def update(
     Raises:
         FloatingPointError: a loss or gradient is not finite; the parameters stay as they were before that step.
     """
-    sums: dict[str, Tensor] = {}
-    taken = seen = epoch = 0
-    order = torch.empty(0)
+    seen: list[dict[str, Tensor]] = []
+    taken, epoch, order = 0, 0, None
     batch = record if policy.memory else record.steps()
     for epoch in range(1, epochs + 1):
         if refresh is not None and epoch > 1:
             record = refresh(record)
             batch = record if policy.memory else record.steps()
-        if reshuffle or epoch == 1:
+        if reshuffle or order is None:
             order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
-        shuffled, sums, seen = batch[order], {}, 0
+        shuffled, seen = batch[order], []
         for rows in _split(len(batch), minibatches):
-            minibatch = shuffled[rows]
+            minibatch = shuffled[rows] if prepare is None else prepare(shuffled[rows])
             if not minibatch.mask.any():
                 continue
-            if prepare is not None:
-                minibatch = prepare(minibatch)
             metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
-            if steer is not None and steer({name: float(x) for name, x in metrics.items()}):
-                return _mean(sums or metrics, seen) | {"optimizer_steps": taken, "epochs": epoch}
+            if steer is not None and steer(_mean([metrics])):
+                return _mean(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
             metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
             optimizer.step()
-            taken, seen = taken + 1, seen + 1
-            sums = {name: sums[name] + x for name, x in metrics.items()} if sums else metrics
-    return _mean(sums, seen) | {"optimizer_steps": taken, "epochs": epoch}
+            taken += 1
+            seen.append(metrics)
+    return _mean(seen) | {"optimizer_steps": taken, "epochs": epoch}
 
 
 def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
     """Leave the minibatch's gradient in the parameters, micro-batch by micro-batch; its weighted metrics."""
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    size = len(minibatch)
-    for at in range(0, size, micro or size):
-        piece = slice(at, at + (micro or size))
-        loss, metrics = objective(policy, minibatch if micro is None else minibatch[piece])
-        total = (loss * weight[piece]).sum()
+    for rows in [slice(None)] if micro is None else _pieces(len(minibatch), micro):
+        loss, metrics = objective(policy, minibatch[rows])
+        total = (loss * weight[rows]).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(
                 f"the loss is {total.item()}: look at the record's rewards, advantages and targets"
             )
         total.backward()
-        parts = {}
-        if metrics:  # one pass over them all
-            means = (torch.stack(list(metrics.values())) * weight[piece]).sum(dim=(1, 2))
-            parts = dict(zip(metrics, means, strict=True))
-        totals = {name: totals[name] + x for name, x in parts.items()} if totals else parts
+        if metrics:  # all in one pass
+            means = (torch.stack(list(metrics.values())) * weight[rows]).sum(dim=(1, 2))
+            totals = {name: totals.get(name, 0.0) + mean for name, mean in zip(metrics, means, strict=True)}
     return totals
 
 
@@ -125,5 +118,10 @@ def _split(size: int, parts: int) -> list[slice]:
     return [slice(low, high) for low, high in itertools.pairwise(edges)]
 
 
-def _mean(sums: dict[str, Tensor], count: int) -> dict[str, float]:
-    return {name: float(total) / max(count, 1) for name, total in sums.items()}
+def _pieces(size: int, micro: int) -> list[slice]:
+    return [slice(low, low + micro) for low in range(0, size, micro)]
+
+
+def _mean(seen: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Each metric's mean over minibatches."""
+    return {name: float(torch.stack([metrics[name] for metrics in seen]).mean()) for name in (seen[0] if seen else ())}

@@ -161,33 +161,33 @@ class Walker:
 
     def _turn(self, found: Any, info: Any, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> Tree:
         """Episodes end or begin: the observations they led to; we stand where the next choices are made."""
-        begun = over if self.mode is not AutoresetMode.NEXT_STEP else self.pending
-        lasting = self._last(found, info, over) if over.any() else None
-        for row in np.flatnonzero(over):
-            if chosen[row]:
-                about = float(self.returns[row]), int(self.lengths[row]), int(row), int(self.episode[row])
-                self.finished.append(Episode(*about, truncated=bool(truncated[row])))
-            self.returns[row], self.lengths[row] = 0.0, 0
+        after, begun = None, self.pending if self.mode is AutoresetMode.NEXT_STEP else over
+        if over.any():  # the true last observations; nothing is chosen there
+            last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP else found
+            after = self._see(last, info, choosing=np.zeros_like(over))
+        for row in np.flatnonzero(over & chosen):
+            about = float(self.returns[row]), int(self.lengths[row]), int(row), int(self.episode[row])
+            self.finished.append(Episode(*about, truncated=bool(truncated[row])))
+        self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
         self.episode = self.episode + begun
-        self.pending = over if self.mode is AutoresetMode.NEXT_STEP else self.pending
         if self.mode is AutoresetMode.DISABLED:
             found, info = self._reset_rows(over, info)
+        self.pending = over & (self.mode is AutoresetMode.NEXT_STEP)
         self.now = self._see(found, info, choosing=~self.pending)
-        return self.now if lasting is None else lasting
+        return self.now if after is None else after
 
-    def _last(self, found: Any, info: Any, over: np.ndarray) -> Tree:
-        """What the call led to, with the true last observation of every row that is over. Nothing is chosen there."""
-        if self.mode is AutoresetMode.SAME_STEP:
-            if "final_obs" not in info:
-                raise ValueError('info has no "final_obs", though autoreset_mode is SAME_STEP and an episode ended')
-            space, finals = self.envs.single_observation_space, list(info["final_obs"])
-            whole = next(final for final, row in zip(finals, over, strict=True) if row)
-            finals = [final if row else whole for final, row in zip(finals, over, strict=True)]
-            empty = gymnasium.vector.utils.create_empty_array(space, n=self.rows)
-            found = gymnasium.vector.utils.concatenate(space, finals, empty)
-        return self._see(found, info, choosing=np.zeros(self.rows, dtype=bool))
+    def _final_obs(self, info: Any, over: np.ndarray) -> Any:
+        """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
+        if "final_obs" not in info:
+            raise ValueError(
+                'info has no "final_obs", though autoreset_mode is SAME_STEP and an episode ended: give it'
+            )
+        space, finals = self.envs.single_observation_space, list(info["final_obs"])
+        finals = [finals[row if over[row] else np.argmax(over)] for row in range(self.rows)]
+        empty = gymnasium.vector.utils.create_empty_array(space, n=self.rows)
+        return gymnasium.vector.utils.concatenate(space, finals, empty)
 
     def _reset_rows(self, over: np.ndarray, info: Any) -> tuple[Any, Any]:
         """Begin new episodes in the rows that are over; the rows' observations, and what `info` says of each."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,19 +58,21 @@ class ActorCritic(nn.Module):
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if isinstance(obs, dict) else {PLAIN: obs}
-        allowed = obs.get(MASK)
-        if not self.state_size:
-            actor = self.actor(obs)
-            critic = actor if self.critic is None else self.critic(obs)
-            return self.head(actor, allowed), self.value(critic)[..., 0]
-        assert state is not None and start is not None
+        if state is not None:
+            return self._remember(obs, state, start)
+        actor = self.actor(obs)
+        critic = actor if self.critic is None else self.critic(obs)
+        return self.head(actor, obs.get(MASK)), self.value(critic)[..., 0]
+
+    def _remember(self, obs: dict[str, Tensor], state: Tensor, start: Tensor | None) -> Any:
+        assert start is not None
         size = self.actor.state_size
         actor, after = self.actor.remember(obs, state[:, :size], start)
         critic = actor
         if self.critic is not None:
             critic, critic_after = self.critic.remember(obs, state[:, size:], start)
             after = torch.cat([after, critic_after], dim=1)
-        return self.head(actor, allowed), self.value(critic)[..., 0], after
+        return self.head(actor, obs.get(MASK)), self.value(critic)[..., 0], after
 
 
 class Body(nn.Module):
@@ -77,12 +80,13 @@ class Body(nn.Module):
 
     def __init__(self, observation_space: gymnasium.Space, shape: Shape) -> None:
         super().__init__()
-        self.spaces = features(observation_space)
-        images = {name: space for name, space in self.spaces.items() if is_image(space)}
+        found = features(observation_space)
+        images = {name: space for name, space in found.items() if is_image(space)}
         nets = [Cnn(space.shape, orthogonal=shape.orthogonal) for space in images.values() if space.shape]
         self.cnn, self.images = nn.ModuleList(nets), list(images)
-        flat = [_flat_width(space) for name, space in self.spaces.items() if name not in images]
-        width = sum(net.width for net in nets) + sum(flat)
+        flat = {name: space for name, space in found.items() if name not in images}
+        self.vectors = {name: _vector(space) for name, space in flat.items()}
+        width = sum(net.width for net in nets) + sum(_flat_width(space) for space in flat.values())
         layers: list[nn.Module] = []
         for hidden in shape.hidden:
             layers += [
@@ -96,7 +100,7 @@ class Body(nn.Module):
         self.state_size = 0 if self.memory is None else self.memory.state_size
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        parts = [_flat(space, obs[name]) for name, space in self.spaces.items() if name not in self.images]
+        parts = [vector(obs[name]) for name, vector in self.vectors.items()]
         parts += [net(obs[name]) for name, net in zip(self.images, self.cnn, strict=True)]
         return self.mlp(parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1))
 
@@ -249,12 +253,15 @@ def _flat_width(space: gymnasium.Space) -> int:
     return math.prod(space.shape or ())
 
 
-def _flat(space: gymnasium.Space, x: Tensor) -> Tensor:
-    """A vector per step: one-hot where discrete. x: [B, T, ...] -> [B, T, width]."""
-    if isinstance(space, spaces.Discrete):
-        return nn.functional.one_hot(x, int(space.n)).float()
-    if isinstance(space, spaces.MultiDiscrete):
-        sizes = [int(n) for n in space.nvec.reshape(-1)]
-        parts = x.flatten(2).unbind(dim=-1)
-        return torch.cat([nn.functional.one_hot(part, n) for part, n in zip(parts, sizes, strict=True)], dim=-1).float()
-    return x.flatten(2) if x.dim() > 2 else x[..., None]
+def _vector(space: gymnasium.Space) -> Callable[[Tensor], Tensor]:
+    """Makes a leaf a vector per step, one-hot where discrete: [B, T, ...] -> [B, T, width]."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        sizes = [int(space.n)] if isinstance(space, spaces.Discrete) else [int(n) for n in space.nvec.reshape(-1)]
+        return lambda x: torch.cat(
+            [nn.functional.one_hot(i, n) for i, n in zip(_columns(x), sizes, strict=True)], -1
+        ).float()
+    return lambda x: x.flatten(2) if x.dim() > 2 else x[..., None]
+
+
+def _columns(x: Tensor) -> tuple[Tensor, ...]:
+    return x[..., None].flatten(2).unbind(dim=-1)

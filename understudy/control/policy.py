@@ -57,6 +57,8 @@ class Policy(nn.Module):
         super().__init__()
         check_action_space(action_space)
         self.network, self.squash = network, squash
+        self.state_size: int = getattr(network, "state_size", 0)
+        self.memory = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
         shapes = {
             name: tuple(space.shape)
@@ -86,14 +88,6 @@ class Policy(nn.Module):
         return policy
 
     shape: Shape | None = None
-
-    @property
-    def state_size(self) -> int:
-        return getattr(self.network, "state_size", 0)
-
-    @property
-    def memory(self) -> bool:
-        return self.state_size > 0
 
     def initial_state(self, rows: int) -> Tensor | None:
         """The state before an episode, [rows, S]; None without memory."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import statistics
 import time
 import traceback
@@ -18,7 +18,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.control import environment
-from understudy.control.collect import Walker
+from understudy.control.collect import Episode, Walker
 from understudy.control.config import Config
 from understudy.control.evaluate import evaluate
 from understudy.control.policy import Policy, policy_path
@@ -33,31 +33,31 @@ from understudy.run.store import Run, process_seconds
 WINDOW = 100  # episodes in `episode_return_mean`
 
 
-@dataclasses.dataclass
 class Stage:
     """The open run of a recipe."""
 
-    cfg: Config
-    run: Run
-    walker: Walker
-    policy: Policy
-    optimizer: torch.optim.Optimizer
-    shuffle: torch.Generator
-    progress: Progress
-    sinks: list[Any]
-    threshold: float | None
-    iteration: int = 0
-    stopped: bool = False
-    train_started: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.window: deque[tuple[float, int]] = deque(maxlen=WINDOW)
-        self.episodes = 0
-        self.sums: dict[str, float] = {}
-        self.summed = 0
-        self.best = -float("inf")
+    def __init__(
+        self,
+        cfg: Config,
+        run: Run,
+        walker: Walker,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        shuffle: torch.Generator,
+        progress: Progress,
+        sinks: list[Any],
+        threshold: float | None,
+    ) -> None:
+        self.cfg, self.run, self.walker, self.policy, self.optimizer = cfg, run, walker, policy, optimizer
+        self.shuffle, self.progress, self.sinks, self.threshold = shuffle, progress, sinks, threshold
+        self.iteration = self.episodes = 0
+        self.stopped = False
+        self.window: deque[Episode] = deque(maxlen=WINDOW)
+        self.unlogged: list[dict[str, float]] = []
+        self.extras = bool(sinks or cfg.evaluate_every or cfg.checkpoint_every)
+        self.best = -math.inf
         self.train_started = time.time()
-        self.run.startup_seconds = process_seconds()
+        run.startup_seconds = process_seconds()
 
     @property
     def on(self) -> bool:
@@ -77,30 +77,61 @@ class Stage:
         return self.optimizer.param_groups[0]["lr"]
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
-        """Close an iteration: count it, log it, show it, evaluate and checkpoint when due. Yields its line of metrics."""
+        """Close an iteration: count its episodes, log and show it, evaluate and checkpoint when due. Yields its line."""
         self.iteration += 1
-        self._episodes()
-        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in metrics.items()}
-        self.summed += 1
-        cfg, run = self.cfg, self.run
-        mean = statistics.fmean(r for r, _ in self.window) if self.window else None
-        reached = mean if mean is not None and len(self.window) == WINDOW else -float("inf")
-        if self.threshold is not None and run.solved_at is None and reached >= self.threshold:
-            run.solved_at = {"steps": self.walker.steps, "seconds": process_seconds()}
-            run.event("solved", threshold=self.threshold, **run.solved_at)
-        self.stopped = cfg.stop_at_return is not None and reached >= cfg.stop_at_return
-        if self.summed < cfg.log_every and self.on:
-            return
-        line = self._line(mean)
-        if cfg.evaluate_every and self.iteration % cfg.evaluate_every == 0:
-            line |= self._evaluate()
-        run.log(line)
+        self.unlogged.append(metrics)
+        if self.walker.finished:
+            self._count()
+        if self.iteration % self.cfg.log_every == 0 or not self.on:
+            line = self._line()
+            if self.extras:
+                self._extra(line)
+            self.run.log(line)
+            self.progress.show(line, now=not self.on)
+            yield line
+
+    def _count(self) -> None:
+        """Take in the episodes that finished; solved, or told to stop, once the window is full and its mean high enough."""
+        self.episodes += len(self.walker.finished)
+        self.window.extend(self.walker.finished)
+        self.walker.finished.clear()
+        reached = self._mean_return() if len(self.window) == WINDOW else -math.inf
+        if self.threshold is not None and self.run.solved_at is None and reached >= self.threshold:
+            self.run.solved_at = {"steps": self.walker.steps, "seconds": process_seconds()}
+            self.run.event("solved", threshold=self.threshold, **self.run.solved_at)
+        self.stopped = self.cfg.stop_at_return is not None and reached >= self.cfg.stop_at_return
+
+    def _mean_return(self) -> float:
+        return statistics.fmean(episode.episode_return for episode in self.window)
+
+    def _line(self) -> dict[str, Any]:
+        """What the iterations since the last line came to."""
+        seconds, steps = time.time() - self.train_started, self.walker.steps
+        iterations, self.unlogged = self.unlogged, []
+        return {
+            "iteration": self.iteration,
+            "steps": steps,
+            "episodes": self.episodes,
+            "episode_return_mean": self._mean_return() if self.window else None,
+            "episode_length_mean": statistics.fmean(e.length for e in self.window) if self.window else None,
+            **{name: statistics.fmean(m[name] for m in iterations if name in m) for name in iterations[-1]},
+            "seconds": seconds,
+            "steps_per_second": steps / seconds,
+            "seconds_left": max(0, self.cfg.steps - steps) * seconds / steps,
+        }
+
+    def _extra(self, line: dict[str, Any]) -> None:
+        """What only some configs ask for: evaluation, other sinks, checkpoints."""
+        if self.cfg.evaluate_every and self.iteration % self.cfg.evaluate_every < self.cfg.log_every:
+            mean = statistics.fmean(evaluate(self.policy, self.cfg, episodes=self.cfg.evaluate_episodes))
+            if mean > self.best:
+                self.best = mean
+                self.policy.save(self.run.path / "best")
+            line |= {"evaluation_return_mean": mean, "evaluation_return_best": self.best}
         for sink in self.sinks:
             sink.log({name: value for name, value in line.items() if isinstance(value, float | int)}, self.walker.steps)
-        self.progress.show(line, now=not self.on)
-        if cfg.checkpoint_every and self.iteration % cfg.checkpoint_every == 0:
+        if self.cfg.checkpoint_every and self.iteration % self.cfg.checkpoint_every < self.cfg.log_every:
             self.checkpoint()
-        yield line
 
     def checkpoint(self) -> None:
         """Write policy, optimizer and counters under checkpoints/ITERATION, once."""
@@ -118,37 +149,6 @@ class Stage:
         learning_curve(self.run.metrics, self.run.path / "curve.png", title=title, goal=self.threshold)
         if self.cfg.video:
             evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video")
-
-    def _episodes(self) -> None:
-        while self.walker.finished:
-            episode = self.walker.finished.popleft()
-            self.window.append((episode.episode_return, episode.length))
-            self.episodes += 1
-
-    def _line(self, mean: float | None) -> dict[str, Any]:
-        seconds = time.time() - self.train_started
-        rate = self.walker.steps / seconds
-        metrics = {name: total / self.summed for name, total in self.sums.items()}
-        self.sums, self.summed = {}, 0
-        return {
-            "iteration": self.iteration,
-            "steps": self.walker.steps,
-            "episodes": self.episodes,
-            "episode_return_mean": mean,
-            "episode_length_mean": statistics.fmean(n for _, n in self.window) if self.window else None,
-            **metrics,
-            "seconds": seconds,
-            "steps_per_second": rate,
-            "seconds_left": max(0, self.cfg.steps - self.walker.steps) / rate,
-        }
-
-    def _evaluate(self) -> dict[str, float]:
-        returns = evaluate(self.policy, self.cfg, episodes=self.cfg.evaluate_episodes)
-        mean = statistics.fmean(returns)
-        if mean > self.best:
-            self.best = mean
-            self.policy.save(self.run.path / "best")
-        return {"evaluation_return_mean": mean, "evaluation_return_best": self.best}
 
 
 @contextmanager

@@ -44,9 +44,11 @@ class Progress:
     def show(self, metrics: dict[str, Any], *, now: bool = False) -> None:
         """Show an iteration: at most eight times a second on a terminal, every `every` seconds as lines."""
         wait = 0.125 if self.live is not None else self.every
-        if self.quiet or (time.monotonic() - self.last < wait and not now):
-            return
-        self.last = time.monotonic()
+        if not self.quiet and (now or time.monotonic() - self.last >= wait):
+            self.last = time.monotonic()
+            self._draw(metrics)
+
+    def _draw(self, metrics: dict[str, Any]) -> None:
         cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN if name in metrics]
         if self.live is None:
             print(

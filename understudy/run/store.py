@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -81,7 +82,8 @@ class Run:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         if name not in self._files:
             self._files[name] = (self.path / name).open("a")
-        self._files[name].write(json.dumps(plain(line)) + "\n")
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
+        self._files[name].write(json.dumps(finite) + "\n")
         self._files[name].flush()
 
 
