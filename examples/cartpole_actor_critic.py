@@ -1,4 +1,4 @@
-"""The textbook actor-critic on CartPole: one net with two heads, whole episodes, Huber value loss, until the running reward is 475.
+"""The textbook actor-critic on CartPole: two heads on one net, whole episodes, Huber value loss, running reward to 475.
 
 The same method as in many tutorials, through the library's rooms: each of the five steps is one line. Run it with
 `python examples/cartpole_actor_critic.py`.
@@ -10,8 +10,9 @@ import torch
 
 from understudy.advantage import reward_to_go
 from understudy.batch import Batch
-from understudy.control import environment, reinforce
+from understudy.control import environment
 from understudy.control.collect import Walker
+from understudy.control.config import Network
 from understudy.control.policy import Policy
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import standardize
@@ -20,7 +21,7 @@ from understudy.update import update
 from understudy.value import estimate
 
 SEED, GOAL = 1, 475.0
-NET = reinforce.Config(env="CartPole-v1", hidden=(128,), activation="relu", shared=True, orthogonal=False).shape
+NET = Network(hidden=(128,), activation="relu", shared=True, orthogonal=False)
 
 torch.set_num_threads(1)
 envs = environment.make("CartPole-v1", num_envs=1)

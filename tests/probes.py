@@ -106,3 +106,105 @@ def anything(observation: str, action: str, *, masked: bool = False, mode: str =
         [lambda n=n: Anything(observation, action, length=n, masked=masked) for n in (3, 4)],
         MODES[mode],
     )
+
+
+class Task(gymnasium.Env):
+    """One choice an episode, or one after `delay` steps that pay nothing: do what the first observation said.
+
+    The first observation is a hidden target's picture, `show`n as a vector, as an image, or as nothing at all, which is
+    the negative control. Pays 1 for every part of the action that is right and -1 for every other; a Box pays
+    1 - 4 * distance^2. By chance, or blindly, that is 0 on average for what is discrete, and 2/3 less for a Box.
+
+    Args:
+        bonus: paid in addition, times a number in [-1, 1] that depends on the episode's seed alone.
+    """
+
+    def __init__(self, action: str = "Discrete", *, show: str = "vector", delay: int = 0, bonus: float = 0.0):
+        self.show, self.delay, self.bonus = show, delay, bonus
+        self.action_space: gymnasium.Space = {
+            "Discrete": spaces.Discrete(2),
+            "MultiDiscrete": spaces.MultiDiscrete([2, 2]),
+            "MultiBinary": spaces.MultiBinary(2),
+            "Box": spaces.Box(-1.0, 1.0, (1,)),
+        }[action]
+        self.parts = 2 if action.startswith("Multi") else 1
+        # the target, and whether it is time to choose
+        plain = spaces.Box(-1.0, 1.0, (self.parts + 1,))
+        self.observation_space = spaces.Box(0, 255, (6, 6), np.uint8) if show == "image" else plain
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.target, self.now = self.np_random.integers(2, size=self.parts), 0
+        self.extra = self.bonus * self.np_random.uniform(-1, 1)
+        return self._obs(), {}
+
+    def step(self, action: Any) -> Any:
+        if self.now < self.delay:
+            self.now += 1
+            return self._obs(), 0.0, False, False, {}
+        if isinstance(self.action_space, spaces.Box):
+            assert self.action_space.contains(action)
+            paid = 1 - 4 * float((action[0] - (self.target[0] - 0.5)) ** 2)
+        else:
+            paid = float(np.mean(np.where(np.reshape(action, -1) == self.target, 1.0, -1.0)))
+        return self._obs(), paid + self.extra, True, False, {}
+
+    def _obs(self) -> np.ndarray:
+        seen = 2.0 * self.target - 1 if self.now == 0 and self.show != "nothing" else 0.0 * self.target
+        if self.show != "image":
+            return np.append(seen, float(self.now == self.delay)).astype(np.float32)
+        picture = np.zeros((6, 6), np.uint8)  # one bright pixel, anywhere in the left half or the right one
+        row, column = self.np_random.integers(6), self.np_random.integers(3)
+        picture[row, column + 3 * self.target[0]] = 255
+        return picture
+
+
+class Chain(gymnasium.Env):
+    """`length` steps that say where one is, one-hot; `pay(step, first action, action)` is what they pay.
+
+    One is at 0, then at 1, or at 2 after a first action of 1, and one further each step. To the `blind` it is always 0.
+    """
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, pay: Any, *, length: int, truncate: bool = False, blind: bool = False):
+        self.pay, self.length, self.truncate, self.blind = pay, length, truncate, blind
+        self.observation_space = spaces.Box(0.0, 1.0, (length + 2,))
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.now, self.first = 0, 0
+        return self._obs(), {}
+
+    def step(self, action: int) -> Any:
+        self.first = action if self.now == 0 else self.first
+        paid = float(self.pay(self.now, self.first, action))
+        self.now += 1
+        over = self.now == self.length
+        return self._obs(), paid, over and not self.truncate, over and self.truncate, {}
+
+    def _obs(self) -> np.ndarray:
+        obs = np.zeros(self.length + 2, np.float32)
+        obs[0 if self.blind else self.now + self.first] = 1
+        return obs
+
+
+class Tempting(gymnasium.Env):
+    """Three actions; the third pays most, and is never allowed. Says what was taken."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (1,))
+    action_space = spaces.Discrete(3)
+
+    def __init__(self, *, masked: bool):
+        self.info = {MASK: np.array([1, 1, 0], np.int8)} if masked else {}
+        self.taken: list[int] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.now = 0
+        return np.zeros(1, np.float32), self.info
+
+    def step(self, action: int) -> Any:
+        self.taken.append(int(action))
+        self.now += 1
+        return np.zeros(1, np.float32), float(action), self.now == 3, False, self.info

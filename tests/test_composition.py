@@ -1,5 +1,6 @@
 """Every action space with every kind of observation, memory, mask and autoreset mode: two iterations, saved and loaded."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,9 +9,13 @@ import torch
 from gymnasium.vector.utils import concatenate, create_empty_array
 
 from tests.probes import ACTIONS, MODES, OBSERVATIONS, Anything, anything, is_allowed
+from tests.records import seeded
 from understudy import load
 from understudy.control import ppo
+from understudy.control.collect import Walker
+from understudy.control.config import Network
 from understudy.control.policy import Policy
+from understudy.value import estimate
 
 MASKS = [(action, masked) for action in ACTIONS for masked in ((False,) if action == "Box" else (False, True))]
 
@@ -39,7 +44,7 @@ def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observa
     small = {"hidden": (8,), "memory": memory, "memory_size": 4, "rollout": 6, "epochs": 1, "minibatches": 1}
     cfg = ppo.Config(env="Anything", steps=16, clip=1e-5, out=str(tmp_path), quiet=True, log_every=2, **small)
     envs = anything(observation, action, masked=masked, mode=mode)
-    policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg.shape, seed=1)
+    policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=1)
 
     (line,) = ppo.iterate(cfg, env=envs, policy=policy)
 
@@ -60,3 +65,41 @@ def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observa
             assert allowed is None or is_allowed(env.action_space, choice, allowed)
         if memory == "none":  # with memory the batch begins three episodes, one by one it is two
             np.testing.assert_allclose(each, row, rtol=1e-6, atol=1e-6)
+
+
+def second_record(memory: str, mode: str):
+    """A policy with memory and its second record, before which one row is in the middle of an episode."""
+    shape = Network(hidden=(8,), memory=memory, memory_size=4, orthogonal=False)
+    policy = Policy.build(OBSERVATIONS["vector"], ACTIONS["Box"], shape, seed=1)
+    walker = Walker(anything("vector", "Box", mode=mode), seed_of=lambda row, n: 9 * row + n, generator=seeded())
+    walker.collect(policy, 5 if mode == "NEXT_STEP" else 6)  # row 0 ends at calls 3, 6, 9, 12, or with resets 3, 7, 11
+    return policy, walker.collect(policy, 6)
+
+
+def furthest_ratio(policy, record) -> float:
+    """How far the first ratio is from 1 where it is furthest."""
+    distribution, _ = estimate(policy, record)
+    ratio = (distribution.log_prob(record.action) - record.logprob).exp()
+    return (ratio - 1)[record.mask].abs().max().item()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_the_first_ratio_is_1_with_an_end_inside_a_row_and_at_its_last_column(memory, mode):
+    policy, record = second_record(memory, mode)
+    inside, last = record.ended[:, :-2].any(dim=1), record.ended[:, -2]  # the last column holds a last observation
+
+    assert (inside & last).any() and record.state is not None and record.state.abs().max() > 0
+    assert furthest_ratio(policy, record) < 1e-5
+
+
+@pytest.mark.parametrize("memory", ["gru", "lstm"])
+def test_control_a_state_that_is_not_zeroed_or_not_kept_moves_the_first_ratio(memory):
+    policy, record = second_record(memory, "DISABLED")
+
+    class Forgetless(type(record)):
+        start = property(lambda self: torch.zeros_like(self.mask))  # pyright: ignore
+
+    own = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    assert furthest_ratio(policy, Forgetless(**own)) > 1e-3
+    assert furthest_ratio(policy, dataclasses.replace(record, state=torch.zeros_like(record.state))) > 1e-3

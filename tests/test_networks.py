@@ -14,16 +14,16 @@ from torch.testing import assert_close
 from tests.probes import ACTIONS, OBSERVATIONS, Anything
 from tests.records import seeded
 from understudy.batch import map_tensors
-from understudy.control import ppo
-from understudy.control.networks import ActorCritic, Body, Cnn, Memory, Shape
+from understudy.control.config import Network
+from understudy.control.networks import ActorCritic, Body, Cnn, Memory
 from understudy.control.spaces import MASK, features, mask_width, read
 from understudy.distribution import Bernoulli, Categorical, DiagonalGaussian, MultiCategorical, SquashedGaussian
 
 KINDS = ("gru", "lstm")
 
 
-def shape(**fields) -> Shape:
-    return dataclasses.replace(ppo.Config(env="any", hidden=(8,), memory_size=4).shape, **fields)
+def shape(**fields) -> Network:
+    return dataclasses.replace(Network(hidden=(8,), memory_size=4), **fields)
 
 
 def network(observation: str, action: str = "Discrete", **fields) -> ActorCritic:

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from tests.envs import GAMMA, MODES, Diary, diaries, scripted, walker
 from tests.records import flags, record, row, seeded
 from understudy.control import actor_critic, environment, ppo, reinforce
+from understudy.control.config import Network
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.normalize import CLIP, Moments, ObsScale, RewardScale
 from understudy.control.policy import Policy
@@ -55,21 +56,21 @@ def test_before_the_first_batch_a_scale_changes_nothing():
 def test_an_observation_is_scaled_by_its_mean_and_deviation():
     scale = ObsScale({"obs": (2,)})
     # mean (2, 0), variance (1, 16)
-    scale.gather({"obs": torch.tensor([[[1.0, 4.0], [3.0, -4.0]]])}, flags(1, 1))
+    scale.gather(record(flags(1, 1), obs={"obs": torch.tensor([[[1.0, 4.0], [3.0, -4.0]]])}))
 
     assert_close(scale({"obs": torch.tensor([[[4.0, 2.0]]])})["obs"], torch.tensor([[[2.0, 0.5]]]))
 
 
 def test_a_scaled_observation_stays_within_ten_deviations():
     scale = ObsScale({"obs": (1,)})
-    scale.gather({"obs": row(-1, 1)[..., None]}, flags(1, 1))
+    scale.gather(record(flags(1, 1), obs={"obs": row(-1, 1)[..., None]}))
 
     assert_close(scale({"obs": row(-1000, 1000)[..., None]})["obs"], row(-CLIP, CLIP)[..., None])
 
 
 def test_an_observation_that_never_varies_becomes_zero_and_not_nan():
     scale = ObsScale({"obs": (1,)})
-    scale.gather({"obs": row(7, 7, 7)[..., None]}, flags(1, 1, 1))
+    scale.gather(record(flags(1, 1, 1), obs={"obs": row(7, 7, 7)[..., None]}))
 
     assert_close(scale({"obs": row(7)[..., None]})["obs"], row(0)[..., None])
 
@@ -316,6 +317,6 @@ def settings(tmp_path, name="run", **fields):
 def scaled_policy():
     """A policy with both scales, and a walker for it."""
     envs = environment.make("Pendulum-v1", num_envs=2, options={"max_episode_steps": 20})
-    shape = ppo.Config(env="Pendulum-v1", hidden=(8,), orthogonal=False).shape
+    shape = Network(hidden=(8,), orthogonal=False)
     spaces_of = envs.single_observation_space, envs.single_action_space
     return Policy.build(*spaces_of, shape, seed=0, scale_obs=True, scale_reward=0.9), walker(envs)

@@ -68,7 +68,7 @@ def fresh(cfg, case: str, seed: int = 0) -> Policy:
     width = len(INPUTS["cases"][case]["weights"]["actor.2.bias"])
     box = gymnasium.spaces.Box(-10, 10, (width,))
     action_space = gymnasium.spaces.Discrete(width) if case == "discrete" else box
-    return Policy.build(gymnasium.spaces.Box(-10, 10, (3,)), action_space, cfg.shape, seed=seed)
+    return Policy.build(gymnasium.spaces.Box(-10, 10, (3,)), action_space, cfg, seed=seed)
 
 
 def layers(policy: Policy) -> dict[str, nn.Linear]:

@@ -18,6 +18,7 @@ from tests.records import seeded
 from understudy import load
 from understudy.control import ppo
 from understudy.control.collect import Walker
+from understudy.control.config import Network
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
@@ -27,7 +28,7 @@ SMALL = {"hidden": (8,), "memory_size": 4}
 
 
 def policy(observation="vector", action="Discrete", *, seed=0, **fields) -> Policy:
-    shape = ppo.Config(env="any", **(SMALL | fields)).shape
+    shape = Network(**(SMALL | fields))
     return Policy.build(OBSERVATIONS[observation], ACTIONS[action], shape, seed=seed)
 
 
@@ -147,14 +148,14 @@ def test_a_saved_policy_is_complete(tmp_path, action):
     loaded = load(tmp_path)
 
     assert equal(own, loaded)
-    assert loaded.shape == own.shape
+    assert loaded.made_of == own.made_of
     assert (loaded.observation_space, loaded.action_space) == (own.observation_space, own.action_space)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
 
 
 def test_an_order_of_keys_that_is_not_sorted_is_kept(tmp_path):
     space = spaces.Dict([("z", spaces.Box(-1.0, 1.0, (2,))), ("a", spaces.Discrete(2))])
-    own = Policy.build(space, ACTIONS["Box"], ppo.Config(env="any", **SMALL).shape, seed=0)
+    own = Policy.build(space, ACTIONS["Box"], Network(**SMALL), seed=0)
     own.save(tmp_path)
 
     np.testing.assert_array_equal(load(tmp_path).act(space.sample()).shape, (2,))
@@ -280,7 +281,7 @@ def test_held_noise_is_held_for_its_calls_and_then_drawn_anew():
 
 
 def test_independent_noise_is_drawn_anew_at_every_call():
-    record, distribution = collected(policy(action="Box"), hold=0)
+    record, distribution = collected(policy(action="Box"), hold=1)
     calls = (record.action - distribution.mean)[1][record.mask[1]]
 
     assert (calls[1:] - calls[:-1]).abs().min() > 1e-3
@@ -379,7 +380,7 @@ def test_a_directory_without_a_policy_is_refused(tmp_path):
         load(Path(tmp_path))
 
 
-def test_a_shape_is_complete_in_its_json():
-    shape = policy(memory="lstm", squash="tanh").shape
+def test_what_a_policy_is_made_of_makes_it_again():
+    made_of = policy(memory="lstm", squash="tanh").made_of
 
-    assert shape is not None and shape == type(shape)(**dataclasses.asdict(shape))
+    assert made_of == dataclasses.asdict(Network(**made_of))

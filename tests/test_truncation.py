@@ -4,6 +4,8 @@ Truncated, every state is worth 1 + gamma + gamma^2 + ... = 1 / (1 - gamma), how
 the same env with its time limit reported as a death: n steps before the end are worth (1 - gamma^n) / (1 - gamma).
 """
 
+import math
+
 import gymnasium
 import pytest
 import torch
@@ -144,3 +146,13 @@ def test_a_critic_learns_that_a_death_is_one(recipe, fields, tmp_path):
     value = values(recipe, tmp_path, dies=True, **fields)
     assert_close(value, torch.tensor([until_death(LIMIT - step) for step in range(LIMIT)]), rtol=0.05, atol=0.05)
     assert (value < 0.8 * WORTH).all()
+
+
+def test_an_iteration_that_only_resets_does_not_thin_out_the_metrics_of_the_others(tmp_path):
+    # one row, one call an iteration, every sixth a reset; four iterations a line. The policy stays at chance, ln 2
+    envs = SyncVectorEnv([Wages], autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
+    tiny = {"num_envs": 1, "rollout": 1, "steps": 24, "log_every": 4, "learning_rate": 1e-9, "hidden": (4,)}
+    run = actor_critic.train(actor_critic.Config(env="Wages", **tiny, quiet=True, out=str(tmp_path / "run")), env=envs)
+
+    assert len(run.metrics) > 5
+    assert [line["entropy"] for line in run.metrics] == pytest.approx([math.log(2)] * len(run.metrics), rel=1e-3)

@@ -41,9 +41,8 @@ class Trajectory:
 
     def __post_init__(self) -> None:
         for name in ("logprob", "reward", "terminated", "truncated"):
-            shape = tuple(getattr(self, name).shape)
-            if shape != tuple(self.mask.shape) or len(shape) != 2:
-                raise ValueError(f"{name} is {shape}, mask is {tuple(self.mask.shape)}: both must be [B, T]")
+            if (shape := getattr(self, name).shape) != self.mask.shape or len(shape) != 2:
+                raise ValueError(f"{name} is {tuple(shape)}, mask is {tuple(self.mask.shape)}: both must be [B, T]")
         if self.mask.dtype != torch.bool:
             raise ValueError(f"mask is {self.mask.dtype}, must be bool")
 
@@ -109,5 +108,4 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 
 def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
     """What a policy says at every column of a record: its distribution there and its value [B, T]."""
-    said = policy(record.obs) if record.state is None else policy(record.obs, record.state, record.start)
-    return said[:2]
+    return policy(record.obs, *(() if record.state is None else (record.state, record.start)))[:2]

@@ -75,10 +75,8 @@ def critic_error(value: Tensor, batch: Batch, *, clip: float) -> Tensor:
     The clipped form is that of OpenAI's baselines (`ppo2/model.py`), the larger one also where clipping would hide an error.
     """
     error = squared_error(value, batch.target)
-    if not clip:
-        return error
-    near = batch.value + (value - batch.value).clamp(-clip, clip)
-    return torch.maximum(error, squared_error(near, batch.target))
+    near = batch.value + (value - batch.value).clamp(-clip, clip) if clip else value
+    return torch.maximum(error, squared_error(near, batch.target)) if clip else error
 
 
 def adapt_kl_coef(coef: float, kl: float, *, target: float) -> float:
@@ -97,8 +95,7 @@ def _choices(policy, batch: Batch):
 def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, entropy_coef: float):
     entropy = distribution.entropy()
     loss = policy_loss + value_coef * error - entropy_coef * entropy
-    name = getattr(distribution, "entropy_name", "entropy")  # an estimate is called one
-    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error, name: entropy}
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error}
+    metrics[getattr(distribution, "entropy_name", "entropy")] = entropy  # an estimate is called one
     with torch.no_grad():
-        metrics["kl_old"] = batch.old.kl(distribution)
-    return loss, {name: metric.detach() for name, metric in metrics.items()}
+        return loss, {name: x.detach() for name, x in metrics.items()} | {"kl_old": batch.old.kl(distribution)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,11 +59,10 @@ def update(
     """
     seen: list[dict[str, Tensor]] = []
     taken, epoch, order = 0, 0, None
-    batch = record if policy.memory else record.steps()
     for epoch in range(1, epochs + 1):
         if refresh is not None and epoch > 1:
             record = refresh(record)
-            batch = record if policy.memory else record.steps()
+        batch = record if policy.memory else record.steps()
         if reshuffle or order is None:
             order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
         shuffled, seen = batch[order], []
@@ -100,12 +100,11 @@ def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, mi
 
 def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
     """Clip the groups with a bound of their own apart, the others jointly; the norm of them all before that."""
-    apart = [group for group in optimizer.param_groups if group.get("max_grad_norm") is not None]
-    joint = [p for group in optimizer.param_groups if group.get("max_grad_norm") is None for p in group["params"]]
-    limits = [(group["params"], group["max_grad_norm"]) for group in apart]
-    limits += [(joint, float("inf") if max_grad_norm is None else max_grad_norm)] if joint else []
-    norms = torch.stack([torch.nn.utils.clip_grad_norm_(parameters, limit) for parameters, limit in limits])
-    norm = norms.square().sum().sqrt()
+    bounds = [(group["params"], group.get("max_grad_norm")) for group in optimizer.param_groups]
+    limits = [(parameters, own) for parameters, own in bounds if own is not None]
+    joint = [p for parameters, own in bounds if own is None for p in parameters]
+    limits += [(joint, math.inf if max_grad_norm is None else max_grad_norm)] if joint else []
+    norm = torch.stack([torch.nn.utils.clip_grad_norm_(*limit) for limit in limits]).norm()
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}: lower learning_rate or max_grad_norm")
     return norm

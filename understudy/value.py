@@ -32,8 +32,7 @@ def next_value(value: Tensor, record: Trajectory) -> Tensor:
     column = torch.arange(steps, device=mask.device)
     chosen = torch.where(mask, column, steps)
     at_or_after = chosen.flip(1).cummin(dim=1).values.flip(1)
-    following = torch.full_like(chosen, steps)
-    following[:, :-1] = at_or_after[:, 1:]
+    following = torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=steps)
     right = (column + 1).clamp(max=steps - 1).expand_as(chosen)
     index = torch.where(record.ended | (following == steps), right, following)
     return torch.where(mask, value.gather(1, index), 0.0)

@@ -3,20 +3,18 @@ at once (A2C; Mnih et al. 2016). Five steps, in order, in one loop."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
-import gymnasium
 import torch
-from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.advantage import gae
 from understudy.batch import Batch
 from understudy.control import config, stage
 from understudy.control.policy import Policy
+from understudy.control.stage import Env, Iterations
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, Unit
@@ -43,9 +41,7 @@ class Config(config.Config):
     """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""
 
 
-def iterate(
-    cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
-) -> Generator[dict[str, Any], None, Run]:
+def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
     """The loop itself, an iteration at a time."""
     with stage.open_stage("actor-critic", cfg, env, policy, optimizer=optimizer) as run:
         objective = partial(
@@ -81,7 +77,7 @@ def iterate(
         return run.run
 
 
-def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg, env=env, policy=policy))
 

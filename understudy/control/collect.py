@@ -53,7 +53,7 @@ class Walker:
         envs: any `gymnasium.vector.VectorEnv`; its mode is `metadata["autoreset_mode"]`, NEXT_STEP where it says none.
         seed_of: (row, episode index) -> the seed of that episode. Rows reset by us get it; others where they allow it.
         generator: the randomness of the choices.
-        hold: noise is drawn anew every `hold` calls; 0 for every call.
+        hold: noise is drawn anew every `hold` calls.
         sample: draw from the policy's distribution; otherwise take its mode.
     """
 
@@ -63,7 +63,7 @@ class Walker:
         *,
         seed_of: Callable[[int, int], int],
         generator: torch.Generator | None = None,
-        hold: int = 0,
+        hold: int = 1,
         device: str = "cpu",
         sample: bool = True,
     ) -> None:
@@ -126,8 +126,7 @@ class Walker:
         """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
         if self.now is None:
             self.reset()
-        if policy.memory and self.state is None:
-            self.state = policy.initial_state(self.rows)
+        self.state = policy.initial_state(self.rows) if self.state is None else self.state
         before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
         while np.any(wanted(calls, ended)):
             calls.append(self._step(policy, np.broadcast_to(wanted(calls, ended), self.rows)))
@@ -137,8 +136,7 @@ class Walker:
     def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
         obs, pending = self.now, self.pending
-        if not self.hold or self.calls % self.hold == 0:
-            self.noise = None
+        self.noise = self.noise if self.calls % self.hold else None
         seen = map_tensors(lambda x: x[:, None].to(self.device), obs)
         how = {"generator": self.generator, "noise": self.noise, "sample": self.sample}
         action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
@@ -156,7 +154,6 @@ class Walker:
             after = self._turn(found, info, over, chosen, truncated)
         else:
             after = self.now = self._see(found, info, choosing=~over)
-        reward = np.where(chosen, reward, 0.0)
         return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)
 
     def _turn(self, found: Any, info: Any, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> Tree:
@@ -199,13 +196,11 @@ class Walker:
     def _see(self, found: Any, info: Any, *, choosing: np.ndarray) -> Tree:
         """The observations as Tensors, with the action mask where `info` gives one; refused where not finite."""
         tree = self.read(found)
-        if self.masked or MASK in info:
+        if isinstance(tree, dict) or self.masked or MASK in info:
             tree = self._with_mask(tree, info, choosing)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
             if leaf.is_floating_point() and not torch.isfinite(leaf).all():
                 raise self._no_number(f"observation {path!r}", leaf.numpy())
-        if isinstance(tree, dict) and MASK in tree:
-            self._refuse_empty(tree[MASK], choosing)
         return tree
 
     def _no_number(self, what: str, values: np.ndarray) -> FloatingPointError:
@@ -217,7 +212,21 @@ class Walker:
         )
 
     def _with_mask(self, tree: Tree, info: Any, choosing: np.ndarray) -> Tree:
-        """The observations with the action mask of `info`; rows that choose nothing here may do anything."""
+        """The observations with the action mask, if any; refused where it leaves a row that chooses nothing to choose."""
+        if self.masked or MASK in info:
+            tree = (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: self._mask_in(info, choosing)}
+        if MASK in tree:
+            empty = all_forbidden(self.envs.single_action_space, tree[MASK]).numpy() & choosing
+            if empty.any():
+                row = int(np.flatnonzero(empty)[0])
+                raise ValueError(
+                    f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
+                    f"{self.episode[row]} (from 0): allow at least one, in every dimension"
+                )
+        return tree
+
+    def _mask_in(self, info: Any, choosing: np.ndarray) -> Tensor:
+        """The action mask of `info`, bool [rows, width]; rows that choose nothing here may do anything."""
         if not self.masked:
             raise ValueError(
                 f'info["{MASK}"] was missing at the first reset: give it at every reset and step, or never'
@@ -235,7 +244,7 @@ class Walker:
                     f"{self.envs.single_action_space}"
                 )
             allowed[row] = torch.from_numpy(flat.astype(bool))
-        return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: allowed}
+        return allowed
 
     def _merged(self, info: Any, told: Any, over: np.ndarray) -> dict[str, Any]:
         """The action masks of a step and of the resets after it, as one `info`."""
@@ -246,15 +255,6 @@ class Walker:
                 masks[row] = source[MASK][row]
             given |= there
         return {MASK: masks, f"_{MASK}": given}
-
-    def _refuse_empty(self, allowed: Tensor, choosing: np.ndarray) -> None:
-        empty = all_forbidden(self.envs.single_action_space, allowed).numpy() & choosing
-        if empty.any():
-            row = int(np.flatnonzero(empty)[0])
-            raise ValueError(
-                f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
-                f"{self.episode[row]} (from 0): allow at least one, in every dimension"
-            )
 
 
 def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
@@ -273,8 +273,7 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
     keep[:, :-1:2] = made.T
     keep[:, 1::2] = np.stack(terminated, axis=1) | np.stack(truncated, axis=1)
     keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
-    width = int(keep.sum(axis=1).max())
-    slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, :width])
+    slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()])
     row = torch.arange(rows)[:, None]
 
     def lay(values: Sequence[Any]) -> Tensor:

@@ -5,12 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from understudy.control.networks import Shape
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Network:
+    """What an actor-critic is made of, and how it explores; saved with the policy."""
+
+    hidden: tuple[Count, ...] = (64, 64)
+    """Width of each hidden layer."""
+    activation: Literal["tanh", "relu", "elu"] = "tanh"
+    """Nonlinearity of hidden layers."""
+    shared: bool = False
+    """One trunk for actor and critic, instead of a network each."""
+    memory: Literal["none", "gru", "lstm"] = "none"
+    """Recurrent layer after the hidden ones."""
+    memory_size: Count = 64
+    """Width of the recurrent layer."""
+    orthogonal: bool = True
+    """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
+    squash: Literal["clip", "tanh"] = "clip"
+    """How a Box action gets to its bounds: clipped, or tanh scaled to them."""
+    log_std: float = 0.0
+    """Initial log standard deviation of Box actions, in units of the action."""
+    scalar_std: bool = False
+    """Learn the standard deviation of Box actions itself, at least 1e-6, instead of its logarithm (rsl_rl)."""
+    exploration: Literal["independent", "held", "gsde"] = "independent"
+    """Noise of Box actions: fresh each step, held for noise_hold steps, or a held function of features (gSDE)."""
+    noise_hold: Count = 4
+    """Steps that held noise and gSDE keep their noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Network):
     """Fields of every control recipe."""
 
     env: str
@@ -37,29 +64,6 @@ class Config:
     """Torch device of policy and update."""
     threads: Count = 1
     """Torch threads; tiny tensors are fastest with one."""
-
-    hidden: tuple[Count, ...] = (64, 64)
-    """Width of each hidden layer."""
-    activation: Literal["tanh", "relu", "elu"] = "tanh"
-    """Nonlinearity of hidden layers."""
-    shared: bool = False
-    """One trunk for actor and critic, instead of a network each."""
-    memory: Literal["none", "gru", "lstm"] = "none"
-    """Recurrent layer after the hidden ones."""
-    memory_size: Count = 64
-    """Width of the recurrent layer."""
-    orthogonal: bool = True
-    """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
-    squash: Literal["clip", "tanh"] = "clip"
-    """How a Box action gets to its bounds: clipped, or tanh scaled to them."""
-    log_std: float = 0.0
-    """Initial log standard deviation of Box actions, in units of the action."""
-    scalar_std: bool = False
-    """Learn the standard deviation of Box actions itself, at least 1e-6, instead of its logarithm (rsl_rl)."""
-    exploration: Literal["independent", "held", "gsde"] = "independent"
-    """Noise of Box actions: fresh each step, held for noise_hold steps, or a held function of features (gSDE)."""
-    noise_hold: Count = 4
-    """Steps that held noise and gSDE keep their noise."""
 
     gamma: Unit = 0.99
     """Discount per step."""
@@ -103,19 +107,3 @@ class Config:
             raise RequestError(
                 "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"
             )
-
-    @property
-    def shape(self) -> Shape:
-        """What the network is made of."""
-        return Shape(
-            hidden=self.hidden,
-            activation=self.activation,
-            memory=self.memory,
-            memory_size=self.memory_size,
-            shared=self.shared,
-            orthogonal=self.orthogonal,
-            squash=self.squash,
-            log_std=self.log_std,
-            scalar_std=self.scalar_std,
-            state_noise=self.exploration == "gsde",
-        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium
@@ -12,6 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from understudy.control.config import Network
 from understudy.control.spaces import MASK, PLAIN, features, half_width, is_image
 from understudy.distribution import (
     Bernoulli,
@@ -26,35 +26,19 @@ from understudy.distribution import (
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """What an actor-critic is made of; saved with the policy."""
-
-    hidden: tuple[int, ...]
-    activation: Literal["tanh", "relu", "elu"]
-    memory: Literal["none", "gru", "lstm"]
-    memory_size: int
-    shared: bool
-    orthogonal: bool
-    squash: Literal["clip", "tanh"]
-    log_std: float
-    scalar_std: bool
-    state_noise: bool
-
-
 class ActorCritic(nn.Module):
     """`network(obs) -> distribution, value [B, T]`; with memory, `network(obs, state, start) -> ..., state [B, S]`.
 
     obs: a Tensor [B, T, ...] or a dict of them; `action_mask` among them limits the distribution and is not a feature.
     """
 
-    def __init__(self, observation_space: gymnasium.Space, action_space: gymnasium.Space, shape: Shape) -> None:
+    def __init__(self, observation_space: gymnasium.Space, action_space: gymnasium.Space, network: Network) -> None:
         super().__init__()
-        self.actor = Body(observation_space, shape)
-        self.critic = None if shape.shared else Body(observation_space, shape)
-        self.head = head_for(action_space, self.actor.width, shape)
-        self.value = _linear(self.actor.width, 1, gain=1.0, orthogonal=shape.orthogonal)
-        self.state_size = 0 if shape.memory == "none" else self.actor.state_size * (1 if shape.shared else 2)
+        self.actor = Body(observation_space, network)
+        self.critic = None if network.shared else Body(observation_space, network)
+        self.head = head_for(action_space, self.actor.width, network)
+        self.value = _linear(self.actor.width, 1, gain=1.0, orthogonal=network.orthogonal)
+        self.state_size = 0 if network.memory == "none" else self.actor.state_size * (1 if network.shared else 2)
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if isinstance(obs, dict) else {PLAIN: obs}
@@ -78,25 +62,25 @@ class ActorCritic(nn.Module):
 class Body(nn.Module):
     """Observation to features: images through a CNN, everything else flat; an MLP; a GRU or LSTM at the end."""
 
-    def __init__(self, observation_space: gymnasium.Space, shape: Shape) -> None:
+    def __init__(self, observation_space: gymnasium.Space, network: Network) -> None:
         super().__init__()
         found = features(observation_space)
         images = {name: space for name, space in found.items() if is_image(space)}
-        nets = [Cnn(space.shape, orthogonal=shape.orthogonal) for space in images.values() if space.shape]
+        nets = [Cnn(space.shape, orthogonal=network.orthogonal) for space in images.values() if space.shape]
         self.cnn, self.images = nn.ModuleList(nets), list(images)
         flat = {name: space for name, space in found.items() if name not in images}
         self.vectors = {name: _vector(space) for name, space in flat.items()}
         width = sum(net.width for net in nets) + sum(_flat_width(space) for space in flat.values())
         layers: list[nn.Module] = []
-        for hidden in shape.hidden:
+        for hidden in network.hidden:
             layers += [
-                _linear(width, hidden, gain=math.sqrt(2), orthogonal=shape.orthogonal),
-                ACTIVATIONS[shape.activation](),
+                _linear(width, hidden, gain=math.sqrt(2), orthogonal=network.orthogonal),
+                ACTIVATIONS[network.activation](),
             ]
             width = hidden
         self.mlp = nn.Sequential(*layers)
-        self.memory = None if shape.memory == "none" else Memory(width, shape.memory_size, shape.memory)
-        self.width = width if self.memory is None else shape.memory_size
+        self.memory = None if network.memory == "none" else Memory(width, network.memory_size, network.memory)
+        self.width = width if self.memory is None else network.memory_size
         self.state_size = 0 if self.memory is None else self.memory.state_size
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
@@ -181,7 +165,7 @@ class Memory(nn.Module):
 class CategoricalHead(nn.Module):
     """Discrete, MultiDiscrete and MultiBinary: logits, and which of them are allowed."""
 
-    def __init__(self, space: gymnasium.Space, width: int, shape: Shape) -> None:
+    def __init__(self, space: gymnasium.Space, width: int, network: Network) -> None:
         super().__init__()
         self.sizes: tuple[int, ...] = ()
         self.bits = 0
@@ -190,7 +174,7 @@ class CategoricalHead(nn.Module):
         elif isinstance(space, spaces.MultiBinary):
             self.bits = math.prod(space.shape)
         outputs = sum(self.sizes) or self.bits or int(space.n)  # pyright: ignore
-        self.logits = _linear(width, outputs, gain=0.01, orthogonal=shape.orthogonal)
+        self.logits = _linear(width, outputs, gain=0.01, orthogonal=network.orthogonal)
 
     def forward(self, features: Tensor, allowed: Tensor | None) -> Distribution:
         logits = self.logits(features)
@@ -207,15 +191,15 @@ class GaussianHead(nn.Module):
 
     half_width: Tensor
 
-    def __init__(self, space: spaces.Box, width: int, shape: Shape) -> None:
+    def __init__(self, space: spaces.Box, width: int, network: Network) -> None:
         super().__init__()
         size = math.prod(space.shape)
-        self.mean = _linear(width, size, gain=0.01, orthogonal=shape.orthogonal)
-        self.state_noise, self.squash = shape.state_noise, shape.squash == "tanh"
+        self.mean = _linear(width, size, gain=0.01, orthogonal=network.orthogonal)
+        self.state_noise, self.squash = (network.exploration == "gsde"), network.squash == "tanh"
         if self.state_noise and self.squash:
             raise ValueError("squash is 'tanh' and exploration is 'gsde': choose squash 'clip', or exploration 'held'")
-        start = torch.full((width, size) if self.state_noise else (size,), shape.log_std)
-        self.scalar_std = shape.scalar_std
+        start = torch.full((width, size) if self.state_noise else (size,), network.log_std)
+        self.scalar_std = network.scalar_std
         self.spread = nn.Parameter(start.exp() if self.scalar_std else start)
         self.register_buffer("half_width", half_width(space), persistent=False)
 
@@ -232,9 +216,11 @@ class GaussianHead(nn.Module):
         return self.spread.clamp(min=1e-6).log() if self.scalar_std else self.spread
 
 
-def head_for(space: gymnasium.Space, width: int, shape: Shape) -> nn.Module:
+def head_for(space: gymnasium.Space, width: int, network: Network) -> nn.Module:
     """The distribution head of an action space."""
-    return GaussianHead(space, width, shape) if isinstance(space, spaces.Box) else CategoricalHead(space, width, shape)
+    return (
+        GaussianHead(space, width, network) if isinstance(space, spaces.Box) else CategoricalHead(space, width, network)
+    )
 
 
 def _linear(inputs: int, outputs: int, *, gain: float, orthogonal: bool) -> nn.Linear:

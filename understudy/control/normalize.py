@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from understudy.batch import Trajectory
+from understudy.batch import Trajectory, Tree
+from understudy.control.spaces import PLAIN
 from understudy.reduce import moments
 
 CLIP = 10.0  # standard deviations; as in OpenAI's baselines (`common/vec_env/vec_normalize.py`) and since
@@ -56,17 +57,18 @@ class ObsScale(nn.Module):
         self.seen = [Moments(shape) for shape in shapes.values()]
         self.moments = nn.ModuleList(self.seen)
 
-    def forward(self, obs: dict[str, Tensor]) -> dict[str, Tensor]:
-        scaled = dict(obs)
+    def forward(self, obs: Tree) -> Tree:
+        """obs: a Tensor [B, T, ...], or a dict of them -> the same."""
+        scaled = dict(_named(obs))
         for name, seen in zip(self.names, self.seen, strict=True):
             std = (seen.var + 1e-8).sqrt()
-            scaled[name] = ((obs[name] - seen.mean.float()) / std.float()).clamp(-CLIP, CLIP)
-        return scaled
+            scaled[name] = ((scaled[name] - seen.mean.float()) / std.float()).clamp(-CLIP, CLIP)
+        return scaled if isinstance(obs, dict) else scaled[PLAIN]
 
-    def gather(self, obs: dict[str, Tensor], mask: Tensor) -> None:
-        """Add the chosen steps' observations: obs [B, T, ...], mask [B, T]."""
+    def gather(self, record: Trajectory) -> None:
+        """Add the observations at the chosen steps."""
         for name, seen in zip(self.names, self.seen, strict=True):
-            seen.add(obs[name][mask])
+            seen.add(_named(record.obs)[name][record.mask])
 
 
 class RewardScale(nn.Module):
@@ -97,3 +99,7 @@ class RewardScale(nn.Module):
             returns[:, t] = self.running
             self.running = torch.where(ended[:, t], 0.0, self.running)
         self.moments.add(returns[mask])
+
+
+def _named(obs: Tree) -> dict[str, Tensor]:
+    return obs if isinstance(obs, dict) else {PLAIN: obs}

@@ -14,11 +14,11 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from understudy.control.networks import ActorCritic, Shape
+from understudy.control.config import Network
+from understudy.control.networks import ActorCritic
 from understudy.control.normalize import ObsScale, RewardScale
 from understudy.control.spaces import (
     MASK,
-    PLAIN,
     add_batch,
     all_forbidden,
     check_action_space,
@@ -73,7 +73,7 @@ class Policy(nn.Module):
         cls,
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
-        shape: Shape,
+        made_of: Network,
         *,
         seed: int,
         **scales: Any,
@@ -82,12 +82,12 @@ class Policy(nn.Module):
         check_action_space(action_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = ActorCritic(observation_space, action_space, shape)
-        policy = cls(network, observation_space, action_space, squash=shape.squash, **scales)
-        policy.shape = shape
+            network = ActorCritic(observation_space, action_space, made_of)
+        policy = cls(network, observation_space, action_space, squash=made_of.squash, **scales)
+        policy.made_of = {field.name: getattr(made_of, field.name) for field in dataclasses.fields(Network)}
         return policy
 
-    shape: Shape | None = None
+    made_of: dict[str, Any] | None = None
 
     def initial_state(self, rows: int) -> Tensor | None:
         """The state before an episode, [rows, S]; None without memory."""
@@ -99,7 +99,7 @@ class Policy(nn.Module):
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         if self.obs_scale is not None:
-            obs = self.obs_scale(obs) if isinstance(obs, dict) else self.obs_scale({PLAIN: obs})[PLAIN]
+            obs = self.obs_scale(obs)
         return self.network(obs, state, start) if self.memory else self.network(obs)
 
     def reward(self, reward: Tensor) -> Tensor:
@@ -108,10 +108,8 @@ class Policy(nn.Module):
 
     def gather(self, record: Any) -> None:
         """Add a record's chosen steps to the running scales; to be called once a record, after its update."""
-        if self.obs_scale is not None:
-            self.obs_scale.gather(record.obs if isinstance(record.obs, dict) else {PLAIN: record.obs}, record.mask)
-        if self.reward_scale is not None:
-            self.reward_scale.gather(record)
+        for scale in filter(None, (self.obs_scale, self.reward_scale)):
+            scale.gather(record)
 
     def executable(self, action: Tensor) -> np.ndarray:
         """What the environment receives for actions [B, ...] as the distribution sampled them."""
@@ -172,7 +170,7 @@ class Policy(nn.Module):
             "squash": self.squash,
             "scale_obs": self.obs_scale is not None,
             "scale_reward": None if self.reward_scale is None else self.reward_scale.gamma,
-            "network": None if self.shape is None else dataclasses.asdict(self.shape),
+            "network": self.made_of,
         }
         # clones: a network of one's own may share a weight between layers, which safetensors refuses
         weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.state_dict().items()}
@@ -196,8 +194,8 @@ class Policy(nn.Module):
                 f"network is missing: {path} holds weights of a network of your own, pass it as network=..."
             )
         else:
-            shape = Shape(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
-            policy = cls.build(observation_space, action_space, shape, seed=0, **scales)
+            made_of = Network(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
+            policy = cls.build(observation_space, action_space, made_of, seed=0, **scales)
         weights, own = load_file(path / "policy.safetensors"), policy.state_dict()
         apart = sorted(weights.keys() ^ own.keys())
         apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import gymnasium
 import torch
-from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.control import config, stage
 from understudy.control.policy import Policy
+from understudy.control.stage import Env, Iterations
 from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
 from understudy.run.config import Count, NonNegative, Positive, Unit
@@ -62,9 +60,7 @@ class Config(config.Config):
     """Bound the gradients of actor and critic each by max_grad_norm, instead of jointly."""
 
 
-def iterate(
-    cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
-) -> Generator[dict[str, Any], None, Run]:
+def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
     with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer) as run:
         kl_coef = cfg.kl_coef
@@ -98,16 +94,15 @@ def iterate(
         return run.run
 
 
-def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg, env=env, policy=policy))
 
 
 def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:
     """The record with GAE's advantages and the critic's targets A + V; standardised where that is over the batch."""
-    after = next_value(value, traj)
     ends = traj.terminated, traj.truncated, traj.mask
-    advantage = gae(paid, value, after, *ends, gamma=cfg.gamma, lam=cfg.lam)
+    advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)
     batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
     return standardized(batch) if cfg.standardize == "batch" else batch
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import gymnasium
 import torch
-from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.advantage import group_relative, leave_one_out, reward_to_go
 from understudy.batch import Batch, Trajectory
 from understudy.control import config, stage
+from understudy.control.stage import Env, Iterations
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, RequestError
@@ -55,9 +53,7 @@ class Config(config.Config):
         return self.baseline in ("group", "leave_one_out")
 
 
-def iterate(
-    cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None
-) -> Generator[dict[str, Any], None, Run]:
+def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
     """The loop itself, an iteration at a time."""
     with stage.open_stage("reinforce", cfg, env, policy, group_size=cfg.group_size if cfg.grouped else 1) as run:
         while run.on:
@@ -89,7 +85,7 @@ def iterate(
         return run.run
 
 
-def train(cfg: Config, *, env: gymnasium.Env | VectorEnv | None = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg, env=env, policy=policy))
 

@@ -30,6 +30,8 @@ from understudy.run.seeds import derive, generator
 from understudy.run.sinks import open_sinks
 from understudy.run.store import Run, process_seconds
 
+Env = gymnasium.Env | VectorEnv | None
+Iterations = Generator[dict[str, Any], None, Run]  # a line of metrics each; the run in the end
 WINDOW = 100  # episodes in `episode_return_mean`
 
 
@@ -108,17 +110,13 @@ class Stage:
         """What the iterations since the last line came to."""
         seconds, steps = time.time() - self.train_started, self.walker.steps
         iterations, self.unlogged = self.unlogged, []
-        return {
-            "iteration": self.iteration,
-            "steps": steps,
-            "episodes": self.episodes,
-            "episode_return_mean": self._mean_return() if self.window else None,
-            "episode_length_mean": statistics.fmean(e.length for e in self.window) if self.window else None,
-            **{name: statistics.fmean(m[name] for m in iterations if name in m) for name in iterations[-1]},
-            "seconds": seconds,
-            "steps_per_second": steps / seconds,
-            "seconds_left": max(0, self.cfg.steps - steps) * seconds / steps,
-        }
+        line: dict[str, Any] = {"iteration": self.iteration, "steps": steps, "episodes": self.episodes}
+        line["episode_return_mean"] = self._mean_return() if self.window else None
+        line["episode_length_mean"] = statistics.fmean(e.length for e in self.window) if self.window else None
+        names = dict.fromkeys(name for metrics in iterations for name in metrics)  # one that only resets has few
+        line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
+        left = max(0, self.cfg.steps - steps) * seconds / steps
+        return line | {"seconds": seconds, "steps_per_second": steps / seconds, "seconds_left": left}
 
     def _extra(self, line: dict[str, Any]) -> None:
         """What only some configs ask for: evaluation, other sinks, checkpoints."""
@@ -155,7 +153,7 @@ class Stage:
 def open_stage(
     recipe: str,
     cfg: Config,
-    env: gymnasium.Env | VectorEnv | None,
+    env: Env,
     policy: nn.Module | None,
     *,
     group_size: int = 1,
@@ -200,7 +198,7 @@ def open_stage(
             envs,
             seed_of=seed_of,
             generator=generator(cfg.seed, "sample", cfg.device),
-            hold=0 if cfg.exploration == "independent" else cfg.noise_hold,
+            hold=1 if cfg.exploration == "independent" else cfg.noise_hold,
             device=cfg.device,
         )
         shuffle = generator(cfg.seed, "shuffle")
@@ -220,7 +218,6 @@ def open_stage(
             else:
                 stage.finish()
             finally:
-                run.close()
                 for sink in sinks:
                     sink.close()
     finally:
@@ -241,7 +238,7 @@ def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
     if policy is not None:
         return Policy(policy, *spaces, squash=cfg.squash, **scales)
     if cfg.init is None:
-        return Policy.build(*spaces, cfg.shape, seed=derive(cfg.seed, "weights"), **scales)
+        return Policy.build(*spaces, cfg, seed=derive(cfg.seed, "weights"), **scales)
     loaded = Policy.load(policy_path(Path(cfg.init), "init"))
     if (loaded.observation_space, loaded.action_space) != spaces:
         raise RequestError(
@@ -257,7 +254,7 @@ def adam(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
     return torch.optim.Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=fused)
 
 
-def drain(iterations: Generator[dict[str, Any], None, Run]) -> Run:
+def drain(iterations: Iterations) -> Run:
     """Run a recipe's iterations to their end; the run they made."""
     while True:
         try:

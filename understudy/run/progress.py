@@ -27,9 +27,10 @@ class Progress:
     """Shows metrics as they come; `quiet` shows nothing. To be used in a `with` block."""
 
     def __init__(self, title: str, total: int, *, quiet: bool = False, every: float = 5.0) -> None:
-        self.title, self.total, self.quiet, self.every = title, total, quiet, every
+        self.title, self.total, self.quiet = title, total, quiet
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
+        self.every = every if self.live is None else 0.125
         self.last = 0.0
 
     def __enter__(self) -> Progress:
@@ -43,12 +44,11 @@ class Progress:
 
     def show(self, metrics: dict[str, Any], *, now: bool = False) -> None:
         """Show an iteration: at most eight times a second on a terminal, every `every` seconds as lines."""
-        wait = 0.125 if self.live is not None else self.every
-        if not self.quiet and (now or time.monotonic() - self.last >= wait):
-            self.last = time.monotonic()
+        if not self.quiet and (now or time.monotonic() - self.last >= self.every):
             self._draw(metrics)
 
     def _draw(self, metrics: dict[str, Any]) -> None:
+        self.last = time.monotonic()
         cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN if name in metrics]
         if self.live is None:
             print(

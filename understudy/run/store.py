@@ -32,7 +32,6 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
-        self._files: dict[str, Any] = {}
 
     @classmethod
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
@@ -74,17 +73,10 @@ class Run:
         os.replace(aside, final)
         return final
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        if name not in self._files:
-            self._files[name] = (self.path / name).open("a")
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
-        self._files[name].write(json.dumps(finite) + "\n")
-        self._files[name].flush()
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(finite) + "\n")
 
 
 def process_seconds() -> float:

@@ -1,0 +1,81 @@
+"""How much a newcomer reads to follow one PPO update on CartPole: every function of ours that one iteration enters."""
+
+import ast
+import inspect
+import sys
+from pathlib import Path
+
+import understudy
+from understudy.control import ppo
+
+PACKAGE = Path(understudy.__file__).parent
+LINES, FILES = 500, 17
+
+
+def entered_in_one_iteration(tmp_path) -> set[tuple[Path, int]]:
+    """(file, first line) of each function of ours entered between the second iteration's start and its end."""
+    config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
+    iterations = ppo.iterate(config)
+    next(iterations)
+    found: set[tuple[Path, int]] = set()
+
+    def watch(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            found.add((path, frame.f_code.co_firstlineno))
+
+    sys.setprofile(watch)
+    try:
+        next(iterations)
+    finally:
+        sys.setprofile(None)
+        iterations.close()
+    return found
+
+
+def code_lines(path: Path) -> set[int]:
+    """Numbers of the lines that are code: not blank, not a comment, not a docstring."""
+    source = path.read_text()
+    lines = {n for n, line in enumerate(source.splitlines(), 1) if line.strip() and not line.strip().startswith("#")}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return lines
+
+
+def read_in(path: Path, firsts: set[int]) -> set[int]:
+    """The code lines of the functions that begin at `firsts`, and of the class bodies and fields of the file."""
+    lines, code = set(), code_lines(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
+            if first in firsts:
+                lines |= set(range(first, (node.end_lineno or first) + 1))
+        if isinstance(node, ast.ClassDef):
+            lines.add(node.lineno)
+            for part in node.body:
+                if isinstance(part, ast.Assign | ast.AnnAssign):
+                    lines |= set(range(part.lineno, (part.end_lineno or part.lineno) + 1))
+    return lines & code
+
+
+def test_one_ppo_update_reads_in_under_500_lines(tmp_path, capsys):
+    by_file: dict[Path, set[int]] = {}
+    for path, first in entered_in_one_iteration(tmp_path):
+        by_file.setdefault(path, set()).add(first)
+    counted = {path.relative_to(PACKAGE): len(read_in(path, firsts)) for path, firsts in by_file.items()}
+
+    with capsys.disabled():
+        print(f"\none PPO update on CartPole: {sum(counted.values())} lines in {len(counted)} files")
+        for path, count in sorted(counted.items(), key=lambda item: -item[1]):
+            print(f"  {count:4d}  {path}")
+    assert sum(counted.values()) < LINES
+    assert len(counted) <= FILES
+
+
+def test_the_counter_counts_code_and_nothing_else():
+    source = inspect.getsource(ast.parse) and Path(__file__)
+    lines = code_lines(source)
+
+    assert 1 not in lines  # a docstring
+    assert 3 in lines  # an import
