@@ -66,12 +66,7 @@ HAND = [
     ),
     Mutant("batch.py", "own | found", "found | own", "what is found is thrown away"),
     Mutant("batch.py", 'if not f.metadata.get("shared")', "", "cuts what all steps share"),
-    Mutant(
-        "batch.py",
-        "policy(record.obs, record.state, record.start)",
-        "policy(record.obs, record.state, record.ended)",
-        "forgets at the end",
-    ),
+    Mutant("batch.py", "record.state, record.start)", "record.state, record.ended)", "forgets at the end"),
     Mutant("reduce.py", "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()", "mean over padding"),
     Mutant("reduce.py", "mask.sum(dim=1, keepdim=True)", "mask.sum(dim=0, keepdim=True)", "rows and columns mixed up"),
     Mutant("reduce.py", "weight / mask.any(dim=1).sum().clamp(min=1)", "weight / mask.shape[0]", "empty rows count"),
@@ -149,7 +144,12 @@ HAND = [
     Mutant("score.py", "torch.where(mask, column, -1)", "column.expand_as(mask)", "paid in the padding"),
     Mutant("value.py", "record.ended | (following == steps)", "following == steps", "bootstraps from the next episode"),
     Mutant("value.py", "record.ended | (following == steps)", "record.ended", "a cut row does not bootstrap"),
-    Mutant("value.py", "following[:, :-1] = at_or_after[:, 1:]", "following = at_or_after", "V of the step itself"),
+    Mutant(
+        "value.py",
+        "torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=steps)",
+        "at_or_after",
+        "V of the step itself",
+    ),
     Mutant("value.py", "(column + 1)", "(column + 2)", "steps over the last observation"),
     Mutant(
         "advantage.py", "torch.where(terminated, 0.0, next_value)", "next_value", "bootstraps past a terminal state"
@@ -227,28 +227,38 @@ HAND = [
         "distribution.log_prob(batch.action)",
         "infinite loss in padding",
     ),
-    Mutant("update.py", "else record.steps()\n    for", "else record\n    for", "padding is shuffled in"),
+    Mutant("update.py", "else record.steps()", "else record", "padding is shuffled in"),
     Mutant(
         "update.py", "if not minibatch.mask.any():\n                continue", "", "an empty minibatch makes a step"
     ),
-    Mutant("update.py", "minibatch = prepare(minibatch)", "prepare(minibatch)", "advantages are not standardised"),
+    Mutant("update.py", "if prepare is None else prepare(shuffled[rows])", "", "advantages are not standardised"),
     Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
     Mutant("update.py", "zero_grad(set_to_none=True)", "step()", "gradients pile up"),
     Mutant(
-        "update.py", "(loss * weight[piece]).sum()", "(loss * weight[piece]).sum() * size", "scaled by the minibatch"
+        "update.py",
+        "(loss * weight[rows]).sum()",
+        "(loss * weight[rows]).sum() * len(minibatch)",
+        "scaled by the minibatch",
     ),
-    Mutant("update.py", "totals[name] + x for", "x for", "metrics of the last micro-batch"),
-    Mutant("update.py", "sums[name] + x for", "x for", "metrics of the last minibatch"),
+    Mutant("update.py", "totals.get(name, 0.0) + mean", "mean", "metrics of the last micro-batch"),
+    Mutant("update.py", "return _mean(seen) |", "return _mean(seen[-1:]) |", "metrics of the last minibatch"),
     Mutant("update.py", "if not torch.isfinite(norm):", "if False:", "a broken gradient is learnt from"),
     Mutant("update.py", "if not torch.isfinite(total):", "if False:", "a broken loss is learnt from"),
     Mutant("update.py", "generator=generator, device", "device", "the order is not the generator's"),
     Mutant("control/normalize.py", "shift.square() * self.count", "0 * self.count", "variance between batches is lost"),
-    Mutant("control/normalize.py", "obs[name][mask]", "obs[name].flatten(0, 1)", "padding is gathered"),
+    Mutant(
+        "control/normalize.py",
+        "_named(record.obs)[name][record.mask]",
+        "_named(record.obs)[name].flatten(0, 1)",
+        "padding is gathered",
+    ),
     Mutant(
         "control/normalize.py", "torch.where(ended[:, t], 0.0, self.running)", "self.running", "returns cross an end"
     ),
     Mutant("control/normalize.py", "self.gamma * self.running", "self.running", "the running return is not discounted"),
-    Mutant("control/normalize.py", "(obs[name] - seen.mean.float())", "obs[name]", "observations are not centred"),
+    Mutant(
+        "control/normalize.py", "(scaled[name] - seen.mean.float())", "scaled[name]", "observations are not centred"
+    ),
     Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
     Mutant(
         "control/normalize.py", "self.moments.add(returns[mask])", "self.moments.add(returns)", "padding is gathered"
@@ -256,33 +266,41 @@ HAND = [
     Mutant("control/collect.py", "& ~pending & ~terminated", "& ~pending", "a death at the time limit is both"),
     Mutant(
         "control/collect.py",
-        "terminated = np.array(terminated, dtype=bool) & ~pending",
-        "terminated = terminated",
-        "a reset ends",
+        "np.array(terminated, dtype=bool) & ~pending",
+        "np.array(terminated, dtype=bool)",
+        "a reset ends an episode",
     ),
-    Mutant(
-        "control/collect.py", "reward = np.array(reward,", "reward = np.asarray(reward,", "the env writes over rewards"
-    ),
+    Mutant("control/collect.py", "np.where(pending, 0.0, reward)", "np.asarray(reward)", "a reset is paid"),
     Mutant(
         "control/collect.py",
-        '_stack(self.envs, info["final_obs"][rows])',
-        "after[rows]",
+        "self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP else found",
+        "found",
         "V of the next episode's first obs",
     ),
-    Mutant("control/collect.py", "~self.pending if not whole", "~self.pending | True if not whole", "resets are steps"),
     Mutant(
         "control/collect.py",
-        "torch.from_numpy(over | pending)",
+        "terminated | truncated, ~pending & wanted",
+        "terminated | truncated, wanted & True",
+        "resets are steps",
+    ),
+    Mutant(
+        "control/collect.py",
+        "torch.from_numpy(over | self.pending)",
         "torch.from_numpy(over & ~over)",
         "memory crosses an end",
     ),
     Mutant("control/collect.py", "int(chosen.sum())", "self.rows", "resets are counted"),
-    Mutant("control/collect.py", "np.cumsum(ended, axis=0) - ended", "0", "no room for the last observation"),
     Mutant(
         "control/collect.py",
-        "source[ended_row, column[e, ended_row] + 1] = finals",
-        "_ = finals",
-        "a last obs is not written",
+        "keep[:, 1::2] = np.stack(terminated, axis=1) | np.stack(truncated, axis=1)",
+        "",
+        "no room for the last observation",
+    ),
+    Mutant(
+        "control/collect.py",
+        "return self.now if after is None else after",
+        "return self.now",
+        "a last obs is the next episode's",
     ),
     Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
 ]
@@ -424,12 +442,10 @@ def _broken(node: ast.expr, text) -> Iterator[tuple[str, str]]:
 
 
 def hand_made(file: str, source: str) -> Iterator[Mutant]:
-    for mutant in HAND:
-        if mutant.file == file:
-            count = source.count(mutant.old)
-            if count != 1:
-                sys.exit(f"{file}: {mutant.old!r} stands {count} times, must stand once: mend HAND ({mutant.meaning})")
-            yield mutant
+    mine = [mutant for mutant in HAND if mutant.file == file]
+    if stale := [mutant.old for mutant in mine if source.count(mutant.old) != 1]:
+        sys.exit("\n".join([f"mend HAND: in {file} these must stand once and do not", *map(repr, stale)]))
+    yield from mine
 
 
 def line_of(mutant: Mutant, source: str) -> tuple[str, str, str]:
