@@ -332,6 +332,21 @@ EQUIVALENT = {
         "return torch.where(squashed, slope + torch.where(squashed, self.half_width, self.half_width).log(), 0.0)",
     ): "the log of 0 stands in the branch that is not taken, and the width is not learnt",
     (
+        "control/collect.py",
+        "self.calls, self.steps = self.calls + 1, self.steps + int(chosen.sum())",
+        "self.calls, self.steps = self.calls - (1), self.steps + int(chosen.sum())",
+    ): "only whether the calls are a multiple of `hold` is ever asked",
+    (
+        "control/collect.py",
+        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)",
+        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated, truncated & chosen)",
+    ): "an end in a row that wants no more is blanked by `lay_out`, and such a row stays done",
+    (
+        "control/collect.py",
+        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)",
+        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated)",
+    ): "an end in a row that wants no more is blanked by `lay_out`, and such a row stays done",
+    (
         "value.py",
         "@torch.no_grad()",
         "@torch.enable_grad()",

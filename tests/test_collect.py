@@ -25,6 +25,7 @@ from tests.envs import (
     length_of,
     pay,
     scripted,
+    seed_of,
     value_at,
     walker,
 )
@@ -340,11 +341,12 @@ def test_steps_after_a_rows_last_whole_episode_are_not_counted(mode):
     assert sorted((done.row, done.number) for done in walks.finished) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
+@pytest.mark.parametrize("episodes", [1, 2])
 @IN_EVERY_MODE
-def test_playing_gives_the_returns_of_whole_episodes(mode):
-    played = walker(diaries(mode)).play(scripted(), 2)
+def test_playing_gives_the_returns_of_whole_episodes(mode, episodes):
+    played = walker(diaries(mode)).play(scripted(), episodes)
 
-    assert sorted((done.row, done.number) for done in played) == [(row, n) for row in range(4) for n in range(2)]
+    assert sorted((done.row, done.number) for done in played) == [(row, n) for row in range(4) for n in range(episodes)]
     for done in played:
         assert done.episode_return == pytest.approx(sum(pay(done.row, done.number, t) for t in range(done.length)))
 
@@ -354,6 +356,30 @@ def test_rows_reset_by_us_get_the_seeds_of_their_episodes():
     found, _ = aligned(records(diaries(DISABLED), scripted(), LONG)[0], scripted())
 
     assert {key[0] for key in found} == {0, 1, 2, 3}
+
+
+class Sloppy(Rows):
+    """In NEXT_STEP mode, pays and ends in rows that only reset."""
+
+    def step(self, actions):
+        reset = self.ends.any(axis=0)
+        obs, reward, terminated, truncated, info = super().step(actions)
+        return obs, np.where(reset, 7, reward), terminated | reset, truncated | reset, info
+
+
+def test_what_an_env_says_of_a_row_that_only_resets_does_not_matter():
+    policy = scripted()
+    taken, walks = records(Sloppy(4, NEXT_STEP), policy, 5)
+    expected, _ = aligned(records(Rows(4, NEXT_STEP), policy, 5)[0], policy)
+
+    found, _ = aligned(taken, policy)
+    assert found.keys() == expected.keys()
+    assert_close(list(found.values()), list(expected.values()))
+    assert all(done.episode_return == pytest.approx(paid_in(done.row, done.number)) for done in walks.finished)
+
+
+def paid_in(row, episode):
+    return sum(pay(row, episode, t) for t in range(length_of(row, episode)))
 
 
 # memory
@@ -777,6 +803,93 @@ def test_episodes_of_a_native_vector_env_begin_at_its_start_states():
     for record in taken:
         assert (record.obs[record.start & record.mask].abs() <= 0.05).all()
         assert (record.obs[record.ended].abs() > 0.05).any(dim=1).all()
+
+
+# vector envs of others
+
+
+class Echo(Rows):
+    """At the call that resets a row, it says again that the episode before is over, and pays for that."""
+
+    def step(self, actions):
+        said = self.ends.copy()
+        obs, paid, terminated, truncated, info = super().step(actions)
+        return obs, np.where(said.any(axis=0), 50.0, paid), terminated | said[0], truncated | said[1], info
+
+
+def test_what_the_call_that_resets_a_row_says_of_it_is_not_heard():
+    found, walks = records(Echo(4, NEXT_STEP), scripted(), 5)
+    expected, plain = records(Rows(4, NEXT_STEP), scripted(), 5)
+
+    assert_close([vars(record) for record in found], [vars(record) for record in expected])
+    assert walks.finished == plain.finished
+
+
+class Asked(Rows):
+    """Writes down the seeds that it is asked to begin with."""
+
+    def __init__(self, mode):
+        super().__init__(2, mode)
+        self.seeds = []
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.append(seed)
+        return super().reset(seed=seed, options=options)
+
+
+@pytest.mark.parametrize("mode", [SAME_STEP, NEXT_STEP], ids=lambda mode: mode.name)
+def test_a_vector_env_that_resets_its_rows_itself_is_seeded_once(mode):
+    envs = Asked(mode)
+    walks = walker(envs)
+
+    walks.reset()
+    walks.reset()
+
+    assert envs.seeds == [seed_of(0, 0), None]
+
+
+def test_a_vector_env_whose_rows_we_reset_is_seeded_row_by_row():
+    envs = Asked(DISABLED)
+    walker(envs).reset()
+
+    assert envs.seeds == [[seed_of(0, 0), seed_of(1, 0)]]
+
+
+@pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
+def test_the_rows_of_gymnasiums_vector_envs_are_seeded_one_by_one(kind):
+    envs = kind([Diary] * 2, autoreset_mode=SAME_STEP)
+    try:
+        walks = walker(envs)
+        walks.reset()
+    finally:
+        envs.close()
+
+    assert walks.now.tolist() == [[0, 0, 0], [1, 0, 0]]
+
+
+class MasksAtOnce(Rows):
+    """Gives the masks of all rows without saying of which; a reset's say nothing true of rows that it did not reset."""
+
+    def masks(self):
+        return np.stack([allowed_at(env.row, env.episode, env.now) for env in self.envs])
+
+    def reset(self, *, seed=None, options=None):
+        obs, _ = super().reset(seed=seed, options=options)
+        begun = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        return obs, {"action_mask": np.where(begun[:, None], self.masks(), 1 - self.masks())}
+
+    def step(self, actions):
+        *result, info = super().step(actions)
+        return *result, info | {"action_mask": self.masks()}
+
+
+@IN_EVERY_MODE
+def test_masks_may_come_for_all_rows_at_once(mode):
+    policy = Policy(Anything(), Diary.observation_space, Diary.action_space)
+    for record in records(MasksAtOnce(4, mode), policy, 5)[0]:
+        for b, t in record.mask.nonzero().tolist():
+            expected = allowed_at(*record.obs["obs"][b, t].int().tolist())
+            assert record.obs["action_mask"][b, t].tolist() == expected.astype(bool).tolist()
 
 
 # groups
