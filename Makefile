@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles golden scores methods ablation clean
+.PHONY: demo check test format mutants oracles golden scores methods solve-time ablation clean
 
 demo: .venv/core ## train PPO on CartPole-v1 until it is solved, live
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -27,6 +27,9 @@ mutants: .venv/dev ## break the formulas one by one; each breakage must turn a t
 
 oracles: .venv-oracles/done ## run the peers on stored inputs and rewrite tests/oracles/*.json (CLEANRL=path to a checkout)
 	.venv-oracles/bin/python tests/oracles/record.py $(if $(CLEANRL),--cleanrl $(CLEANRL))
+
+solve-time: .venv/dev ## seconds from process start until CartPole is solved, ten seeds
+	$(BIN)/python bench/solve_time.py
 
 golden: .venv/dev ## rewrite the golden runs; only for a change that should move numbers
 	$(BIN)/python tests/golden/record.py
@@ -53,8 +56,8 @@ clean:
 	$(PIP) -e '.[dev,box2d,mujoco,envpool]'
 	touch $@
 
-.venv-oracles/done: tests/oracles/requirements.txt .venv/core
+.venv-oracles/done: tests/oracles/requirements.txt
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements.txt -e .
+	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements.txt
 	touch $@

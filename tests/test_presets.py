@@ -54,7 +54,7 @@ def test_the_well_known_environments_have_tuned_settings():
 def test_fields_given_win_over_the_preset():
     made = presets.preset(ppo.Config, "CartPole-v1", gamma=0.5)
 
-    assert (made.gamma, made.lam) == (0.5, 0.8)
+    assert (made.gamma, made.lam) == (0.5, 0.95)
 
 
 def test_an_env_without_tuned_settings_gets_the_recipes_defaults_and_says_so():
