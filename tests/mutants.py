@@ -303,6 +303,28 @@ HAND = [
         "a last obs is the next episode's",
     ),
     Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
+    Mutant("control/collect.py", "row if over[row] else np.argmax(over)", "np.argmax(over)", "another row's last obs"),
+    Mutant("control/collect.py", "~pending & wanted", "~pending", "a fast row's surplus episodes are learnt from"),
+    Mutant("control/collect.py", "self.pending = over & (", "self.pending = ~over & (", "the wrong rows are pending"),
+    Mutant(
+        "control/collect.py", "np.flatnonzero(over & chosen)", "np.flatnonzero(over)", "surplus episodes are reported"
+    ),
+    Mutant("control/collect.py", "np.where(over, 0.0, self.returns)", "self.returns", "returns of episodes pile up"),
+    Mutant("control/collect.py", "keep[:, -1] = (", "_ = (", "a cut row has no obs after its last step"),
+    Mutant("control/collect.py", "by_call[~made] = 0", "", "what was not chosen stands in the padding"),
+    Mutant(
+        "control/collect.py", "int(self.episode[row])) if over[row]", "0) if over[row]", "every episode is the first"
+    ),
+    Mutant("control/collect.py", "self.episode.max() + 1", "self.episode + 1", "a group begins from several states"),
+    Mutant("control/collect.py", "sub.episode = int(self.episode[0]) - 1", "pass", "self-resetting envs lose count"),
+    Mutant("control/collect.py", "self.calls % self.hold", "self.calls % 1", "noise is never held"),
+    Mutant("control/collect.py", "choosing=~self.pending)", "choosing=self.pending)", "masks where nothing is chosen"),
+    Mutant("control/collect.py", "((info, ~over), (told, over))", "((info, over), (told, ~over))", "masks of last obs"),
+    Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
+    Mutant(
+        "control/normalize.py", ".clamp(-CLIP, CLIP)\n        return", "\n        return", "observations have no bound"
+    ),
+    Mutant("value.py", "torch.where(mask, value.gather(1, index), 0.0)", "value.gather(1, index)", "V after no step"),
 ]
 
 EQUIVALENT = {

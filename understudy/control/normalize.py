@@ -37,8 +37,6 @@ class Moments(nn.Module):
         mean, var = (moment.to(self.mean.device) for moment in moments(x))
         total = self.count + len(x)
         shift = mean - self.mean
-        if self.count == 0:
-            self.var.zero_()
         spread = self.var * self.count + var * len(x) + shift.square() * self.count * len(x) / total
         self.mean.add_(shift * len(x) / total)
         self.var.copy_(spread / total)
