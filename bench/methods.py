@@ -17,7 +17,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results" / "methods"
 SEEDS = range(1, 6)
 ENV = "CartPole-v1"
-REINFORCE = {"steps": 200_000, "num_envs": 8, "learning_rate": 3e-3}
+REINFORCE = {"steps": 100_000, "num_envs": 8, "learning_rate": 3e-3}
 # name -> recipe, whether the env's tuned preset is the base, fields
 METHODS = {
     "reinforce, plain": ("reinforce", {"baseline": "none", **REINFORCE}),
@@ -27,7 +27,7 @@ METHODS = {
     "reinforce, leave-one-out": ("reinforce", {"baseline": "leave_one_out", **REINFORCE}),
     "actor-critic, one step": (
         "actor_critic",
-        {"steps": 60_000, "num_envs": 1, "rollout": 1, "lam": 0.0, "learning_rate": 3e-4, "log_every": 500},
+        {"steps": 30_000, "num_envs": 1, "rollout": 1, "lam": 0.0, "learning_rate": 3e-4, "log_every": 500},
     ),
     "actor-critic, n-step": ("actor_critic", {}),
     "ppo, clip": ("ppo", {}),
