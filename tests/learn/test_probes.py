@@ -176,7 +176,7 @@ def test_control_no_credit_goes_back_without_a_future(tmp_path):
 # memory, images, masks
 
 
-RECALL = {"rows": 16, "rollout": 16, "steps": 8000, "learning_rate": 0.02}
+RECALL = {"rows": 16, "rollout": 16, "steps": 8000, "learning_rate": 0.01, "entropy_coef": 0.02}
 
 
 @pytest.mark.parametrize("memory", ["gru", "lstm"])
