@@ -26,6 +26,7 @@ WANTED = {
     "MountainCarContinuous-v0": ("IQM at least", 90),
 }
 EPISODES = 100
+FIRST_SEED = {"Pendulum-v1": 11}  # 0 to 10 were seen while its preset was tuned; the others were tuned on 100 and up
 
 
 def run(env: str, seed: int) -> Path:
@@ -82,7 +83,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    jobs = [(env, seed) for env in args.envs for seed in range(1, args.seeds + 1)]
+    seeds = {env: range(FIRST_SEED.get(env, 1), FIRST_SEED.get(env, 1) + args.seeds) for env in args.envs}
+    jobs = [(env, seed) for env in args.envs for seed in seeds[env]]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         done = list(zip(jobs, pool.map(run, *zip(*jobs, strict=True)), strict=True))
     import gymnasium
@@ -95,7 +97,7 @@ def main() -> None:
         "(mode actions, frozen scales, seeds never trained on). IQM with 95 % bootstrap interval over seeds.",
         f"Python {platform.python_version()}, torch {torch.__version__}, gymnasium {gymnasium.__version__}, 1 thread a run.",
         "",
-        "Pendulum: seeds 1 to 4 were also seen while tuning (docs/decisions.md), so its row is not clean of it.",
+        "Seeds 1 to 10; Pendulum 11 to 20, its preset was tuned on lower ones. No preset was tuned on a seed of its row.",
         "",
         "| environment | steps | IQM | interval | sampled actions, IQM | wanted | scores of the seeds |",
         "|---|---|---|---|---|---|---|",
