@@ -91,6 +91,54 @@ class Batch(Trajectory):
         return map_tensors(lambda x: x.flatten(0, 1)[chosen][:, None], dataclasses.replace(self, state=None))
 
 
+@dataclass(frozen=True)
+class Text:
+    """Token rows, padded on the right, and where in them something was chosen. Also the `obs` of a text `Trajectory`.
+
+    A causal model that reads rows from the left needs no attention mask for padding that only follows.
+    """
+
+    ids: Tensor
+    """int64 [B, T]; padding is any valid id, for nothing reads it."""
+    mask: Tensor
+    """bool [B, T]: True at t where token t+1 was chosen or is to be imitated. In `Pairs`: at the token that is scored."""
+
+    def __len__(self) -> int:
+        return self.mask.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Text:
+        return map_tensors(lambda x: x[rows], self)
+
+    @property
+    def action(self) -> Tensor:
+        """The token after each: int64 [B, T], 0 in the last column."""
+        return torch.nn.functional.pad(self.ids[:, 1:], (0, 1))
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Preferences: row i of `chosen` was liked better than row i of `rejected`. A pair is one row and is never split.
+
+    In both, `mask` is True at exactly one column a row: its last token, where it is scored.
+    """
+
+    chosen: Text
+    rejected: Text
+    margin: Tensor
+    """By how much at least, [B, 1]; 0 where the data do not say."""
+
+    def __len__(self) -> int:
+        return self.margin.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Pairs:
+        return map_tensors(lambda x: x[rows], self)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, 1], all True: what a loss a pair is weighted by."""
+        return torch.ones_like(self.margin, dtype=torch.bool)
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """The same tree with `function` applied to every Tensor in it; what is not a Tensor stays as it is.
 

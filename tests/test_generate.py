@@ -1,0 +1,138 @@
+"""Generation with our own cache: it says what the model would say, whoever the neighbours are."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.models import FAMILIES, V, tiny
+from understudy.language.generate import Completion, check_cache, generate, lay_out
+from understudy.language.model import Policy
+
+PROMPTS = [[1, 5, 9, 3, 17, 4, 8, 12, 6], [1, 7], [3, 3, 20, 11, 6], [1, 7], [1]]
+SEEDS = [11, 12, 13, 14, 15]
+STOPS = frozenset([2, 6])
+EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (False, True)])
+
+
+@EVERY
+def test_the_samplers_log_probs_are_those_of_an_uncached_pass(family, tied):
+    assert check_cache(Policy(tiny(family, tied=tied)), PROMPTS, steps=12) < 2e-5  # float32, another order of sums
+
+
+@EVERY
+def test_greedy_tokens_are_hugging_faces(family, tied):
+    policy = Policy(tiny(family, tied=tied))
+
+    said = generate(policy, PROMPTS, limit=10, stops=frozenset(), seeds=SEEDS, sample=False)
+
+    for prompt, completion in zip(PROMPTS, said, strict=True):
+        theirs = policy.model.generate(
+            torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert completion.ids == theirs[0, len(prompt) :].tolist()
+
+
+def test_a_row_says_the_same_whoever_its_neighbours_are():
+    policy = Policy(tiny("llama"))
+    together = generate(policy, PROMPTS, limit=12, stops=STOPS, seeds=SEEDS)
+
+    for slots in (1, 2, 3):
+        queued = generate(policy, PROMPTS, limit=12, stops=STOPS, seeds=SEEDS, slots=slots)
+        assert [c.ids for c in queued] == [c.ids for c in together]
+    alone = [generate(policy, [p], limit=12, stops=STOPS, seeds=[s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert [c.ids for c in alone] == [c.ids for c in together]
+    assert len({len(c.ids) for c in together}) > 1  # rows did end at different times
+
+
+def test_many_rows_through_few_slots_keep_their_log_probs():
+    policy = Policy(tiny("gemma3"))
+    prompts = [PROMPTS[i % 5] for i in range(23)]
+
+    said = generate(policy, prompts, limit=9, stops=STOPS, seeds=range(23), slots=5)
+
+    record = lay_out(prompts, said)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+
+
+def test_a_row_ends_at_a_stop_id_and_at_the_limit():
+    said = generate(Policy(tiny("llama")), [[1, 7]] * 40, limit=8, stops=STOPS, seeds=range(40))
+
+    for completion in said:
+        assert completion.stopped == (completion.ids[-1] in STOPS)
+        assert not STOPS & set(completion.ids[:-1])
+        assert completion.stopped or len(completion.ids) == 8
+    assert 0 < sum(c.stopped for c in said) < 40
+
+
+def test_sampled_tokens_have_the_models_distribution():
+    policy = Policy(tiny("qwen2"), temperature=1.3)
+    N = 4000
+    said = generate(policy, [[1, 7]] * N, limit=2, stops=frozenset(), seeds=range(N), slots=N)
+    pairs = torch.tensor([c.ids for c in said])
+    with torch.no_grad():
+        first = (policy.model(torch.tensor([[1, 7]])).logits[0, -1] / 1.3).softmax(-1)
+        prompts = torch.tensor([[1, 7, token] for token in range(V)])
+        second = first @ (policy.model(prompts).logits[:, -1] / 1.3).softmax(-1)
+
+    for column, expected in ((0, first), (1, second)):
+        counts = torch.bincount(pairs[:, column], minlength=V).double()
+        keep = expected * N > 5  # where the chi-square approximation holds; the rest in one cell
+        seen = torch.cat([counts[keep], counts[~keep].sum()[None]])
+        due = torch.cat([expected[keep], expected[~keep].sum()[None]]).double() * N
+        chi_square = float(((seen - due).square() / due.clamp(min=1e-9)).sum())
+        assert chi_square < 2 * V  # mean about 21, standard deviation about 6.5: four deviations above
+
+
+def test_equal_prompts_are_read_once():
+    policy = Policy(tiny("llama"))
+    rows = []
+    hook = policy.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    generate(policy, [[1, 7, 4]] * 6 + [[1, 8, 4]] * 6, limit=1, stops=frozenset(), seeds=range(12))
+    hook.remove()
+
+    assert rows == [(2, 3)]
+
+
+def test_without_a_known_cache_hugging_face_generates():
+    policy = Policy(tiny("llama"), temperature=0.9)
+    policy.cached = False
+
+    assert check_cache(policy, PROMPTS, steps=6) < 2e-5
+    said = generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
+    assert said == generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
+    assert all(c.stopped == (c.ids[-1] in STOPS) for c in said)
+
+
+def test_completions_carry_the_version_that_said_them():
+    policy = Policy(tiny("llama"))
+    policy.version = 7
+
+    assert [c.version for c in generate(policy, [[1]], limit=1, stops=frozenset(), seeds=[0])] == [7]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="no prompt may be empty"):
+        generate(Policy(tiny("llama")), [[]], limit=1, stops=frozenset(), seeds=[0])
+
+
+def test_a_record_is_prompt_then_choices_then_the_last_token():
+    # q1 q2 | a1 a2 eos, and q1 | a1 cut by the limit
+    record = lay_out(
+        [[5, 6], [7]], [Completion([8, 9, 2], [-0.1, -0.2, -0.3], True, 0), Completion([8], [-0.4], False, 0)]
+    )
+
+    assert record.obs.ids.tolist() == [[5, 6, 8, 9, 2], [7, 8, 0, 0, 0]]
+    assert record.action.tolist() == [[6, 8, 9, 2, 0], [8, 0, 0, 0, 0]]
+    assert record.mask.long().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
+    assert_close(record.logprob, torch.tensor([[0, -0.1, -0.2, -0.3, 0], [-0.4, 0, 0, 0, 0]]))
+    assert record.terminated.nonzero().tolist() == [[0, 3]]
+    assert record.truncated.nonzero().tolist() == [[1, 0]]
+
+
+def test_a_task_without_an_end_terminates_at_its_limit():
+    record = lay_out([[7]], [Completion([8], [-0.4], False, 0)], endless=True)
+
+    assert record.terminated.nonzero().tolist() == [[0, 0]]
+    assert not record.truncated.any()

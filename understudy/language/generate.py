@@ -1,0 +1,282 @@
+"""Step 1, sample: continue prompts with a key-value cache of our own, slot by slot.
+
+A slot is a row of the cache. A finished slot is refilled from the queue; prompts that are equal are read once. Each row's
+randomness is a stream of its own, so what a row says does not depend on who its neighbours are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from understudy.batch import Text, Trajectory
+from understudy.language.model import Policy
+from understudy.language.tokens import TokenDistribution
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a policy said after a prompt."""
+
+    ids: list[int]
+    """The tokens, the stop included."""
+    logprob: list[float]
+    """log pi of each under the policy that sampled it."""
+    stopped: bool
+    """It ended by a stop id; otherwise the limit cut it."""
+    version: int
+    """Of the policy that sampled it."""
+
+
+class Engine(Protocol):
+    """Whatever can continue prompts: token ids in; token ids, log-probs and the policy's version out."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], *, limit: int, stops: frozenset[int], seeds: Sequence[int], sample: bool
+    ) -> list[Completion]: ...
+
+
+class Slots(DynamicLayer):
+    """One layer's keys and values for all slots, pre-allocated: [slots, heads, capacity, D]."""
+
+    keys: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+    values: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, grid: Grid, capacity: int) -> None:
+        super().__init__()
+        self.grid, self.capacity = grid, capacity
+
+    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Read prompts take their slots: keys, values [n, heads, P, D]."""
+        if not self.is_initialized:
+            shape = (self.grid.slots, keys.shape[1], self.capacity)
+            self.keys = keys.new_zeros(*shape, keys.shape[3])
+            self.values = values.new_zeros(*shape, values.shape[3])
+            self.is_initialized = True
+        self.keys[slots, :, : keys.shape[2]] = keys
+        self.values[slots, :, : values.shape[2]] = values
+
+    def keep(self, slots: Tensor) -> None:
+        self.keys, self.values = self.keys[slots], self.values[slots]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one new column a slot, each at its own length; the columns in use."""
+        rows, at = self.grid.rows, self.grid.length
+        self.keys[rows, :, at] = key_states[:, :, 0]
+        self.values[rows, :, at] = value_states[:, :, 0]
+        return self.keys[:, :, : self.grid.width], self.values[:, :, : self.grid.width]
+
+    def get_seq_length(self) -> int:
+        return self.grid.width
+
+
+class Grid:
+    """The cache of all layers, and each slot's length."""
+
+    def __init__(self, policy: Policy, slots: int, capacity: int) -> None:
+        config = policy.model.config.get_text_config()
+        self.trunk, self.slots, self.width = policy.model.base_model, slots, 0
+        self.layers = [Slots(self, capacity) for _ in range(config.num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.length = torch.zeros(slots, dtype=torch.long, device=policy.device)
+        self.rows = torch.arange(slots, device=policy.device)
+        self.column = torch.arange(capacity, device=policy.device)
+        kinds = getattr(config, "layer_types", None) or []
+        self.window = getattr(config, "sliding_window", None)
+        self.mixed = "sliding_attention" in kinds
+
+    def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read prompts into slots, equal ones once; the hidden state at each prompt's last token, [n, 1, H]."""
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        index = torch.tensor([unique.index(tuple(p)) for p in prompts], device=self.rows.device)
+        width = max(map(len, unique))
+        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in unique], device=self.rows.device)
+        seen = Cache(layer_class_to_replicate=DynamicLayer)
+        hidden = self.trunk(input_ids=ids, past_key_values=seen, use_cache=True).last_hidden_state
+        where = torch.tensor(slots, device=self.rows.device)
+        layers: list[Any] = seen.layers
+        for own, layer in zip(self.layers, layers, strict=True):
+            own.put(where, layer.keys[index], layer.values[index])
+        self.length[where] = torch.tensor([len(p) for p in prompts], device=self.rows.device)
+        return hidden[index, self.length[where] - 1][:, None]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read one token more in every slot: [slots] -> hidden states [slots, 1, H]."""
+        self.width = int(self.length.max()) + 1
+        column, last = self.column[: self.width], self.length[:, None]
+        seen = (column <= last)[:, None, None]
+        mask: Any = _additive(seen) if self.trunk.config._attn_implementation == "eager" else seen
+        if self.window is not None:
+            near = seen & (column > last - self.window)[:, None, None]
+            near = _additive(near) if self.trunk.config._attn_implementation == "eager" else near
+            mask = {"full_attention": mask, "sliding_attention": near} if self.mixed else near
+        out = self.trunk(
+            input_ids=tokens[:, None],
+            position_ids=last,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.length = self.length + 1
+        return out.last_hidden_state
+
+    def keep(self, slots: Tensor) -> None:
+        """Go on with some slots alone."""
+        for layer in self.layers:
+            layer.keep(slots)
+        self.length, self.rows, self.slots = self.length[slots], self.rows[: len(slots)], len(slots)
+
+
+def _additive(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    limit: int,
+    stops: frozenset[int],
+    seeds: Sequence[int],
+    sample: bool = True,
+    slots: int = 64,
+) -> list[Completion]:
+    """Continue each prompt until a stop id or `limit` tokens.
+
+    Args:
+        prompts: token ids, each at least one.
+        seeds: one a prompt; equal seeds, prompts and parameters give equal completions, whoever the neighbours.
+        sample: draw from the policy at its temperature; otherwise its likeliest token.
+        slots: how many rows are continued at a time.
+
+    Raises:
+        ValueError: an empty prompt, or not one seed a prompt.
+    """
+    if len(seeds) != len(prompts) or not all(prompts):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: one each, and no prompt may be empty")
+    if not prompts:
+        return []
+    if not policy.cached:
+        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, sample))
+    noise = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    desk = _Desk(policy, noise.to(policy.device), stops, limit, sample)
+    slots = min(slots, len(prompts))
+    grid = Grid(policy, slots, max(map(len, prompts)) + limit)
+    owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
+    tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
+    waiting = deque(range(len(prompts)))
+    while True:
+        busy, free = (owner >= 0).nonzero()[:, 0], (owner < 0).nonzero()[:, 0]
+        if waiting and len(free) >= max(1, len(owner) // 4):  # reading some prompts together is cheaper than one by one
+            fresh = free[: len(waiting)]
+            rows = [waiting.popleft() for _ in fresh]
+            hidden = grid.read(fresh.tolist(), [prompts[row] for row in rows])
+            owner[fresh] = torch.tensor(rows, device=owner.device)
+            working = fresh
+        elif len(busy) == 0:
+            return desk.completions()
+        else:
+            if not waiting and len(busy) <= len(owner) // 2:  # half the slots idle for good
+                grid.keep(busy)
+                owner, tokens, busy = owner[busy], tokens[busy], torch.arange(len(busy), device=owner.device)
+            hidden = grid.step(tokens)[busy]
+            working = busy
+        tokens[working], ended = desk.choose(owner[working], hidden)
+        idle = working[ended]
+        owner[idle], grid.length[idle] = -1, 0
+
+
+class _Desk:
+    """Chooses the next token of some rows and writes it down."""
+
+    def __init__(self, policy: Policy, noise: Tensor, stops: frozenset[int], limit: int, sample: bool) -> None:
+        self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
+        self.stops = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
+        self.ids = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
+        self.logprob = torch.zeros(noise.shape, device=noise.device)
+        self.count = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.stopped = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+
+    def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """rows [n], hidden [n, 1, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
+        distribution = TokenDistribution(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool), self.head)
+        at = self.count[rows]
+        action = distribution.at(self.noise[rows, at][:, None]) if self.sample else distribution.mode()
+        self.ids[rows, at], self.logprob[rows, at] = action[:, 0], distribution.log_prob(action)[:, 0]
+        self.count[rows] = at + 1
+        self.stopped[rows] = torch.isin(action[:, 0], self.stops)
+        return action[:, 0], self.stopped[rows] | (at + 1 == self.limit)
+
+    def completions(self) -> list[Completion]:
+        ids, logprob, count, stopped = (x.tolist() for x in (self.ids, self.logprob, self.count, self.stopped))
+        return [Completion(ids[row][:n], logprob[row][:n], stopped[row], self.version) for row, n in enumerate(count)]
+
+
+def _generate_by_hugging_face(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stops: frozenset[int],
+    seeds: Sequence[int],
+    sample: bool,
+) -> Iterator[Completion]:
+    """Row by row through `model.generate`, for a model whose cache we do not know."""
+    for prompt, seed in zip(prompts, seeds, strict=True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            out = policy.model.generate(
+                torch.tensor([list(prompt)], device=policy.device),
+                max_new_tokens=limit,
+                do_sample=sample,
+                temperature=policy.temperature if sample else None,
+                top_k=0 if sample else None,
+                top_p=1.0 if sample else None,
+                eos_token_id=sorted(stops) or None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        ids = out.sequences[0, len(prompt) :]
+        logp = (torch.stack(out.logits)[:, 0].float() / policy.temperature).log_softmax(dim=-1)
+        chosen = logp.gather(1, ids[:, None])[:, 0]
+        yield Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
+
+
+def lay_out(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], *, endless: bool = False
+) -> Trajectory:
+    """Prompts and what followed as one right-padded record; rewards are zeros until `score`.
+
+    The column after a row's last choice holds the last token: what a cut row is bootstrapped from.
+
+    Args:
+        endless: the task has no end but the limit, so reaching it terminates.
+    """
+    length = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
+    shape = len(length), max(length)
+    ids, logprob = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    mask, terminated, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+    for row, (prompt, said) in enumerate(zip(prompts, completions, strict=True)):
+        first, end = len(prompt) - 1, length[row] - 1
+        ids[row, : end + 1] = torch.tensor([*prompt, *said.ids])
+        logprob[row, first:end] = torch.tensor(said.logprob)
+        mask[row, first:end] = True
+        (terminated if said.stopped or endless else truncated)[row, end - 1] = True
+    text = Text(ids, mask)
+    return Trajectory(text, text.action, logprob, mask, torch.zeros(shape), terminated, truncated)
+
+
+@torch.no_grad()
+def check_cache(policy: Policy, prompts: Sequence[Sequence[int]], *, steps: int = 4) -> float:
+    """The largest gap in nats between the log-probs of our cache and those of an uncached pass, on real prompts."""
+    said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)))
+    record = lay_out(prompts, said)
+    distribution, _ = policy(record.obs)
+    return float((distribution.log_prob(record.action) - record.logprob)[record.mask].abs().max())

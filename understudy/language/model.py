@@ -1,0 +1,303 @@
+"""Any Hugging Face causal LM as a policy: `policy(ids) -> distribution, value`; its critic; its frozen reference."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from understudy.batch import Text
+from understudy.language.tokens import Head, TokenDistribution
+from understudy.run.config import RequestError
+from understudy.run.store import write_json
+
+transformers_logging.disable_progress_bar()
+CriticKind = Literal["none", "shared", "separate"]
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float64: 1e-8}
+"""In nats: how far log-probs computed in two right ways may lie apart."""
+
+
+class Critic(nn.Module):
+    """V at every token: one linear output on the policy's own trunk, or on a trunk of its own."""
+
+    def __init__(self, width: int, trunk: nn.Module | None, *, init: Literal["zero", "normal"] = "zero") -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.bias)
+        if init == "zero":
+            nn.init.zeros_(self.head.weight)  # Ziegler et al. 2019, policy's value head
+        else:
+            nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)  # Ziegler et al. 2019, reward head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T]."""
+        return self.head(hidden.to(self.head.weight.dtype))[..., 0].float()
+
+
+class Policy(nn.Module):
+    """A causal LM that chooses tokens, its critic, and the temperature it is sampled at.
+
+    Rows are right-padded: causal attention then needs no mask and no positions, and padding cannot reach a token.
+
+    Attributes:
+        version: optimizer updates so far; what was sampled carries the version that sampled it.
+        fast: head and trunk give the model's own logits; otherwise the model's forward is used as it is.
+        cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples.
+        remarks: what was found out while loading, to be said once.
+    """
+
+    memory = True  # rows are read whole
+
+    def __init__(
+        self, model: Any, critic: Critic | None = None, *, temperature: float = 1.0, packing: bool = False
+    ) -> None:
+        super().__init__()
+        self.model, self.critic, self.packing = model, critic, packing
+        self.temperature = temperature
+        self.version = 0
+        self.fast = self.cached = True
+        self.remarks: list[str] = []
+        silence_dropout(self)
+        self.train()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        critic: CriticKind = "none",
+        critic_init: Literal["zero", "normal"] = "zero",
+        temperature: float = 1.0,
+        packing: bool = False,
+        dtype: torch.dtype = torch.float32,
+        checkpointing: bool = False,
+    ) -> Policy:
+        """The causal LM of a directory or a hub id.
+
+        Args:
+            critic: none; "shared", a value head on the policy's trunk; "separate", a trunk of its own, begun as a copy.
+            critic_init: the value head begins at 0, or at random with standard deviation 1/sqrt(H + 1).
+            packing: put several rows into one when reading, so that little is spent on padding.
+            checkpointing: recompute activations in the backward pass (slower, less memory).
+
+        Raises:
+            RequestError: there is no causal LM there.
+        """
+        model = load_model(AutoModelForCausalLM, source, dtype=dtype)
+        if checkpointing:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        trunk = copy.deepcopy(model.base_model) if critic == "separate" else None
+        made = None if critic == "none" else Critic(width_of(model), trunk, init=critic_init)
+        policy = cls(model, made, temperature=temperature, packing=packing)
+        vocabulary = model.get_input_embeddings().num_embeddings
+        policy.settle([torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()])
+        return policy
+
+    @classmethod
+    def load(cls, path: Path) -> Policy:
+        """What `save` wrote, critic and all."""
+        about = json.loads((path / "understudy.json").read_text())
+        policy = cls.from_pretrained(path, temperature=about["temperature"])
+        if about["critic"] != "none":
+            trunk = (
+                load_model(AutoModel, path / "critic", dtype=torch.float32) if about["critic"] == "separate" else None
+            )
+            policy.critic = Critic(width_of(policy.model), trunk)
+            policy.critic.head.load_state_dict(load_file(path / "critic" / "head.safetensors"))
+        return policy
+
+    def save(self, path: Path, tokenizer: Any = None, stops: Iterable[int] = ()) -> None:
+        """A directory that `AutoModelForCausalLM.from_pretrained` loads as it is; the critic in a folder of its own."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.model.generation_config = generation_config(self.model, self.temperature, stops)
+        self.model.save_pretrained(path)
+        if tokenizer is not None:
+            tokenizer.save(path)
+        shutil.rmtree(path / "critic", ignore_errors=True)
+        kind = "none" if self.critic is None else "shared" if self.critic.trunk is None else "separate"
+        if self.critic is not None:
+            (path / "critic").mkdir()
+            if self.critic.trunk is not None:
+                self.critic.trunk.save_pretrained(path / "critic")  # pyright: ignore[reportCallIssue]
+            save_file(self.critic.head.state_dict(), path / "critic" / "head.safetensors")
+        write_json(path / "understudy.json", {"world": "language", "temperature": self.temperature, "critic": kind})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def head(self) -> Head:
+        """The policy's head as it is now, temperature and all."""
+        if not self.fast:
+            return Head(nn.Identity(), temperature=self.temperature)
+        return head_of(self.model, self.temperature)
+
+    def forward(self, obs: Text | Tensor) -> tuple[TokenDistribution, Tensor]:
+        """What comes after each token, and what is still to come there.
+
+        Args:
+            obs: ids [B, T], right-padded, or a `Text`: then only its masked-in columns are asked about.
+
+        Returns:
+            A distribution over the next token [B, T], and V [B, T], 0 without a critic.
+        """
+        text = obs if isinstance(obs, Text) else Text(obs, torch.ones_like(obs, dtype=torch.bool))
+        if self.fast:
+            trunk = read(self.model.base_model, text, packing=self.packing)
+            hidden = trunk
+        else:
+            out = self.model(text.ids, use_cache=False, output_hidden_states=True)
+            hidden, trunk = out.logits, out.hidden_states[-1]
+        if self.critic is None:
+            value = torch.zeros(text.ids.shape, device=hidden.device)
+        else:
+            own = self.critic.trunk
+            value = self.critic(trunk if own is None else read(own, text, packing=self.packing))
+        return TokenDistribution(hidden, text.mask, self.head), value
+
+    @torch.no_grad()
+    def settle(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Take the fast path only where it gives the model's own log-probs on these prompts; a remark where it does not."""
+        if not self.fast:
+            return
+        ids = torch.tensor([list(prompts[0])], device=self.device)
+        own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
+        ours = self.head(self.model.base_model(ids, use_cache=False).last_hidden_state).log_softmax(dim=-1)
+        gap = float((ours - own).abs().max())
+        if not gap <= TOLERANCE[self.model.dtype]:
+            self.fast = self.cached = False
+            self.remarks.append(
+                f"the head on the trunk is {gap:.2g} nats from this model's own log-probs: it runs through its own logits "
+                "and through Hugging Face's generate"
+            )
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        return [] if self.critic is None else list(self.critic.parameters())
+
+
+class Reference(nn.Module):
+    """A policy as it was at one moment, frozen; its digest says which."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = Policy(copy.deepcopy(policy.model), temperature=policy.temperature, packing=policy.packing)
+        self.policy.fast, self.policy.cached = policy.fast, policy.cached
+        self.requires_grad_(False).eval()
+        self.digest = digest(self.policy.model)
+
+    @torch.no_grad()
+    def forward(self, text: Text) -> TokenDistribution:
+        """Its distribution over the next token; hidden states, not logits, are kept."""
+        return self.policy(text)[0]
+
+
+def read(trunk: nn.Module, text: Text, *, packing: bool = False) -> Tensor:
+    """The trunk's last hidden states, [B, T, H]; 0 at columns that nothing needs.
+
+    Needed are a row's columns up to the one after its last choice, from which a cut row is bootstrapped.
+    """
+    column = torch.arange(text.ids.shape[1], device=text.ids.device)
+    needed = (torch.where(text.mask, column, -1).amax(dim=1) + 2).clamp(max=text.ids.shape[1])
+    width = int(needed.max())
+    if packing and len(text) > 1 and int(needed.sum()) < 0.9 * len(text) * width:
+        return _read_packed(trunk, text.ids, needed.tolist())
+    hidden = trunk(input_ids=text.ids[:, :width], use_cache=False).last_hidden_state
+    hidden = torch.where((column[:width] < needed[:, None])[..., None], hidden, 0.0)
+    return nn.functional.pad(hidden, (0, 0, 0, text.ids.shape[1] - width))
+
+
+def _read_packed(trunk: nn.Module, ids: Tensor, needed: list[int]) -> Tensor:
+    """Rows side by side in as few rows as first-fit finds; positions that begin again keep them apart."""
+    width = max(needed)
+    space: list[int] = []
+    place: list[tuple[int, int]] = [(0, 0)] * len(needed)
+    for row in sorted(range(len(needed)), key=lambda r: -needed[r]):
+        packed = next((p for p, used in enumerate(space) if used + needed[row] <= width), len(space))
+        if packed == len(space):
+            space.append(0)
+        place[row] = (packed, space[packed])
+        space[packed] += needed[row]
+    flat = ids.new_zeros(len(space), width)
+    position = torch.zeros_like(flat)
+    for row, (packed, at) in enumerate(place):
+        flat[packed, at : at + needed[row]] = ids[row, : needed[row]]
+        position[packed, at : at + needed[row]] = torch.arange(needed[row], device=ids.device)
+    hidden = trunk(input_ids=flat, position_ids=position, use_cache=False).last_hidden_state
+    rows = [hidden[packed, at : at + needed[row]] for row, (packed, at) in enumerate(place)]
+    return torch.stack([nn.functional.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
+
+
+def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
+    """A model of a directory or hub id.
+
+    Raises:
+        RequestError: none can be loaded from there.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+        # torch's fused attention knows no soft-cap inside (Gemma 2)
+        fused = getattr(config.get_text_config(), "attn_logit_softcapping", None) is None
+        options["attn_implementation"] = "sdpa" if fused else "eager"
+        return kind.from_pretrained(source, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
+            "id in Hugging Face layout"
+        ) from error
+
+
+def head_of(model: Any, temperature: float) -> Head:
+    """The output embedding of a causal LM, and what its config says is done after it."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    return Head(model.get_output_embeddings(), scale=scale, softcap=softcap, temperature=temperature)
+
+
+def width_of(model: Any) -> int:
+    """H, the size of a hidden state."""
+    return model.config.get_text_config().hidden_size
+
+
+def silence_dropout(module: nn.Module) -> None:
+    """Sampler and scorer are one function: no dropout, in whatever mode the modules are."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name in ("attention_dropout", "dropout", "activation_dropout"):
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)
+
+
+def generation_config(model: Any, temperature: float, stops: Iterable[int]) -> GenerationConfig:
+    """How the policy is sampled, in Hugging Face's words."""
+    config = copy.deepcopy(model.generation_config)
+    config.do_sample, config.temperature, config.top_k, config.top_p = True, temperature, 0, 1.0
+    if stops := sorted(stops):
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    return config
+
+
+def digest(module: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of every tensor."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
