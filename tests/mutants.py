@@ -1,31 +1,37 @@
-"""Break the formulas one at a time; a test must turn red each time. `python tests/mutants.py [words to filter by]`.
+"""Break the formulas one at a time; a test must turn red each time. `python tests/mutants.py [FILE ...] [--workers N]`.
 
 HAND holds breakages that someone thought of, with what they would mean; each must be killed. The mechanical pass makes every
 comparison, sign, mask, detach, index and end flag of a file wrong, one at a time; nine in ten must be killed, and a
 survivor that no test can kill stands in EQUIVALENT with its reason. A new file is one line in TESTS.
 
-Each mutant runs in a fork of this process, which has torch and pytest loaded, on a copy of the package.
+Each mutant runs in a fork of this process, which has torch and pytest loaded, on a copy of the package. What a fork may take
+is measured in seconds of its own processor time, so a busy machine kills no mutant. Forks end when this process does.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import contextlib
+import ctypes
 import gc
 import os
+import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 sys.dont_write_bytecode = True  # a mutant must never meet another one's cache
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKERS = min(2, os.cpu_count() or 1)
-SECONDS = 60  # for one mutant; one that hangs counts as killed
+PATIENCE = 5, 10  # processor seconds for one mutant: times what its unbroken file takes, and more; a hang is a kill
+WALL_SECONDS = 900  # for one that waits without working
 ENOUGH = 0.9  # of the mechanical mutants
 
 ESTIMATORS, OBJECTIVES, TWIN = "invariants/test_estimators.py", "invariants/test_objectives.py", "worlds/test_twin.py"
@@ -499,6 +505,18 @@ def apply(mutant: Mutant, source: str) -> str:
     return source[:start] + mutant.new + source[start + len(mutant.old) :]
 
 
+class Outcome(NamedTuple):
+    """What became of a mutant."""
+
+    mutant: Mutant
+    killed: bool
+    by: str
+    """The test that noticed; empty where none did, or where the tests could not be read or ran out of time."""
+    timed_out: bool
+    seconds: float
+    """Processor time."""
+
+
 class Stage:
     """A copy of the package and its tests on which one mutant at a time plays."""
 
@@ -507,58 +525,105 @@ class Stage:
         for name in ("understudy", "tests"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", self.folder)
+        self.note = self.folder / "noticed"
 
-    def play(self, file: str, source: str, tests: tuple[str, ...]) -> int:
-        """Start the tests on a changed file in a fork; its process id. Exit code 0: nobody noticed."""
+    def put(self, file: str, source: str) -> None:
         (self.folder / "understudy" / file).write_text(source)
-        child = os.fork()
+
+    def play(self, tests: tuple[str, ...], kills: Counter[str], seconds: int) -> int:
+        """Start the tests in a fork; its process id. Exit code 0: nobody noticed."""
+        self.note.unlink(missing_ok=True)
+        parent, child = os.getpid(), os.fork()
         if child:
             return child
-        os.setsid()
-        silence = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(silence, stream)
-        os.chdir(self.folder)
-        sys.path.insert(0, str(self.folder))
-        options = ["-x", "-q", "-o", "addopts=", "--import-mode=importlib", "--assert=plain", "-p", "no:cacheprovider"]
-        options += ["-p", "no:unraisableexception"]
         code = 1
         try:
-            code = int(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+            os.setsid()
+            _die_with(parent)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+            silence = os.open(os.devnull, os.O_RDWR)
+            for stream in (0, 1, 2):
+                os.dup2(silence, stream)
+            os.chdir(self.folder)
+            sys.path.insert(0, str(self.folder))
+            options = ["-x", "-q", "-o", "addopts=", "--import-mode=importlib", "--assert=plain"]
+            options += ["-p", "no:cacheprovider", "-p", "no:unraisableexception", f"--basetemp={self.folder / 'tmp'}"]
+            code = int(
+                pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[_Order(kills, self.note)])
+            )
         finally:
             os._exit(code)
 
-    def restore(self, file: str) -> None:
-        shutil.copy(ROOT / "understudy" / file, self.folder / "understudy" / file)
+
+class _Order:
+    """A plugin of pytest: the tests that noticed most so far run first, and the one that notices now is written down."""
+
+    def __init__(self, kills: Counter[str], note: Path) -> None:
+        self.kills, self.note = kills, note
+
+    def pytest_collection_modifyitems(self, items) -> None:
+        items.sort(key=lambda item: -self.kills[item.nodeid])
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.note.write_text(report.nodeid)
 
 
-def run(mutants: list[Mutant], sources: dict[str, str]) -> Iterator[tuple[Mutant, bool]]:
-    """Each mutant and whether it was killed, in the order they finish."""
-    free, busy, waiting = [Stage() for _ in range(WORKERS)], {}, list(reversed(mutants))
+def _die_with(parent: int) -> None:
+    """In a fork: end when the parent does, however it ends (Linux), and by the signals that end it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # linux/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def run(
+    mutants: list[Mutant], sources: dict[str, str], allowed: dict[str, int], workers: int
+) -> Generator[Outcome, None, None]:
+    """What became of each mutant, in the order they finish."""
+    free, busy, waiting = [Stage() for _ in range(workers)], {}, list(reversed(mutants))
+    kills: dict[str, Counter[str]] = {file: Counter() for file in sources}
     try:
         while waiting or busy:
             while waiting and free:
                 mutant, stage = waiting.pop(), free.pop()
-                source = apply(mutant, sources[mutant.file])
-                busy[stage.play(mutant.file, source, TESTS[mutant.file])] = (mutant, stage, time.monotonic())
+                file = mutant.file
+                stage.put(file, apply(mutant, sources[file]))
+                child = stage.play(TESTS[file], kills[file], allowed[file])
+                busy[child] = (mutant, stage, time.monotonic())
             time.sleep(0.01)
             for child, (mutant, stage, since) in list(busy.items()):
-                done, status = os.waitpid(child, os.WNOHANG)
-                if not done and time.monotonic() - since < SECONDS:
+                done, status, used = os.wait4(child, os.WNOHANG)
+                if not done and time.monotonic() - since < WALL_SECONDS:
                     continue
+                _end(child)  # and what it started
                 if not done:
-                    os.killpg(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
+                    _, status, used = os.wait4(child, 0)
                 del busy[child]
-                stage.restore(mutant.file)
+                stage.put(mutant.file, sources[mutant.file])
                 free.append(stage)
-                code = os.waitstatus_to_exitcode(status) if done else 1
+                code = os.waitstatus_to_exitcode(status)
                 if code in (4, 5):  # pytest: wrong usage, no tests
                     sys.exit(f"{mutant.file}: no tests ran, mend TESTS")
-                yield mutant, code != 0
+                by = stage.note.read_text() if stage.note.exists() else ""
+                kills[mutant.file][by] += 1
+                timed_out = not done or code in (-signal.SIGXCPU, -signal.SIGKILL)
+                yield Outcome(mutant, code != 0, by, timed_out, used.ru_utime + used.ru_stime)
     finally:
+        for child in busy:
+            _end(child)
+            os.waitpid(child, 0)
         for stage in [*free, *(stage for _, stage, _ in busy.values())]:
             shutil.rmtree(stage.folder, ignore_errors=True)
+
+
+def _end(child: int) -> None:
+    """End a fork and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)
 
 
 def show(mutant: Mutant, source: str) -> str:
@@ -567,35 +632,57 @@ def show(mutant: Mutant, source: str) -> str:
     return f"  {mutant.file}:{line} ({mutant.meaning})\n    - {before}\n    + {after}"
 
 
-def main(words: list[str]) -> int:
-    began = time.monotonic()
-    sources = {file: (ROOT / "understudy" / file).read_text() for file in TESTS}
-    untouched = [Mutant(file, "", "", "nothing is broken", 0) for file in TESTS if not words or file in words]
-    for mutant, red in run(untouched, sources):
-        if red:
-            sys.exit(f"the tests of {mutant.file} are red before anything is broken")
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}; all by default")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="mutants at a time")
+    args = parser.parse_args()
+    if unknown := set(args.files) - set(TESTS):
+        parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of every `finally`
 
-    kinds, known, failed = {"hand-made": hand_made, "mechanical": mechanical}, set(), False
+    began, files = time.monotonic(), args.files or list(TESTS)
+    sources = {file: (ROOT / "understudy" / file).read_text() for file in files}
+    allowed = dict.fromkeys(files, WALL_SECONDS)
+    untouched = [Mutant(file, "", "", "nothing is broken", 0) for file in files]
+    with contextlib.closing(run(untouched, sources, allowed, args.workers)) as outcomes:
+        for outcome in outcomes:
+            if outcome.killed:
+                sys.exit(f"{outcome.by or 'the tests'} of {outcome.mutant.file}: red before anything is broken")
+            allowed[outcome.mutant.file] = int(PATIENCE[0] * outcome.seconds + PATIENCE[1])
+
+    kinds, known, failed, table = {"hand-made": hand_made, "mechanical": mechanical}, set(), False, {}
     for kind, make in kinds.items():
-        mutants = [m for file, source in sources.items() if not words or file in words for m in make(file, source)]
+        mutants = [m for file, source in sources.items() for m in make(file, source)]
         equivalent = [m for m in mutants if kind == "mechanical" and line_of(m, sources[m.file]) in EQUIVALENT]
         known |= {line_of(m, sources[m.file]) for m in equivalent}
         mutants = [m for m in mutants if m not in equivalent]
-        survivors = []
-        for done, (mutant, killed) in enumerate(run(mutants, sources), start=1):
-            survivors += [] if killed else [mutant]
-            print(f"\r{kind}: {done} of {len(mutants)}, {len(survivors)} survived", end="", file=sys.stderr, flush=True)
+        found: list[Outcome] = []
+        with contextlib.closing(run(mutants, sources, allowed, args.workers)) as outcomes:
+            for outcome in outcomes:
+                found.append(outcome)
+                left = sum(not o.killed for o in found)
+                print(f"\r{kind}: {len(found)} of {len(mutants)}, {left} survived", end="", file=sys.stderr, flush=True)
         print("\r", end="", file=sys.stderr)
-        killed = len(mutants) - len(survivors)
-        print(f"{kind}: {killed} of {len(mutants)} killed, {len(survivors)} survived, {len(equivalent)} equivalent")
-        for mutant in survivors:
-            print(show(mutant, sources[mutant.file]))
-        for mutant in equivalent:
-            print(
-                f"{show(mutant, sources[mutant.file])}\n    equivalent: {EQUIVALENT[line_of(mutant, sources[mutant.file])]}"
-            )
-        failed |= bool(survivors) if kind == "hand-made" else killed < ENOUGH * len(mutants)
-    for name in EQUIVALENT.keys() - known if not words else ():
+        killed, out_of_time = sum(o.killed for o in found), sum(o.timed_out for o in found)
+        print(
+            f"{kind}: {killed} of {len(mutants)} killed, {out_of_time} of them by the clock, {len(equivalent)} equivalent"
+        )
+        for o in found:
+            if not o.killed or o.timed_out:
+                print(show(o.mutant, sources[o.mutant.file]) + ("\n    by the clock" if o.killed else "\n    SURVIVED"))
+        for m in equivalent:
+            print(f"{show(m, sources[m.file])}\n    equivalent: {EQUIVALENT[line_of(m, sources[m.file])]}")
+        failed |= killed < (len(mutants) if kind == "hand-made" else ENOUGH * len(mutants))
+        for file in files:
+            mine = [o.killed for o in found if o.mutant.file == file]
+            table[kind, file] = f"{sum(mine)} of {len(mine)}"
+        table |= {("equivalent", file): sum(m.file == file for m in equivalent) for file in files}
+    print("\n| file | hand-made | mechanical | equivalent |\n|---|---|---|---|")
+    for file in files:
+        print(f"| `{file}` | {' | '.join(str(table[kind, file]) for kind in (*kinds, 'equivalent'))} |")
+    for name in [name for name in EQUIVALENT.keys() - known if name[0] in files]:
         print(f"EQUIVALENT names a mutant that there is no more: {name}")
         failed = True
     print(f"{time.monotonic() - began:.0f} s")
@@ -613,4 +700,4 @@ if __name__ == "__main__":
     torch.optim.Adam([one]).step()
     torch.testing.assert_close(one, one)  # both load much at their first use: once here, not in every fork
     gc.freeze()
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
