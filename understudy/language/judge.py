@@ -1,0 +1,385 @@
+"""Step 2, score: a judge gives each row, a completion, a score [B]; nan is missing, which is never zero."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from understudy.language.worker import Fault, Worker, answer, describe, wants
+from understudy.run.config import RequestError, nearest
+
+KINDS = ("raised", "timeout", "wrong length", "none", "nan")
+HANGS = 8
+"""How many rows of a batch may hang one by one before the rest of it counts as hung."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What is to be judged: B rows, every list in the same order."""
+
+    prompts: list[str] | list[list[dict]]
+    """As the data had them: text or chat messages."""
+    completions: list[str] | list[list[dict]]
+    """Decoded text; chat rows are `[{"role": "assistant", "content": ...}]`."""
+    completion_ids: list[list[int]]
+    truncated: list[bool]
+    """Cut by the length limit, without an end of its own."""
+    columns: dict[str, list[Any]]
+    """Every other column of the data."""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+class Verdict(NamedTuple):
+    """What a judge says about B rows."""
+
+    score: Tensor
+    """[B] float32; nan is missing."""
+    parts: dict[str, Tensor]
+    """Each part's own score by name, unweighted, [B] float32; nan is missing."""
+
+
+Part = Callable[[Sampled], Tensor]  # -> [B] float32, nan where missing
+Ask = Callable[[dict[str, list[Any]], float], list[float | None]]
+Spec = str | Callable[..., Any] | tuple[str | Callable[..., Any], float]
+
+
+class Judge:
+    """A weighted sum of parts. A row with a missing part is missing."""
+
+    def __init__(self, parts: Sequence[tuple[str, float, Part]]) -> None:
+        """parts: name, weight, part. The second of a name becomes name_2."""
+        self.parts: dict[str, tuple[float, Part]] = {}
+        for name, weight, part in parts:
+            names = (name, *(f"{name}_{i}" for i in range(2, len(parts) + 1)))
+            self.parts[next(free for free in names if free not in self.parts)] = (weight, part)
+        self.failures: dict[str, int] = dict.fromkeys(KINDS, 0)
+        """How many rows went missing so far, by kind; a row missing in two parts counts twice."""
+        self.field = "reward"
+        """What a refusal calls this judge."""
+        self.last_error = ""
+        """The first message of the latest batch in which something went wrong."""
+
+    @classmethod
+    def of(
+        cls,
+        specs: Sequence[Spec],
+        *,
+        load_model: Callable[[str], Part],
+        timeout: float = 30.0,
+        field: str = "reward",
+    ) -> Judge:
+        """The judge that specs describe; `RequestError` names `field` where one of them is wrong.
+
+        Args:
+            specs: `DIR`, `file.py:function` or `builtin[:args]`, each optionally `*WEIGHT`; or a Python function
+                `score(prompts, completions, **columns) -> list[float | None]`, run in process and called by keyword;
+                or either of them with a weight, as a pair.
+            load_model: makes a part of a reward model's directory.
+            timeout: seconds a file's function may take for a batch.
+        """
+        if not specs:
+            raise RequestError(f"{field} is empty: name at least one DIR, file.py:function or builtin")
+        parts = []
+        with contextlib.ExitStack() as started:
+            for given in specs:
+                with _naming(field, given):
+                    name, weight, part = _part(given, load_model, timeout)
+                if isinstance(part, Function):
+                    started.callback(part.close)
+                parts.append((name, weight, part))
+            started.pop_all()
+        judge = cls(parts)
+        judge.field = field
+        return judge
+
+    @torch.no_grad()
+    def __call__(self, sampled: Sampled) -> Verdict:
+        """Score B rows, in their order, on the CPU."""
+        total, found, errors = torch.zeros(len(sampled)), {}, []
+        for name, (weight, part) in self.parts.items():
+            with _naming(self.field, name):
+                score = part(sampled)
+            if score.shape != total.shape:
+                raise ValueError(f"part {name!r} gave {tuple(score.shape)}: must be [{len(sampled)}], a score a row")
+            found[name] = _finite(score.to("cpu", torch.float32))
+            total = total + weight * found[name]
+            errors += self._count(name, part, found[name])
+        self.last_error = next(iter(errors), self.last_error)
+        return Verdict(_finite(total), found)
+
+    def close(self) -> None:
+        """End the workers."""
+        for _, part in self.parts.values():
+            if isinstance(part, Function):
+                part.close()
+
+    def __enter__(self) -> Judge:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _count(self, name: str, part: Part, score: Tensor) -> list[str]:
+        """Count a part's missing rows; the messages of what went wrong, rows first."""
+        faults = part.faults if isinstance(part, Function) else {}
+        errors = []
+        for row in score.isnan().nonzero()[:, 0].tolist():
+            fault = faults.get(row, Fault("nan", "the score is not a finite number"))
+            self.failures[fault.kind] += 1
+            errors += [f"{name}, row {row}: {fault.message}"] if fault.kind != "none" else []
+        if isinstance(part, Function) and part.batch_fault:
+            errors.append(f"{name}, asked again row by row: {part.batch_fault.message}")
+        return errors
+
+
+class Function:
+    """A part that asks a function of the user's: a batch at once, and where that fails row by row.
+
+    A row asked by itself has the batch's time limit over the number of rows, or over `HANGS` where that is fewer.
+    """
+
+    def __init__(self, ask: Ask, wanted: dict[str, Any], close: Callable[[], None] = lambda: None) -> None:
+        """ask: columns and a share of the time limit -> scores, or `Fault`.  wanted: see `worker.wants`."""
+        self.ask, self.wanted, self.close = ask, wanted, close
+        self.faults: dict[int, Fault] = {}
+        self.batch_fault: Fault | None = None
+
+    def __call__(self, sampled: Sampled) -> Tensor:
+        given, rows = self._given(sampled), len(sampled)
+        self.faults, self.batch_fault = {}, None
+        try:
+            scores = self._scores(given, range(rows), 1.0)
+        except Fault as fault:
+            self.batch_fault = fault
+            scores = self._row_by_row(given, rows) if rows > 1 else self._missing(0, fault)
+        for row in (row for row, score in enumerate(scores) if score is None and row not in self.faults):
+            self.faults[row] = Fault("none", "None")
+        return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
+
+    def _given(self, sampled: Sampled) -> dict[str, list[Any]]:
+        """What the function is called with: every column, or those it has parameters for."""
+        own = ("prompts", "completions", "completion_ids", "truncated")
+        columns = {**sampled.columns, **{name: getattr(sampled, name) for name in own}}
+        for name in self.wanted["needs"]:
+            if name not in columns:
+                raise RequestError(
+                    f"its parameter {name!r} is no column of the data: "
+                    f"have {', '.join(columns)}; map one to it with --columns {name}=NAME or give it a default"
+                )
+        takes = self.wanted["takes"]
+        return {name: column for name, column in columns.items() if takes is None or name in takes}
+
+    def _scores(self, given: dict[str, list[Any]], rows: range, share: float) -> list[float | None]:
+        scores = self.ask({name: column[rows.start : rows.stop] for name, column in given.items()}, share)
+        if len(scores) != len(rows):
+            raise Fault("wrong length", f"{len(scores)} scores for {len(rows)} rows")
+        return scores
+
+    def _row_by_row(self, given: dict[str, list[Any]], rows: int) -> list[float | None]:
+        scores, hung = [], 0
+        for row in range(rows):
+            try:
+                if hung == HANGS:
+                    raise Fault("timeout", f"not asked, for {HANGS} rows before it hung")
+                scores += self._scores(given, range(row, row + 1), 1 / min(rows, HANGS))
+            except Fault as fault:
+                hung += fault.kind == "timeout" and hung < HANGS
+                scores += self._missing(row, fault)
+        return scores
+
+    def _missing(self, row: int, fault: Fault) -> list[float | None]:
+        self.faults[row] = fault
+        return [None]
+
+
+def length(target: str) -> Part:
+    """`length`: tokens of the completion. `length:N`: -|tokens - N| / N, 0 at best."""
+    if not target:
+        return lambda sampled: torch.tensor([float(len(ids)) for ids in sampled.completion_ids])
+    if not re.fullmatch("0*[1-9][0-9]*", target):
+        raise RequestError(f"the target {target!r} must be a whole number of tokens above 0, as in length:40")
+    goal = int(target)
+    return lambda sampled: torch.tensor([-abs(len(ids) - goal) / goal for ids in sampled.completion_ids])
+
+
+def contains(text: str) -> Part:
+    """`contains:TEXT`: 1 where the completion has the text in it, else 0."""
+    if not text:
+        raise RequestError("contains needs a text to look for, as in contains:please")
+    return lambda sampled: torch.tensor([float(text in said) for said in _said(sampled)])
+
+
+def regex(pattern: str) -> Part:
+    """`regex:PATTERN`: 1 where `re.search` finds the pattern in the completion, else 0."""
+    if not pattern:
+        raise RequestError("regex needs a pattern to look for, as in regex:^Yes")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise RequestError(f"the pattern does not compile ({error}); write it as Python's re reads it") from error
+    return lambda sampled: torch.tensor([float(bool(compiled.search(said))) for said in _said(sampled)])
+
+
+def exact(column: str) -> Part:
+    """`exact[:COLUMN]`: 1 where the completion is the column's text (`answer`), space around it apart; else 0.
+
+    Missing where the column's cell is empty.
+    """
+    return _against(column, str.strip, lambda cell: cell.strip() or None)
+
+
+def number(column: str) -> Part:
+    """`number[:COLUMN]`: 1 where the completion's last number is the one that the column (`answer`) ends in; else 0.
+
+    In a cell with '####' that is the number after it (GSM8K). Missing where the cell has no number.
+    """
+    return _against(column, _last_number, lambda cell: _last_number(cell.rpartition("####")[2]))
+
+
+def repetition(nothing: str) -> Part:
+    """`repetition`: the share of the completion's 4-grams of tokens that it has had before, from 0 up to 1."""
+    if nothing:
+        raise RequestError(f"repetition takes nothing after its name, not {nothing!r}")
+    return lambda sampled: torch.tensor(
+        [1 - distinct_n([ids], 4) if len(ids) >= 4 else 0.0 for ids in sampled.completion_ids]
+    )
+
+
+BUILTINS: dict[str, Callable[[str], Part]] = {
+    "length": length,
+    "contains": contains,
+    "regex": regex,
+    "exact": exact,
+    "number": number,
+    "repetition": repetition,
+}
+FREE_TEXT = ("contains:", "regex:")  # a '*' in these need not be a weight
+
+
+def distinct_n(rows: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams over all n-grams, across rows (after Li et al. 2016); 0 where there are none."""
+    grams = [tuple(row[i : i + n]) for row in rows for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def _part(spec: Spec, load_model: Callable[[str], Part], timeout: float) -> tuple[str, float, Part]:
+    """What a spec names: its readable name, its weight, the part."""
+    if isinstance(spec, tuple):
+        if len(spec) != 2 or not isinstance(spec[1], int | float) or not math.isfinite(spec[1]):
+            raise RequestError("a pair must be a SPEC or function and its weight, a finite number")
+        name, weight, part = _part(spec[0], load_model, timeout)
+        return name, weight * spec[1], part
+    if not isinstance(spec, str):
+        if not callable(spec):
+            raise RequestError("it must be DIR, file.py:function, a builtin, or a Python function")
+        return getattr(spec, "__name__", type(spec).__name__).strip("<>"), 1.0, Function(_in_process(spec), wants(spec))
+    text, weight = _weighted(spec)
+    file, _, function = text.rpartition(":")
+    name, _, argument = text.partition(":")
+    if text and os.path.isfile(os.path.join(text, "config.json")):
+        return os.path.basename(os.path.abspath(text)), weight, load_model(text)
+    if name in BUILTINS and not os.path.isfile(file):
+        return name, weight, BUILTINS[name](argument)
+    if file.endswith(".py"):
+        return function, weight, _of_file(file, function, timeout)
+    if text.endswith(".py"):
+        raise RequestError(f"it names no function; write {text}:FUNCTION")
+    if os.path.isdir(text):
+        raise RequestError("the directory has no config.json; name one that a reward model was saved to")
+    raise RequestError(
+        f"there is no such directory, and no builtin {name!r}{nearest(name, BUILTINS)}; "
+        f"builtins are {', '.join(BUILTINS)}"
+    )
+
+
+def _weighted(spec: str) -> tuple[str, float]:
+    """A spec without its weight, and the weight: what follows the last '*', 1 where nothing does."""
+    text, star, tail = spec.rpartition("*")
+    if not star or os.path.exists(spec):
+        return spec, 1.0
+    with contextlib.suppress(ValueError):
+        if math.isfinite(weight := float(tail)):
+            return text, weight
+    if spec.startswith(FREE_TEXT):
+        return spec, 1.0
+    raise RequestError(f"the weight {tail!r} must be a finite number, as in {text}*0.5")
+
+
+def _of_file(file: str, function: str, timeout: float) -> Function:
+    if not os.path.isfile(file):
+        raise RequestError(f"there is no file {file!r}; name one that exists")
+    if not function:
+        raise RequestError(f"it names no function; write {file}:FUNCTION")
+    try:
+        worker = Worker(file, function, timeout=timeout)
+    except Fault as fault:
+        raise RequestError(f"{function!r} cannot be imported ({fault.message}); mend the file") from fault
+    return Function(worker.ask, worker.wants, worker.close)
+
+
+def _in_process(function: Callable[..., Any]) -> Ask:
+    def ask(given: dict[str, list[Any]], share: float) -> list[float | None]:
+        try:
+            return answer(function, given)
+        except Exception as error:
+            raise Fault("raised", describe(error)) from error
+
+    return ask
+
+
+@contextlib.contextmanager
+def _naming(field: str, spec: object) -> Iterator[None]:
+    """A refusal in here names the field and its value."""
+    try:
+        yield
+    except RequestError as problem:
+        raise RequestError(f"{field} is {spec!r}: {problem}") from problem
+
+
+def _said(sampled: Sampled) -> list[str]:
+    """Completions as text; a chat row's messages under each other."""
+    return [
+        row if isinstance(row, str) else "\n".join(message.get("content") or "" for message in row)
+        for row in sampled.completions
+    ]
+
+
+def _against(column: str, read: Callable[[str], Any], read_cell: Callable[[str], Any]) -> Part:
+    """1 where what is read from a completion is what is read from its cell, else 0; missing where the cell has none."""
+    column = column or "answer"
+
+    def part(sampled: Sampled) -> Tensor:
+        if column not in sampled.columns:
+            raise RequestError(
+                f"the data have no column {column!r}, only {', '.join(sampled.columns) or 'prompts'}; "
+                f"name one of them after a ':' or map one with --columns {column}=NAME"
+            )
+        cells = [None if cell is None else read_cell(str(cell)) for cell in sampled.columns[column]]
+        pairs = zip(_said(sampled), cells, strict=True)
+        return torch.tensor([math.nan if cell is None else float(read(said) == cell) for said, cell in pairs])
+
+    return part
+
+
+# a sign counts where nothing stands before it that it could subtract from; commas stand between thousands
+NUMBER = re.compile(r"((?<![\w)])[-\u2212])?\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = NUMBER.findall(text)
+    return Decimal(("-" if found[-1][0] else "") + found[-1][1].replace(",", "")) if found else None
+
+
+def _finite(score: Tensor) -> Tensor:
+    return torch.where(score.isfinite(), score, math.nan)

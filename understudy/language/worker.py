@@ -1,0 +1,211 @@
+"""Step 2, score: a reward function of the user's in a process of its own, under a time limit.
+
+Both ends are here, for the process runs this very file: the standard library alone, so that it starts in a moment.
+A message is its length in eight bytes and then JSON, over the process's standard input and output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+IMPORT_SECONDS = 60.0
+"""How long the import of a user's file may take."""
+
+
+class Fault(Exception):
+    """Why rows have no score: `kind` is a key of `Judge.failures`, `message` says it to a person."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind, self.message = kind, message
+
+
+class Worker:
+    """`function` of `file`, asked in a process that is ended when it is late and started again when it is next asked."""
+
+    def __init__(self, file: str, function: str, *, timeout: float) -> None:
+        """Import the function; `Fault` says why that is impossible.  timeout: seconds a batch may take."""
+        self.timeout = timeout
+        self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid())]
+        self._process: subprocess.Popen[bytes] | None = None
+        self.wants: dict[str, Any] = self._start()
+
+    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[float | None]:
+        """The function's scores for `given`, within `share` of the time limit.
+
+        What is not plain data arrives as its `tolist()`, else as text; tuples arrive as lists. Raises `Fault`.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        return self._exchange(given, self.timeout * share)
+
+    def close(self) -> None:
+        """End the process and what it started."""
+        if self._process:
+            self._kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):  # what a dead process has not read cannot be flushed
+                    pipe.close()  # type: ignore[union-attr]  # both are pipes
+            self._process = None
+
+    def _start(self) -> dict[str, Any]:
+        self.close()
+        # a session of its own: it is ended with what it started, and Ctrl-C is for the run to handle
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        try:
+            return self._exchange(None, IMPORT_SECONDS)
+        except Fault:
+            self.close()
+            raise
+
+    def _exchange(self, request: Any, limit: float) -> Any:
+        """Send a request, if there is one, and read the answer; a timer ends the process when `limit` is over."""
+        process, late = self._process, threading.Event()
+        assert process and process.stdin and process.stdout
+
+        def end() -> None:
+            late.set()
+            self._kill()
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
+        reply = None
+        try:
+            if request is not None:
+                write(process.stdin, request)
+            reply = read(process.stdout)
+        except OSError:
+            pass  # it ended while being written to
+        except BaseException:
+            self.close()  # an answer nobody waits for must not be taken for the next one
+            raise
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set() or reply is None:
+            self.close()
+        if reply is None:
+            if late.is_set():
+                raise Fault("timeout", f"no answer within {limit:.3g} s")
+            raise Fault("raised", f"its process ended with exit code {process.returncode}")
+        if "error" in reply:
+            raise Fault("raised", reply["error"])
+        return reply["answer"]
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if os.name == "posix":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+
+
+def wants(function: Callable[..., Any]) -> dict[str, Any]:
+    """`needs`: the names a function must be given; `takes`: those it can be given, None for any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return {"needs": [], "takes": None}
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    return {
+        "needs": [p.name for p in named if p.default is p.empty],
+        "takes": None if any_name else [p.name for p in named],
+    }
+
+
+def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[float | None]:
+    """What a function says, as floats: booleans, NumPy scalars and one-element tensors are numbers, text is none."""
+    return [None if score is None else _number(score) for score in function(**given)]
+
+
+def describe(error: BaseException) -> str:
+    """An exception in one line, with the place it came from."""
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error}"
+    what = " ".join("".join(traceback.format_exception_only(error)).split())
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    return f"{what} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else what
+
+
+def write(pipe: IO[bytes], message: Any) -> None:
+    text = json.dumps(message, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)).encode()
+    pipe.write(struct.pack("<q", len(text)) + text)
+    pipe.flush()
+
+
+def read(pipe: IO[bytes]) -> Any:
+    """The next message; None where the other end is gone."""
+    head = pipe.read(8)
+    size = struct.unpack("<q", head)[0] if len(head) == 8 else -1
+    text = pipe.read(size) if size >= 0 else b""
+    return json.loads(text) if size >= 0 and len(text) == size else None
+
+
+def serve(file: str, name: str, parent: str) -> None:
+    """The other end: import the function, say what it wants, and answer until nobody asks."""
+    _die_with(int(parent))
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # what the function prints goes to standard error
+    sys.argv, sys.path[0] = [file], str(Path(file).parent)
+    try:
+        function = _load(file, name)
+        write(replies, {"answer": wants(function)})
+    except BaseException as error:  # SystemExit too
+        return write(replies, {"error": describe(error)})
+    while (given := read(requests)) is not None:
+        try:
+            reply = {"answer": answer(function, given)}
+        except BaseException as error:
+            reply = {"error": describe(error)}
+        write(replies, reply)
+
+
+def _load(file: str, name: str) -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location("understudy_reward", file)
+    assert spec and spec.loader
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(function := getattr(module, name, None)):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise LookupError(f"it has no function {name!r}, only {', '.join(known) or 'none at all'}")
+    return function
+
+
+def _die_with(parent: int) -> None:
+    """End with the process that asks, also in the middle of a call: Linux does that; elsewhere between two calls."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.name == "posix" and os.getppid() != parent:
+        os._exit(1)
+
+
+def _number(score: Any) -> float:
+    if isinstance(score, str | bytes):
+        raise TypeError(f"a score is the text {score!r}: must be a number or None")
+    return float(score)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])
