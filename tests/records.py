@@ -121,4 +121,5 @@ def random_batch(seed: int, policy: Table, **sizes: int) -> Batch:
     logprob = torch.where(taken.mask, old.log_prob(taken.action), taken.logprob)
     after = next_value(value, taken)
     fields = {"value": value, "advantage": taken.reward - value + after, "target": taken.reward + after, "old": old}
+    fields["reference"] = estimate(Table(seed=80), taken)[0].log_prob(taken.action)
     return Batch.of(taken, logprob=logprob, **fields)

@@ -25,7 +25,7 @@ ANYTHING_SHARED = {*ROOMS, "run"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes
     "control/networks": {"distribution"},
     "control/collect": {"sample", "batch"},
-    "language/model": {"distribution", "batch", "run"},
+    "language/model": {"distribution", "batch", "run/config", "run/store"},
     "language/generate": {"sample", "batch"},
 }
 HOUSES = {  # a folder or file -> the folders and files of ours that all of it may import

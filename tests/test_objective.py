@@ -7,17 +7,26 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import Table, flags, random_batch, record, row
-from understudy.batch import Batch
+from understudy.batch import Batch, Labelled, Pairs, Text
 from understudy.distribution import Categorical, SquashedGaussian
 from understudy.objective import (
     adapt_kl_coef,
+    classify,
     clipped_surrogate,
+    critic_alone,
     critic_error,
     huber_error,
+    imitate,
+    kl_exact,
+    kl_k2,
+    kl_k3,
     policy_gradient,
     ppo,
     ppo_penalty,
+    prefer,
+    scaled,
     squared_error,
+    with_pretraining,
 )
 from understudy.value import estimate
 
@@ -286,3 +295,147 @@ def test_no_gradient_reaches_the_critic_through_the_advantage(objective):
     partial(objective, value_coef=0.0)(table, batch)[0].sum().backward()
 
     assert table.values.grad is None or not table.values.grad.any()
+
+
+def test_a_warming_critic_moves_alone():
+    # (3 - 1)^2 / 2
+    table, batch = Table(), random_batch(0, Table())
+    loss, metrics = critic_alone(Fixed(), one_step())
+    critic_alone(table, batch)[0].sum().backward()
+
+    assert_close(loss, row(2))
+    assert metrics.keys() == {"value_error"}
+    assert table.logits.grad is None
+
+
+def referred(probability: float) -> Batch:
+    """The one step, whose reference gave its action this probability."""
+    return Batch.of(one_step(), reference=log(probability))
+
+
+def test_kl_charges_by_hand():
+    # pi 0.8, reference 0.5, old 0.4: l = log 1.6; k2 = l^2 / 2; k3 = (0.8 / 0.4) * (1 / 1.6 - 1 + l)
+    gap = log(1.6)
+    assert_close(kl_k2(None, log(0.8), referred(0.5)), gap.square() / 2)
+    assert_close(kl_k3(None, log(0.8), referred(0.5)), 2 * (1 / 1.6 - 1 + gap))
+
+
+def test_a_charge_is_added_to_the_loss():
+    bare, _ = ppo(Fixed(), referred(0.5), clip=0.2, value_coef=0.5, entropy_coef=0.0)
+    loss, metrics = ppo(Fixed(), referred(0.5), clip=0.2, value_coef=0.5, entropy_coef=0.0, charge=scaled(kl_k2, 0.3))
+
+    assert_close(loss, bare + 0.3 * log(1.6).square() / 2)
+    assert_close(metrics["kl_penalty"], 0.3 * log(1.6).square() / 2)
+
+
+# Expected gradients by enumeration over three actions: policy p, reference q, float64
+LOGITS = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64)
+REFERENCE = torch.tensor([-0.5, 0.9, 0.2], dtype=torch.float64).log_softmax(-1)
+
+
+def expected_gradient(charge, sampler: torch.Tensor):
+    """E over actions of the sampler of the charge's gradient at LOGITS."""
+    logits = LOGITS.clone().requires_grad_()
+    logp = logits.log_softmax(-1)
+    taken = record(torch.ones(3, 1).bool(), action=torch.arange(3)[:, None])
+    old = sampler.log_softmax(-1)
+    fields = dict.fromkeys(("value", "advantage", "target", "old"), torch.zeros(3, 1, dtype=torch.float64))
+    batch = Batch.of(taken, logprob=old[:, None], reference=REFERENCE[:, None], **fields)
+    (old.exp()[:, None] * charge(None, logp[:, None], batch)).sum().backward()
+    return logits.grad
+
+
+def kl_gradient(forward: bool = False):
+    logits = LOGITS.clone().requires_grad_()
+    p = Categorical(logits.log_softmax(-1))
+    (Categorical(REFERENCE).kl(p) if forward else p.kl(Categorical(REFERENCE))).backward()
+    return logits.grad
+
+
+OTHER = torch.tensor([1.0, 0.1, -0.4], dtype=torch.float64)
+
+
+def k1(distribution, logprob, batch):
+    return logprob - batch.reference
+
+
+def k3_without_its_ratio(distribution, logprob, batch):
+    gap = logprob - batch.reference
+    return (-gap).exp() - 1 + gap
+
+
+def test_k2_on_policy_and_weighted_k3_anywhere_pull_along_the_reverse_kl():
+    assert_close(expected_gradient(kl_k2, LOGITS), kl_gradient())
+    assert_close(expected_gradient(kl_k3, LOGITS), kl_gradient())
+    assert_close(expected_gradient(kl_k3, OTHER), kl_gradient())
+
+
+def test_k1_as_a_loss_pulls_nowhere_and_bare_k3_along_the_forward_kl():
+    assert_close(expected_gradient(k1, LOGITS), torch.zeros(3, dtype=torch.float64))
+    assert_close(expected_gradient(k3_without_its_ratio, LOGITS), kl_gradient(forward=True))
+    assert (kl_gradient(forward=True) - kl_gradient()).abs().max() > 0.1
+
+
+def test_the_exact_kl_is_over_all_actions():
+    p, q = log(0.2, 0.8), log(0.5, 0.5)
+    charge = kl_exact(Categorical(p[:, None]), log(0.8), Batch.of(one_step(), reference=Categorical(q[:, None])))
+    # 0.2 log(0.2 / 0.5) + 0.8 log(0.8 / 0.5)
+    assert_close(charge, 0.2 * log(0.4) + 0.8 * log(1.6))
+
+
+class Reader:
+    """Reads text and always finds token 1 with probability 0.8, value 3."""
+
+    memory = True
+
+    def __call__(self, obs):
+        return Categorical(log(0.2, 0.8).expand(*obs.mask.shape, 2)), torch.full(obs.mask.shape, 3.0)
+
+
+WRITTEN = Text(torch.tensor([[0, 1, 0, 0]]), flags(1, 1, 0, 0))
+
+
+def test_imitation_is_the_tokens_surprise():
+    # after token 0 comes 1, after 1 comes 0
+    assert_close(imitate(Reader(), WRITTEN)[0][:, :2], -log(0.8, 0.2))
+
+
+def test_pretraining_text_is_charged_to_every_step_of_its_row():
+    def nothing(policy, batch):
+        return torch.zeros(batch.mask.shape), {}
+
+    batch = Batch.of(one_step(), mix=WRITTEN)
+    # 0.5 times the mean surprise of the two written tokens
+    mean = -(log(0.8) + log(0.2)) / 2
+    loss, metrics = with_pretraining(Reader(), batch, objective=nothing, coef=0.5)
+    assert_close(loss, 0.5 * mean)
+    assert_close(metrics["pretraining_loss"], mean)
+
+
+class ById:
+    """Scores a row by its first token's number."""
+
+    def __call__(self, text):
+        return text.ids[:, :1].float()
+
+
+def texts(*first: int) -> Text:
+    return Text(torch.tensor([[f] for f in first]), torch.ones(len(first), 1).bool())
+
+
+def test_preferences_by_hand():
+    # scores 3 and 1, margin 0.5: -log sigmoid(1.5) + 0.1 * 4^2; scores 0 and 2: wrong way round
+    pairs = Pairs(texts(3, 0), texts(1, 2), torch.tensor([[0.5], [0.0]]))
+    loss, metrics = prefer(ById(), pairs, center=0.1)
+
+    expected = -torch.nn.functional.logsigmoid(torch.tensor([[1.5], [-2.0]])) + 0.1 * torch.tensor([[16.0], [4.0]])
+    assert_close(loss, expected)
+    assert_close(metrics["accuracy"], torch.tensor([[1.0], [0.0]]))
+
+
+def test_labels_by_hand():
+    # score 2 for a good row, 1 for a bad one: -log sigmoid(2), -log sigmoid(-1)
+    loss, metrics = classify(ById(), Labelled(texts(2, 1), torch.tensor([[1.0], [0.0]])))
+
+    assert_close(loss, -torch.nn.functional.logsigmoid(torch.tensor([[2.0], [-1.0]])))
+    assert_close(metrics["accuracy"], torch.tensor([[1.0], [0.0]]))

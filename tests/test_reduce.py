@@ -15,6 +15,7 @@ from understudy.reduce import (
     per_row,
     per_step,
     standardize,
+    whiten,
 )
 
 MASK = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]).bool()
@@ -156,3 +157,8 @@ def test_group_moments_are_each_members_size_mean_and_variance():
     assert_close(size, torch.tensor([2.0, 1, 3, 2, 3, 3]))
     assert_close(mean, torch.tensor([2.0, 10, 3, 2, 3, 3]))
     assert_close(variance, torch.tensor([2.0, 0, 9, 2, 9, 9]))
+
+
+def test_whitening_keeps_the_mean():
+    # 1, 3, 5: mean 3, standard deviation 2
+    assert_close(whiten(row(1, 3, 5, 99), flags(1, 1, 1, 0)), row(2, 3, 4, 0))

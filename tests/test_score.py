@@ -1,10 +1,11 @@
 """Step 2: the one bridge from a row's score to its steps' rewards, and the way back."""
 
+import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.records import flags, row
-from understudy.score import at_last_step, episode_score
+from understudy.score import adapt_kl_reference, at_last_step, cut_short, episode_score, kl_reward
 
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
 
@@ -26,3 +27,57 @@ def test_the_score_of_a_row_is_the_sum_of_its_chosen_steps_rewards():
 def test_a_score_paid_comes_back_as_the_rows_score():
     score = torch.tensor([5.0, -6, 7])
     assert_close(episode_score(at_last_step(score, MASK[:3]), MASK[:3]), score)
+
+
+NAN = float("nan")
+# row 0 ends by itself, row 1 is cut by the limit, row 2 has no score
+CHOSEN = torch.tensor([[0, 1, 1], [1, 1, 0], [1, 1, 0]]).bool()
+TERMINATED = torch.tensor([[0, 0, 1], [0, 0, 0], [0, 1, 0]]).bool()
+TRUNCATED = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]]).bool()
+EITHER = TERMINATED | TRUNCATED
+NONE = torch.zeros_like(TRUNCATED)
+
+
+@pytest.mark.parametrize(
+    ("how", "paid", "terminated", "truncated", "kept"),
+    [
+        ("terminal", [5, 7 - 2, 0], EITHER, NONE, [1, 1, 0]),  # less the missing-EOS penalty of 2
+        ("penalty", [5, -3, 0], EITHER, NONE, [1, 1, 0]),
+        ("bootstrap", [5, 0, 0], TERMINATED, TRUNCATED, [1, 1, 0]),
+        ("drop", [5, 0, 0], TERMINATED, TRUNCATED, [1, 0, 0]),
+    ],
+)
+def test_a_row_cut_by_its_limit_is_paid_as_the_recipe_says(how, paid, terminated, truncated, kept):
+    score = torch.tensor([5.0, 7.0, NAN])
+    found = cut_short(score, TERMINATED, TRUNCATED, CHOSEN, how=how, penalty=-3.0, missing_eos_penalty=2.0)
+
+    assert_close(found[0], torch.tensor(paid, dtype=torch.float32))
+    assert torch.equal(found[1], terminated)
+    assert torch.equal(found[2], truncated)
+    assert torch.equal(found[3], CHOSEN & torch.tensor(kept).bool()[:, None])
+
+
+def test_a_cut_row_needs_no_score_where_none_is_paid():
+    score = torch.tensor([NAN, NAN, NAN])
+    found = cut_short(score, TERMINATED, TRUNCATED, CHOSEN, how="bootstrap", penalty=0.0, missing_eos_penalty=0.0)
+
+    assert found[3].any(dim=1).tolist() == [False, True, False]
+
+
+def test_the_kl_is_paid_step_by_step():
+    # -0.5 * (-1 - -3) = -1; the other way round +0.5; nothing outside the mask
+    paid = kl_reward(row(-1, -2, NAN), row(-3, -1, NAN), flags(1, 1, 0), coef=0.5)
+    assert_close(paid, row(-1, 0.5, 0))
+
+
+@pytest.mark.parametrize(
+    ("kl", "coef"),
+    [
+        (6.6, 0.2 * (1 + 0.1 * 256 / 10_000)),  # 10 % above the target
+        (60.0, 0.2 * (1 + 0.2 * 256 / 10_000)),  # at most 20 %
+        (0.0, 0.2 * (1 - 0.2 * 256 / 10_000)),
+        (6.0, 0.2),
+    ],
+)
+def test_the_kl_coefficient_follows_its_target(kl, coef):
+    assert adapt_kl_reference(0.2, kl, target=6.0, rows=256, horizon=10_000) == pytest.approx(coef, rel=1e-12)

@@ -73,7 +73,11 @@ class Batch(Trajectory):
     target: Tensor
     """What the critic should have said, [B, T]."""
     old: Tree
-    """The distribution that sampled, [B, T, ...], for the exact KL(old, new)."""
+    """The distribution that sampled, [B, T, ...], for KL(old, new)."""
+    reference: Tree = None
+    """What the frozen reference says of the same steps: its log-probs [B, T], or its distribution."""
+    mix: Text | None = None
+    """A row of pretraining text for each row, [B, T']."""
 
     @classmethod
     def of(cls, record: Trajectory, **found: Any) -> Batch:
@@ -137,6 +141,26 @@ class Pairs:
     def mask(self) -> Tensor:
         """bool [B, 1], all True: what a loss a pair is weighted by."""
         return torch.ones_like(self.margin, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Text and what is said of it: row i is good with probability `label`. `mask` as in `Pairs`."""
+
+    text: Text
+    label: Tensor
+    """In [0, 1], [B, 1]."""
+
+    def __len__(self) -> int:
+        return self.label.shape[0]
+
+    def __getitem__(self, rows: Tensor | slice) -> Labelled:
+        return map_tensors(lambda x: x[rows], self)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool [B, 1], all True."""
+        return torch.ones_like(self.label, dtype=torch.bool)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:

@@ -6,13 +6,15 @@ An objective is `(policy, batch) -> (loss, metrics)`; its coefficients are bound
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from understudy.batch import Batch, consult
+from understudy.batch import Batch, Labelled, Pairs, Text, consult
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # per step [B, T], and metrics per step
+Charge = Callable[[Any, Tensor, Batch], Tensor]  # (distribution, logprob, batch) -> what a step is charged, [B, T]
 
 
 def policy_gradient(
@@ -30,27 +32,112 @@ def policy_gradient(
 
 
 def ppo(
-    policy, batch: Batch, *, clip: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0
+    policy, batch: Batch, *, clip: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0, charge=None
 ) -> Losses:
-    """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7 and 9). [B, T]."""
+    """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7 and 9), plus what a `Charge` asks for. [B, T]."""
     distribution, value, logprob = _choices(policy, batch)
     policy_loss = clipped_surrogate(logprob, batch.logprob, batch.advantage, low=clip, high=clip)
     error = critic_error(value, batch, clip=value_clip)
-    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef)
+    fee = charge and charge(distribution, logprob, batch)
+    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
     ratio = (logprob - batch.logprob).detach().exp()
     return loss, metrics | {"ratio": ratio, "clip_fraction": ((ratio - 1).abs() > clip).to(ratio.dtype)}
 
 
 def ppo_penalty(
-    policy, batch: Batch, *, kl_coef: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0
+    policy,
+    batch: Batch,
+    *,
+    kl_coef: float,
+    value_coef: float,
+    entropy_coef: float,
+    value_clip: float = 0.0,
+    charge=None,
 ) -> Losses:
     """PPO with the importance-weighted surrogate minus kl_coef * KL(old, new), the KL exact (2017, eq. 8). [B, T]."""
     distribution, value, logprob = _choices(policy, batch)
     ratio = (logprob - batch.logprob).exp()
     policy_loss = kl_coef * batch.old.kl(distribution) - ratio * batch.advantage
     error = critic_error(value, batch, clip=value_clip)
-    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef)
+    fee = charge and charge(distribution, logprob, batch)
+    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
     return loss, metrics | {"ratio": ratio.detach()}
+
+
+def critic_alone(policy, batch: Batch, *, value_clip: float = 0.0) -> Losses:
+    """The critic's error and nothing else: while it warms up, the actor stands still. [B, T]."""
+    _, value = consult(policy, batch)
+    error = critic_error(value, batch, clip=value_clip)
+    return error, {"value_error": error.detach()}
+
+
+def kl_k2(distribution, logprob: Tensor, batch: Batch) -> Tensor:
+    """(log pi - log pi_ref)^2 / 2 at the sampled step, [B, T]: on-policy its gradient is that of KL(pi, pi_ref).
+
+    k2 of Schulman (2020). Its value is a biased estimate; only the gradient is right, and only at ratio 1.
+    """
+    return 0.5 * (logprob - _reference_logprob(batch)).square()
+
+
+def kl_k3(distribution, logprob: Tensor, batch: Batch) -> Tensor:
+    """ratio * (1/x - 1 + log x), x = pi / pi_ref, [B, T]: k3 weighted by pi / pi_old, through which gradient flows.
+
+    Unbiased in value and gradient for KL(pi, pi_ref), off-policy too (DeepSeek-V3.2 2025, eq. 7). Without the ratio, the
+    gradient of k3 is that of KL(pi_ref, pi), which is another thing.
+    """
+    gap = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)
+    return (logprob - batch.logprob).exp() * ((-gap).exp() - 1 + gap)
+
+
+def kl_exact(distribution, logprob: Tensor, batch: Batch) -> Tensor:
+    """KL(pi, pi_ref) over all actions at each step, [B, T]; `batch.reference` is the reference's distribution."""
+    return distribution.kl(batch.reference)
+
+
+def scaled(charge: Charge, coef: float) -> Charge:
+    """A charge times a coefficient."""
+    return lambda distribution, logprob, batch: coef * charge(distribution, logprob, batch)
+
+
+def with_pretraining(policy, batch: Batch, *, objective: Callable[[Any, Batch], Losses], coef: float) -> Losses:
+    """An objective, plus coef times -log p of pretraining text (PPO-ptx: Ouyang et al. 2022, eq. 2). [B, T].
+
+    Each row brings a row of text; its mean over tokens is charged to every chosen step of the row.
+    """
+    loss, metrics = objective(policy, batch)
+    assert batch.mix is not None
+    error, _ = imitate(policy, batch.mix)
+    mean = torch.where(batch.mix.mask, error, 0.0).sum(dim=1) / batch.mix.mask.sum(dim=1).clamp(min=1)
+    charged = mean[:, None].expand_as(loss)
+    return loss + coef * charged, metrics | {"pretraining_loss": charged.detach()}
+
+
+def imitate(policy, text: Text) -> Losses:
+    """-log pi of the tokens that were written, where `text.mask` says so: supervised fine-tuning. [B, T]."""
+    distribution, _ = policy(text)
+    loss = -distribution.log_prob(text.action)
+    return loss, {"loss": loss.detach()}
+
+
+def prefer(scorer, pairs: Pairs, *, center: float) -> Losses:
+    """-log sigmoid(s_chosen - s_rejected - margin) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1), [B, 1].
+
+    Args:
+        center: times (s_chosen + s_rejected)^2, which holds the scores' mean near 0 (Eisenstein et al. 2023, eq. 6).
+    """
+    chosen, rejected = scorer(pairs.chosen), scorer(pairs.rejected)
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected - pairs.margin)
+    return loss + center * (chosen + rejected).square(), {
+        "loss": loss.detach(),
+        "accuracy": (chosen > rejected).to(loss.dtype),
+    }
+
+
+def classify(scorer, labelled: Labelled) -> Losses:
+    """-[y log sigmoid(s) + (1 - y) log sigmoid(-s)]: a score that is a log-odds, [B, 1]."""
+    score = scorer(labelled.text)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(score, labelled.label, reduction="none")
+    return loss, {"loss": loss.detach(), "accuracy": ((score > 0) == (labelled.label > 0.5)).to(loss.dtype)}
 
 
 def clipped_surrogate(logprob: Tensor, old_logprob: Tensor, advantage: Tensor, *, low: float, high: float) -> Tensor:
@@ -92,10 +179,19 @@ def _choices(policy, batch: Batch):
     return distribution, value, torch.where(batch.mask, distribution.log_prob(batch.action), batch.logprob)
 
 
-def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, entropy_coef: float):
-    entropy = distribution.entropy()
+def _reference_logprob(batch: Batch) -> Tensor:
+    """The reference's log-probs, those of the sampler where nothing was chosen."""
+    return torch.where(batch.mask, batch.reference, batch.logprob)
+
+
+def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, entropy_coef: float, fee=None):
+    with torch.set_grad_enabled(entropy_coef > 0):  # without a coefficient it is only looked at
+        entropy = distribution.entropy()
     loss = policy_loss + value_coef * error - entropy_coef * entropy
     metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error}
+    if fee is not None:
+        loss = metrics["loss"] = loss + fee
+        metrics["kl_penalty"] = fee
     metrics[getattr(distribution, "entropy_name", "entropy")] = entropy  # an estimate is called one
     with torch.no_grad():
         return loss, {name: x.detach() for name, x in metrics.items()} | {"kl_old": batch.old.kl(distribution)}

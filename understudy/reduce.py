@@ -42,6 +42,11 @@ def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     return _centred(x, mask) / (masked_var(x, mask).sqrt() + eps)
 
 
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x with standard deviation 1 over masked-in entries and its mean as it was; masked-out entries become 0. [B, T]."""
+    return torch.where(mask, standardize(x, mask) + masked_mean(x, mask), 0.0)
+
+
 def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """1 - Var(target - value) / Var(target): 1 is a perfect critic, 0 a constant one, below 0 worse than that.
 

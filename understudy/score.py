@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Cut = Literal["terminal", "penalty", "bootstrap", "drop"]
 
 
 def at_last_step(score: Tensor, mask: Tensor) -> Tensor:
@@ -19,3 +23,47 @@ def at_last_step(score: Tensor, mask: Tensor) -> Tensor:
 def episode_score(reward: Tensor, mask: Tensor) -> Tensor:
     """The undiscounted sum of what a row was paid for its chosen steps: reward, mask [B, T] -> score [B]."""
     return torch.where(mask, reward, 0.0).sum(dim=1)
+
+
+def cut_short(
+    score, terminated, truncated, mask, *, how: Cut, penalty: float, missing_eos_penalty: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Say what it means that a limit cut a row short, and leave out rows without a score; the four, as they then are.
+
+    A score that is nan is missing: its row is masked out, never paid zero. score [B]; the others bool [B, T].
+
+    Args:
+        how: "terminal", the score is paid and nothing follows (as published RLHF systems do); "penalty", `penalty` is paid
+            instead of the score; "bootstrap", no score is paid and V after the last token stands for what would follow;
+            "drop", the row is masked out.
+        missing_eos_penalty: taken off the score of a cut row, in "terminal".
+    """
+    cut = (truncated & mask).any(dim=1)
+    if how == "terminal":
+        score = torch.where(cut, score - missing_eos_penalty, score)
+    elif how != "drop":
+        score = torch.where(cut, penalty if how == "penalty" else 0.0, score)
+    left_out = score.isnan() | (cut if how == "drop" else torch.zeros_like(cut))
+    if how in ("terminal", "penalty"):
+        terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
+    return torch.where(left_out, 0.0, score), terminated, truncated, mask & ~left_out[:, None]
+
+
+def kl_reward(logprob: Tensor, reference_logprob: Tensor, mask: Tensor, *, coef: float) -> Tensor:
+    """-coef * (log pi - log pi_ref) at each chosen step, [B, T]: KL(pi, pi_ref) as pay (Ziegler et al. 2019, eq. 2).
+
+    k1 of Schulman (2020), the only estimator that is exact as a reward; its sum over a row estimates the row's KL.
+    """
+    return torch.where(mask, coef * (reference_logprob - logprob), 0.0)
+
+
+def adapt_kl_reference(coef: float, kl: float, *, target: float, rows: int, horizon: int) -> float:
+    """The next coefficient of the KL to the reference (Ziegler et al. 2019, sec. 2.2).
+
+    coef * (1 + clip(KL / target - 1, -0.2, 0.2) * rows / horizon).
+
+    Args:
+        kl: mean KL(pi, pi_ref) of a whole row in nats.  target: what it should be.
+        rows: sampled this time.  horizon: in rows; how many it takes to change the coefficient by up to 20 %.
+    """
+    return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * rows / horizon)

@@ -17,8 +17,8 @@ from understudy.reduce import per_step
 def update(
     policy: Any,
     optimizer: torch.optim.Optimizer,
-    record: Batch,
-    objective: Callable[[Any, Batch], tuple[Tensor, dict[str, Tensor]]],
+    record: Any,
+    objective: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]],
     *,
     epochs: int,
     minibatches: int,
@@ -38,6 +38,7 @@ def update(
     a chosen step makes no optimizer step.
 
     Args:
+        record: a `Batch`; or what else a policy with memory learns from: `Text`, `Pairs`, `Labelled`.
         objective: `(policy, batch) -> loss per step, metrics per step`.
         minibatches: how many an epoch is split into, sizes differing by at most one; at most one a row.
         max_grad_norm: joint bound on the gradient's norm; None for none. A parameter group with a `max_grad_norm` of its
@@ -80,7 +81,7 @@ def update(
     return _mean(seen) | {"optimizer_steps": taken, "epochs": epoch}
 
 
-def _backward(policy, optimizer, minibatch: Batch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
+def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
     """Leave the minibatch's gradient in the parameters, micro-batch by micro-batch; its weighted metrics."""
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
