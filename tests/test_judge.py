@@ -362,6 +362,13 @@ def test_a_wrong_number_of_scores_is_asked_again_row_by_row(place, write):
         assert one.last_error == "score, row 1: 0 scores for 1 rows"
 
 
+def test_too_many_scores_are_no_scores():
+    one = judge(lambda completions: [1.0, 2.0])
+
+    same(one(sampled("a")).score, NAN)
+    assert one.failures["wrong length"] == 1
+
+
 @IN_BOTH
 def test_a_batch_that_fails_whole_but_not_by_rows_loses_no_row_and_says_so(place, write):
     with make(place, "def score(completions):\n    return [5.0]\n", write) as one:
@@ -376,6 +383,21 @@ def test_failures_add_up_over_batches():
         one(sampled("c"))
 
     assert one.failures["none"] == 3
+
+
+def test_a_fault_is_not_counted_again_in_the_next_batch():
+    one = judge(lambda completions: [float(text) for text in completions])
+    one(sampled("1", "x"))
+    one(sampled("1", "nan"))
+
+    assert one.failures["raised"] == 1 and one.failures["nan"] == 1
+
+
+def test_none_is_an_answer_and_no_error():
+    one = judge(lambda completions: [None])
+    one(sampled("a"))
+
+    assert one.last_error == ""
 
 
 def test_a_function_that_spoils_its_lists_spoils_only_its_own():
@@ -455,6 +477,22 @@ def test_a_row_that_ends_the_process_is_missing_and_the_others_are_scored(write,
 def test_a_row_that_raises_system_exit_is_missing(write):
     with judge(write(every_row(f"c or sys.exit(2); {LENGTHS}"))) as one:
         same(one(sampled("ab", "")).score, 2, NAN)
+        assert "row 1: SystemExit: 2 (reward.py, line 5)" in one.last_error
+
+
+def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(write):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with judge(write(every_row("time.sleep(len(c) / 10); " + LENGTHS))) as one:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            with pytest.raises(KeyboardInterrupt):
+                one(sampled("four"))
+            same(one(sampled("a")).score, 1)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_worker_that_died_between_batches_is_started_again(write):
@@ -609,6 +647,11 @@ def test_a_built_in_without_its_column_is_refused(spec):
         RequestError, match=r"the data have no column '(answer|label)', only text; name one .*--columns"
     ):
         judge(spec)(sampled("a", text=["b"]))
+
+
+def test_a_refusal_while_scoring_names_the_field_too():
+    with pytest.raises(RequestError, match="gold is 'exact': the data have no column"):
+        judge("exact", field="gold")(sampled("a"))
 
 
 def test_repetition_is_the_share_of_4_grams_seen_before():
