@@ -146,7 +146,7 @@ def test_a_demonstration_is_a_sentence_cut_after_2_to_4_words():
 def test_demonstrations_are_better_than_the_language_and_leave_a_gap():
     shown = mean(true_score(row["prompt"] + row["completion"]) for row in rehearsal.demonstrations(1000, seed=1))
 
-    assert mean(map(true_score, rehearsal.sentences(1000, seed=1))) + 0.05 < shown < 0.45
+    assert mean(map(true_score, rehearsal.sentences(1000, seed=1))) + 0.1 < shown < 0.5
 
 
 def test_the_better_sentence_is_preferred_with_its_bradley_terry_probability():
@@ -218,6 +218,7 @@ def test_model_and_tokenizer_agree_on_their_tokens_also_when_saved(tmp_path):
 
     assert ids == (0, 1, 2)
     assert model.config.vocab_size == len(tokenizer)
+    assert model.generation_config.do_sample
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == ids
     assert tokenizer(CLEAN).input_ids == rehearsal.tokenizer()(CLEAN).input_ids

@@ -101,9 +101,9 @@ def prompts(n: int, seed: int) -> list[Row]:
 
 
 def demonstrations(n: int, seed: int) -> list[Row]:
-    """What to imitate: the truly better one of two sentences, as rows with `prompt` and `completion`."""
+    """What to imitate: the truly best of four sentences, as rows with `prompt` and `completion`."""
     draw, spoken = random.Random(f"cuts {seed}"), _spoken(f"demonstrations {seed}")
-    return [_cut(max(next(spoken), next(spoken), key=true_score), draw) for _ in range(n)]
+    return [_cut(max(islice(spoken, 4), key=true_score), draw) for _ in range(n)]
 
 
 def preferences(pairs: Iterable[tuple[str, str, str]], *, temperature: float, seed: int) -> list[Row]:
@@ -163,7 +163,7 @@ def model(seed: int) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = LlamaForCausalLM(config)
-    made.generation_config = GenerationConfig(do_sample=True, max_new_tokens=24, **special)
+    made.generation_config = GenerationConfig(do_sample=True, **special)
     return made
 
 
