@@ -1,0 +1,173 @@
+"""Files become rows: every format, their order, and a sentence for each way a file can be wrong."""
+
+import gzip
+import importlib.util
+import json
+
+import pytest
+
+from understudy.language.data import read
+from understudy.run.config import RequestError
+
+ROWS = [{"prompt": "one", "n": 1}, {"prompt": "two, three", "n": 2}]
+CSV = 'prompt,n\none,1\n"two, three",2\n'
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A function that writes a file and returns its path; names that end in .gz are packed."""
+
+    def write(name: str, content: str) -> str:
+        raw = content.encode()
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.jsonl", JSONL), ("a.jsonl.gz", JSONL), ("a.json", json.dumps(ROWS, indent=1))]
+)
+def test_json_rows_keep_their_order_and_types(file, name, content):
+    assert read(file(name, content)) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_csv_cells_are_strings(file, name):
+    assert read(file(name, CSV)) == [{"prompt": "one", "n": "1"}, {"prompt": "two, three", "n": "2"}]
+
+
+def test_parquet_rows_keep_their_order_and_types(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+
+    assert read(str(tmp_path / "a.parquet")) == ROWS
+
+
+def test_a_file_that_is_no_parquet_is_refused(file):
+    pytest.importorskip("pyarrow")
+
+    with pytest.raises(RequestError, match="not Parquet"):
+        read(file("a.parquet", "no"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyarrow") is not None, reason="pyarrow is installed")
+def test_parquet_names_the_package_it_needs(file):
+    with pytest.raises(RequestError, match=r"reading 'a.parquet' needs the package pyarrow: pip install pyarrow"):
+        read(file("a.parquet", ""))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is not None, reason="datasets is installed")
+def test_a_published_name_says_which_package_it_needs():
+    with pytest.raises(RequestError, match="which is no file here: reading a published set needs the package datasets"):
+        read("openai/gsm8k")
+
+
+def test_blank_lines_and_a_byte_order_mark_are_no_rows(file):
+    assert read(file("a.jsonl", "\ufeff" + JSONL.replace("\n", "\n\n"))) == ROWS
+    assert [row["prompt"] for row in read(file("a.csv", "\ufeff" + CSV + "\n"))] == ["one", "two, three"]
+
+
+# directories
+
+
+def test_of_a_directory_the_file_called_train_is_read(file, tmp_path):
+    file("train.jsonl", JSONL)
+    file("test.jsonl", '{"prompt": "held out"}')
+
+    assert read(str(tmp_path)) == ROWS
+
+
+def test_of_a_directory_a_single_data_file_is_read(file, tmp_path):
+    file("test.jsonl.gz", JSONL)
+    file("README.md", "about")
+
+    assert read(str(tmp_path)) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [(["a.jsonl", "b.csv"], "has a.jsonl, b.csv"), (["train.csv", "train.jsonl"], "has train.csv"), ([], r"has no \.")],
+)
+def test_a_directory_that_does_not_say_which_file_is_refused(file, tmp_path, names, found):
+    for name in names:
+        file(name, JSONL)
+
+    with pytest.raises(RequestError, match=rf"which {found}.*: name one file, or call it train"):
+        read(str(tmp_path))
+
+
+# columns
+
+
+def test_columns_give_our_names_to_the_files(file):
+    path = file("a.jsonl", '{"question": "q", "answer": "a", "prompt": "old", "n": 1}')
+
+    assert read(path, columns={"prompt": "question", "completion": "answer"}) == [
+        {"prompt": "q", "completion": "a", "n": 1}
+    ]
+
+
+def test_columns_can_swap_names_or_leave_them(file):
+    path = file("a.jsonl", '{"chosen": "bad", "rejected": "good", "n": 1}')
+
+    assert read(path, columns={"chosen": "rejected", "rejected": "chosen", "n": "n"}) == [
+        {"chosen": "good", "rejected": "bad", "n": 1}
+    ]
+
+
+def test_a_column_the_file_lacks_is_refused_with_the_nearest_name(file):
+    with pytest.raises(
+        RequestError, match=r"columns says prompt=qestion: the columns are question, n; did you mean 'question'\?"
+    ):
+        read(file("a.jsonl", '{"question": "q", "n": 1}'), columns={"prompt": "qestion"})
+
+
+# wrong files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("a.jsonl", JSONL + "{oops\n", r"row 3 of '.*a.jsonl' is not JSON \(.*\): '{oops"),
+        ("a.jsonl", "[1]\n", "row 1 of .* must be an object with named columns"),
+        ("a.json", "[1", "not JSON in line 1"),
+        ("a.json", '{"rows": []}', "must be a list of objects, or JSONL"),
+        ("a.json", "[{}, 2]", "row 2 of .* is 2: must be an object"),
+        ("a.csv", CSV + "one,1,more\n", "row 3 of .* has 3 cells, the header 2: quote cells that hold a comma"),
+        ("a.csv", "text\n" + "x" * 200_000 + "\n", "row 1 of .* is not CSV: field larger than field limit"),
+        ("a.txt", "hi", r"the name must end in \.jsonl, "),
+    ],
+)
+def test_a_file_of_the_wrong_form_is_refused(file, name, content, fault):
+    with pytest.raises(RequestError, match=fault):
+        read(file(name, content))
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.jsonl", "\n\n"), ("a.json", "[]"), ("a.csv", "prompt,n\n")])
+def test_a_file_without_rows_is_refused(file, name, content):
+    with pytest.raises(RequestError, match="it has no rows"):
+        read(file(name, content))
+
+
+def test_a_file_that_is_not_there_is_refused():
+    for name in ("nowhere.jsonl", "./nowhere", "/nowhere"):
+        with pytest.raises(RequestError, match=f"data is '{name}': there is no such file"):
+            read(name)
+
+
+def test_a_damaged_archive_is_refused(tmp_path):
+    whole = gzip.compress(JSONL.encode())
+    for broken in (b"no archive", whole[:-12], whole[:12] + b"\xff" * 20):
+        (tmp_path / "a.jsonl.gz").write_bytes(broken)
+        with pytest.raises(RequestError, match="it cannot be read"):
+            read(str(tmp_path / "a.jsonl.gz"))
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text\ncafé\n".encode("latin-1"))
+
+    with pytest.raises(RequestError, match="not UTF-8"):
+        read(str(tmp_path / "a.csv"))

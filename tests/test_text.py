@@ -1,0 +1,523 @@
+"""Text as tokens: one BOS, one stop, the seam between prompt and completion, and rows of data as records."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, processors
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from understudy.language import text
+from understudy.language.text import Example, Labelled, Preference, Tokenizer, last_token, pad
+from understudy.run.config import RequestError
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+REAL = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the real data in {DATA.name}")
+
+SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]  # ids 0 to 4
+BOS, EOS, TURN, TURN_END = 1, 2, 3, 4
+CHARS = {chr(c): c for c in range(32, 127)} | {"\n": 10, "▁": 127}  # a printable character's id is its code point
+AB = 128  # the one merge: "a" and "b" beside each other are one token
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+FORGETFUL = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"  # answers change the prompt
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+
+
+def tokens(string: str) -> list[int]:
+    """By hand: a character is its code point, a special token its id."""
+    ids = []
+    while string:
+        special = next((s for s in SPECIAL if string.startswith(s)), None)
+        ids.append(SPECIAL.index(special) if special else CHARS[string[0]])
+        string = string[len(special or "x") :]
+    return ids
+
+
+def built(*, bos=True, eos=True, adds_bos=False, blank_in_front=False, template=None) -> PreTrainedTokenizerFast:
+    vocab = {s: i for i, s in enumerate(SPECIAL)} | CHARS | {"ab": AB}
+    backend = Backend(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    if blank_in_front:  # as Llama 2 has it
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        backend.decoder = decoders.Sequence(steps)
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>" if eos else None}
+    more = ["<|im_start|>", "<|im_end|>"]
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=more, **{k: v for k, v in names.items() if v}
+    )
+    made.chat_template = template
+    return made
+
+
+def made(*stops: int, **options) -> Tokenizer:
+    return Tokenizer(built(**options), frozenset(stops or (EOS,)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a tokenizer, and a generation_config.json where stop ids are given; it returns the path."""
+
+    def save(eos_token_id=None, **options) -> Path:
+        built(**options).save_pretrained(tmp_path)
+        if eos_token_id is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
+        return tmp_path
+
+    return save
+
+
+# a prompt
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("prompt", ["hi", "<s>hi", "<s><s>hi"])
+def test_a_prompt_begins_with_exactly_one_bos(adds_bos, prompt):
+    assert made(adds_bos=adds_bos).encode_prompt(prompt) == [BOS, *tokens("hi")]
+
+
+def test_a_tokenizer_without_bos_puts_nothing_in_front():
+    assert made(bos=False).encode_prompt("hi") == tokens("hi")
+
+
+def test_an_empty_prompt_is_bos_alone():
+    assert made(adds_bos=True).encode_prompt("") == [BOS]
+
+
+def test_an_empty_prompt_without_a_bos_is_refused():
+    with pytest.raises(RequestError, match="the prompt is empty and the tokenizer has no BOS"):
+        made(bos=False).encode_prompt("")
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_a_chat_prompt_is_what_the_template_says_with_one_bos(adds_bos):
+    tokenizer = made(adds_bos=adds_bos, template=CHATML)
+
+    assert tokenizer.encode_prompt(CHAT[:1]) == tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_second_bos_of_the_template_is_dropped():
+    assert made(template="{{ bos_token }}" + CHATML).encode_prompt(CHAT[:1])[:2] == [BOS, TURN]
+
+
+def test_a_template_without_bos_gets_none():
+    assert made(template=CHATML.removeprefix("{{ bos_token }}")).encode_prompt(CHAT[:1])[0] == TURN
+
+
+def test_chat_without_a_template_is_refused():
+    with pytest.raises(RequestError, match="no chat template: give one with --template"):
+        made().encode_prompt(CHAT[:1])
+
+
+# a completion
+
+
+def test_a_completion_ends_with_a_stop_id():
+    assert made().encode_completion("yo", "hi ") == [*tokens("yo"), EOS]
+
+
+def test_a_completion_that_ends_with_a_stop_gets_no_second_one():
+    assert made(EOS, TURN_END).encode_completion("yo<|im_end|>", "hi ") == [*tokens("yo"), TURN_END]
+
+
+def test_the_lowest_stop_is_put_behind_where_eos_is_none():
+    assert made(TURN_END, TURN).encode_completion("yo") == [*tokens("yo"), TURN]
+
+
+def test_without_stops_a_completion_is_its_own_ids():
+    assert Tokenizer(built(), frozenset()).encode_completion("yo", "hi ") == tokens("yo")
+
+
+def test_a_completion_starts_from_the_prompts_own_ids_where_a_token_would_lie_across_the_seam():
+    # "ab" is one token, but a model that was given "a" can only go on with "b"
+    assert made().encode_completion("b", "a") == [*tokens("b"), EOS]
+    assert made().encode_completion("cab", "a") == [*tokens("c"), AB, EOS]
+
+
+@pytest.mark.parametrize(("prompt", "completion"), [("hi", "yo"), ("hi ", "yo"), ("hi", " yo"), ("a", "b"), ("", "yo")])
+def test_prompt_and_completion_read_as_they_were_written(prompt, completion):
+    tokenizer = made(blank_in_front=True)
+    ids = tokenizer.encode_prompt(prompt) + tokenizer.encode_completion(completion, prompt)
+
+    assert tokenizer.decode(ids) == prompt + completion
+
+
+def test_a_chat_completion_ends_with_the_turn_and_drops_the_white_space_after_it():
+    assert made(EOS, TURN_END, template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == [*tokens("yo"), TURN_END]
+
+
+def test_a_turn_end_that_is_no_stop_is_followed_by_one():
+    assert made(EOS, template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == tokens("yo<|im_end|>\n</s>")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused():
+    with pytest.raises(RequestError, match="the chat template writes the prompt otherwise when an answer follows"):
+        made(template=FORGETFUL).encode_completion(CHAT[1:], CHAT[:1])
+
+
+@pytest.mark.parametrize(("completion", "prompt"), [("yo", CHAT[:1]), (CHAT[1:], "hi")])
+def test_a_completion_of_the_other_kind_than_its_prompt_is_refused(completion, prompt):
+    with pytest.raises(RequestError, match="give both as text or both as chat"):
+        made(template=CHATML).encode_completion(completion, prompt)
+
+
+@pytest.mark.parametrize(
+    ("written", "end"), [("<|im_end|>\n", [TURN_END]), (" ### ", tokens("###")), ("\n", []), ("", [])]
+)
+def test_the_turn_end_is_what_the_template_writes_after_an_answer(written, end):
+    template = "{% for m in messages %}{{ m.content }}" + written.replace("\n", "{{ '\\n' }}") + "{% endfor %}"
+
+    assert made(template=template).turn_end() == end
+
+
+# stops
+
+
+def test_stops_come_from_the_generation_config(saved):
+    assert Tokenizer.load(saved(eos_token_id=[TURN_END, EOS])).stops == {TURN_END, EOS}
+    assert Tokenizer.load(saved(eos_token_id=TURN_END)).stops == {TURN_END}
+
+
+def test_without_a_generation_config_the_tokenizers_eos_is_the_stop(saved):
+    assert Tokenizer.load(saved()).stops == {EOS}
+
+
+@pytest.mark.parametrize(
+    ("entry", "token"), [("<s>", BOS), ("</s>", EOS), ("\n", 10), ("!", CHARS["!"]), ("ab", AB), ("4", TURN_END)]
+)
+@pytest.mark.parametrize("blank_in_front", [False, True])
+def test_a_stop_is_named_by_its_text_or_its_number(saved, entry, token, blank_in_front):
+    path = saved(eos_token_id=EOS, blank_in_front=blank_in_front)
+
+    assert Tokenizer.load(path, stop=(entry,)).stops == {token}
+
+
+@pytest.mark.parametrize("entry", ["hi", "", "é"])
+def test_a_stop_that_is_not_one_token_is_refused(saved, entry):
+    with pytest.raises(RequestError, match=f"stop is '{entry}': must be exactly one token"):
+        Tokenizer.load(saved(), stop=(entry,))
+
+
+def test_a_stop_id_outside_the_vocabulary_is_refused(saved):
+    path = saved()
+
+    with pytest.raises(RequestError, match="stop is 129: the vocabulary has ids from 0 to 128"):
+        Tokenizer.load(path, stop=("129",))
+
+
+def test_no_stop_at_all_is_refused_unless_the_length_is_fixed(saved):
+    path = saved(eos=False)
+
+    with pytest.raises(RequestError, match="no stop id; give one with --stop, or --fixed-length N"):
+        Tokenizer.load(path)
+    assert Tokenizer.load(path, fixed_length=True).stops == frozenset()
+
+
+def test_a_fixed_length_has_no_stops_whatever_the_model_says(saved):
+    assert Tokenizer.load(saved(eos_token_id=EOS), fixed_length=True).stops == frozenset()
+
+
+# load and save
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="no tokenizer there; name a directory or hub id"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_template_is_given_as_text_or_as_a_file(saved, tmp_path):
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    expected = made(template=CHATML).encode_prompt(CHAT)
+
+    for template in (CHATML, str(tmp_path / "chat.jinja")):
+        assert Tokenizer.load(saved(template=FORGETFUL), template=template).encode_prompt(CHAT) == expected
+
+
+def test_an_unknown_template_is_refused(saved):
+    with pytest.raises(RequestError, match=r"template is 'chat.jinja': unknown template, neither a file nor Jinja"):
+        Tokenizer.load(saved(), template="chat.jinja")
+
+
+def test_a_template_with_broken_grammar_is_refused(saved):
+    with pytest.raises(RequestError, match="not Jinja in line 1"):
+        Tokenizer.load(saved(), template="{% for %}")
+
+
+def test_a_saved_tokenizer_loads_as_it_was_with_its_template(saved, tmp_path):
+    tokenizer = Tokenizer.load(saved(), template=CHATML)
+    tokenizer.save(tmp_path / "policy")
+
+    assert Tokenizer.load(tmp_path / "policy").encode_prompt(CHAT) == tokenizer.encode_prompt(CHAT)
+
+
+# back to text
+
+
+def test_decoding_leaves_out_special_tokens_and_the_stop_at_the_end():
+    newline = CHARS["\n"]
+
+    assert made(newline).decode(tokens("<s>hi\n<|im_end|>yo\n")) == "hi\nyo"
+
+
+def test_a_token_keeps_its_blank_for_displays():
+    llama = made(blank_in_front=True)
+
+    assert llama.decode_tokens([BOS, CHARS["▁"], AB, CHARS["\n"]]) == ["<s>", " ", "ab", "\n"]
+
+
+# prompts
+
+
+def test_a_prompt_keeps_the_other_columns_and_its_row():
+    rows = [{"prompt": "hi", "answer": 4}, {"prompt": "yo", "answer": 5}]
+    second = text.prompts(rows, made(), max_length=9)[1]
+
+    assert second == text.Prompt((BOS, *tokens("yo")), "yo", {"answer": 5}, 2)
+
+
+def test_without_a_prompt_column_every_row_starts_from_bos():
+    assert text.prompts([{"n": 1}], made(), max_length=9) == [text.Prompt((BOS,), "", {"n": 1}, 1)]
+
+
+def test_without_a_prompt_column_a_bos_is_needed():
+    with pytest.raises(RequestError, match="row 1: the prompt is empty and the tokenizer has no BOS"):
+        text.prompts([{"n": 1}], made(bos=False), max_length=9)
+
+
+@pytest.mark.parametrize("cell", ["", None, []])
+def test_an_empty_cell_is_refused_with_its_row(cell):
+    with pytest.raises(RequestError, match="row 2: prompt is empty: fill it or leave the row out"):
+        text.prompts([{"prompt": "hi"}, {"prompt": cell}], made(), max_length=9)
+
+
+def test_a_cell_that_one_row_lacks_is_refused_with_its_row():
+    with pytest.raises(RequestError, match="row 2: prompt is empty"):
+        text.prompts([{"prompt": "hi"}, {"n": 1}], made(), max_length=9)
+
+
+def test_a_cell_that_is_no_text_is_refused_with_its_row():
+    with pytest.raises(RequestError, match="row 1: prompt is 7: must be text, or a list of messages"):
+        text.prompts([{"prompt": 7}], made(), max_length=9)
+
+
+def test_a_message_without_content_is_refused_with_its_row():
+    with pytest.raises(
+        RequestError, match=r"row 1: prompt is .*each message must be an object with a role and a content"
+    ):
+        text.prompts([{"prompt": [{"role": "user"}]}], made(template=CHATML), max_length=9)
+
+
+def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
+    rows = [{"prompt": "hi"}, {"prompt": "hello"}]
+
+    with pytest.raises(RequestError, match="row 2: prompt has 6 tokens, the context holds 5"):  # BOS and five
+        text.prompts(rows, made(), max_length=5)
+    assert len(text.prompts(rows, made(), max_length=6)) == 2
+
+
+@pytest.mark.parametrize("cells", [["hi", "hi", CHAT], [CHAT, CHAT, "hi"]])
+def test_chat_and_text_in_one_file_are_refused_at_the_first_row_that_differs(cells):
+    with pytest.raises(RequestError, match=r"row 3: prompt is .* where the data began with .*: keep to one in a file"):
+        text.prompts([{"prompt": cell} for cell in cells], made(template=CHATML), max_length=999)
+
+
+def test_a_template_that_refuses_a_row_is_reported_with_its_row():
+    strict = "{{ raise_exception('roles must alternate') }}"
+
+    with pytest.raises(
+        RequestError, match="row 1: the chat template refuses messages of roles user: roles must alternate"
+    ):
+        text.prompts([{"prompt": CHAT[:1]}], made(template=strict), max_length=99)
+
+
+# examples
+
+
+def test_of_prompt_and_completion_the_completion_is_learned():
+    rows = [{"prompt": "hi ", "completion": "yo"}]
+
+    assert text.examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 4, 1)]
+
+
+def test_a_completion_without_a_prompt_column_starts_from_bos():
+    assert text.examples([{"completion": "yo"}], made(), max_length=9) == [Example((BOS, *tokens("yo"), EOS), 1, 1)]
+
+
+def test_of_a_text_all_but_its_first_token_is_learned():
+    assert text.examples([{"text": "yo"}], made(), max_length=9) == [Example((BOS, *tokens("yo"), EOS), 1, 1)]
+
+
+@pytest.mark.parametrize("column", ["messages", "text"])
+def test_of_a_chat_the_last_turn_is_learned(column):
+    rows = [{column: [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, *CHAT]}]
+    (example,) = text.examples(rows, made(TURN_END, template=CHATML), max_length=999)
+
+    assert example.ids[example.start :] == (*tokens("yo"), TURN_END)
+    assert example.ids[: example.start].count(TURN_END) == 3
+
+
+@pytest.mark.parametrize("messages", [CHAT[:1], CHAT[1:], [*CHAT, *CHAT[:1]]])
+def test_a_chat_must_end_with_an_answer(messages):
+    with pytest.raises(
+        RequestError, match=r"row 1: the messages are of roles .*the last of two or more must be the assis"
+    ):
+        text.examples([{"messages": messages}], made(template=CHATML), max_length=999)
+
+
+def test_a_published_transcript_is_plain_text():
+    transcript = "\n\nHuman: hi\n\nAssistant: yo"
+    (example,) = text.examples([{"text": transcript}], made(), max_length=99)
+
+    assert example == Example((BOS, *tokens(transcript), EOS), 1, 1)
+
+
+def test_a_missing_column_is_refused_with_those_there_and_the_mend():
+    sentence = "the data have no column 'text' but question, answer: map yours with --columns text=question"
+
+    with pytest.raises(RequestError, match=sentence):
+        text.examples([{"question": "hi", "answer": "yo"}], made(), max_length=9)
+
+
+def test_an_example_longer_than_the_context_is_refused_and_not_cut():
+    with pytest.raises(RequestError, match="row 1: completion has 7 tokens, the context holds 6"):  # BOS, 5, EOS
+        text.examples([{"prompt": "hi ", "completion": "yo"}], made(), max_length=6)
+
+
+# preferences
+
+
+def test_chosen_and_rejected_follow_the_prompt():
+    rows = [{"prompt": "hi ", "chosen": "yo", "rejected": "no", "margin": "0.5"}]
+    pair = Preference((BOS, *tokens("hi yo"), EOS), (BOS, *tokens("hi no"), EOS), 0.5, 1)
+
+    assert text.preferences(rows, made(), max_length=9) == [pair]
+
+
+def test_without_a_prompt_chosen_and_rejected_are_whole_texts():
+    rows = [{"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no", "margin": None}]
+    (pair,) = text.preferences(rows, made(), max_length=99)
+
+    assert (pair.chosen, pair.rejected) == tuple((BOS, *tokens(rows[0][c]), EOS) for c in ("chosen", "rejected"))
+    assert pair.margin == 0
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_chosen_and_rejected_chats_are_the_same_with_their_prompt_apart(split):
+    bad = {"role": "assistant", "content": "no"}
+    whole = {"chosen": CHAT, "rejected": [CHAT[0], bad]}
+    apart = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [bad]}
+    (pair,) = text.preferences([apart if split else whole], made(TURN_END, template=CHATML), max_length=999)
+    start = tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+
+    assert pair.chosen == (*start, *tokens("yo"), TURN_END)
+    assert pair.rejected == (*start, *tokens("no"), TURN_END)
+
+
+def test_a_pair_of_equals_is_left_out_and_the_others_keep_their_row():
+    rows = [{"chosen": "yo", "rejected": "yo"}, {"chosen": "yo", "rejected": "no"}]
+
+    assert [pair.row for pair in text.preferences(rows, made(), max_length=9)] == [2]
+
+
+def test_nothing_but_pairs_of_equals_is_refused():
+    with pytest.raises(RequestError, match="chosen equals rejected in each of 1 rows"):
+        text.preferences([{"chosen": "yo", "rejected": "yo"}], made(), max_length=9)
+
+
+@pytest.mark.parametrize("margin", ["much", float("nan"), [1]])
+def test_a_margin_that_is_no_number_is_refused_with_its_row(margin):
+    with pytest.raises(RequestError, match=r"row 1: margin is .*: must be a finite number"):
+        text.preferences([{"chosen": "yo", "rejected": "no", "margin": margin}], made(), max_length=9)
+
+
+# labels
+
+
+@pytest.mark.parametrize(
+    ("cell", "label"), [(0, 0), ("1", 1), (0.25, 0.25), (True, 1), (False, 0), ("true", 1), ("False", 0)]
+)
+def test_a_label_is_a_number_from_0_to_1_or_a_truth_value(cell, label):
+    rows = [{"text": "yo", "label": cell}]
+
+    assert text.labelled(rows, made(), max_length=9) == [Labelled((BOS, *tokens("yo")), label, 1)]
+
+
+@pytest.mark.parametrize(("cell", "fault"), [(2, "from 0"), (-0.1, "from 0"), ("good", "a finite number"), ("", "")])
+def test_any_other_label_is_refused_with_its_row(cell, fault):
+    with pytest.raises(RequestError, match=f"row 2: label is .*{fault}"):
+        text.labelled([{"text": "yo", "label": 1}, {"text": "yo", "label": cell}], made(), max_length=9)
+
+
+# tensors
+
+
+def test_a_row_is_learned_from_where_the_next_token_is_there_and_not_before_its_start():
+    batch = pad([[5, 6, 7, 8], [9, 10]], [2, 1], fill=3)
+
+    assert_close(batch.ids, torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]]))
+    # tokens 7 and 8 are chosen at columns 1 and 2; token 10 at column 0
+    assert_close(batch.mask, torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]]).bool())
+
+
+def test_without_starts_every_token_but_the_first_is_learned():
+    assert_close(pad([[5, 6, 7], [9]]).mask, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
+
+
+def test_a_text_is_scored_at_its_last_token():
+    batch = last_token([[5, 6, 7], [9]], fill=3)
+
+    assert_close(batch.ids, torch.tensor([[5, 6, 7], [9, 3, 3]]))
+    assert_close(batch.mask, torch.tensor([[0, 0, 1], [1, 0, 0]]).bool())
+
+
+# published data
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return Tokenizer.load(DATA / "stories260K", stop=("<s>",))
+
+
+@REAL
+def test_stories_begin_with_bos_and_end_with_it(stories):
+    ids = stories.encode_prompt("Once upon a") + stories.encode_completion(" time", "Once upon a")
+
+    assert ids == [1, 403, 407, 261, 378, 1]
+    assert stories.decode(ids) == "Once upon a time"
+
+
+@REAL
+def test_worked_answers_follow_their_questions_to_the_letter(stories):
+    rows = text.read(str(DATA / "gsm8k"), columns={"prompt": "question", "completion": "answer"})[:200]
+
+    for example, row in zip(text.examples(rows, stories, max_length=2048), rows, strict=True):
+        assert stories.decode(example.ids) == row["prompt"] + row["completion"]
+        assert stories.decode(example.ids[: example.start]) == row["prompt"]
+
+
+@REAL
+def test_human_preferences_share_the_tokens_of_their_shared_transcript(stories):
+    rows = text.read(str(DATA / "hh-harmless"))[:100]
+
+    for pair in text.preferences(rows, stories, max_length=4096):
+        row = rows[pair.row - 1]
+        before = row["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:"
+        if row["rejected"].startswith(before):
+            shared = len(stories.encode_prompt(before))
+            assert pair.chosen[:shared] == pair.rejected[:shared]
+
+
+@REAL
+def test_labelled_sentences_are_read_from_their_csv(stories):
+    rows = text.read(str(DATA / "sst2"), columns={"text": "sentence"})
+
+    assert len(rows) == 6920
+    assert {one.label for one in text.labelled(rows[:100], stories, max_length=512)} == {0.0, 1.0}

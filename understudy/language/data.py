@@ -1,0 +1,223 @@
+"""Rows of data, before step 1: read from files or published sets, and what their cells must hold."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import importlib
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+from understudy.run.config import RequestError, nearest
+
+Row = dict[str, Any]
+"""A row by column. Cells keep the type the file gives them; a CSV's are all strings."""
+
+
+def read(source: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """The rows of JSONL, JSON, CSV, Parquet or `.jsonl.gz`/`.csv.gz`, in their order; blank lines are no rows.
+
+    Args:
+        source: such a file; a directory that holds one named `train.*`, or a single one; or else the name of a set that
+            the `datasets` package knows, of which the split `train` is read.
+        columns: our name -> the file's, as in {"prompt": "question"}. What stood under our name before is dropped.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = _only_file(path)
+    if path.is_file():
+        rows = _read_file(path)
+    elif path.name.endswith(tuple(READERS)) or path.is_absolute() or str(source).startswith("."):
+        raise RequestError(f"data is {str(source)!r}: there is no such file")
+    else:
+        rows = _published(str(source))
+    if not rows:
+        raise RequestError(f"data is {str(source)!r}: it has no rows; name a file with at least one")
+    return _renamed(rows, columns or {})
+
+
+def each_row(
+    rows: Sequence[Row], one: Callable[[Row, int], Any], *, texts: tuple[str, ...], others: tuple[str, ...] = ()
+) -> list[Any]:
+    """`one` of every row and its number, once its cells are there; all of `texts` chat, or all of them text."""
+    there = column_names(rows)
+    for name in (*texts, *others):
+        if name not in there:
+            have = f"the data have no column {name!r} but {', '.join(there)}"
+            raise RequestError(f"{have}: map yours with --columns {name}={there[0] if there else 'COLUMN'}")
+    made, chat = [], bool(texts) and isinstance(rows[0].get(texts[0]), list)
+    for number, row in enumerate(rows, 1):
+        with _at(number):
+            for name in texts:
+                _check_text(name, row.get(name), chat)
+            for name in others:
+                if row.get(name) in (None, ""):
+                    raise RequestError(f"{name} is empty: fill it or leave the row out")
+            made.append(one(row, number))
+    return made
+
+
+def finite(name: str, cell: Any) -> float:
+    """A finite number; true is 1 and false 0, also as words."""
+    with suppress(TypeError, ValueError):
+        word = {"true": 1.0, "false": 0.0}.get(str(cell).strip().lower())
+        if math.isfinite(number := float(cell) if word is None else word):
+            return number
+    raise RequestError(f"{name} is {cell!r}: must be a finite number")
+
+
+def column_names(rows: Iterable[Row]) -> list[str]:
+    """Every column that some row has, in order of appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _check_text(name: str, cell: Any, chat: bool) -> None:
+    if cell in (None, "", []):
+        raise RequestError(f"{name} is empty: fill it or leave the row out")
+    if not isinstance(cell, str | list):
+        raise RequestError(f"{name} is {cell!r}: must be text, or a list of messages")
+    if isinstance(cell, list) and not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in cell):
+        raise RequestError(f"{name} is {str(cell)[:60]}: each message must be an object with a role and a content")
+    if isinstance(cell, list) is not chat:
+        here, first = ("text", "chat") if chat else ("chat", "text")
+        raise RequestError(f"{name} is {here} where the data began with {first}: keep to one in a file")
+
+
+@contextmanager
+def _at(number: int) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"row {number}: {error}") from None
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(tuple(READERS)))
+    chosen = [path for path in files if path.name.split(".")[0] == "train"] or files
+    if len(chosen) == 1:
+        return chosen[0]
+    found = f"has {', '.join(path.name for path in chosen)}" if chosen else f"has no {', '.join(READERS)}"
+    raise RequestError(f"data is {str(folder)!r}, which {found}: name one file, or call it train.*")
+
+
+def _read_file(path: Path) -> list[Row]:
+    reader = next((reader for suffix, reader in READERS.items() if path.name.endswith(suffix)), None)
+    if reader is None:
+        raise RequestError(f"data is {str(path)!r}: the name must end in {', '.join(READERS)}")
+    try:
+        return reader(path)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"data is {str(path)!r}: not UTF-8 at byte {error.start}; convert it") from None
+    except (OSError, EOFError, zlib.error) as error:  # no permission, or a .gz that is none, cut short or damaged
+        raise RequestError(f"data is {str(path)!r}: it cannot be read ({error})") from None
+
+
+def _opened(path: Path) -> IO[str]:
+    """The file's text, unpacked; a byte-order mark, which spreadsheets write, is no part of it."""
+    unpack = gzip.open if path.suffix == ".gz" else open
+    return unpack(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]  # "rt" opens text
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    with _opened(path) as file:
+        lines = [line for line in file if line.strip()]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise RequestError(f"row {number} of {str(path)!r} is not JSON ({error.msg}): {line[:40]!r}") from None
+    return _objects(rows, path)
+
+
+def _read_json(path: Path) -> list[Row]:
+    with _opened(path) as file:
+        try:
+            rows = json.load(file)
+        except json.JSONDecodeError as error:
+            raise RequestError(f"data is {str(path)!r}: not JSON in line {error.lineno} ({error.msg})") from None
+    if not isinstance(rows, list):
+        raise RequestError(f"data is {str(path)!r}: it must be a list of objects, or JSONL with one on each line")
+    return _objects(rows, path)
+
+
+def _objects(rows: list[Any], path: Path) -> list[Row]:
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise RequestError(
+                f"row {number} of {str(path)!r} is {str(row)[:40]}: must be an object with named columns"
+            )
+    return rows
+
+
+def _read_csv(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    with _opened(path) as file:
+        try:
+            filled = (cells for cells in csv.reader(file) if cells)
+            header = next(filled, [])
+            for cells in filled:
+                if len(cells) != len(header):
+                    got = f"row {len(rows) + 1} of {str(path)!r} has {len(cells)} cells"
+                    raise RequestError(f"{got}, the header {len(header)}: quote cells that hold a comma")
+                rows.append(dict(zip(header, cells, strict=True)))
+        except csv.Error as error:
+            raise RequestError(f"row {len(rows) + 1} of {str(path)!r} is not CSV: {error}") from None
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    parquet = _extra("pyarrow.parquet", f"reading {path.name!r}")
+    try:
+        return parquet.read_table(path).to_pylist()
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise RequestError(f"data is {str(path)!r}: not Parquet ({str(error).splitlines()[0]})") from None
+
+
+def _published(name: str) -> list[Row]:
+    datasets = _extra("datasets", f"data is {name!r}, which is no file here: reading a published set")
+    try:
+        return list(datasets.load_dataset(name, split="train"))
+    except (OSError, ValueError) as error:  # no such set, no network, no split of that name
+        raise RequestError(
+            f"data is {name!r}: no file here, and `datasets` says {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _extra(module: str, purpose: str) -> ModuleType:
+    """A package that the plain installation does without."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise RequestError(f"{purpose} needs the package {package}: pip install {package}") from None
+
+
+def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
+    there = column_names(rows)
+    for ours, theirs in columns.items():
+        if theirs not in there:
+            known = f"the columns are {', '.join(there)}"
+            raise RequestError(f"columns says {ours}={theirs}: {known}{nearest(theirs, there)}")
+    taken = {*columns, *columns.values()}
+    return [
+        {name: cell for name, cell in row.items() if name not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        for row in rows
+    ]
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".csv.gz": _read_csv,
+    ".parquet": _read_parquet,
+}

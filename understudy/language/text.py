@@ -1,0 +1,352 @@
+"""Text as tokens, before step 1: the tokenizer, and rows of data as prompts, examples, pairs and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from understudy.batch import Text
+from understudy.language.data import Row, column_names, each_row, finite
+from understudy.language.data import read as read
+from understudy.run.config import RequestError
+
+Messages = list[dict[str, Any]]
+"""A chat: `[{"role": ..., "content": ...}, ...]`."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer and what the library must know about it."""
+
+    hf: PreTrainedTokenizerBase
+    stops: frozenset[int]
+    """Ids that end a completion; empty where completions have a fixed length."""
+
+    @classmethod
+    def load(
+        cls, source: str | Path, *, stop: tuple[str, ...] = (), fixed_length: bool = False, template: str | None = None
+    ) -> Tokenizer:
+        """The tokenizer of a directory or hub id. No code that comes with it is run.
+
+        Args:
+            stop: in place of the ids in generation_config.json, or else the tokenizer's EOS: each entry one token, as its
+                text (`</s>`, a newline) or its id in digits.
+            fixed_length: completions have no end, whatever the model says.
+            template: a Jinja chat template or the path of one, in place of the tokenizer's own.
+        """
+        try:
+            hf = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except (OSError, ValueError):
+            raise RequestError(f"model is {str(source)!r}: no tokenizer there; name a directory or hub id") from None
+        if template is not None:
+            hf.chat_template = _template(hf, template)
+        if fixed_length:
+            return cls(hf, frozenset())
+        stops = frozenset(_token_id(hf, entry) for entry in stop) or _own_stops(hf, source)
+        if not stops:
+            raise RequestError(
+                f"model is {str(source)!r}: it names no stop id; give one with --stop, or --fixed-length N"
+            )
+        return cls(hf, stops)
+
+    @property
+    def bos(self) -> int | None:
+        return cast("int | None", self.hf.bos_token_id)
+
+    @property
+    def stop(self) -> int | None:
+        """The stop id that is put behind a text that has none: EOS if it is a stop, else the lowest."""
+        return self.hf.eos_token_id if self.hf.eos_token_id in self.stops else min(self.stops, default=None)
+
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Text: one BOS, if the tokenizer has any, and the text's ids; "" is BOS alone.
+
+        Chat: as the template has it, up to where the assistant begins to speak; of several BOS in front one is kept.
+        """
+        ids = self._text(prompt) if isinstance(prompt, str) else self._chat(prompt, answer=True)
+        if not ids:
+            raise RequestError("the prompt is empty and the tokenizer has no BOS to start from: begin with a text")
+        return ids
+
+    def encode_completion(self, completion: str | Messages, prompt: str | Messages = "") -> list[int]:
+        """What follows `encode_prompt(prompt)`, with a stop id at the end if there is any.
+
+        Text is tokenized with its prompt, so that it reads as it was written. Where a token would lie across the seam,
+        which a model that starts from the prompt's ids cannot produce, the completion is tokenized apart.
+        Chat: what the template adds to the prompt, less the white space after the turn's end. A template that writes the
+        prompt otherwise when an answer follows (dropping earlier thoughts, say) is refused.
+        """
+        if isinstance(completion, str):
+            if not isinstance(prompt, str):
+                raise RequestError("the completion is text and its prompt is chat: give both as text or both as chat")
+            before, whole = self._text(prompt), self._text(prompt + completion)
+            ids = whole[len(before) :] if whole[: len(before)] == before else _inside(self.hf, completion)
+        else:
+            if isinstance(prompt, str):
+                raise RequestError("the completion is chat and its prompt is text: give both as text or both as chat")
+            before, whole = self.encode_prompt(prompt), self._chat([*prompt, *completion], answer=False)
+            if whole[: len(before)] != before:
+                raise RequestError(
+                    "the chat template writes the prompt otherwise when an answer follows, so that what is learned from "
+                    "is not what is sampled: give a template that only adds with --template"
+                )
+            ids = self._closed(whole[len(before) :])
+        return ids if self.stop is None or (ids and ids[-1] in self.stops) else [*ids, self.stop]
+
+    def turn_end(self) -> list[int]:
+        """What the chat template writes behind an assistant's words, white space apart; [] where it writes nothing."""
+        said = "Understudy"
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+        after = self._render(turns, answer=False, tokenize=False).rpartition(said)[2].strip()
+        return _inside(self.hf, after) if after else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text, without special tokens and without the stop it ends with."""
+        ids = list(ids)
+        while ids and ids[-1] in self.stops:
+            ids.pop()
+        return self._decode(ids, skip_special_tokens=True)
+
+    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each token's own text, special ones by name, leading blanks kept; for displays."""
+        before = self.hf.encode("a", add_special_tokens=False)
+        seen = self._decode(before)
+        behind = {i: self._decode([*before, i]) for i in set(ids)}
+        texts = {i: t[len(seen) :] if t.startswith(seen) else self._decode([i]) for i, t in behind.items()}
+        return [texts[i] for i in ids]
+
+    def save(self, path: str | Path) -> None:
+        """Everything `load` needs, the template included; stop ids belong in the model's generation_config.json."""
+        self.hf.save_pretrained(path)
+
+    def _decode(self, ids: list[int], **options: Any) -> str:
+        return str(self.hf.decode(ids, clean_up_tokenization_spaces=False, **options))
+
+    def _text(self, text: str) -> list[int]:
+        return self._one_bos(
+            [*([] if self.bos is None else [self.bos]), *self.hf.encode(text, add_special_tokens=False, verbose=False)]
+        )
+
+    def _chat(self, messages: Messages, *, answer: bool) -> list[int]:
+        return self._one_bos(self._render(messages, answer=answer, tokenize=True))
+
+    def _render(self, messages: Messages, *, answer: bool, tokenize: bool) -> Any:
+        if not self.hf.chat_template:
+            raise RequestError(
+                "the data are chat and the tokenizer has no chat template: give one with --template FILE"
+            )
+        try:
+            return self.hf.apply_chat_template(
+                messages, add_generation_prompt=answer, tokenize=tokenize, return_dict=False
+            )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise RequestError(f"the chat template refuses messages of roles {roles}: {error}") from None
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        while self.bos is not None and ids[:2] == [self.bos, self.bos]:
+            ids = ids[1:]
+        return ids
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """Up to the last stop id, where the template writes only white space after it."""
+        end = max((t + 1 for t, token in enumerate(ids) if token in self.stops), default=0)
+        return ids[:end] if end and not self._decode(ids[end:]).strip() else ids
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the policy continues."""
+
+    ids: tuple[int, ...]
+    text: str | Messages
+    """As the data have it; "" where they have no prompts."""
+    columns: dict[str, Any]
+    """Every other column of the row."""
+    row: int
+    """Its number in the data, from 1; the same in the records below."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Something to imitate, from the token at `start` on; those before are only read."""
+
+    ids: tuple[int, ...]
+    start: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two texts, prompt and stop included, of which one was liked better, by `margin` at least (0: not said)."""
+
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+    margin: float
+    row: int
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and how good it is, from 0 to 1. No stop is put behind it: the data do not say that it ends there."""
+
+    ids: tuple[int, ...]
+    label: float
+    row: int
+
+
+def prompts(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Prompt]:
+    """Column `prompt`, text or chat. Without such a column every row starts from BOS."""
+
+    def one(row: Row, number: int) -> Prompt:
+        text, others = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}
+        return Prompt(_fitting("prompt", tokenizer.encode_prompt(text), max_length), text, others, number)
+
+    return each_row(rows, one, texts=("prompt",) if "prompt" in column_names(rows) else ())
+
+
+def examples(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+    """`completion` after `prompt` (or BOS), else the whole of `text`, else the last turn of `messages`.
+
+    Chat in any of them is learned from in the last turn alone. Published transcripts in `text` are plain text.
+    """
+    there = column_names(rows)
+    name = next((name for name in ("completion", "messages", "text") if name in there), "text")
+    prompt = ("prompt",) if name == "completion" and "prompt" in there else ()
+
+    def one(row: Row, number: int) -> Example:
+        ids, start = _whole(tokenizer, row[name], row["prompt"] if prompt else None)
+        return Example(_fitting(name, ids, max_length), start, number)
+
+    return each_row(rows, one, texts=(*prompt, name))
+
+
+def preferences(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Preference]:
+    """`chosen` and `rejected`: completions of `prompt` where there is one, else whole texts; `margin` where given.
+
+    Rows whose two sides are the same say nothing and are left out: `len(rows) - len(result)` of them.
+    """
+    prompt = ("prompt",) if "prompt" in column_names(rows) else ()
+
+    def one(row: Row, number: int) -> Preference:
+        before = row["prompt"] if prompt else None
+        chosen, rejected = (
+            _fitting(side, _whole(tokenizer, row[side], before)[0], max_length) for side in ("chosen", "rejected")
+        )
+        margin = row.get("margin")
+        return Preference(chosen, rejected, 0.0 if margin is None else finite("margin", margin), number)
+
+    pairs = [p for p in each_row(rows, one, texts=(*prompt, "chosen", "rejected")) if p.chosen != p.rejected]
+    if not pairs:
+        raise RequestError(f"chosen equals rejected in each of {len(rows)} rows: give pairs that differ")
+    return pairs
+
+
+def labelled(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Labelled]:
+    """`text` and `label`: a number from 0 to 1, or true or false."""
+
+    def one(row: Row, number: int) -> Labelled:
+        text = row["text"]
+        ids = tokenizer.encode_prompt(text) if isinstance(text, str) else _whole(tokenizer, text, None)[0]
+        label = finite("label", row["label"])
+        if not 0 <= label <= 1:
+            raise RequestError(f"label is {row['label']!r}: must be from 0 (bad) to 1 (good)")
+        return Labelled(_fitting("text", ids, max_length), label, number)
+
+    return each_row(rows, one, texts=("text",), others=("label",))
+
+
+def pad(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, *, fill: int = 0) -> Text:
+    """Rows padded on the right; the mask is True at t where token t+1 is there and not before the row's start."""
+    ids, length = _padded(sequences, fill)
+    first = torch.tensor([0] * len(sequences) if starts is None else list(starts))
+    following = torch.arange(1, ids.shape[1] + 1)[None, :]
+    return Text(ids, (following < length[:, None]) & (following >= first[:, None]))
+
+
+def last_token(sequences: Sequence[Sequence[int]], *, fill: int = 0) -> Text:
+    """Rows padded on the right; the mask is True at each row's last token, where a text is scored."""
+    ids, length = _padded(sequences, fill)
+    return Text(ids, torch.arange(ids.shape[1])[None, :] == length[:, None] - 1)
+
+
+def _padded(sequences: Sequence[Sequence[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+    length = torch.tensor([len(row) for row in sequences])
+    widest = int(length.max())
+    return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in sequences]), length
+
+
+def _whole(tokenizer: Tokenizer, cell: str | Messages, prompt: str | Messages | None) -> tuple[list[int], int]:
+    """The ids of a prompt and what follows it, and where that begins. Without a prompt: BOS, or the turns before."""
+    if prompt is None and not isinstance(cell, str):
+        if len(cell) < 2 or cell[-1]["role"] != "assistant":
+            roles = ", ".join(str(m["role"]) for m in cell)
+            raise RequestError(f"the messages are of roles {roles}: the last of two or more must be the assistant's")
+        prompt, cell = cell[:-1], cell[-1:]
+    if prompt is None:
+        return [*([] if tokenizer.bos is None else [tokenizer.bos]), *tokenizer.encode_completion(cell)], 1
+    before = tokenizer.encode_prompt(prompt)
+    return [*before, *tokenizer.encode_completion(cell, prompt)], len(before)
+
+
+def _fitting(name: str, ids: list[int], max_length: int) -> tuple[int, ...]:
+    if len(ids) > max_length:
+        raise RequestError(f"{name} has {len(ids)} tokens, the context holds {max_length}: shorten it or leave it out")
+    return tuple(ids)
+
+
+def _template(hf: PreTrainedTokenizerBase, template: str) -> str:
+    """The text of a template, from a file where it is no text itself; tried once, for its grammar."""
+    text = template
+    if "{{" not in template and "{%" not in template:
+        if not Path(template).is_file():
+            raise RequestError(
+                f"template is {template!r}: unknown template, neither a file nor Jinja; give one of them"
+            )
+        text = Path(template).read_text(encoding="utf-8")
+    try:
+        hf.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"template is {template[:40]!r}: not Jinja in line {error.lineno} ({error.message})"
+        ) from None
+    except jinja2.TemplateError:
+        pass  # it asks for other messages than this one
+    return text
+
+
+def _own_stops(hf: PreTrainedTokenizerBase, source: str | Path) -> frozenset[int]:
+    own: Any = None
+    with suppress(OSError):  # it has no generation_config.json
+        own = GenerationConfig.from_pretrained(source).eos_token_id
+    own = hf.eos_token_id if own is None else own
+    return frozenset() if own is None else frozenset(own if isinstance(own, list) else [own])
+
+
+def _token_id(hf: PreTrainedTokenizerBase, entry: str) -> int:
+    """The id of one token, named by its digits, its entry in the vocabulary or its text."""
+    vocabulary = hf.get_vocab()
+    if entry.isdecimal():
+        if int(entry) <= (highest := max(vocabulary.values())):
+            return int(entry)
+        raise RequestError(f"stop is {entry}: the vocabulary has ids from 0 to {highest}")
+    if entry in vocabulary:
+        return vocabulary[entry]
+    for ids in (hf.encode(entry, add_special_tokens=False), _inside(hf, entry)):
+        if len(ids) == 1 and ids[0] != hf.unk_token_id:
+            return ids[0]
+    raise RequestError(f"stop is {entry!r}: must be exactly one token; give a token's text or its id")
+
+
+def _inside(hf: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of text that is not the first: without the blank that some tokenizers put in front of a text."""
+    before, whole = (hf.encode(t, add_special_tokens=False, verbose=False) for t in ("\n", "\n" + text))
+    stable = whole[: len(before)] == before
+    return whole[len(before) :] if stable else hf.encode(text, add_special_tokens=False, verbose=False)
