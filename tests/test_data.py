@@ -159,8 +159,8 @@ def test_a_file_that_is_not_there_is_refused():
 
 
 def test_a_damaged_archive_is_refused(tmp_path):
-    whole = gzip.compress(JSONL.encode())
-    for broken in (b"no archive", whole[:-12], whole[:12] + b"\xff" * 20):
+    whole = gzip.compress(JSONL.encode())  # ten bytes of header, then the data
+    for broken in (b"no archive", whole[:-12], whole[:10] + b"\xff" * 20):
         (tmp_path / "a.jsonl.gz").write_bytes(broken)
         with pytest.raises(RequestError, match="it cannot be read"):
             read(str(tmp_path / "a.jsonl.gz"))
