@@ -118,6 +118,12 @@ def test_columns_can_swap_names_or_leave_them(file):
     ]
 
 
+def test_a_row_without_the_files_column_keeps_nothing_under_our_name(file):
+    path = file("a.jsonl", '{"question": "q"}\n{"prompt": "old"}')
+
+    assert read(path, columns={"prompt": "question"}) == [{"prompt": "q"}, {}]
+
+
 def test_a_column_the_file_lacks_is_refused_with_the_nearest_name(file):
     with pytest.raises(
         RequestError, match=r"columns says prompt=qestion: the columns are question, n; did you mean 'question'\?"
