@@ -113,6 +113,9 @@ class Text:
     def __getitem__(self, rows: Tensor | slice) -> Text:
         return map_tensors(lambda x: x[rows], self)
 
+    def to(self, device: str | torch.device) -> Text:
+        return map_tensors(lambda x: x.to(device), self)
+
     @property
     def action(self) -> Tensor:
         """The token after each: int64 [B, T], 0 in the last column."""
@@ -137,6 +140,9 @@ class Pairs:
     def __getitem__(self, rows: Tensor | slice) -> Pairs:
         return map_tensors(lambda x: x[rows], self)
 
+    def to(self, device: str | torch.device) -> Pairs:
+        return map_tensors(lambda x: x.to(device), self)
+
     @property
     def mask(self) -> Tensor:
         """bool [B, 1], all True: what a loss a pair is weighted by."""
@@ -156,6 +162,9 @@ class Labelled:
 
     def __getitem__(self, rows: Tensor | slice) -> Labelled:
         return map_tensors(lambda x: x[rows], self)
+
+    def to(self, device: str | torch.device) -> Labelled:
+        return map_tensors(lambda x: x.to(device), self)
 
     @property
     def mask(self) -> Tensor:

@@ -56,6 +56,13 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - masked_var(target - value, mask) / spread, float("nan"))
 
 
+def mean_interval(x: Tensor) -> tuple[float, float, float]:
+    """Mean of independent numbers and its 95 % interval by the normal approximation; nan without any. x: [N]."""
+    mean, spread = x.double().mean(), x.double().std() if len(x) > 1 else torch.tensor(float("nan"))
+    half = float(1.96 * spread / max(len(x), 1) ** 0.5)
+    return float(mean), float(mean) - half, float(mean) + half
+
+
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population variance over the first dimension, in float64. x: [N, ...]."""
     x = x.double()

@@ -22,6 +22,7 @@ from understudy.run.config import RequestError
 from understudy.run.store import write_json
 
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # a fresh score head is no news
 CriticKind = Literal["none", "shared", "separate"]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float64: 1e-8}
 """In nats: how far log-probs computed in two right ways may lie apart."""
@@ -54,6 +55,7 @@ class Policy(nn.Module):
         version: optimizer updates so far; what was sampled carries the version that sampled it.
         fast: head and trunk give the model's own logits; otherwise the model's forward is used as it is.
         cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples.
+        tokenizer: its `Tokenizer`, where it has one; saved with it.
         remarks: what was found out while loading, to be said once.
     """
 
@@ -67,6 +69,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.version = 0
         self.fast = self.cached = True
+        self.tokenizer: Any = None
         self.remarks: list[str] = []
         silence_dropout(self)
         self.train()
@@ -118,13 +121,15 @@ class Policy(nn.Module):
             policy.critic.head.load_state_dict(load_file(path / "critic" / "head.safetensors"))
         return policy
 
-    def save(self, path: Path, tokenizer: Any = None, stops: Iterable[int] = ()) -> None:
+    def save(self, path: Path) -> None:
         """A directory that `AutoModelForCausalLM.from_pretrained` loads as it is; the critic in a folder of its own."""
         path.mkdir(parents=True, exist_ok=True)
-        self.model.generation_config = generation_config(self.model, self.temperature, stops)
+        self.model.generation_config = generation_config(
+            self.model, self.temperature, () if self.tokenizer is None else self.tokenizer.stops
+        )
         self.model.save_pretrained(path)
-        if tokenizer is not None:
-            tokenizer.save(path)
+        if self.tokenizer is not None:
+            self.tokenizer.save(path)
         shutil.rmtree(path / "critic", ignore_errors=True)
         kind = "none" if self.critic is None else "shared" if self.critic.trunk is None else "separate"
         if self.critic is not None:
@@ -260,6 +265,12 @@ def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: 
             f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
             "id in Hugging Face layout"
         ) from error
+
+
+def home(source: str, folder: str) -> str:
+    """Where a model is: the folder of a run, where `source` is a run; else `source` itself."""
+    inside = Path(source) / folder
+    return str(inside) if (inside / "config.json").is_file() else source
 
 
 def head_of(model: Any, temperature: float) -> Head:

@@ -1,0 +1,212 @@
+"""Who plays in RLHF: policy, critic, reference, judges and prompts; and what is written down of their play."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from understudy.batch import Batch, Text
+from understudy.language import preflight, stage
+from understudy.language.collect import Said, Sampler
+from understudy.language.evaluate import evaluate
+from understudy.language.judge import Judge, Part, Verdict, distinct_n
+from understudy.language.model import Policy, Reference, home
+from understudy.language.scorer import RewardModel, load_reward_model
+from understudy.language.sft import context, load_policy, pad_examples
+from understudy.language.stage import Stage
+from understudy.language.text import Example, Tokenizer, examples, prompts, read
+from understudy.language.tokens import TokenDistribution
+from understudy.reduce import explained_variance
+from understudy.run.config import RequestError
+from understudy.run.store import write_json
+
+PIECE = 64  # rows a pass without gradient reads at a time
+
+
+class Cast:
+    """The models of a run, its data, and its notebook."""
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+        self.models: dict[str, tuple[RewardModel, Part]] = {}
+        self.policy = load_policy(cfg, critic=cfg.critic, critic_init=cfg.critic_init, temperature=cfg.temperature)
+        self.tokenizer = self._tokenizer()
+        self.judge = self._judge(cfg.reward, "reward")
+        self.gold = self._judge(cfg.gold, "gold") if cfg.gold else None
+        self._cast_critic()
+        self.reference = self._reference()
+        room = context(self.policy, cfg.max_length + cfg.limit) - cfg.limit
+        if room < 1:
+            raise RequestError(f"max_new is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
+        found = prompts(read(cfg.data, columns=cfg.renamed), self.tokenizer, max_length=min(room, cfg.max_length))
+        learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
+        self.held_out = bool(kept)
+        self.sampler = self._sampler([found[i] for i in learned])
+        self.examiner = self._sampler([found[i] for i in kept or learned])
+        self.texts = self._texts()
+        self.optimizer = self._optimizer()
+        self.run: Stage
+
+    def pretraining(self, first: int, count: int) -> Text | None:
+        """The next rows of pretraining text, if any is mixed in."""
+        if not self.texts:
+            return None
+        return pad_examples([self.texts[(first + i) % len(self.texts)] for i in range(count)]).to(self.policy.device)
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out prompts and seeds of their own; written to evaluation.json, samples and all."""
+        found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=self.cfg.evaluate_rows)
+        path = self.run.run.path
+        write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": self.run.iteration + 1})
+        write_json(path / "samples" / f"evaluation-{self.run.iteration + 1:06d}.json", found["samples"])
+        return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
+
+    @torch.no_grad()
+    def observe(
+        self, said: Said, verdict: Verdict, batch: Batch, reward: Tensor, referred: TokenDistribution
+    ) -> dict[str, float]:
+        """An iteration in numbers; some of its completions, token by token, go to samples/."""
+        kl = torch.where(batch.mask, batch.logprob - referred.log_prob(batch.action), 0.0)
+        rows = batch.mask.any(dim=1)
+        ids = [completion.ids for completion in said.completions]
+        metrics = {
+            "score_mean": float(verdict.score.nanmean()),
+            "score_missing": float(verdict.score.isnan().float().mean()),
+            "kl_reference": float(kl.sum() / rows.sum().clamp(min=1)),
+            "length_mean": sum(map(len, ids)) / len(ids),
+            "stopped": sum(completion.stopped for completion in said.completions) / len(ids),
+            "distinct_4": distinct_n(ids, 4),
+            "explained_variance": float(explained_variance(batch.value, batch.target, batch.mask)),
+        }
+        if len(verdict.parts) > 1:
+            metrics |= {f"score_{name}": float(part.nanmean()) for name, part in verdict.parts.items()}
+        if self.gold is not None:
+            metrics["gold_mean"] = float(self.gold(said.judged).score.nanmean())
+        self._write_samples(said, verdict, batch, reward, kl)
+        return metrics
+
+    def _write_samples(self, said: Said, verdict: Verdict, batch: Batch, reward: Tensor, kl: Tensor) -> None:
+        count = min(self.cfg.samples, len(batch))
+        if not count:
+            return
+        entropy = self.policy(batch.obs[:count])[0].entropy()
+        columns = {
+            "logprob": batch.logprob,
+            "value": batch.value,
+            "advantage": batch.advantage,
+            "reward": reward,
+            "kl_reference": kl,
+            "entropy": entropy,
+        }
+        lines = []
+        for i in range(count):
+            mask = said.record.mask[i]
+            line = {
+                "row": self.run.rows - len(batch) + i,
+                "version": said.completions[i].version,
+                "prompt": said.prompts[i].text,
+                "completion": said.judged.completions[i],
+                "prompt_ids": list(said.prompts[i].ids),
+                "completion_ids": said.completions[i].ids,
+                "tokens": self.tokenizer.decode_tokens(said.completions[i].ids),
+                "stopped": said.completions[i].stopped,
+                "score": None if verdict.score[i].isnan() else float(verdict.score[i]),
+                **{name: [round(x, 6) for x in column[i][mask].tolist()] for name, column in columns.items()},
+            }
+            lines.append(json.dumps(line, ensure_ascii=False))
+        path = self.run.run.path / "samples" / f"{self.run.iteration + 1:06d}.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def _tokenizer(self) -> Tokenizer:
+        source, cfg = home(self.cfg.model, "policy"), self.cfg
+        made = Tokenizer.load(source, stop=cfg.stop, fixed_length=bool(cfg.fixed_length), template=cfg.template)
+        self.policy.tokenizer = made
+        return made
+
+    def _judge(self, specs: Sequence[str], field: str) -> Judge:
+        def load(source: str) -> Part:
+            model = load_reward_model(home(source, "reward_model")).to(self.cfg.device).requires_grad_(False).eval()
+            part = model.part(self.tokenizer)
+            if field == "reward":
+                self.models[source] = model, part
+            return part
+
+        given: list[Any] = [getattr(spec, "call", spec) for spec in specs]
+        return Judge.of(given, load_model=load, timeout=self.cfg.reward_timeout, field=field)
+
+    def _cast_critic(self) -> None:
+        """A separate critic begins as the reward model, where the reward is one that speaks the policy's tokens."""
+        if self.cfg.critic == "separate" and len(self.models) == 1:
+            [(model, own)] = self.models.values()
+            weight = next(w for w, part in self.judge.parts.values() if part is own)
+            if model.tokenizer.hf.get_vocab().items() >= self.tokenizer.hf.get_vocab().items():
+                self.policy.critic = model.critic(weight=weight)
+
+    def _reference(self) -> Reference:
+        if self.cfg.reference is None:
+            return Reference(self.policy)
+        other = Policy.from_pretrained(home(self.cfg.reference, "policy"), temperature=self.cfg.temperature)
+        return Reference(other.to(self.cfg.device))
+
+    def _sampler(self, found: list[Any]) -> Sampler:
+        cfg = self.cfg
+        endless = bool(cfg.fixed_length)
+        return Sampler(found, self.tokenizer, limit=cfg.limit, endless=endless, seed=cfg.seed, slots=cfg.slots)
+
+    def _texts(self) -> list[Example]:
+        if self.cfg.pretraining is None:
+            return []
+        return examples(
+            read(self.cfg.pretraining), self.tokenizer, max_length=context(self.policy, self.cfg.max_length)
+        )
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        cfg = self.cfg
+        critic: dict[str, Any] = {"params": self.policy.critic_parameters()}
+        if cfg.critic_learning_rate:
+            critic["lr"] = cfg.critic_learning_rate
+        if cfg.critic_max_grad_norm:
+            critic["max_grad_norm"] = cfg.critic_max_grad_norm
+        return stage.adamw(cfg, {"params": self.policy.actor_parameters()}, critic)
+
+
+@contextmanager
+def open_cast(recipe: str, cfg: Any) -> Generator[tuple[Stage, Cast]]:
+    """A run with everybody in place: preflight checked, digests written, judges closed at the end."""
+    torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
+    cast = Cast(cfg)
+    try:
+        if cfg.preflight:
+            preflight.check(cast)
+        with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps) as run:
+            cast.run = run
+            digests = {f"reward {name}": model.digest for name, (model, _) in cast.models.items()}
+            write_json(run.run.path / "lineage.json", {"reference": cast.reference.digest, **digests})
+            yield run, cast
+    finally:
+        for judge in (cast.judge, cast.gold):
+            if judge is not None:
+                judge.close()
+
+
+@torch.no_grad()
+def in_pieces(model: Any, text: Text, micro: int) -> Any:
+    """What a policy or a reference says of many rows, read some at a time."""
+    size = micro or PIECE
+    found = [model(text[at : at + size]) for at in range(0, len(text), size)]
+    if isinstance(found[0], tuple):
+        distributions, values = zip(*found, strict=True)
+        return _joined(distributions), torch.cat(values)
+    return _joined(found)
+
+
+def _joined(pieces: Sequence[TokenDistribution]) -> TokenDistribution:
+    hidden, mask = torch.cat([piece.hidden for piece in pieces]), torch.cat([piece.mask for piece in pieces])
+    return TokenDistribution(hidden, mask, pieces[0].head)

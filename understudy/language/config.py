@@ -1,0 +1,100 @@
+"""What the recipes of the language world have in common: the fields of their configs. Defaults live in configs only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
+
+
+class Function(str):
+    """A Python function where a config has the text of a SPEC; as JSON it is its name."""
+
+    call: Callable[..., Any]
+
+    @classmethod
+    def of(cls, call: Callable[..., Any]) -> Function:
+        made = cls(f"function {getattr(call, '__name__', type(call).__name__)}")
+        made.call = call
+        return made
+
+
+def specs(given: Any) -> tuple[str, ...]:
+    """A spec or a function, or several of them, as a tuple."""
+    several = given if isinstance(given, tuple | list) else (given,)
+    return tuple(Function.of(one) if callable(one) else one for one in several)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Fields of every language recipe."""
+
+    model: str
+    """Directory, run or hub id of a causal LM."""
+    data: str
+    """JSONL, CSV, Parquet or JSON file, directory, or datasets name."""
+    columns: tuple[str, ...] = ()
+    """Names in the data for ours, each ours=theirs: prompt=question."""
+    steps: Whole = 0
+    """Tokens chosen (or learned from) in all; 0 for what `epochs` or the recipe's default come to."""
+    seed: Whole = 0
+    """Seed of everything: weights, samples, order."""
+    out: str | None = None
+    """Directory of the run; runs/NAME-N by default."""
+    held_out: Whole = 64
+    """Rows kept for evaluation, at most a quarter of the data, chosen by their content alone."""
+    stop: tuple[str, ...] = ()
+    """Tokens that end a completion, as text or ids; the model's own by default."""
+    template: str | None = None
+    """Jinja chat template, or its file, instead of the tokenizer's own."""
+    max_length: Count = 512
+    """Tokens a row of data may have; at most the model's context."""
+    device: str = "cpu"
+    """Torch device."""
+    threads: Count = 1
+    """Torch threads; small models are fastest with one or two."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of parameters and activations; logits and losses are float32."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: slower, less memory."""
+    packing: bool = False
+    """Read several rows as one, so that little is spent on padding."""
+
+    learning_rate: Positive = 1e-5
+    """AdamW's step size after the warm-up."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How it goes on: constant, or down to 0 over the run, in a line or half a cosine."""
+    warmup: Unit = 0.0
+    """Share of the run over which the learning rate rises from 0."""
+    adam_eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Bound on the gradient's norm."""
+    micro: Whole = 0
+    """Rows a single forward pass sees; 0 for a whole minibatch."""
+
+    evaluate_every: Whole = 0
+    """Iterations between evaluations on held-out rows; 0 for one at the end."""
+    checkpoint_every: Whole = 0
+    """Iterations between checkpoints; 0 for none but the last."""
+    log_every: Count = 1
+    """Iterations between lines of metrics."""
+    log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where metrics go besides metrics.jsonl."""
+    quiet: bool = False
+    """No progress on the terminal."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for pair in self.columns:
+            if not all(pair.partition("=")):
+                raise RequestError(f"columns is {pair!r}: must be ours=theirs, as in prompt=question")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """`columns` as a mapping from our names to the data's."""
+        return {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in self.columns)}

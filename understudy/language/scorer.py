@@ -1,0 +1,146 @@
+"""Step 2, score: a reward model. A causal trunk and one linear output, read at a row's last token."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from understudy.batch import Text
+from understudy.language.judge import Sampled
+from understudy.language.model import Critic, digest, load_model, read, silence_dropout, width_of
+from understudy.language.text import Tokenizer, last_token
+from understudy.run.config import RequestError
+
+Form = Literal["completion", "text"]
+
+
+class RewardModel(nn.Module):
+    """Scores whole rows: `model(text) -> [B, 1]`, raw; `score` gives (raw - mean) / scale.
+
+    Attributes:
+        mean, scale: of raw scores on the texts it was normalised on; stored in config.json.
+        form: what it was trained on: prompts with their "completion", stop id and all, or plain "text" without one.
+    """
+
+    memory = True  # rows are read whole
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, packing: bool = False) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.packing = model, tokenizer, packing
+        about = getattr(model.config, "understudy", None) or {}
+        self.mean, self.scale = float(about.get("mean", 0.0)), float(about.get("scale", 1.0))
+        self.form: Form = about.get("form", "completion")
+        silence_dropout(self)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, stop: tuple[str, ...] = (), template: str | None = None, packing: bool = False
+    ) -> RewardModel:
+        """A reward model as saved; or one on the trunk of a causal LM, its score head drawn with std 1/sqrt(H + 1).
+
+        Its padding token is one that no text contains: where the tokenizer has none, or pads with a stop id, a token is
+        added. Hugging Face's classes find the last token by it.
+
+        Raises:
+            RequestError: no model there, or one with more than one output.
+        """
+        tokenizer = Tokenizer.load(source, stop=stop, fixed_length=not stop, template=template)
+        eos: Any = tokenizer.hf.eos_token_id
+        if not stop and eos is not None:
+            tokenizer = Tokenizer(tokenizer.hf, frozenset([eos]))
+        model, loading = load_model(
+            AutoModelForSequenceClassification, source, dtype=torch.float32, num_labels=1, output_loading_info=True
+        )
+        if any(name.startswith("score") for name in loading["missing_keys"]):
+            nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
+            _pad_apart(tokenizer, model)
+        return cls(model, tokenizer, packing=packing)
+
+    def save(self, path: Path) -> None:
+        """A directory that `AutoModelForSequenceClassification.from_pretrained` loads; its logits are the raw scores."""
+        path.mkdir(parents=True, exist_ok=True)
+        self.model.config.understudy = {"mean": self.mean, "scale": self.scale, "form": self.form}
+        self.model.save_pretrained(path)
+        self.tokenizer.save(path)
+
+    def forward(self, text: Text) -> Tensor:
+        """Raw scores where `text.mask` is True, one a row: [B, 1]."""
+        hidden = read(self.model.base_model, text, packing=self.packing)[text.mask]
+        return self.model.score(hidden).float()
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Sequence[int]], *, micro: int = 64) -> Tensor:
+        """Normalised scores of token rows, [N]. Rows of like length are read together."""
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        found = torch.zeros(len(rows))
+        device = next(self.parameters()).device
+        for at in range(0, len(rows), micro):
+            some = order[at : at + micro]
+            text = last_token([rows[i] for i in some])
+            found[some] = self(Text(text.ids.to(device), text.mask.to(device)))[:, 0].cpu()
+        return (found - self.mean) / self.scale
+
+    def part(self, tokenizer: Tokenizer) -> Callable[[Sampled], Tensor]:
+        """A judge's part for completions of `tokenizer`: each row is read with the reward model's own."""
+        own, theirs = self.tokenizer.hf.get_vocab(), tokenizer.hf.get_vocab()
+        same = theirs.items() <= own.items()
+
+        def judge(sampled: Sampled) -> Tensor:
+            zipped = zip(sampled.prompts, sampled.completions, sampled.completion_ids, sampled.truncated, strict=True)
+            return self.score([self._row(*given, tokenizer.stops if same else None) for given in zipped])
+
+        return judge
+
+    def critic(self, *, weight: float = 1.0) -> Critic:
+        """A critic that begins by expecting this model's score, times `weight`, at every token."""
+        made = Critic(width_of(self.model), copy.deepcopy(self.model.base_model))
+        with torch.no_grad():
+            made.head.weight.copy_(self.model.score.weight * (weight / self.scale))
+            bias = 0.0 if self.model.score.bias is None else self.model.score.bias
+            made.head.bias.copy_((bias - torch.tensor([self.mean])) * (weight / self.scale))
+        return made.requires_grad_(True)
+
+    @property
+    def digest(self) -> str:
+        return digest(self.model)
+
+    def _row(self, prompt: Any, completion: Any, ids: list[int], truncated: bool, stops: frozenset[int] | None):
+        """What a completion is to this model; `stops` are the policy's where both speak the same tokens."""
+        if stops is not None:
+            said = ids[:-1] if self.form == "text" and not truncated and ids and ids[-1] in stops else ids
+            return [*self.tokenizer.encode_prompt(prompt), *said]
+        if self.form == "text" and isinstance(prompt, str):
+            return self.tokenizer.encode_prompt(prompt + completion)
+        said = self.tokenizer.encode_completion(completion, prompt)
+        if truncated and said and said[-1] in self.tokenizer.stops:
+            said = said[:-1]
+        return [*self.tokenizer.encode_prompt(prompt), *said]
+
+
+def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:
+    hf: Any = tokenizer.hf
+    if hf.pad_token_id is None or hf.pad_token_id in {hf.eos_token_id, hf.bos_token_id, *tokenizer.stops}:
+        hf.add_special_tokens({"pad_token": "<|pad|>"})
+        if hf.pad_token_id >= model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(hf), mean_resizing=False)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = hf.pad_token_id
+
+
+def load_reward_model(source: str) -> RewardModel:
+    """A reward model's directory.
+
+    Raises:
+        RequestError: what is there is not one.
+    """
+    model = RewardModel.from_pretrained(source)
+    if getattr(model.model.config, "architectures", None) and not any(
+        "SequenceClassification" in name for name in model.model.config.architectures
+    ):
+        raise RequestError(f"reward is '{source}', a language model: train a reward model on it first")
+    return model

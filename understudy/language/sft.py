@@ -1,0 +1,102 @@
+"""Supervised fine-tuning: imitate completions. Sampling, scoring and advantages fall away; what is left is the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from understudy.language import config, stage
+from understudy.language.model import Policy, home
+from understudy.language.stage import Iterations
+from understudy.language.text import Example, Tokenizer, examples, pad, read
+from understudy.objective import imitate
+from understudy.run.config import Count, Positive
+from understudy.run.store import Run
+from understudy.update import update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """Rows of prompt and completion, text, or chat."""
+
+    learning_rate: Positive = 1e-4
+    """AdamW's step size after the warm-up."""
+    epochs: Count = 1
+    """Passes over the data."""
+    minibatch_rows: Count = 16
+    """Rows an optimizer step sees."""
+
+
+def iterate(cfg: Config) -> Iterations:
+    """The loop itself, an optimizer step at a time."""
+    torch.set_num_threads(cfg.threads)
+    policy = load_policy(cfg)
+    data = examples(read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length))
+    learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
+    tokens = cfg.epochs * sum(len(data[i].ids) - data[i].start for i in learned)
+    optimizer = stage.adamw(cfg, stage.all_of(policy))
+    with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens) as run:
+        while run.on:
+            rate = run.schedule()
+            some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
+            text = pad_examples([data[learned[i]] for i in some]).to(cfg.device)
+            run.steps += int(text.mask.sum())
+            metrics = update(  # 5 update
+                policy,
+                optimizer,
+                text,
+                imitate,
+                epochs=1,
+                minibatches=1,
+                max_grad_norm=cfg.max_grad_norm,
+                micro=cfg.micro or None,
+                generator=run.shuffle,
+            )
+            if kept and (not run.on or run.due(cfg.evaluate_every)):
+                loss = mean_loss(policy, [data[i] for i in kept])
+                metrics |= {"evaluation_loss": loss, "evaluation_perplexity": math.exp(min(loss, 50.0))}
+            yield from run.report(metrics | {"learning_rate": rate})
+        return run.run
+
+
+def train(cfg: Config) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
+    return stage.drain(iterate(cfg))
+
+
+def load_policy(cfg: config.Config, **options) -> Policy:
+    """The policy a config names, with its tokenizer."""
+    source = home(cfg.model, "policy")
+    policy = Policy.from_pretrained(
+        source,
+        packing=cfg.packing,
+        dtype=getattr(torch, cfg.dtype),
+        checkpointing=cfg.checkpointing,
+        **options,
+    )
+    policy.tokenizer = Tokenizer.load(source, stop=cfg.stop, fixed_length=False, template=cfg.template)
+    return policy.to(cfg.device)
+
+
+def context(policy: Policy, wanted: int) -> int:
+    """Tokens a row may have: what is wanted, within the model's context."""
+    return min(wanted, getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or wanted)
+
+
+def pad_examples(some: Sequence[Example]):
+    return pad([example.ids for example in some], [example.start for example in some])
+
+
+@torch.no_grad()
+def mean_loss(policy: Policy, data: Sequence[Example], *, micro: int = 32) -> float:
+    """Mean -log pi in nats over the tokens that examples teach."""
+    total = count = 0.0
+    for at in range(0, len(data), micro):
+        text = pad_examples(data[at : at + micro]).to(policy.device)
+        loss, _ = imitate(policy, text)
+        total += float((loss * text.mask).sum())
+        count += float(text.mask.sum())
+    return total / max(count, 1.0)
