@@ -286,6 +286,32 @@ def test_evaluating_twice_gives_the_same_returns(learned, sample):
     assert evaluate(policy, cfg, episodes=3, sample=sample) == evaluate(policy, cfg, episodes=3, sample=sample)
 
 
+class Steady(gymnasium.Env):
+    """Eight steps that look alike; pays 1 for the action of the step before."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-10, 10, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.chosen: list[float] = []
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.chosen.append(float(action[0]))
+        again = self.chosen[-2:-1] == self.chosen[-1:]
+        return np.zeros(2, np.float32), float(again), False, len(self.chosen) == 8, {}
+
+
+@pytest.mark.parametrize(("exploration", "repeated"), [("held", 6.0), ("independent", 0.0)])
+def test_sampling_in_evaluation_holds_noise_as_training_does(exploration, repeated):
+    cfg = ppo.Config(env="tests.test_normalize:Steady", hidden=(8,), exploration=exploration, noise_hold=4)
+    policy = Policy.build(Steady.observation_space, Steady.action_space, cfg, seed=1)
+
+    # held for four steps of eight: all but the first and the fifth choose as before
+    assert evaluate(policy, cfg, episodes=3, sample=True) == [repeated] * 3
+
+
 def test_another_seed_of_evaluation_gives_other_returns(learned):
     cfg, policy = learned
     assert evaluate(policy, cfg, episodes=3) != evaluate(policy, cfg, episodes=3, seed=SEED + 1)

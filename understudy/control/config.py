@@ -101,6 +101,11 @@ class Config(Network):
     quiet: bool = False
     """Show no progress."""
 
+    @property
+    def hold(self) -> int:
+        """Steps that a draw of noise lasts."""
+        return 1 if self.exploration == "independent" else self.noise_hold
+
     def __post_init__(self) -> None:
         check(self)
         if self.squash == "tanh" and self.exploration == "gsde":

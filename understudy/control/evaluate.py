@@ -23,7 +23,7 @@ def evaluate(
     """The undiscounted, unnormalised returns of whole episodes; the same seeds at every call.
 
     Args:
-        sample: choose as in training; otherwise the distribution's mode.
+        sample: choose as in training, noise held as there; otherwise the distribution's mode.
         video: record the episodes there (needs the extra "video").
     """
     rows = 1 if video else min(episodes, 50)
@@ -49,6 +49,7 @@ def evaluate(
                 envs,
                 seed_of=lambda row, episode: derive(seed, "evaluate", row, episode),
                 generator=generator(seed, "evaluate", cfg.device),
+                hold=cfg.hold,
                 device=cfg.device,
                 sample=sample,
             )
