@@ -197,13 +197,64 @@ def test_a_network_of_ones_own_is_trained_saved_and_loaded(tmp_path):
     network = Plain()
     before = network.first.weight.detach().clone()
 
-    run = ppo.train(short(tmp_path, learning_rate=0.1), env=anything("vector", "Discrete"), policy=network)
+    run = ppo.train(plain(tmp_path, learning_rate=0.1), env=anything("vector", "Discrete"), policy=network)
 
     assert not torch.equal(before, network.first.weight)
     loaded = load(run.path, network=Plain())
     np.testing.assert_array_equal(
         loaded.act(observations(9)), Policy(network, OBSERVATIONS["vector"], ACTIONS["Discrete"]).act(observations(9))
     )
+
+
+def plain(path, **fields) -> ppo.Config:
+    """As `short`, saying nothing of a network."""
+    return dataclasses.replace(short(path, **fields), **{name: getattr(Network(), name) for name in SMALL})
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden", (32,)), ("memory", "gru"), ("log_std", -0.5), ("exploration", "gsde"), ("shared", True)],
+)
+def test_what_a_config_asks_of_a_network_of_ones_own_is_refused(tmp_path, field, value):
+    cfg = dataclasses.replace(plain(tmp_path), **{field: value})
+    action = "Box" if field == "exploration" else "Discrete"
+
+    with pytest.raises(
+        RequestError, match=rf"^{field} is .*, but policy is your own, which takes none from the config: "
+    ):
+        ppo.train(cfg, env=anything("vector", action), policy=Plain())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("hidden", (32,)), ("squash", "tanh"), ("scalar_std", True), ("exploration", "gsde"), ("normalize_obs", True)],
+)
+def test_what_a_config_asks_of_a_policy_that_is_otherwise_is_refused(tmp_path, field, value):
+    made = policy(action="Box")
+    made.save(tmp_path / "made")
+    cfg = dataclasses.replace(plain(tmp_path / "run"), **{field: value})
+
+    with pytest.raises(RequestError, match=rf"^{field} is .*, but policy is your own, which has "):
+        ppo.train(cfg, env=anything("vector", "Box"), policy=made)
+    with pytest.raises(RequestError, match=rf"^{field} is .*, but init is '.*', which has .*: leave it at "):
+        ppo.train(dataclasses.replace(cfg, init=str(tmp_path / "made")), env=anything("vector", "Box"))
+
+
+def test_held_noise_is_refused_for_a_policy_that_explores_with_gsde(tmp_path):
+    cfg = dataclasses.replace(plain(tmp_path), exploration="held")
+
+    with pytest.raises(RequestError, match=r"^exploration is 'held', but policy is your own, which has 'gsde'"):
+        ppo.train(cfg, env=anything("vector", "Box"), policy=policy(action="Box", exploration="gsde"))
+
+
+def test_a_policy_to_start_from_goes_with_fields_that_say_what_it_is_or_nothing(tmp_path):
+    fields = {"squash": "tanh", "exploration": "held", "hidden": (8,), "log_std": -1.0}
+    policy(action="Box", **fields).save(tmp_path / "made")
+
+    for said in (fields, {"exploration": "held", "noise_hold": 3}, {}):
+        cfg = dataclasses.replace(plain(tmp_path / f"run-{len(said)}"), init=str(tmp_path / "made"), **said)
+        run = ppo.train(cfg, env=anything("vector", "Box"))
+        assert load(run.path).squash == "tanh"
 
 
 def test_a_network_of_ones_own_is_asked_for_when_loading(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 import time
@@ -19,7 +20,7 @@ from torch import nn
 
 from understudy.control import environment
 from understudy.control.collect import Episode, Walker
-from understudy.control.config import Config
+from understudy.control.config import Config, Network
 from understudy.control.evaluate import evaluate
 from understudy.control.policy import Policy, policy_path
 from understudy.control.preflight import check_env
@@ -198,7 +199,7 @@ def open_stage(
             envs,
             seed_of=seed_of,
             generator=generator(cfg.seed, "sample", cfg.device),
-            hold=1 if cfg.exploration == "independent" else cfg.noise_hold,
+            hold=cfg.hold,
             device=cfg.device,
         )
         shuffle = generator(cfg.seed, "shuffle")
@@ -233,10 +234,9 @@ def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
             "choose exploration 'independent'"
         )
     scales = {"scale_obs": cfg.normalize_obs, "scale_reward": cfg.gamma if cfg.normalize_reward else None}
-    if isinstance(policy, Policy):
-        return policy
     if policy is not None:
-        return Policy(policy, *spaces, squash=cfg.squash, **scales)
+        own = policy if isinstance(policy, Policy) else Policy(policy, *spaces, squash=cfg.squash, **scales)
+        return _as_asked(own, cfg, "policy is your own")
     if cfg.init is None:
         return Policy.build(*spaces, cfg, seed=derive(cfg.seed, "weights"), **scales)
     loaded = Policy.load(policy_path(Path(cfg.init), "init"))
@@ -245,7 +245,25 @@ def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
             f"init is {cfg.init!r}, a policy for {loaded.observation_space} and {loaded.action_space}, but env has "
             f"{spaces[0]} and {spaces[1]}: choose a policy of the same spaces"
         )
-    return loaded
+    return _as_asked(loaded, cfg, f"init is {cfg.init!r}")
+
+
+def _as_asked(policy: Policy, cfg: Config, whose: str) -> Policy:
+    """The policy, unless the config asks for another one: a field that is not at its default must say what is there.
+
+    How long noise is held is the walker's, for any policy; only gSDE is part of the network.
+    """
+    has = (policy.made_of or {}) | {"squash": policy.squash}
+    has |= {"normalize_obs": policy.obs_scale is not None, "normalize_reward": policy.reward_scale is not None}
+    theirs = {*Network.__dataclass_fields__, *has} - {"noise_hold"}
+    if "gsde" not in (cfg.exploration, has.get("exploration")):
+        theirs.remove("exploration")
+    for field in dataclasses.fields(cfg):
+        asked = getattr(cfg, field.name)
+        if field.name in theirs and asked not in (field.default, has.get(field.name)):
+            there = f"which has {has[field.name]!r}" if field.name in has else "which takes none from the config"
+            raise RequestError(f"{field.name} is {asked!r}, but {whose}, {there}: leave it at {field.default!r}")
+    return policy
 
 
 def adam(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
