@@ -37,7 +37,7 @@ def evaluate(
     )
     if video is not None:
         try:
-            envs.envs = [RecordVideo(envs.envs[0], str(video), episode_trigger=lambda _: True)]  # pyright: ignore
+            envs.envs = [RecordVideo(envs.envs[0], str(video), episode_trigger=lambda n: n < episodes)]  # pyright: ignore
         except Exception as error:
             envs.close()
             raise RequestError(f"video cannot be recorded ({error}): pip install 'understudy[video]'") from error
