@@ -46,7 +46,7 @@ ONLY_IN = {  # a package of others -> where alone it may be imported
     "peft": "language/",
     "tyro": "cli",
 }
-LAZY = ("cli", "__init__")
+LAZY = ("cli/__init__", "__init__")
 EXTRAS = {"envpool", "matplotlib", "moviepy", "tensorboard", "trackio", "wandb"}  # may be absent, or slow to load
 NOT_NAMES = {"utils", "common", "base", "core", "misc"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load"}

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from understudy import control as control
+    from understudy import language as language
 
-__all__ = ["control", "load"]
+__all__ = ["control", "language", "load"]
 
 
 def load(path: Any, network: Any = None) -> Any:
-    """The policy of a run, or of a policy directory, ready to `act`. Imports nothing that the run names.
+    """The policy of a run, or of a policy directory: an agent ready to `act`, or a `language.Policy`.
+
+    Imports nothing that the run names.
 
     Args:
         path: RUN or RUN/policy.
@@ -20,12 +23,17 @@ def load(path: Any, network: Any = None) -> Any:
     """
     from pathlib import Path
 
+    for folder in (Path(path), Path(path) / "policy"):
+        if (folder / "understudy.json").is_file():
+            from understudy.language.model import Policy as LanguagePolicy
+
+            return LanguagePolicy.load(folder)
     from understudy.control.policy import Policy, policy_path
 
     return Policy.load(policy_path(Path(path), "path"), network)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "control":  # lazily: `understudy --help` must not wait for torch
-        return importlib.import_module("understudy.control")
+    if name in ("control", "language"):  # lazily: `understudy --help` must not wait for torch
+        return importlib.import_module(f"understudy.{name}")
     raise AttributeError(f"module 'understudy' has no attribute {name!r}")

@@ -1,3 +1,7 @@
-"""The token world: a generated token is one choice of the policy."""
+"""The token world: language models under a reward. One recipe a file, each a config and its steps in one loop."""
 
-from __future__ import annotations
+from understudy.language import ppo, reward_model, sft
+from understudy.language.model import Policy
+from understudy.language.scorer import RewardModel
+
+__all__ = ["Policy", "RewardModel", "ppo", "reward_model", "sft"]

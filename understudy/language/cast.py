@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,15 +35,18 @@ class Cast:
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.models: dict[str, tuple[RewardModel, Part]] = {}
-        self.policy = load_policy(cfg, critic=cfg.critic, critic_init=cfg.critic_init, temperature=cfg.temperature)
-        self.tokenizer = self._tokenizer()
+        self.endless = bool(cfg.fixed_length)
+        critic = {"critic": cfg.critic, "critic_init": cfg.critic_init}
+        self.policy = load_policy(cfg, endless=self.endless, temperature=cfg.temperature, **critic)
+        self.tokenizer: Tokenizer = self.policy.tokenizer
         self.judge = self._judge(cfg.reward, "reward")
         self.gold = self._judge(cfg.gold, "gold") if cfg.gold else None
         self._cast_critic()
         self.reference = self._reference()
         room = context(self.policy, cfg.max_length + cfg.limit) - cfg.limit
         if room < 1:
-            raise RequestError(f"max_new is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
+            name = "fixed_length" if self.endless else "max_new"
+            raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
         found = prompts(read(cfg.data, columns=cfg.renamed), self.tokenizer, max_length=min(room, cfg.max_length))
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)
@@ -63,6 +67,7 @@ class Cast:
         found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=self.cfg.evaluate_rows)
         path = self.run.run.path
         write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": self.run.iteration + 1})
+        (path / "samples").mkdir(exist_ok=True)
         write_json(path / "samples" / f"evaluation-{self.run.iteration + 1:06d}.json", found["samples"])
         return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
 
@@ -123,12 +128,6 @@ class Cast:
         path.parent.mkdir(exist_ok=True)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-    def _tokenizer(self) -> Tokenizer:
-        source, cfg = home(self.cfg.model, "policy"), self.cfg
-        made = Tokenizer.load(source, stop=cfg.stop, fixed_length=bool(cfg.fixed_length), template=cfg.template)
-        self.policy.tokenizer = made
-        return made
-
     def _judge(self, specs: Sequence[str], field: str) -> Judge:
         def load(source: str) -> Part:
             model = load_reward_model(home(source, "reward_model")).to(self.cfg.device).requires_grad_(False).eval()
@@ -146,25 +145,26 @@ class Cast:
             [(model, own)] = self.models.values()
             weight = next(w for w, part in self.judge.parts.values() if part is own)
             if model.tokenizer.hf.get_vocab().items() >= self.tokenizer.hf.get_vocab().items():
-                self.policy.critic = model.critic(weight=weight)
+                self.policy.critic = model.critic(weight=weight).to(self.cfg.device)
 
     def _reference(self) -> Reference:
         if self.cfg.reference is None:
             return Reference(self.policy)
-        other = Policy.from_pretrained(home(self.cfg.reference, "policy"), temperature=self.cfg.temperature)
-        return Reference(other.to(self.cfg.device))
+        alike = {"dtype": self.policy.model.dtype, "packing": self.cfg.packing, "temperature": self.cfg.temperature}
+        return Reference(Policy.from_pretrained(home(self.cfg.reference, "policy"), **alike).to(self.cfg.device))
 
     def _sampler(self, found: list[Any]) -> Sampler:
         cfg = self.cfg
-        endless = bool(cfg.fixed_length)
-        return Sampler(found, self.tokenizer, limit=cfg.limit, endless=endless, seed=cfg.seed, slots=cfg.slots)
+        return Sampler(found, self.tokenizer, limit=cfg.limit, endless=self.endless, seed=cfg.seed, slots=cfg.slots)
 
     def _texts(self) -> list[Example]:
         if self.cfg.pretraining is None:
             return []
-        return examples(
-            read(self.cfg.pretraining), self.tokenizer, max_length=context(self.policy, self.cfg.max_length)
-        )
+        room = context(self.policy, self.cfg.max_length)
+        try:
+            return examples(read(self.cfg.pretraining), self.tokenizer, max_length=room)
+        except RequestError as error:
+            raise RequestError(f"pretraining is {self.cfg.pretraining!r}: {error}") from None
 
     def _optimizer(self) -> torch.optim.Optimizer:
         cfg = self.cfg
@@ -183,17 +183,25 @@ def open_cast(recipe: str, cfg: Any) -> Generator[tuple[Stage, Cast]]:
     torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
     cast = Cast(cfg)
     try:
-        if cfg.preflight:
-            preflight.check(cast)
+        findings = preflight.check(cast) if cfg.preflight else []
+        for text in () if cfg.quiet else (*cast.policy.remarks, *map(str, findings)):
+            print(text, file=sys.stderr)
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps) as run:
             cast.run = run
+            for finding in findings:
+                run.run.event("preflight", check=finding.check, text=str(finding))
             digests = {f"reward {name}": model.digest for name, (model, _) in cast.models.items()}
             write_json(run.run.path / "lineage.json", {"reference": cast.reference.digest, **digests})
             yield run, cast
     finally:
-        for judge in (cast.judge, cast.gold):
-            if judge is not None:
-                judge.close()
+        close(cast)
+
+
+def close(cast: Cast) -> None:
+    """End the judges' workers."""
+    for judge in (cast.judge, cast.gold):
+        if judge is not None:
+            judge.close()
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
 
 
@@ -13,6 +15,9 @@ class Function(str):
     """A Python function where a config has the text of a SPEC; as JSON it is its name."""
 
     call: Callable[..., Any]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Function:
+        return self  # a function of the user's may hold what cannot be copied
 
     @classmethod
     def of(cls, call: Callable[..., Any]) -> Function:
@@ -25,6 +30,14 @@ def specs(given: Any) -> tuple[str, ...]:
     """A spec or a function, or several of them, as a tuple."""
     several = given if isinstance(given, tuple | list) else (given,)
     return tuple(Function.of(one) if callable(one) else one for one in several)
+
+
+def check_device(name: str) -> None:
+    """Raise `RequestError` for a device that torch does not know or this machine lacks."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise RequestError(f"device is {name!r}, which is not here ({str(error).splitlines()[0][:80]}): try cpu") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +103,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check(self)
+        check_device(self.device)
         for pair in self.columns:
             if not all(pair.partition("=")):
                 raise RequestError(f"columns is {pair!r}: must be ours=theirs, as in prompt=question")

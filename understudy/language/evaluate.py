@@ -23,8 +23,7 @@ def evaluate(
     `score`, `gold`, `kl` (nats a completion, the exact KL summed over its tokens), `length`: means with `_low` and `_high`,
     95 %; `stopped`, `distinct_4`; `win_rate` against the reference's own answers, same prompts and seeds, ties by half.
     """
-    which = list(range(min(rows, max(len(sampler), rows))))
-    which = [i % len(sampler) for i in which]
+    which = [i % len(sampler) for i in range(rows)]
     said = answers(policy, sampler, which)
     theirs = answers(reference.policy, sampler, which)
     text = said.record.obs

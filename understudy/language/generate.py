@@ -163,8 +163,25 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: one each, and no prompt may be empty")
     if not prompts:
         return []
-    if not policy.cached:
+    training = policy.training
+    policy.eval()  # in training mode, a model that recomputes activations keeps no cache
+    try:
+        if policy.cached:
+            return _generate_in_slots(policy, prompts, limit, stops, seeds, sample, slots)
         return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, sample))
+    finally:
+        policy.train(training)
+
+
+def _generate_in_slots(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    limit: int,
+    stops: frozenset[int],
+    seeds: Sequence[int],
+    sample: bool,
+    slots: int,
+) -> list[Completion]:
     noise = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     desk = _Desk(policy, noise.to(policy.device), stops, limit, sample)
     slots = min(slots, len(prompts))

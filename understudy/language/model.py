@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
+from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
 from understudy.run.config import RequestError
 from understudy.run.store import write_json
@@ -99,8 +101,7 @@ class Policy(nn.Module):
         """
         model = load_model(AutoModelForCausalLM, source, dtype=dtype)
         if checkpointing:
-            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute_activations(model)
         trunk = copy.deepcopy(model.base_model) if critic == "separate" else None
         made = None if critic == "none" else Critic(width_of(model), trunk, init=critic_init)
         policy = cls(model, made, temperature=temperature, packing=packing)
@@ -119,6 +120,8 @@ class Policy(nn.Module):
             )
             policy.critic = Critic(width_of(policy.model), trunk)
             policy.critic.head.load_state_dict(load_file(path / "critic" / "head.safetensors"))
+        if (path / "tokenizer_config.json").is_file():
+            policy.tokenizer = Tokenizer.load(path, fixed_length=policy.model.generation_config.eos_token_id is None)
         return policy
 
     def save(self, path: Path) -> None:
@@ -260,11 +263,17 @@ def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: 
         fused = getattr(config.get_text_config(), "attn_logit_softcapping", None) is None
         options["attn_implementation"] = "sdpa" if fused else "eager"
         return kind.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise RequestError(
             f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
             "id in Hugging Face layout"
         ) from error
+
+
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing: in training mode, activations are made again in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def home(source: str, folder: str) -> str:

@@ -124,7 +124,7 @@ class Config(config.Config):
     """Its coefficient."""
 
     evaluate_rows: Count = 64
-    """Completions an evaluation samples, at most."""
+    """Completions an evaluation samples; prompts come again where there are fewer."""
     samples: Whole = 4
     """Completions an iteration keeps under samples/, token by token."""
     preflight: bool = True
@@ -174,13 +174,15 @@ def iterate(cfg: Config) -> Iterations:
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])
+            moved = metrics["optimizer_steps"] > 0 and not warming  # else a KL says nothing about its coefficient
             run.steps += int(said.record.mask.sum())
             metrics |= cast.observe(said, verdict, batch, reward, referred)
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate}
             if cfg.objective == "penalty":
                 metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(policy, batch)}
-                kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target) if cfg.kl_target else kl_coef
-            if cfg.kl_reference_target:
+                if cfg.kl_target and moved:
+                    kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target)
+            if cfg.kl_reference_target and moved:
                 kl, horizon = metrics["kl_reference"], cfg.kl_reference_horizon
                 reference_coef = adapt_kl_reference(
                     reference_coef, kl, target=cfg.kl_reference_target, rows=cfg.rows, horizon=horizon

@@ -44,21 +44,21 @@ def iterate(cfg: Config) -> Iterations:
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh score head is drawn by torch's own generator
     source = home(cfg.model, "reward_model") if home(cfg.model, "policy") == cfg.model else home(cfg.model, "policy")
-    model = RewardModel.from_pretrained(source, stop=cfg.stop, template=cfg.template, packing=cfg.packing)
+    model = RewardModel.from_pretrained(
+        source, stop=cfg.stop, template=cfg.template, packing=cfg.packing, checkpointing=cfg.checkpointing
+    )
     model.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    rows = read(cfg.data, columns=cfg.renamed)
-    data = load(rows, model, cfg.max_length)
-    learned, kept = stage.hold_out([list(vars(row).values())[:-1] for row in data], cfg.held_out)
+    learned, kept = split(model, cfg)
     objective: Any = classify if model.form == "text" else partial(prefer, center=cfg.center)
-    total = cfg.epochs * sum(size(data[i]) for i in learned)
+    total = cfg.epochs * sum(map(size, learned))
     optimizer = stage.adamw(cfg, stage.all_of(model))
     opened = stage.open_stage("reward-model", cfg, model, optimizer, total=cfg.steps or total, folder="reward_model")
     with opened as run:
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
-            batch = gather([data[learned[i]] for i in some]).to(cfg.device)
-            run.steps += sum(size(data[learned[i]]) for i in some)
+            batch = gather([learned[i] for i in some]).to(cfg.device)
+            run.steps += sum(size(learned[i]) for i in some)
             metrics = update(  # 5 update
                 model,
                 optimizer,
@@ -71,9 +71,9 @@ def iterate(cfg: Config) -> Iterations:
                 generator=run.shuffle,
             )
             if not run.on:
-                normalize(model, [data[i] for i in learned], cfg.normalize)
+                normalize(model, learned, cfg.normalize)
             if kept and (not run.on or run.due(cfg.evaluate_every)):
-                found = examine(model, [data[i] for i in kept])
+                found = examine(model, kept)
                 write_json(run.run.path / "evaluation.json", found)
                 metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
             yield from run.report(metrics | {"learning_rate": rate})
@@ -85,12 +85,18 @@ def train(cfg: Config) -> Run:
     return stage.drain(iterate(cfg))
 
 
-def load(rows: Sequence[dict[str, Any]], model: RewardModel, max_length: int) -> list[Any]:
-    """Labelled texts where there is a label, else pairs; the model remembers which form it reads."""
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    model.form = "text" if rows and "label" in rows[0] else "completion"
+def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
+    """Rows to learn from and rows kept for evaluation: labelled texts where there is a label, else pairs.
+
+    The model remembers which of the two it reads.
+    """
+    rows = read(cfg.data, columns=cfg.renamed)
+    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
+    model.form = "text" if "label" in rows[0] else "completion"
     kind = text.labelled if model.form == "text" else text.preferences
-    return kind(rows, model.tokenizer, max_length=min(limit, max_length))
+    data = kind(rows, model.tokenizer, max_length=min(limit, cfg.max_length))
+    learned, kept = stage.hold_out([list(vars(row).values())[:-1] for row in data], cfg.held_out)
+    return [data[i] for i in learned], [data[i] for i in kept]
 
 
 def gather(data: Sequence[Any]) -> Pairs | Labelled:

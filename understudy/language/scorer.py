@@ -13,7 +13,15 @@ from transformers import AutoModelForSequenceClassification
 
 from understudy.batch import Text
 from understudy.language.judge import Sampled
-from understudy.language.model import Critic, digest, load_model, read, silence_dropout, width_of
+from understudy.language.model import (
+    Critic,
+    digest,
+    load_model,
+    read,
+    recompute_activations,
+    silence_dropout,
+    width_of,
+)
 from understudy.language.text import Tokenizer, last_token
 from understudy.run.config import RequestError
 
@@ -33,14 +41,20 @@ class RewardModel(nn.Module):
     def __init__(self, model: Any, tokenizer: Tokenizer, *, packing: bool = False) -> None:
         super().__init__()
         self.model, self.tokenizer, self.packing = model, tokenizer, packing
-        about = getattr(model.config, "understudy", None) or {}
+        about = _about(model)
         self.mean, self.scale = float(about.get("mean", 0.0)), float(about.get("scale", 1.0))
         self.form: Form = about.get("form", "completion")
         silence_dropout(self)
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, stop: tuple[str, ...] = (), template: str | None = None, packing: bool = False
+        cls,
+        source: str | Path,
+        *,
+        stop: tuple[str, ...] = (),
+        template: str | None = None,
+        packing: bool = False,
+        checkpointing: bool = False,
     ) -> RewardModel:
         """A reward model as saved; or one on the trunk of a causal LM, its score head drawn with std 1/sqrt(H + 1).
 
@@ -50,22 +64,23 @@ class RewardModel(nn.Module):
         Raises:
             RequestError: no model there, or one with more than one output.
         """
-        tokenizer = Tokenizer.load(source, stop=stop, fixed_length=not stop, template=template)
-        eos: Any = tokenizer.hf.eos_token_id
-        if not stop and eos is not None:
-            tokenizer = Tokenizer(tokenizer.hf, frozenset([eos]))
-        model, loading = load_model(
-            AutoModelForSequenceClassification, source, dtype=torch.float32, num_labels=1, output_loading_info=True
-        )
+        options = {"num_labels": 1, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, loading = load_model(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
+        if loading["mismatched_keys"]:
+            raise RequestError(f"model is '{source}', which gives a text several scores: name one that gives one")
+        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template)
         if any(name.startswith("score") for name in loading["missing_keys"]):
             nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
             _pad_apart(tokenizer, model)
+        if checkpointing:
+            recompute_activations(model)
         return cls(model, tokenizer, packing=packing)
 
     def save(self, path: Path) -> None:
         """A directory that `AutoModelForSequenceClassification.from_pretrained` loads; its logits are the raw scores."""
         path.mkdir(parents=True, exist_ok=True)
-        self.model.config.understudy = {"mean": self.mean, "scale": self.scale, "form": self.form}
+        stops = sorted(map(str, self.tokenizer.stops))
+        self.model.config.understudy = {"mean": self.mean, "scale": self.scale, "form": self.form, "stops": stops}
         self.model.save_pretrained(path)
         self.tokenizer.save(path)
 
@@ -123,12 +138,27 @@ class RewardModel(nn.Module):
         return [*self.tokenizer.encode_prompt(prompt), *said]
 
 
+def _about(model: Any) -> dict[str, Any]:
+    """What `save` wrote beside the weights."""
+    return getattr(model.config, "understudy", None) or {}
+
+
+def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None) -> Tokenizer:
+    """The tokenizer with these stop ids, or the model's own; with none where it names none, for plain text needs none."""
+    try:
+        return Tokenizer.load(source, stop=tuple(stop), template=template)
+    except RequestError:
+        if stop:
+            raise
+        return Tokenizer.load(source, fixed_length=True, template=template)
+
+
 def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:
     hf: Any = tokenizer.hf
     if hf.pad_token_id is None or hf.pad_token_id in {hf.eos_token_id, hf.bos_token_id, *tokenizer.stops}:
         hf.add_special_tokens({"pad_token": "<|pad|>"})
-        if hf.pad_token_id >= model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(hf), mean_resizing=False)
+    if hf.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(hf), mean_resizing=False)
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = hf.pad_token_id
 
 
@@ -142,5 +172,5 @@ def load_reward_model(source: str) -> RewardModel:
     if getattr(model.model.config, "architectures", None) and not any(
         "SequenceClassification" in name for name in model.model.config.architectures
     ):
-        raise RequestError(f"reward is '{source}', a language model: train a reward model on it first")
+        raise RequestError("it is a language model: train a reward model on it first")
     return model

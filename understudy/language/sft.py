@@ -34,15 +34,14 @@ def iterate(cfg: Config) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
-    data = examples(read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length))
-    learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
-    tokens = cfg.epochs * sum(len(data[i].ids) - data[i].start for i in learned)
+    learned, kept = split(policy, cfg)
+    tokens = cfg.epochs * sum(len(example.ids) - example.start for example in learned)
     optimizer = stage.adamw(cfg, stage.all_of(policy))
     with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens) as run:
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
-            text = pad_examples([data[learned[i]] for i in some]).to(cfg.device)
+            text = pad_examples([learned[i] for i in some]).to(cfg.device)
             run.steps += int(text.mask.sum())
             metrics = update(  # 5 update
                 policy,
@@ -56,7 +55,7 @@ def iterate(cfg: Config) -> Iterations:
                 generator=run.shuffle,
             )
             if kept and (not run.on or run.due(cfg.evaluate_every)):
-                loss = mean_loss(policy, [data[i] for i in kept])
+                loss = mean_loss(policy, kept)
                 metrics |= {"evaluation_loss": loss, "evaluation_perplexity": math.exp(min(loss, 50.0))}
             yield from run.report(metrics | {"learning_rate": rate})
         return run.run
@@ -67,8 +66,15 @@ def train(cfg: Config) -> Run:
     return stage.drain(iterate(cfg))
 
 
-def load_policy(cfg: config.Config, **options) -> Policy:
-    """The policy a config names, with its tokenizer."""
+def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
+    """The data to learn from, and that kept for evaluation."""
+    data = examples(read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length))
+    learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
+    return [data[i] for i in learned], [data[i] for i in kept]
+
+
+def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Policy:
+    """The policy a config names, with its tokenizer; `endless` where its completions have no stop."""
     source = home(cfg.model, "policy")
     policy = Policy.from_pretrained(
         source,
@@ -77,7 +83,7 @@ def load_policy(cfg: config.Config, **options) -> Policy:
         checkpointing=cfg.checkpointing,
         **options,
     )
-    policy.tokenizer = Tokenizer.load(source, stop=cfg.stop, fixed_length=False, template=cfg.template)
+    policy.tokenizer = Tokenizer.load(source, stop=cfg.stop, fixed_length=endless, template=cfg.template)
     return policy.to(cfg.device)
 
 

@@ -1,0 +1,107 @@
+"""The command line. Imports are lazy: help and refusals must not wait for torch."""
+
+from __future__ import annotations
+
+import sys
+
+HELP = """\
+usage: understudy VERB ...
+
+One policy-gradient library for agents in environments and language models under a reward.
+
+  understudy control ppo           --env ID    proximal policy optimisation: clip or KL penalty
+  understudy control actor-critic  --env ID    online one-step, or n steps of many copies (A2C)
+  understudy control reinforce     --env ID    whole episodes, with or without a baseline
+
+  understudy language sft          --model DIR --data FILE   imitate completions, texts or chats
+  understudy language reward-model --model DIR --data FILE   learn to score from pairs or labels
+  understudy language ppo          --model DIR --data FILE --reward SPEC   PPO with a critic and a reference
+  understudy rehearse                          all of RLHF on a small made-up language, no download
+
+  understudy evaluate RUN                      fixed seeds, held-out prompts, intervals
+  understudy generate RUN|DIR --prompt TEXT    let a language policy go on; --chat to talk to it
+  understudy compare RUN RUN ...               interquartile mean, interval, probability of improvement
+
+Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
+"""
+VERBS = ("control", "language", "rehearse", "evaluate", "generate", "compare")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program; its exit code: 0 done, 1 failed, 2 the request was wrong, 130 stopped by SIGINT after saving."""
+    argv = sys.argv[1:] if argv is None else argv
+    if (
+        not argv
+        or argv[0] in ("-h", "--help", "help")
+        or (argv[0] in VERBS[:2] and argv[1:] in ([], ["-h"], ["--help"]))
+    ):
+        print(HELP, end="")
+        return 0
+    from understudy.run.config import RequestError
+
+    try:
+        return _run(argv[0], argv[1:])
+    except RequestError as error:
+        print(f"understudy: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("understudy: stopped; what was learned is saved", file=sys.stderr)
+        return 130
+    except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
+        print(f"understudy: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    from understudy.run.config import RequestError, nearest
+
+    if verb == "control":
+        from understudy.cli.control import train
+
+        return train(argv)
+    if verb == "language":
+        from understudy.cli.language import train
+
+        return train(argv)
+    if verb == "rehearse":
+        from understudy.cli.rehearse import rehearse
+
+        return rehearse(argv)
+    if verb == "generate":
+        from understudy.cli.language import say
+
+        return say(argv)
+    if verb == "evaluate":
+        return _evaluate(argv)
+    if verb == "compare":
+        return _compare(argv)
+    raise RequestError(f"verb is {verb!r}: must be one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
+
+
+def _evaluate(argv: list[str]) -> int:
+    from pathlib import Path
+
+    from understudy.run.store import read_config
+
+    path = next((Path(word) for word in argv if not word.startswith("-")), None)
+    if path is not None and str(read_config(path).get("recipe", "")).startswith("language"):
+        from understudy.cli.language import evaluate_run
+    else:
+        from understudy.cli.control import evaluate_run
+    return evaluate_run(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    import json
+    from pathlib import Path
+
+    from understudy.cli.flags import Parser
+    from understudy.study.compare import groups, table
+
+    parser = Parser(prog="understudy compare", description="Runs that differ in their seed only form a group.")
+    parser.add_argument("runs", nargs="+", help="directories of runs")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    args = parser.parse_args(argv)
+    found = groups([Path(run) for run in args.runs])
+    print(json.dumps(found) if args.json else table(found))
+    return 0

@@ -1,0 +1,112 @@
+"""`understudy control RECIPE`, and `understudy evaluate RUN` of a control run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from understudy import load
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
+from understudy.control.evaluate import SEED, evaluate
+from understudy.control.presets import fields_of, settings
+from understudy.run.config import RequestError, nearest
+from understudy.run.store import process_seconds, read_config, write_json
+
+RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}
+
+
+def train(argv: list[str]) -> int:
+    if argv[0] not in RECIPES:
+        raise RequestError(f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{nearest(argv[0], RECIPES)}")
+    as_json = "--json" in argv
+    argv = [word for word in argv if word != "--json"]
+    recipe = importlib.import_module(f"understudy.control.{RECIPES[argv[0]]}")
+    config = _configure(recipe.Config, argv[1:], prog=f"understudy control {argv[0]}")
+    if as_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            run = recipe.train(config)
+    else:
+        run = recipe.train(config)
+    _summary(run, config, as_json)
+    return 0
+
+
+def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
+    """A recipe's config from flags over a config file over a preset over its defaults."""
+    given, argv = fields_in_file(argv)
+    given = fields_of(kind, given, "config")
+    env = take(argv, "env")[0] or given.get("env") or ("CartPole-v1" if asks_for_help(argv) else None)
+    if env is None:
+        raise RequestError("env is missing: name a Gymnasium id, as in --env CartPole-v1")
+    name, rest = take(argv, "preset")
+    known(kind, rest, prog=prog)
+    defaults = settings(kind, env, name or given.get("preset", "tuned"))
+    start = kind(**(defaults | given | {"env": env, "preset": defaults["preset"]}))
+    return parse(kind, rest, start, prog=prog)
+
+
+def _summary(run: Any, config: Any, as_json: bool) -> None:
+    last = run.metrics[-1]
+    mean = last["episode_return_mean"]
+    if as_json:
+        total = process_seconds()
+        line = {
+            "run": str(run.path),
+            "steps": last["steps"],
+            "seconds": total,
+            "train_seconds": last["seconds"],
+            "startup_seconds": run.startup_seconds,
+            "episode_return_mean": mean,
+            "solved_at": run.solved_at,
+        }
+        print(json.dumps(line))
+        return
+    if run.solved_at is not None:
+        print(f"Solved after {run.solved_at['steps']:,} steps, {run.solved_at['seconds']:.1f} s from process start.")
+    shown = "no episode finished" if mean is None else f"mean return of the last 100 episodes {mean:.1f}"
+    print(f"{last['steps']:,} steps, {shown}. Policy: {run.path}/policy  Curve: {run.path}/curve.png")
+    print(f"Next: understudy evaluate {run.path}")
+
+
+def evaluate_run(argv: list[str]) -> int:
+    parser = Parser(prog="understudy evaluate", description="Evaluate a run's final policy on seeds never trained on.")
+    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("--episodes", type=int, default=100, help="episodes (default 100)")
+    parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")
+    parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
+    parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    args = parser.parse_args(argv)
+
+    if args.episodes < 1:
+        raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
+    path = Path(args.run)
+    about = read_config(path)
+    recipe = importlib.import_module(f"understudy.control.{RECIPES[about['recipe'].split()[-1]]}")
+    fields = fields_of(recipe.Config, about["config"], "config.json")
+    if args.env is None and (":" in fields["env"] or any(":" in w.split()[0] for w in fields["wrappers"])):
+        raise RequestError(f"run '{path}' names code of its own ({fields['env']}): name it yourself with --env")
+    config = recipe.Config(**(fields | ({"env": args.env} if args.env else {})))
+    policy = load(path)
+    returns = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
+    if args.video:
+        evaluate(policy, config, episodes=1, video=path / "video")
+    result = {
+        "episodes": args.episodes,
+        "sample": args.sample,
+        "seed": SEED,
+        "return_mean": statistics.fmean(returns),
+        "return_std": statistics.stdev(returns) if len(returns) > 1 else 0.0,
+        "returns": returns,
+    }
+    if not args.sample:
+        write_json(path / "evaluation.json", result)
+    how = "sampled" if args.sample else "mode"
+    text = f"{args.episodes} episodes, {how} actions: return {result['return_mean']:.2f} +- {result['return_std']:.2f}"
+    print(json.dumps({"run": str(path), **result}) if args.json else text)
+    return 0

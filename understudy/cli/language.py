@@ -1,0 +1,214 @@
+"""`understudy language RECIPE`, `understudy generate`, and `understudy evaluate RUN` of a language run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from understudy import load
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
+from understudy.language import ppo, reward_model, sft
+from understudy.language.cast import Cast, close
+from understudy.language.evaluate import evaluate
+from understudy.language.generate import generate
+from understudy.language.model import Policy, home
+from understudy.language.scorer import RewardModel
+from understudy.language.text import Tokenizer
+from understudy.run.config import RequestError, nearest
+from understudy.run.store import process_seconds, read_config, write_json
+
+RECIPES = {"sft": "sft", "reward-model": "reward_model", "ppo": "ppo"}
+NEEDED = {
+    "model": "name a directory, run or hub id, as in --model DIR",
+    "data": "name a file, as in --data prompts.jsonl",
+    "reward": "name a reward model's directory, file.py:function or a builtin, as in --reward DIR",
+}
+
+
+def train(argv: list[str]) -> int:
+    """`understudy language RECIPE ...`."""
+    if argv[0] not in RECIPES:
+        raise RequestError(f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{nearest(argv[0], RECIPES)}")
+    as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
+    recipe = importlib.import_module(f"understudy.language.{RECIPES[argv[0]]}")
+    config = _configure(recipe.Config, argv[1:], prog=f"understudy language {argv[0]}")
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        run = recipe.train(config)
+    last = run.metrics[-1]
+    if as_json:
+        line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
+        line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
+        print(json.dumps(line | {name: last[name] for name in last if name == "score_mean" or name == "loss"}))
+        return 0
+    shown = [f"{name} {last[name]:.4g}" for name in SUMMED if name in last]
+    print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {run.path}")
+    print(f"Next: understudy evaluate {run.path}")
+    return 0
+
+
+SUMMED = (
+    "score_mean",
+    "gold_mean",
+    "kl_reference",
+    "loss",
+    "evaluation_loss",
+    "evaluation_accuracy",
+    "evaluation_score",
+    "evaluation_gold",
+    "evaluation_win_rate",
+)
+
+
+def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
+    """A recipe's config from flags over a config file over its defaults."""
+    given, argv = fields_in_file(argv)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name.replace("-", "_") not in names:
+            raise RequestError(f"{name} in config is no field{nearest(name, names)}")
+    known(kind, argv, prog=prog)
+    given = {name.replace("-", "_"): tuple(x) if isinstance(x, list) else x for name, x in given.items()}
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING or field.name in given:
+            continue
+        value, _ = take(argv, field.name)
+        if value is None and not asks_for_help(argv):
+            raise RequestError(f"{field.name} is missing: {NEEDED[field.name]}")
+        given[field.name] = (value or "SPEC",) if field.name == "reward" else value or field.name.upper()
+    return parse(kind, argv, kind(**given), prog=prog)
+
+
+def say(argv: list[str]) -> int:
+    """`understudy generate RUN|DIR --prompt TEXT | --chat`."""
+    parser = Parser(prog="understudy generate", description="Let a language policy go on from a prompt, or talk to it.")
+    parser.add_argument("source", metavar="RUN|DIR", help="run, policy directory or hub id")
+    parser.add_argument("--prompt", help="text to go on from; '' begins at BOS")
+    parser.add_argument("--chat", action="store_true", help="talk: a line of standard input is a turn")
+    parser.add_argument("--max-new", type=int, default=64, help="tokens a completion may have (default 64)")
+    parser.add_argument("--count", type=int, default=1, help="completions of the prompt (default 1)")
+    parser.add_argument("--temperature", type=float, help="of sampling (default: the policy's own)")
+    parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
+    parser.add_argument(
+        "--stop", nargs="+", default=[], help="tokens that end it, as text or ids (default: the model's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    args = parser.parse_args(argv)
+    if args.chat == (args.prompt is not None):
+        raise RequestError("prompt is missing: give --prompt TEXT, or --chat, and not both")
+    for name in ("max_new", "count"):
+        if getattr(args, name) < 1:
+            raise RequestError(f"{name} is {getattr(args, name)}: must be 1 or more")
+    if args.temperature is not None and not args.temperature > 0:
+        raise RequestError(f"temperature is {args.temperature}: must be above 0; --greedy takes the likeliest token")
+    source = home(args.source, "policy")
+    policy = load(source) if (Path(source) / "understudy.json").is_file() else Policy.from_pretrained(source)
+    policy.temperature = args.temperature or policy.temperature
+    try:
+        tokenizer = Tokenizer.load(source, stop=tuple(args.stop))
+    except RequestError:
+        tokenizer = Tokenizer.load(source, fixed_length=True)
+    for remark in policy.remarks:
+        print(f"understudy: {remark}", file=sys.stderr)
+
+    def answer(prompt: Any, seed: int, count: int) -> list[str]:
+        ids = tokenizer.encode_prompt(prompt)
+        seeds = [seed + i for i in range(count)]
+        given = {"limit": args.max_new, "stops": tokenizer.stops, "seeds": seeds, "sample": not args.greedy}
+        return [tokenizer.decode(said.ids) for said in generate(policy, [ids] * count, **given)]
+
+    if args.chat:
+        return _talk(answer, args.seed)
+    texts = answer(args.prompt, args.seed, args.count)
+    print(json.dumps({"prompt": args.prompt, "completions": texts}) if args.json else "\n".join(texts))
+    return 0
+
+
+def _talk(answer: Any, seed: int) -> int:
+    """Turn by turn, until standard input ends."""
+    turns: list[dict[str, str]] = []
+    while True:
+        try:
+            turns.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
+        except EOFError:
+            return 0
+        [said] = answer(turns, seed + len(turns), 1)
+        turns.append({"role": "assistant", "content": said})
+        print(said, flush=True)
+
+
+def evaluate_run(argv: list[str]) -> int:
+    """`understudy evaluate RUN` of a language run: held-out rows, fixed seeds."""
+    parser = Parser(prog="understudy evaluate", description="Evaluate a language run on rows it did not learn from.")
+    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("--rows", type=int, default=256, help="completions to sample (default 256)")
+    parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
+    parser.add_argument("--gold", nargs="+", help="specs measured besides; the run's own by default")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    args = parser.parse_args(argv)
+    path = Path(args.run)
+    about = read_config(path)
+    recipe = about["recipe"].split()[-1]
+    kind = {"sft": sft, "reward-model": reward_model, "ppo": ppo}[recipe].Config
+    names = {field.name for field in dataclasses.fields(kind)}
+    fields: dict[str, Any] = {
+        n: tuple(x) if isinstance(x, list) else x for n, x in about["config"].items() if n in names
+    }
+    if recipe == "sft":
+        found = _held_out_loss(path, sft.Config(**fields))
+    elif recipe == "reward-model":
+        found = _held_out_accuracy(path, reward_model.Config(**fields))
+    else:
+        for name in ("reward", "gold"):
+            given = getattr(args, name)
+            if given is None and any(".py:" in spec or spec.startswith("function ") for spec in fields[name]):
+                raise RequestError(
+                    f"run '{path}' names code as its {name} ({fields[name][0]}): name it yourself with --{name}"
+                )
+            fields[name] = fields[name] if given is None else tuple(given)
+        found = _held_out_answers(path, ppo.Config(**fields), args.rows)
+    write_json(path / "evaluation.json", found)
+    samples = found.pop("samples", [])
+    if args.json:
+        print(json.dumps({"run": str(path), **found, "samples": samples}))
+        return 0
+    for sample in samples[:3]:
+        print(f"{sample['prompt']!r}\n  policy:    {sample['completion']!r}\n  reference: {sample['reference']!r}")
+    for name, x in found.items():
+        if isinstance(x, float) and not name.endswith(("_low", "_high")):
+            low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
+            print(f"{name:22} {x:9.4f}" + ("" if low is None else f"   [{low:.4f}, {high:.4f}]"))
+    return 0
+
+
+def _held_out_loss(path: Path, cfg: sft.Config) -> dict[str, Any]:
+    cfg = dataclasses.replace(cfg, model=str(path))
+    policy = sft.load_policy(cfg)
+    _, kept = sft.split(policy, cfg)
+    return {"rows": len(kept), "loss": sft.mean_loss(policy, kept)}
+
+
+def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
+    model = RewardModel.from_pretrained(path / "reward_model", stop=cfg.stop, template=cfg.template)
+    _, kept = reward_model.split(model, cfg)
+    return reward_model.examine(model, kept)
+
+
+def _held_out_answers(path: Path, cfg: ppo.Config, rows: int) -> dict[str, Any]:
+    """The policy as it ended beside the reference it was held to, whose digest must be the one the run wrote down."""
+    cast = Cast(dataclasses.replace(cfg, model=str(path), reference=cfg.reference or cfg.model, critic="shared"))
+    try:
+        written = json.loads((path / "lineage.json").read_text())["reference"]
+        if cast.reference.digest != written:
+            raise RequestError(
+                f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({written[:12]}...): "
+                "put back the model that the run started from"
+            )
+        return evaluate(cast.policy, cast.examiner, cast.judge, cast.gold, cast.reference, rows=rows)
+    finally:
+        close(cast)
