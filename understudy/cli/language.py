@@ -190,13 +190,22 @@ def _held_out_loss(path: Path, cfg: sft.Config) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, model=str(path))
     policy = sft.load_policy(cfg)
     _, kept = sft.split(policy, cfg)
-    return {"rows": len(kept), "loss": sft.mean_loss(policy, kept)}
+    return {"rows": len(_some(kept, cfg)), "loss": sft.mean_loss(policy, kept)}
 
 
 def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
     model = RewardModel.from_pretrained(path / "reward_model", stop=cfg.stop, template=cfg.template)
     _, kept = reward_model.split(model, cfg)
-    return reward_model.examine(model, kept)
+    return reward_model.examine(model, _some(kept, cfg))
+
+
+def _some(kept: list[Any], cfg: Any) -> list[Any]:
+    if not kept:
+        raise RequestError(
+            f"held_out is {cfg.held_out}: no row of '{cfg.data}' was kept for evaluation; "
+            "that takes at least 8 different rows"
+        )
+    return kept
 
 
 def _held_out_answers(path: Path, cfg: ppo.Config, rows: int) -> dict[str, Any]:
