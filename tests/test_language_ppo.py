@@ -261,13 +261,6 @@ def test_the_loss_of_one_choice_by_hand(fields, more, expected):
     assert loss(cfg, **more) == pytest.approx(expected, abs=1e-4)
 
 
-def test_both_worlds_use_the_same_functions():
-    from understudy.control import ppo as control
-
-    for name in ("gae", "next_value", "ppo", "ppo_penalty", "update", "standardize", "adapt_kl_coef", "masked_mean"):
-        assert getattr(ppo, name) is getattr(control, name), name
-
-
 # the stage: learning rates and the optimizer
 
 

@@ -1,0 +1,125 @@
+"""The distribution over the next token: what it says by hand, and the same in pieces where the logits are too many."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from understudy.language import tokens
+from understudy.language.tokens import Head, SampledTokens, TokenDistribution
+
+MASK = torch.tensor([[True, True, False], [False, True, True]])
+
+
+def over(probabilities: torch.Tensor, mask: torch.Tensor | None = None) -> TokenDistribution:
+    """A distribution of given probabilities [B, T, V]; its hidden states are their logarithms."""
+    mask = torch.ones(probabilities.shape[:2], dtype=torch.bool) if mask is None else mask
+    return TokenDistribution(probabilities.log(), mask, Head(nn.Identity()))
+
+
+def one(*probabilities: float) -> TokenDistribution:
+    return over(torch.tensor([[probabilities]]))
+
+
+def at_random(*, vocabulary: int = 11, seed: int = 0) -> TokenDistribution:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        project = nn.Linear(4, vocabulary)
+    hidden = torch.randn(2, 3, 4, generator=generator, requires_grad=True)
+    return TokenDistribution(hidden, MASK, Head(project))
+
+
+def test_log_prob_entropy_and_kl_by_hand():
+    half, skewed = one(0.5, 0.5), one(0.25, 0.75)
+
+    assert float(skewed.log_prob(torch.tensor([[1]]))) == pytest.approx(math.log(0.75))
+    # -(0.25 log 0.25 + 0.75 log 0.75)
+    assert float(skewed.entropy()) == pytest.approx(0.5623, abs=1e-4)
+    # 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75)
+    assert float(half.kl(skewed)) == pytest.approx(0.1438, abs=1e-4)
+
+
+def test_the_likeliest_token_is_the_mode():
+    assert int(one(0.2, 0.5, 0.3).mode()) == 1
+
+
+@pytest.mark.parametrize(("noise", "token"), [(0.0, 0), (0.19, 0), (0.21, 1), (0.69, 1), (0.71, 2), (0.999999, 2)])
+def test_the_token_of_a_noise_is_the_first_whose_cumulative_probability_is_above_it(noise, token):
+    assert int(one(0.2, 0.5, 0.3).at(torch.tensor([[noise]]))) == token
+
+
+def test_a_token_without_probability_is_never_drawn():
+    never = one(0.0, 1.0, 0.0)
+
+    for noise in (0.0, 0.5, 1 - 2**-24):
+        assert int(never.at(torch.tensor([[noise]]))) == 1
+
+
+def test_samples_come_as_often_as_their_probability_says():
+    drawn = over(torch.tensor([0.2, 0.5, 0.3]).expand(1, 10_000, 3)).sample(torch.Generator().manual_seed(0))
+
+    share = torch.bincount(drawn[0], minlength=3) / 10_000
+    assert_close(share, torch.tensor([0.2, 0.5, 0.3]), atol=0.02, rtol=0)  # 4 standard errors of 0.005
+
+
+def test_where_nothing_was_chosen_everything_is_zero():
+    distribution = at_random()
+
+    action = torch.full((2, 3), 7)
+    for x in (distribution.log_prob(action), distribution.entropy(), distribution.kl(at_random(seed=1))):
+        assert torch.equal(x[~MASK], torch.zeros(2))
+        assert (x[MASK] != 0).all()
+
+
+def test_the_head_scales_caps_and_divides_by_the_temperature():
+    # 3 * 2 = 6; 4 tanh(6 / 4) = 3.6206; over 0.5 = 7.2412
+    head = Head(nn.Identity(), scale=2.0, softcap=4.0, temperature=0.5)
+
+    assert_close(head(torch.tensor([3.0])), torch.tensor([7.2412]), atol=1e-4, rtol=0)
+
+
+def test_a_frozen_head_does_not_move_with_the_policy():
+    distribution = at_random()
+    frozen = distribution.frozen()
+    before = frozen.entropy()
+    with torch.no_grad():
+        distribution.head.project.weight.mul_(2)
+
+    assert torch.equal(TokenDistribution(frozen.hidden, frozen.mask, frozen.head).entropy(), before)
+    assert not before.requires_grad
+
+
+def measured(distribution: TokenDistribution, other: TokenDistribution) -> list[torch.Tensor]:
+    """Numbers and gradients of everything it says."""
+    action = torch.tensor([[3, 4, 0], [0, 5, 6]])
+    said = [distribution.log_prob(action), distribution.entropy(), distribution.kl(other)]
+    sum(x.sum() for x in said).backward()
+    found = [*said, distribution.mode(), distribution.at(torch.full((2, 3), 0.37))]
+    return [x.detach() for x in [*found, distribution.hidden.grad, distribution.head.project.weight.grad]]
+
+
+def test_logits_made_in_pieces_give_the_same_numbers_and_gradients(monkeypatch):
+    whole = measured(at_random(), at_random(seed=1))
+    monkeypatch.setattr(tokens, "WHOLE", 11)  # one row of logits at a time
+
+    pieces = measured(at_random(), at_random(seed=1))
+
+    assert at_random()._logp is None
+    for here, there in zip(whole, pieces, strict=True):
+        assert_close(here, there)
+
+
+def test_the_kl_of_sampled_tokens_is_k3():
+    # new / old = 0.9 / 0.5: 1.8 - 1 - log 1.8
+    old = SampledTokens(torch.tensor([[1]]), torch.tensor([[math.log(0.5)]]))
+
+    assert float(old.kl(one(0.1, 0.9))) == pytest.approx(0.8 - math.log(1.8), abs=1e-6)
+
+
+def test_the_kl_of_sampled_tokens_is_zero_where_nothing_was_chosen():
+    old = SampledTokens(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -50.0))
+
+    assert torch.equal(old.kl(at_random())[~MASK], torch.zeros(2))

@@ -1,0 +1,23 @@
+"""Both worlds call the same function objects: what trains CartPole trains a language model."""
+
+import pytest
+
+from understudy import advantage, objective, reduce, update, value
+from understudy.control import ppo as control
+from understudy.language import ppo as language
+
+SHARED = {
+    "gae": advantage.gae,
+    "next_value": value.next_value,
+    "ppo": objective.ppo,
+    "ppo_penalty": objective.ppo_penalty,
+    "adapt_kl_coef": objective.adapt_kl_coef,
+    "update": update.update,
+    "standardize": reduce.standardize,
+    "masked_mean": reduce.masked_mean,
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_both_recipes_of_ppo_call_the_same(name):
+    assert getattr(control, name) is getattr(language, name) is SHARED[name]
