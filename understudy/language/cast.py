@@ -150,8 +150,18 @@ class Cast:
     def _reference(self) -> Reference:
         if self.cfg.reference is None:
             return Reference(self.policy)
+        given = self.cfg.reference
         alike = {"dtype": self.policy.model.dtype, "packing": self.cfg.packing, "temperature": self.cfg.temperature}
-        return Reference(Policy.from_pretrained(home(self.cfg.reference, "policy"), **alike).to(self.cfg.device))
+        try:
+            other = Policy.from_pretrained(home(given, "policy"), **alike)
+        except RequestError as error:
+            raise RequestError(f"reference is {given!r}: {error}") from None
+        own, theirs = (policy.model.get_input_embeddings().num_embeddings for policy in (self.policy, other))
+        if own != theirs:
+            raise RequestError(
+                f"reference is {given!r}, whose vocabulary has {theirs} tokens, the policy's {own}: name a model of the same"
+            )
+        return Reference(other.to(self.cfg.device))
 
     def _sampler(self, found: list[Any]) -> Sampler:
         cfg = self.cfg
