@@ -693,6 +693,18 @@ def test_chat_is_laid_out_by_the_template_which_is_saved_with_the_policy(go, tmp
     assert kept(run)[0]["completion"][0]["role"] == "assistant"
 
 
+# before the first step
+
+
+def test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look(go):
+    def always(completions):
+        return [1.0] * len(completions)
+
+    with pytest.raises(RequestError, match="preflight"):
+        go(reward=always, preflight=True)
+    assert go(reward=always, preflight=False).metrics[0]["score_mean"] == 1.0
+
+
 # what is written, and when
 
 
@@ -792,3 +804,47 @@ def speaker(home, tmp_path_factory):
     data = rehearsal.write_jsonl(({"text": s} for s in rehearsal.sentences(1500, 1)), home / "many.jsonl")
     out = tmp_path_factory.mktemp("speaker") / "run"
     return sft.train(sft_config(home, out, data=str(data), learning_rate=5e-3, minibatch_rows=32)).path
+
+
+def kindness(completions):
+    """How many different kind words: a reward that pulls away from the language."""
+    return [float(len(rehearsal.IS_KIND.intersection(said.split()))) for said in completions]
+
+
+@pytest.fixture
+def kl_at_the_end(speaker, home, tmp_path):
+    """Mean KL of a run's last 20 iterations, in nats a completion."""
+
+    def train(coef: float, *, target: float, iterations: int) -> float:
+        run = ppo.train(
+            ppo_config(
+                home,
+                tmp_path / f"{coef}",
+                model=str(speaker),
+                reward=kindness,
+                rows=48,
+                fixed_length=8,
+                steps=48 * 8 * iterations,
+                minibatches=1,
+                learning_rate=5e-4,
+                learning_rate_schedule="constant",
+                critic_learning_rate=5e-3,
+                kl_reference_coef=coef,
+                kl_reference_target=target,
+                kl_reference_horizon=120,
+            )
+        )
+        return sum(line["kl_reference"] for line in run.metrics[-20:]) / 20
+
+    return train
+
+
+@pytest.mark.learning
+def test_the_kl_is_held_at_its_target_wherever_its_coefficient_began(kl_at_the_end):
+    for coef in (0.15, 1.5):
+        assert kl_at_the_end(coef, target=4.0, iterations=100) == pytest.approx(4.0, rel=0.25)
+
+
+@pytest.mark.learning
+def test_without_a_target_the_coefficient_decides_how_far_the_policy_goes(kl_at_the_end):
+    assert kl_at_the_end(0.15, target=0.0, iterations=50) > 2 * kl_at_the_end(1.5, target=0.0, iterations=50)

@@ -1,0 +1,193 @@
+"""Which test shows what each config field of the language recipes does; `python -m tests.fields` writes the page."""
+
+import dataclasses
+from pathlib import Path
+
+from tests.models import FAMILIES
+from understudy.language import config, ppo, reward_model, sft
+
+PAGE = Path(__file__).parents[1] / "docs" / "language-fields.md"
+CONFIGS = {"sft": sft.Config, "reward-model": reward_model.Config, "ppo": ppo.Config}
+PPO, SFT, REWARD = "test_language_ppo.py::", "test_sft.py::", "test_reward_model.py::"
+REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::", "test_generate.py::"
+
+READ = "test_how_rows_are_read_does_not_change_what_is_learned"
+BY_HAND = PPO + "test_the_loss_of_one_choice_by_hand"
+CUT = PPO + "test_a_cut_completion_is_paid_as_the_config_says"
+SEED = "test_a_seed_decides_every_parameter"
+FIRST_STEP = "test_the_first_step_of_adam_is_one_learning_rate_long"
+BFLOAT16 = "test_bfloat16_is_what_parameters_are_kept_in"
+KL_HELD = PPO + "test_the_kl_is_held_at_its_target_wherever_its_coefficient_began"
+
+TABLE: dict[str, dict[str, tuple[str, ...]]] = {
+    "every recipe": {
+        "model": (
+            SFT + "test_a_run_is_a_model_to_go_on_from",
+            REWARD + "test_training_goes_on_from_a_reward_models_run",
+        ),
+        "data": (SFT + "test_the_loss_is_the_surprise_of_the_completions_tokens_alone",),
+        "columns": (REFUSED + "test_columns_of_other_names_are_mapped",),
+        "steps": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for", SFT + FIRST_STEP),
+        "seed": (PPO + SEED, SFT + SEED, REWARD + SEED),
+        "out": (PPO + "test_a_run_is_written_where_it_was_asked_for",),
+        "held_out": (PPO + "test_held_out_prompts_are_not_trained_on",),
+        "stop": (
+            PPO + "test_completions_end_at_the_stop_ids_that_were_named",
+            SFT + "test_a_stop_that_was_named_is_learned_and_saved",
+            REWARD + "test_the_stop_ids_it_was_trained_with_come_back",
+        ),
+        "template": (
+            PPO + "test_chat_is_laid_out_by_the_template_which_is_saved_with_the_policy",
+            SFT + "test_only_the_last_turn_of_a_chat_is_learned_from",
+        ),
+        "max_length": (REFUSED + "test_a_row_longer_than_asked_for_is_refused",),
+        "device": (
+            PPO + "test_a_run_works_on_the_device_it_was_given",
+            REFUSED + "test_a_device_that_is_not_there_is_refused",
+        ),
+        "threads": (PPO + "test_a_run_takes_the_threads_it_was_given",),
+        "dtype": (PPO + BFLOAT16, SFT + BFLOAT16, REWARD + BFLOAT16),
+        "checkpointing": (
+            MODEL + "test_gradient_checkpointing_changes_no_gradient",
+            REWARD + "test_checkpointing_is_on_where_it_was_asked_for",
+            PPO + READ,
+        ),
+        "packing": (
+            MODEL + "test_log_probs_are_the_models_own_on_rows_without_padding",
+            PPO + READ,
+            SFT + READ,
+            REWARD + READ,
+        ),
+        "learning_rate": (
+            SFT + FIRST_STEP,
+            REWARD + FIRST_STEP,
+            PPO + "test_adamws_epsilon_stands_beside_the_gradients_size",
+        ),
+        "learning_rate_schedule": (PPO + "test_the_learning_rate_goes_on_as_its_schedule_says",),
+        "warmup": (PPO + "test_the_learning_rate_rises_over_the_warm_ups_share_of_the_run",),
+        "adam_eps": (PPO + "test_adamws_epsilon_stands_beside_the_gradients_size",),
+        "weight_decay": (PPO + "test_adamw_decays_weights_by_rate_times_decay",),
+        "max_grad_norm": (PPO + "test_a_bound_on_the_gradient_holds_it",),
+        "micro": (PPO + READ, SFT + READ, REWARD + READ, "test_update.py::test_a_micro_batch_has_at_most_so_many_rows"),
+        "evaluate_every": (PPO + "test_evaluations_come_every_so_many_iterations_and_at_the_end",),
+        "checkpoint_every": (PPO + "test_checkpoints_come_every_so_many_iterations_and_at_the_end",),
+        "log_every": (PPO + "test_lines_of_metrics_come_every_so_many_iterations_and_are_means",),
+        "log": (
+            PPO + "test_metrics_go_to_tensorboard_where_it_is_there",
+            REFUSED + "test_a_sink_without_its_package_is_refused",
+        ),
+        "quiet": (
+            PPO + "test_a_run_that_is_not_quiet_says_how_it_goes",
+            PPO + "test_a_run_is_written_where_it_was_asked_for",
+        ),
+    },
+    "sft": {
+        "epochs": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
+        "minibatch_rows": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
+    },
+    "reward-model": {
+        "epochs": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
+        "minibatch_rows": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
+        "center": (REWARD + "test_centering_holds_the_scores_of_pairs_around_zero",),
+        "normalize": (REWARD + "test_scores_of_what_was_learned_from_are_normalised_as_asked",),
+    },
+    "ppo": {
+        "reward": (
+            PPO + "test_rewards_of_every_kind_add_up_by_their_weights_and_are_logged_apart",
+            PPO + "test_a_python_function_is_a_reward_and_config_json_names_it",
+        ),
+        "gold": (PPO + "test_gold_is_measured_and_never_trained_on",),
+        "reward_timeout": (PPO + "test_a_reward_function_that_takes_too_long_is_missing",),
+        "rows": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "max_new": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "fixed_length": (
+            PPO + "test_completions_of_a_fixed_length_have_it_and_no_other_end",
+            PPO + "test_a_fixed_length_needs_no_stop_id",
+        ),
+        "temperature": (PPO + "test_sampled_log_probs_are_the_models_own_at_the_temperature",),
+        "slots": (
+            PPO + "test_what_is_said_does_not_depend_on_the_slots",
+            GENERATE + "test_many_rows_through_few_slots_keep_their_log_probs",
+        ),
+        "critic": (
+            PPO + "test_the_critic_is_saved_with_a_trunk_of_its_own_or_none",
+            PPO + "test_a_separate_critic_begins_by_expecting_the_reward_models_score",
+        ),
+        "critic_init": (PPO + "test_a_fresh_critic_says_zero_or_something_small_at_random",),
+        "critic_learning_rate": (PPO + "test_the_critics_learning_rate_is_its_own",),
+        "critic_max_grad_norm": (PPO + "test_the_critics_gradient_has_a_bound_of_its_own",),
+        "critic_warmup": (
+            PPO + "test_while_the_critic_warms_up_the_actor_stands_still_to_the_bit",
+            PPO + "test_after_the_warm_up_the_actor_learns",
+        ),
+        "reference": (PPO + "test_the_reference_is_the_directory_that_was_named",),
+        "epochs": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "minibatches": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "gamma": (PPO + "test_advantages_are_gaes_with_the_configs_gamma_and_lambda",),
+        "lam": (PPO + "test_advantages_are_gaes_with_the_configs_gamma_and_lambda",),
+        "lam_value": (PPO + "test_the_critics_targets_have_a_lambda_of_their_own",),
+        "objective": (BY_HAND,),
+        "clip": (BY_HAND,),
+        "kl_coef": (BY_HAND,),
+        "kl_target": (PPO + "test_the_penaltys_coefficient_follows_its_target",),
+        "value_coef": (BY_HAND,),
+        "value_clip": (BY_HAND,),
+        "entropy_coef": (BY_HAND,),
+        "standardize": (
+            PPO + "test_advantages_are_standardised_over_the_record_where_asked",
+            PPO + "test_over_minibatches_advantages_are_left_for_the_update_to_standardise",
+        ),
+        "whiten_rewards": (PPO + "test_whitened_rewards_have_deviation_one_and_keep_their_mean",),
+        "kl_reference": (BY_HAND, PPO + "test_the_kl_to_the_reference_is_paid_token_by_token_with_its_coefficient"),
+        "kl_reference_coef": (
+            BY_HAND,
+            PPO + "test_the_kl_to_the_reference_is_paid_token_by_token_with_its_coefficient",
+        ),
+        "kl_reference_target": (KL_HELD, PPO + "test_without_a_target_the_coefficient_decides_how_far_the_policy_goes"),
+        "kl_reference_horizon": (PPO + "test_the_reference_coefficient_follows_its_target_within_its_horizon", KL_HELD),
+        "truncation": (CUT,),
+        "truncation_penalty": (CUT,),
+        "missing_eos_penalty": (CUT,),
+        "pretraining": (PPO + "test_pretraining_text_comes_in_turn_beside_the_rows",),
+        "pretraining_coef": (BY_HAND, PPO + "test_pretraining_text_pulls_the_policy_towards_it"),
+        "evaluate_rows": (PPO + "test_evaluations_come_every_so_many_iterations_and_at_the_end",),
+        "samples": (PPO + "test_so_many_completions_an_iteration_are_kept",),
+        "preflight": (PPO + "test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look",),
+    },
+}
+EVERY_FAMILY = (  # each is parametrised over all of `FAMILIES`, tied and untied
+    MODEL + "test_log_probs_are_the_models_own_on_rows_without_padding",
+    GENERATE + "test_the_samplers_log_probs_are_those_of_an_uncached_pass",
+    SFT + "test_a_policy_of_every_family_is_learned_saved_and_loaded_as_it_is",
+    REWARD + "test_hugging_faces_class_scores_padded_rows_as_we_do",
+)
+
+
+def page() -> str:
+    """The table as Markdown."""
+    lines = [
+        "# Fields of the language recipes",
+        "",
+        "For every config field and model family, the test that shows what it does; files are in `tests/`. This page is",
+        "written by `python -m tests.fields`. A test fails where a field has no row, a test is gone, or the page is old.",
+    ]
+    for title, rows in TABLE.items():
+        defaults = {field.name: field for field in dataclasses.fields(CONFIGS.get(title, config.Config))}
+        lines += ["", f"## {title}", "", "| field | default | shown by |", "|---|---|---|"]
+        lines += [f"| `{name}` | {_default(defaults[name])} | {_joined(tests)} |" for name, tests in rows.items()]
+    lines += ["", "## Model families", "", "| family | shown by |", "|---|---|"]
+    lines += [f"| {family}, tied and untied | {_joined(EVERY_FAMILY)} |" for family in FAMILIES]
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: dataclasses.Field) -> str:
+    """A field's default; fields with one by recipe say that of their base."""
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+
+
+def _joined(tests: tuple[str, ...]) -> str:
+    return "<br>".join(f"`{test}`" for test in tests)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
