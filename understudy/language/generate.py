@@ -223,7 +223,8 @@ class _Desk:
 
     def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """rows [n], hidden [n, 1, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
-        distribution = TokenDistribution(hidden, torch.ones(hidden.shape[:2], dtype=torch.bool), self.head)
+        chosen = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        distribution = TokenDistribution(hidden, chosen, self.head)
         at = self.count[rows]
         action = distribution.at(self.noise[rows, at][:, None]) if self.sample else distribution.mode()
         self.ids[rows, at], self.logprob[rows, at] = action[:, 0], distribution.log_prob(action)[:, 0]

@@ -118,7 +118,7 @@ class RewardModel(nn.Module):
         with torch.no_grad():
             made.head.weight.copy_(self.model.score.weight * (weight / self.scale))
             bias = 0.0 if self.model.score.bias is None else self.model.score.bias
-            made.head.bias.copy_((bias - torch.tensor([self.mean])) * (weight / self.scale))
+            made.head.bias.copy_(torch.as_tensor((bias - self.mean) * (weight / self.scale)))
         return made.requires_grad_(True)
 
     @property
