@@ -158,6 +158,74 @@ def test_evaluation_without_held_out_rows_is_refused(here, capsys):
     refused(capsys, ["evaluate", "sft"], 2, "held_out is 64", "8 different rows")
 
 
+@pytest.mark.parametrize("recipe", ["grpo", "reinforce"])
+def test_a_recipe_without_a_critic_runs_and_is_evaluated(here, capsys, recipe):
+    few = [
+        "--quiet",
+        "--rows",
+        "4",
+        "--group",
+        "2",
+        "--max-new",
+        "4",
+        "--steps",
+        "20",
+        "--no-preflight",
+        "--held-out",
+        "4",
+    ]
+    argv = [
+        "language",
+        recipe,
+        "--model",
+        "model",
+        "--data",
+        "prompts.jsonl",
+        "--reward",
+        "length",
+        "--out",
+        "rl",
+        *few,
+    ]
+
+    assert done(capsys, [*argv, "--evaluate-rows", "4", "--json"])["steps"] >= 20
+    assert done(capsys, ["evaluate", "rl", "--rows", "4", "--json"])["rows"] == 4
+
+
+def test_dpo_runs_and_is_evaluated(here, capsys):
+    argv = [
+        "language",
+        "dpo",
+        "--model",
+        "model",
+        "--data",
+        "pairs.jsonl",
+        "--out",
+        "dpo",
+        "--held-out",
+        "4",
+        "--quiet",
+    ]
+
+    assert done(capsys, [*argv, "--json"])["run"] == "dpo"
+    assert 0 <= done(capsys, ["evaluate", "dpo", "--json"])["accuracy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "words"),
+    [
+        ("grpo", ["--rows", "6", "--group", "4"], ["group is 4", "multiple"]),
+        ("grpo", ["--truncation", "bootstrap"], ["truncation is 'bootstrap'", "no critic"]),
+        ("grpo", ["--objective", "gspo", "--aggregate", "step"], ["aggregate is 'step'", "GSPO"]),
+        ("reinforce", ["--rows", "6", "--group", "4"], ["group is 4", "multiple"]),
+    ],
+)
+def test_what_cannot_go_together_is_refused(here, capsys, recipe, flags, words):
+    argv = ["language", recipe, "--model", "model", "--data", "prompts.jsonl", "--reward", "length", *flags]
+
+    refused(capsys, argv, 2, *words)
+
+
 def test_a_reference_that_is_not_the_runs_is_refused(here, capsys):
     assert main(ppo("--out", "rl", "--held-out", "4")) == 0
     capsys.readouterr()

@@ -11,10 +11,14 @@ from understudy.batch import Batch, Labelled, Pairs, Text
 from understudy.distribution import Categorical, SquashedGaussian
 from understudy.objective import (
     adapt_kl_coef,
+    cispo,
     classify,
     clipped_surrogate,
     critic_alone,
     critic_error,
+    dpo,
+    grpo,
+    gspo,
     huber_error,
     imitate,
     kl_exact,
@@ -439,3 +443,60 @@ def test_labels_by_hand():
 
     assert_close(loss, -torch.nn.functional.logsigmoid(torch.tensor([[2.0], [-1.0]])))
     assert_close(metrics["accuracy"], torch.tensor([[1.0], [0.0]]))
+
+
+def test_the_bounds_of_a_ratio_may_differ():
+    # ratio 0.8 / 0.4 = 2: kept within 1.28 for advantage 2, -2.56; for advantage -2 not clipped, 4
+    kept = partial(grpo, low=0.2, high=0.28, entropy_coef=0.0)
+    assert_close(kept(Fixed(), one_step(advantage=2.0))[0], row(-2.56))
+    assert_close(kept(Fixed(), one_step(advantage=-2.0))[0], row(4))
+    assert_close(kept(Fixed(), one_step())[1]["clip_fraction"], row(1))
+
+
+def test_a_clipped_weight_still_teaches():
+    # weight min(2, 1.28), -1.28 * 2 * log 0.8
+    assert_close(cispo(Fixed(), one_step(), low=0.2, high=0.28, entropy_coef=0.0)[0], -1.28 * 2 * log(0.8))
+
+
+def test_a_rows_ratio_is_the_geometric_mean_of_its_steps():
+    # two steps, ratios 0.8 / 0.4 = 2 and 0.8 / 0.2 = 4: sqrt(8) = 2.828; the row without a choice has ratio 1
+    old = torch.tensor([[0.4, 0.2], [0.4, 0.2]]).log()
+    mask = torch.tensor([[1, 1], [0, 0]]).bool()
+    zeros = torch.zeros(2, 2)
+    taken = record(mask, action=torch.ones(2, 2).long(), logprob=old)
+    fields = {
+        "value": zeros,
+        "advantage": 2 + zeros,
+        "target": zeros,
+        "old": Categorical(log(0.5, 0.5).expand(2, 2, 2)),
+    }
+    batch = Batch.of(taken, **fields)
+
+    loss, metrics = gspo(Fixed(), batch, low=0.2, high=9.0, entropy_coef=0.0)
+    assert_close(metrics["ratio"], torch.tensor([[8**0.5] * 2, [1.0] * 2]))
+    assert_close(loss[0], torch.tensor([-2 * 8**0.5] * 2))
+
+
+class Twice:
+    """Says any token 1 with probability 0.8; a row of two tokens."""
+
+    memory = True
+
+    def __call__(self, text):
+        return Categorical(log(0.2, 0.8).expand(*text.mask.shape, 2)), None
+
+
+def test_dpo_and_ipo_by_hand():
+    # chosen: 1 then 1, log 0.64; rejected: 0 then 1, log 0.16; reference log 0.25 for both: h = log 4
+    chosen = Text(torch.tensor([[0, 1, 1]]), flags(1, 1, 0))
+    rejected = Text(torch.tensor([[0, 0, 1]]), flags(1, 1, 0))
+    pairs = Pairs(chosen, rejected, torch.zeros(1, 1), torch.tensor([[0.25, 0.25]]).log())
+    h = torch.tensor([[4.0]]).log()
+    sigmoid = torch.nn.functional.logsigmoid
+
+    loss, metrics = dpo(Twice(), pairs, coef=0.5, smoothing=0.0, form="sigmoid")
+    assert_close(loss, -sigmoid(0.5 * h))
+    assert_close(metrics["margin"], 0.5 * h)
+    smoothed, _ = dpo(Twice(), pairs, coef=0.5, smoothing=0.1, form="sigmoid")
+    assert_close(smoothed, -0.9 * sigmoid(0.5 * h) - 0.1 * sigmoid(-0.5 * h))
+    assert_close(dpo(Twice(), pairs, coef=0.5, smoothing=0.0, form="ipo")[0], (h - 1).square())

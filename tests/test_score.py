@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import flags, row
-from understudy.score import adapt_kl_reference, at_last_step, cut_short, episode_score, kl_reward
+from understudy.score import adapt_kl_reference, at_last_step, cut_short, episode_score, kl_reward, overlong
 
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
 
@@ -81,3 +81,8 @@ def test_the_kl_is_paid_step_by_step():
 )
 def test_the_kl_coefficient_follows_its_target(kl, coef):
     assert adapt_kl_reference(0.2, kl, target=6.0, rows=256, horizon=10_000) == pytest.approx(coef, rel=1e-12)
+
+
+def test_a_long_completion_is_charged_more_and_more():
+    # limit 20, margin 4: nothing up to 16, a quarter a token, 1 at the limit
+    assert_close(overlong(torch.tensor([5.0, 16, 17, 20]), limit=20, margin=4), torch.tensor([0, 0, -0.25, -1.0]))

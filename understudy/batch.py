@@ -126,13 +126,16 @@ class Text:
 class Pairs:
     """Preferences: row i of `chosen` was liked better than row i of `rejected`. A pair is one row and is never split.
 
-    In both, `mask` is True at exactly one column a row: its last token, where it is scored.
+    In both, `mask` is True where a reward model scores, at a row's last token; or, for DPO, as in any `Text`: before every
+    token of the completion.
     """
 
     chosen: Text
     rejected: Text
     margin: Tensor
     """By how much at least, [B, 1]; 0 where the data do not say."""
+    reference: Tensor | None = None
+    """The frozen reference's log-probs of chosen and rejected, summed over the masked-in tokens, [B, 2]."""
 
     def __len__(self) -> int:
         return self.margin.shape[0]

@@ -6,7 +6,7 @@ An objective is `(policy, batch) -> (loss, metrics)`; its coefficients are bound
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,13 @@ Charge = Callable[[Any, Tensor, Batch], Tensor]  # (distribution, logprob, batch
 
 
 def policy_gradient(
-    policy, batch: Batch, *, value_coef: float, entropy_coef: float, value_loss: Callable[[Tensor, Tensor], Tensor]
+    policy,
+    batch: Batch,
+    *,
+    value_coef: float,
+    entropy_coef: float,
+    value_loss: Callable[[Tensor, Tensor], Tensor],
+    charge=None,
 ) -> Losses:
     """-A log pi(a|s) + value_coef * value_loss - entropy_coef * H (Williams 1992; Mnih et al. 2016, sec. 4). [B, T].
 
@@ -28,7 +34,8 @@ def policy_gradient(
     logprob = distribution.log_prob(batch.action)
     policy_loss = -batch.advantage * torch.where(batch.mask, logprob, 0.0)
     error = value_loss(value, batch.target) if value_coef else torch.zeros_like(value)
-    return _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef)
+    fee = charge and charge(distribution, logprob, batch)
+    return _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
 
 
 def ppo(
@@ -62,6 +69,36 @@ def ppo_penalty(
     fee = charge and charge(distribution, logprob, batch)
     loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
     return loss, metrics | {"ratio": ratio.detach()}
+
+
+def grpo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+    """The clipped surrogate without a critic, bounds apart (Shao et al. 2024, eq. 3; DAPO's clip-higher, eq. 10). [B, T].
+
+    Which mean it is depends on the weights of `update`: GRPO's is `per_row`, DAPO's `per_step`, Dr. GRPO's `per_budget`.
+    """
+    distribution, _, logprob = _choices(policy, batch)
+    loss = clipped_surrogate(logprob, batch.logprob, batch.advantage, low=low, high=high)
+    return _critic_free(distribution, batch, logprob, logprob - batch.logprob, loss, low, high, entropy_coef, charge)
+
+
+def gspo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+    """As `grpo` with one ratio a row, exp(mean over its steps of log pi / pi_old) (Zheng et al. 2025, eq. 5-7). [B, T].
+
+    Rows are whole here: only for policies with memory, and with the weights `per_row`.
+    """
+    distribution, _, logprob = _choices(policy, batch)
+    gap = (logprob - batch.logprob).sum(dim=1, keepdim=True) / batch.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    gap = gap.expand_as(logprob)
+    loss = clipped_surrogate(gap, torch.zeros_like(gap), batch.advantage, low=low, high=high)
+    return _critic_free(distribution, batch, logprob, gap, loss, low, high, entropy_coef, charge)
+
+
+def cispo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+    """-clip(ratio) * A * log pi, no gradient through the ratio: no step is left out (MiniMax 2025, eq. 4). [B, T]."""
+    distribution, _, logprob = _choices(policy, batch)
+    gap = logprob - batch.logprob
+    loss = -gap.detach().exp().clamp(1 - low, 1 + high) * batch.advantage * logprob
+    return _critic_free(distribution, batch, logprob, gap, loss, low, high, entropy_coef, charge)
 
 
 def critic_alone(policy, batch: Batch, *, value_clip: float = 0.0) -> Losses:
@@ -133,6 +170,32 @@ def prefer(scorer, pairs: Pairs, *, center: float) -> Losses:
     }
 
 
+def dpo(policy, pairs: Pairs, *, coef: float, smoothing: float, form: Literal["sigmoid", "ipo"]) -> Losses:
+    """Direct preference optimisation, [B, 1]. h = log pi / pi_ref of chosen minus that of rejected, summed over tokens.
+
+    sigmoid: -(1 - e) log sigmoid(coef h) - e log sigmoid(-coef h) (Rafailov et al. 2023, eq. 7; e: cDPO's label noise).
+    ipo: (h - 1 / (2 coef))^2 (Azar et al. 2023, eq. 17), h over tokens as it stands there: a sum, not a mean.
+
+    Args:
+        pairs: `mask` at every token of the completions; `reference` holds both sides' log-probs, [B, 2].
+    """
+    sides = []
+    for text in (pairs.chosen, pairs.rejected):
+        logprob = policy(text)[0].log_prob(text.action)
+        sides.append(torch.where(text.mask, logprob, 0.0).sum(dim=1))
+    assert pairs.reference is not None
+    gains = torch.stack(sides, dim=1) - pairs.reference
+    gap = gains[:, :1] - gains[:, 1:]
+    if form == "ipo":
+        loss = (gap - 1 / (2 * coef)).square()
+    else:
+        sigmoid = torch.nn.functional.logsigmoid
+        loss = -(1 - smoothing) * sigmoid(coef * gap) - smoothing * sigmoid(-coef * gap)
+    metrics = {"loss": loss, "accuracy": (gap > 0).to(loss.dtype), "margin": coef * gap}
+    metrics |= {"chosen_gain": gains[:, :1], "rejected_gain": gains[:, 1:]}
+    return loss, {name: x.detach() for name, x in metrics.items()}
+
+
 def classify(scorer, labelled: Labelled) -> Losses:
     """-[y log sigmoid(s) + (1 - y) log sigmoid(-s)]: a score that is a log-odds, [B, 1]."""
     score = scorer(labelled.text)
@@ -171,6 +234,17 @@ def adapt_kl_coef(coef: float, kl: float, *, target: float) -> float:
     if kl < target / 1.5:
         return coef / 2
     return coef * 2 if kl > target * 1.5 else coef
+
+
+def _critic_free(distribution, batch, logprob, gap, policy_loss, low, high, entropy_coef: float, charge) -> Losses:
+    """The loss and metrics of an objective whose critic is a group of scores."""
+    fee = charge and charge(distribution, logprob, batch)
+    nothing = torch.zeros_like(policy_loss)
+    loss, metrics = _joined(distribution, batch, policy_loss, nothing, 0.0, entropy_coef, fee)
+    ratio = gap.detach().exp()
+    outside = (ratio < 1 - low) | (ratio > 1 + high)
+    metrics.pop("value_error")
+    return loss, metrics | {"ratio": ratio, "clip_fraction": outside.to(ratio.dtype)}
 
 
 def _choices(policy, batch: Batch):

@@ -67,3 +67,11 @@ def adapt_kl_reference(coef: float, kl: float, *, target: float, rows: int, hori
         rows: sampled this time.  horizon: in rows; how many it takes to change the coefficient by up to 20 %.
     """
     return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * rows / horizon)
+
+
+def overlong(length: Tensor, *, limit: int, margin: int) -> Tensor:
+    """What a completion of that length is charged, from 0 to -1 (DAPO, Yu et al. 2025, eq. 13). [B].
+
+    Nothing up to limit - margin tokens; from there on evenly down to -1 at limit.
+    """
+    return -((length - (limit - margin)) / margin).clamp(0, 1)

@@ -11,7 +11,10 @@ from tests.records import Table, random_batch, seeded
 from understudy import objective as room
 from understudy.batch import Batch, map_tensors
 from understudy.objective import (
+    cispo,
     critic_alone,
+    grpo,
+    gspo,
     kl_exact,
     kl_k2,
     kl_k3,
@@ -29,8 +32,11 @@ OBJECTIVES = {
     "ppo": partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
     "ppo_penalty": partial(ppo_penalty, kl_coef=0.7, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
     "critic_alone": partial(critic_alone, value_clip=0.3),
+    "grpo": partial(grpo, low=0.2, high=0.28, entropy_coef=0.1),
+    "cispo": partial(cispo, low=0.2, high=0.28, entropy_coef=0.1),
 }
-OF_TEXT = {"imitate", "with_pretraining"}  # tests/test_objective.py and tests/test_model.py
+OF_TEXT = {"imitate", "with_pretraining", "dpo"}  # tests/test_objective.py, tests/test_model.py
+OF_ROWS = {"gspo": partial(gspo, low=0.2, high=0.28, entropy_coef=0.1)}  # a ratio a row: below
 for charge in (kl_k2, kl_k3):
     OBJECTIVES[f"ppo + {charge.__name__}"] = partial(OBJECTIVES["ppo"], charge=scaled(charge, 0.3))
 OBJECTIVES["ppo + kl_exact"] = partial(
@@ -44,7 +50,7 @@ EVERY_WEIGHT = pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
 def test_every_objective_of_the_room_is_in_this_table():
     functions = inspect.getmembers(room, inspect.isfunction)
     public = {name for name, f in functions if not name.startswith("_") and "policy" in inspect.signature(f).parameters}
-    assert public - {"consult"} - OF_TEXT == {name for name in OBJECTIVES if "+" not in name}
+    assert public - {"consult"} - OF_TEXT - OF_ROWS.keys() == {name for name in OBJECTIVES if "+" not in name}
 
 
 def gradient(objective, batch: Batch, weight: torch.Tensor):
@@ -149,3 +155,17 @@ def test_steps_apart_have_the_gradient_of_whole_rows(objective):
 @EVERY
 def test_equal_seeds_learn_equal_parameters(objective):
     assert_close(learnt(objective, order=3), learnt(objective, order=3), rtol=0, atol=0)
+
+
+def test_a_rows_ratio_depends_on_no_padding_no_order_and_no_cut():
+    objective, batch = OF_ROWS["gspo"], random_batch(1, Table())
+    whole = gradient(objective, batch, per_row(batch.mask))
+
+    padded = map_tensors(lambda x: torch.cat([x, torch.zeros_like(x[:, :2])], dim=1), batch)
+    assert_close(gradient(objective, padded, per_row(padded.mask)), whole)
+    moved = batch[torch.randperm(len(batch), generator=seeded())]
+    assert_close(gradient(objective, moved, per_row(moved.mask)), whole)
+    weight = per_row(batch.mask)
+    pieces = [gradient(objective, batch[rows], weight[rows]) for rows in (slice(0, 1), slice(1, 4), slice(4, None))]
+    assert_close(tuple(sum(parts) for parts in zip(*pieces, strict=True)), whole)
+    assert_close(learnt(objective, micro=1, weigh=per_row), learnt(objective, weigh=per_row))

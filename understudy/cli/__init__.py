@@ -16,6 +16,9 @@ One policy-gradient library for agents in environments and language models under
   understudy language sft          --model DIR --data FILE   imitate completions, texts or chats
   understudy language reward-model --model DIR --data FILE   learn to score from pairs or labels
   understudy language ppo          --model DIR --data FILE --reward SPEC   PPO with a critic and a reference
+  understudy language grpo         --model DIR --data FILE --reward SPEC   answers against each other; DAPO, GSPO, CISPO
+  understudy language reinforce    --model DIR --data FILE --reward SPEC   RLOO, and other baselines
+  understudy language dpo          --model DIR --data FILE   from preferences, without a reward model
   understudy rehearse                          all of RLHF on a small made-up language, no download
 
   understudy evaluate RUN                      fixed seeds, held-out prompts, intervals

@@ -12,17 +12,24 @@ from typing import Any
 
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
-from understudy.language import ppo, reward_model, sft
+from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
 from understudy.language.evaluate import evaluate
 from understudy.language.generate import generate
-from understudy.language.model import Policy, home
+from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
 from understudy.language.text import Tokenizer
 from understudy.run.config import RequestError, nearest
 from understudy.run.store import process_seconds, read_config, write_json
 
-RECIPES = {"sft": "sft", "reward-model": "reward_model", "ppo": "ppo"}
+RECIPES = {
+    "sft": "sft",
+    "reward-model": "reward_model",
+    "reinforce": "reinforce",
+    "ppo": "ppo",
+    "grpo": "grpo",
+    "dpo": "dpo",
+}
 NEEDED = {
     "model": "name a directory, run or hub id, as in --model DIR",
     "data": "name a file, as in --data prompts.jsonl",
@@ -154,7 +161,7 @@ def evaluate_run(argv: list[str]) -> int:
     path = Path(args.run)
     about = read_config(path)
     recipe = about["recipe"].split()[-1]
-    kind = {"sft": sft, "reward-model": reward_model, "ppo": ppo}[recipe].Config
+    kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
     names = {field.name for field in dataclasses.fields(kind)}
     fields: dict[str, Any] = {
         n: tuple(x) if isinstance(x, list) else x for n, x in about["config"].items() if n in names
@@ -163,6 +170,8 @@ def evaluate_run(argv: list[str]) -> int:
         found = _held_out_loss(path, sft.Config(**fields))
     elif recipe == "reward-model":
         found = _held_out_accuracy(path, reward_model.Config(**fields))
+    elif recipe == "dpo":
+        found = _held_out_pairs(path, dpo.Config(**fields))
     else:
         for name in ("reward", "gold"):
             given = getattr(args, name)
@@ -171,7 +180,7 @@ def evaluate_run(argv: list[str]) -> int:
                     f"run '{path}' names code as its {name} ({fields[name][0]}): name it yourself with --{name}"
                 )
             fields[name] = fields[name] if given is None else tuple(given)
-        found = _held_out_answers(path, ppo.Config(**fields), args.rows)
+        found = _held_out_answers(path, kind(**fields), args.rows)
     write_json(path / "evaluation.json", found)
     samples = found.pop("samples", [])
     if args.json:
@@ -199,6 +208,25 @@ def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
     return reward_model.examine(model, _some(kept, cfg))
 
 
+def _held_out_pairs(path: Path, cfg: dpo.Config) -> dict[str, Any]:
+    """The policy as it ended against the reference it left, on pairs it did not learn from."""
+    policy = sft.load_policy(dataclasses.replace(cfg, model=str(path)))
+    reference = sft.load_policy(dataclasses.replace(cfg, model=cfg.reference or cfg.model))
+    _same(digest(reference.model), path, cfg)
+    _, kept = dpo.split(policy, cfg)
+    return dpo.examine(policy, _some(kept, cfg), dpo.refer(reference, kept), dpo.loss(cfg))
+
+
+def _same(found: str, path: Path, cfg: Any) -> None:
+    """Refuse a reference that is not the one whose digest the run wrote down."""
+    written = json.loads((path / "lineage.json").read_text())["reference"]
+    if found != written:
+        raise RequestError(
+            f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({written[:12]}...): "
+            "put back the model that the run started from"
+        )
+
+
 def _some(kept: list[Any], cfg: Any) -> list[Any]:
     if not kept:
         raise RequestError(
@@ -208,16 +236,12 @@ def _some(kept: list[Any], cfg: Any) -> list[Any]:
     return kept
 
 
-def _held_out_answers(path: Path, cfg: ppo.Config, rows: int) -> dict[str, Any]:
+def _held_out_answers(path: Path, cfg: Any, rows: int) -> dict[str, Any]:
     """The policy as it ended beside the reference it was held to, whose digest must be the one the run wrote down."""
-    cast = Cast(dataclasses.replace(cfg, model=str(path), reference=cfg.reference or cfg.model, critic="shared"))
+    fields = {"model": str(path), "reference": cfg.reference or cfg.model}
+    cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:
-        written = json.loads((path / "lineage.json").read_text())["reference"]
-        if cast.reference.digest != written:
-            raise RequestError(
-                f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({written[:12]}...): "
-                "put back the model that the run started from"
-            )
+        _same(cast.reference.digest, path, cfg)
         return evaluate(cast.policy, cast.examiner, cast.judge, cast.gold, cast.reference, rows=rows)
     finally:
         close(cast)

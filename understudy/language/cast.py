@@ -6,14 +6,16 @@ import json
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from understudy.batch import Batch, Text
+from understudy.batch import Batch, Text, Trajectory
 from understudy.language import preflight, stage
 from understudy.language.collect import Said, Sampler
+from understudy.language.config import Rollouts
 from understudy.language.evaluate import evaluate
 from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
@@ -22,10 +24,13 @@ from understudy.language.sft import context, load_policy, pad_examples
 from understudy.language.stage import Stage
 from understudy.language.text import Example, Tokenizer, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
-from understudy.reduce import explained_variance
+from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
+from understudy.reduce import explained_variance, whiten
 from understudy.run.config import RequestError
 from understudy.run.store import write_json
+from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
 
+CHARGES = {"k2": kl_k2, "k3": kl_k3, "exact": kl_exact}
 PIECE = 64  # rows a pass without gradient reads at a time
 
 
@@ -36,7 +41,7 @@ class Cast:
         self.cfg = cfg
         self.models: dict[str, tuple[RewardModel, Part]] = {}
         self.endless = bool(cfg.fixed_length)
-        critic = {"critic": cfg.critic, "critic_init": cfg.critic_init}
+        critic = {name: getattr(cfg, name) for name in ("critic", "critic_init") if hasattr(cfg, name)}
         self.policy = load_policy(cfg, endless=self.endless, temperature=cfg.temperature, **critic)
         self.tokenizer: Tokenizer = self.policy.tokenizer
         self.judge = self._judge(cfg.reward, "reward")
@@ -141,7 +146,7 @@ class Cast:
 
     def _cast_critic(self) -> None:
         """A separate critic begins as the reward model, where the reward is one that speaks the policy's tokens."""
-        if self.cfg.critic == "separate" and len(self.models) == 1:
+        if getattr(self.cfg, "critic", "none") == "separate" and len(self.models) == 1:
             [(model, own)] = self.models.values()
             weight = next(w for w, part in self.judge.parts.values() if part is own)
             if model.tokenizer.hf.get_vocab().items() >= self.tokenizer.hf.get_vocab().items():
@@ -178,6 +183,8 @@ class Cast:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         cfg = self.cfg
+        if self.policy.critic is None:
+            return stage.adamw(cfg, {"params": self.policy.actor_parameters()})
         critic: dict[str, Any] = {"params": self.policy.critic_parameters()}
         if cfg.critic_learning_rate:
             critic["lr"] = cfg.critic_learning_rate
@@ -212,6 +219,41 @@ def close(cast: Cast) -> None:
     for judge in (cast.judge, cast.gold):
         if judge is not None:
             judge.close()
+
+
+def pay(
+    said: Said, score: Tensor, reference: Reference, coef: float, cfg: Rollouts
+) -> tuple[Trajectory, Tensor, TokenDistribution]:
+    """The record as its ends and scores leave it, its rewards [B, T], and what the reference says of it."""
+    record, score = said.record, score.to(said.record.mask.device)
+    score, terminated, truncated, mask = cut_short(
+        score,
+        record.terminated,
+        record.truncated,
+        record.mask,
+        how=cfg.truncation,
+        penalty=cfg.truncation_penalty,
+        missing_eos_penalty=cfg.missing_eos_penalty,
+    )
+    record = replace(record, terminated=terminated, truncated=truncated, mask=mask, obs=replace(record.obs, mask=mask))
+    referred = in_pieces(reference, record.obs, cfg.micro)
+    reward = at_last_step(score, mask)
+    if cfg.kl_reference == "reward":
+        reward = reward + kl_reward(record.logprob, referred.log_prob(record.action), mask, coef=coef)
+    return record, whiten(reward, mask) if cfg.whiten_rewards else reward, referred
+
+
+def next_reference_coef(coef: float, kl: float, cfg: Rollouts) -> float:
+    """The coefficient of the KL to the reference in the coming iteration, after `kl` nats a completion in this one."""
+    if not cfg.kl_reference_target:
+        return coef
+    target, horizon = cfg.kl_reference_target, cfg.kl_reference_horizon
+    return adapt_kl_reference(coef, kl, target=target, rows=cfg.rows, horizon=horizon)
+
+
+def reference_charge(coef: float, cfg: Rollouts) -> Charge | None:
+    """The KL to the reference as a charge in the loss; None where it is paid as a reward, or costs nothing."""
+    return None if cfg.kl_reference == "reward" or not coef else scaled(CHARGES[cfg.kl_reference], coef)
 
 
 @torch.no_grad()

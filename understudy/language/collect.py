@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from understudy.batch import Trajectory, map_tensors
 from understudy.language.generate import Completion, generate, lay_out
 from understudy.language.judge import Sampled
@@ -57,9 +59,13 @@ class Sampler:
             seeds=seeds,
             slots=self.slots,
         )
+        return self.written_down(prompts, completions, policy.device)
+
+    def written_down(self, prompts: list[Prompt], completions: list[Completion], device: torch.device) -> Said:
+        """Prompts and completions as a record and as text."""
         record = lay_out([prompt.ids for prompt in prompts], completions, endless=self.endless)
         return Said(
-            prompts, completions, map_tensors(lambda x: x.to(policy.device), record), self.judged(prompts, completions)
+            prompts, completions, map_tensors(lambda x: x.to(device), record), self.judged(prompts, completions)
         )
 
     def judged(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sampled:

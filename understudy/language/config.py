@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
+from understudy.score import Cut
 
 
 class Function(str):
@@ -37,7 +38,9 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise RequestError(f"device is {name!r}, which is not here ({str(error).splitlines()[0][:80]}): try cpu") from None
+        raise RequestError(
+            f"device is {name!r}, which is not here ({str(error).splitlines()[0][:80]}): try cpu"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +115,69 @@ class Config:
     def renamed(self) -> dict[str, str]:
         """`columns` as a mapping from our names to the data's."""
         return {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in self.columns)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Config):
+    """Fields of every recipe that lets the policy answer prompts and be paid for it."""
+
+    steps: Whole = 200_000
+    """Tokens chosen in all; the run ends at the first iteration boundary at or after it."""
+    reward: tuple[str, ...]
+    """What is paid: each DIR of a reward model, file.py:function or builtin[:args], optionally *WEIGHT; summed."""
+    gold: tuple[str, ...] = ()
+    """What is measured and never trained on; specs like those of reward."""
+    reward_timeout: Positive = 30.0
+    """Seconds a file's function may take for a batch."""
+    rows: Count = 64
+    """Completions an iteration."""
+    max_new: Count = 64
+    """Tokens a completion may have."""
+    fixed_length: Whole = 0
+    """Every completion has this many tokens and no other end; 0 for off."""
+    temperature: Positive = 1.0
+    """Of sampling, and of every log-prob."""
+    slots: Count = 64
+    """Completions continued at a time."""
+    reference: str | None = None
+    """Directory of the frozen reference; by default a copy of the policy as it starts."""
+
+    kl_reference: Literal["reward", "k2", "k3", "exact"] = "reward"
+    """KL to the reference: paid token by token (k1), or in the loss: k2, ratio-weighted k3, or exact."""
+    kl_reference_coef: NonNegative = 0.05
+    """Its coefficient, initial where it adapts."""
+    kl_reference_target: NonNegative = 0.0
+    """KL in nats a completion that an adaptive kl_reference_coef aims at; 0 for a fixed one."""
+    kl_reference_horizon: Count = 10_000
+    """Completions it takes to change an adaptive kl_reference_coef by up to 20 %."""
+    truncation: Cut = "terminal"
+    """A completion cut by max_new: score paid and over, a penalty instead, V bootstrapped from, or row dropped."""
+    truncation_penalty: float = -1.0
+    """The score of a cut completion where truncation is penalty."""
+    missing_eos_penalty: NonNegative = 0.0
+    """Taken off the score of a cut completion where truncation is terminal."""
+    whiten_rewards: bool = False
+    """Scale rewards to deviation 1 over the record, keeping their mean."""
+    pretraining: str | None = None
+    """Text whose -log p is mixed into the loss (PPO-ptx)."""
+    pretraining_coef: NonNegative = 1.0
+    """Its coefficient."""
+
+    evaluate_rows: Count = 64
+    """Completions an evaluation samples; prompts come again where there are fewer."""
+    samples: Whole = 4
+    """Completions an iteration keeps under samples/, token by token."""
+    preflight: bool = True
+    """Check before the first step that sampler, trainer, reference and reward agree."""
+
+    def __post_init__(self) -> None:
+        for name in ("reward", "gold"):
+            object.__setattr__(self, name, specs(getattr(self, name)))
+        super().__post_init__()
+        if not self.reward:
+            raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
+
+    @property
+    def limit(self) -> int:
+        """Tokens a completion may have."""
+        return self.fixed_length or self.max_new

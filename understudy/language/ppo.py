@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -13,55 +13,22 @@ from torch import Tensor
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.language import config, stage
-from understudy.language.cast import in_pieces, open_cast
-from understudy.language.collect import Said
-from understudy.language.model import Policy, Reference
+from understudy.language.cast import in_pieces, next_reference_coef, open_cast, pay, reference_charge
+from understudy.language.model import Policy
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens, TokenDistribution
-from understudy.objective import (
-    Losses,
-    adapt_kl_coef,
-    critic_alone,
-    kl_exact,
-    kl_k2,
-    kl_k3,
-    ppo,
-    ppo_penalty,
-    scaled,
-    with_pretraining,
-)
-from understudy.reduce import masked_mean, standardize, whiten
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole
+from understudy.objective import Losses, adapt_kl_coef, critic_alone, ppo, ppo_penalty, with_pretraining
+from understudy.reduce import masked_mean, standardize
+from understudy.run.config import Count, NonNegative, Positive, Unit, Whole
 from understudy.run.store import Run
-from understudy.score import Cut, adapt_kl_reference, at_last_step, cut_short, kl_reward
 from understudy.update import update
 from understudy.value import next_value
 
-CHARGES = {"k2": kl_k2, "k3": kl_k3, "exact": kl_exact}
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Config):
+class Config(config.Rollouts):
     """PPO on prompts: every published variant is a field."""
 
-    steps: Whole = 200_000
-    """Tokens chosen in all; the run ends at the first iteration boundary at or after it."""
-    reward: tuple[str, ...]
-    """What is paid: each DIR of a reward model, file.py:function or builtin[:args], optionally *WEIGHT; summed."""
-    gold: tuple[str, ...] = ()
-    """What is measured and never trained on; specs like those of reward."""
-    reward_timeout: Positive = 30.0
-    """Seconds a file's function may take for a batch."""
-    rows: Count = 64
-    """Completions an iteration."""
-    max_new: Count = 64
-    """Tokens a completion may have."""
-    fixed_length: Whole = 0
-    """Every completion has this many tokens and no other end; 0 for off."""
-    temperature: Positive = 1.0
-    """Of sampling, and of every log-prob."""
-    slots: Count = 64
-    """Completions continued at a time."""
     critic: Literal["shared", "separate"] = "shared"
     """V as a linear output on the policy's trunk, or on a trunk of its own: the reward model's, where reward is one."""
     critic_init: Literal["zero", "normal"] = "zero"
@@ -72,9 +39,6 @@ class Config(config.Config):
     """Bound on the critic's own gradient; 0 for one joint bound."""
     critic_warmup: Whole = 0
     """Iterations at the start in which the critic alone learns."""
-    reference: str | None = None
-    """Directory of the frozen reference; by default a copy of the policy as it starts."""
-
     epochs: Count = 4
     """Passes over the record."""
     minibatches: Count = 4
@@ -101,46 +65,6 @@ class Config(config.Config):
     """Coefficient of the entropy bonus."""
     standardize: Literal["none", "minibatch", "batch"] = "batch"
     """Over what advantages are standardised."""
-    whiten_rewards: bool = False
-    """Scale rewards to deviation 1 over the record, keeping their mean."""
-
-    kl_reference: Literal["reward", "k2", "k3", "exact"] = "reward"
-    """KL to the reference: paid token by token (k1), or in the loss: k2, ratio-weighted k3, or exact."""
-    kl_reference_coef: NonNegative = 0.05
-    """Its coefficient, initial where it adapts."""
-    kl_reference_target: NonNegative = 0.0
-    """KL in nats a completion that an adaptive kl_reference_coef aims at; 0 for a fixed one."""
-    kl_reference_horizon: Count = 10_000
-    """Completions it takes to change an adaptive kl_reference_coef by up to 20 %."""
-    truncation: Cut = "terminal"
-    """A completion cut by max_new: score paid and over, a penalty instead, V bootstrapped from, or row dropped."""
-    truncation_penalty: float = -1.0
-    """The score of a cut completion where truncation is penalty."""
-    missing_eos_penalty: NonNegative = 0.0
-    """Taken off the score of a cut completion where truncation is terminal."""
-    pretraining: str | None = None
-    """Text whose -log p is mixed into the loss (PPO-ptx)."""
-    pretraining_coef: NonNegative = 1.0
-    """Its coefficient."""
-
-    evaluate_rows: Count = 64
-    """Completions an evaluation samples; prompts come again where there are fewer."""
-    samples: Whole = 4
-    """Completions an iteration keeps under samples/, token by token."""
-    preflight: bool = True
-    """Check before the first step that sampler, trainer, reference and reward agree."""
-
-    def __post_init__(self) -> None:
-        for name in ("reward", "gold"):
-            object.__setattr__(self, name, config.specs(getattr(self, name)))
-        super().__post_init__()
-        if not self.reward:
-            raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
-
-    @property
-    def limit(self) -> int:
-        """Tokens a completion may have."""
-        return self.fixed_length or self.max_new
 
 
 def iterate(cfg: Config) -> Iterations:
@@ -182,11 +106,8 @@ def iterate(cfg: Config) -> Iterations:
                 metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(policy, batch)}
                 if cfg.kl_target and moved:
                     kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target)
-            if cfg.kl_reference_target and moved:
-                kl, horizon = metrics["kl_reference"], cfg.kl_reference_horizon
-                reference_coef = adapt_kl_reference(
-                    reference_coef, kl, target=cfg.kl_reference_target, rows=cfg.rows, horizon=horizon
-                )
+            if moved:
+                reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
                 metrics |= cast.evaluate()
             yield from run.report(metrics)
@@ -196,28 +117,6 @@ def iterate(cfg: Config) -> Iterations:
 def train(cfg: Config) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg))
-
-
-def pay(
-    said: Said, score: Tensor, reference: Reference, coef: float, cfg: Config
-) -> tuple[Trajectory, Tensor, TokenDistribution]:
-    """The record as its ends and scores leave it, its rewards [B, T], and what the reference says of it."""
-    record, score = said.record, score.to(said.record.mask.device)
-    score, terminated, truncated, mask = cut_short(
-        score,
-        record.terminated,
-        record.truncated,
-        record.mask,
-        how=cfg.truncation,
-        penalty=cfg.truncation_penalty,
-        missing_eos_penalty=cfg.missing_eos_penalty,
-    )
-    record = replace(record, terminated=terminated, truncated=truncated, mask=mask, obs=replace(record.obs, mask=mask))
-    referred = in_pieces(reference, record.obs, cfg.micro)
-    reward = at_last_step(score, mask)
-    if cfg.kl_reference == "reward":
-        reward = reward + kl_reward(record.logprob, referred.log_prob(record.action), mask, coef=coef)
-    return record, whiten(reward, mask) if cfg.whiten_rewards else reward, referred
 
 
 def look(policy: Policy, record: Trajectory, cfg: Config) -> tuple[Any, Tensor]:
@@ -248,7 +147,7 @@ def weigh_up(
 
 def surrogate(cfg: Config, kl_coef: float, reference_coef: float) -> Callable[[Any, Batch], Losses]:
     """The objective that the config describes, with the coefficients as they now are."""
-    charge = None if cfg.kl_reference == "reward" else scaled(CHARGES[cfg.kl_reference], reference_coef)
+    charge = reference_charge(reference_coef, cfg)
     chosen = partial(ppo, clip=cfg.clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
     objective = partial(
         chosen, value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef, value_clip=cfg.value_clip, charge=charge

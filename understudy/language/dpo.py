@@ -1,0 +1,157 @@
+"""DPO (Rafailov et al. 2023): from preferences to a policy without a reward model, a critic or a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from understudy.batch import Pairs, Text
+from understudy.language import config, stage
+from understudy.language.model import Policy, Reference, home
+from understudy.language.sft import context, load_policy
+from understudy.language.stage import Iterations
+from understudy.language.text import Preference, pad, preferences, read
+from understudy.objective import Losses, dpo
+from understudy.reduce import mean_interval
+from understudy.run.config import Count, Positive, Unit
+from understudy.run.store import Run, write_json
+from understudy.update import update
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(config.Config):
+    """Pairs `chosen` and `rejected`, with or without a `prompt`."""
+
+    learning_rate: Positive = 1e-5
+    """AdamW's step size after the warm-up."""
+    epochs: Count = 1
+    """Passes over the data."""
+    minibatch_rows: Count = 16
+    """Pairs an optimizer step sees."""
+    form: Literal["sigmoid", "ipo"] = "sigmoid"
+    """The loss: DPO's own, or IPO's squared one."""
+    kl_reference_coef: Positive = 0.1
+    """How dear it is to leave the reference (DPO's beta)."""
+    smoothing: Unit = 0.0
+    """Share of labels taken to be wrong (cDPO); for sigmoid."""
+    reference: str | None = None
+    """Directory of the frozen reference; by default a copy of the policy as it starts."""
+
+
+def iterate(cfg: Config) -> Iterations:
+    """The loop itself, an optimizer step at a time."""
+    torch.set_num_threads(cfg.threads)
+    policy = load_policy(cfg)
+    learned, kept = split(policy, cfg)
+    reference = cast_reference(policy, cfg)
+    referred = {name: refer(reference.policy, some) for name, some in (("learned", learned), ("kept", kept))}
+    objective = loss(cfg)
+    total = cfg.epochs * sum(map(size, learned))
+    optimizer = stage.adamw(cfg, stage.all_of(policy))
+    with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total) as run:
+        write_json(run.run.path / "lineage.json", {"reference": reference.digest})
+        while run.on:
+            rate = run.schedule()
+            some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
+            pairs = gather([learned[i] for i in some], referred["learned"][some]).to(cfg.device)
+            run.steps += sum(size(learned[i]) for i in some)
+            metrics = update(  # 5 update
+                policy,
+                optimizer,
+                pairs,
+                objective,
+                epochs=1,
+                minibatches=1,
+                max_grad_norm=cfg.max_grad_norm,
+                micro=cfg.micro or None,
+                generator=run.shuffle,
+            )
+            if kept and (not run.on or run.due(cfg.evaluate_every)):
+                found = examine(policy, kept, referred["kept"], objective)
+                write_json(run.run.path / "evaluation.json", found)
+                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
+            yield from run.report(metrics | {"learning_rate": rate})
+        return run.run
+
+
+def train(cfg: Config) -> Run:
+    """Train to the end; `run.path` holds the policy, evaluation.json how often it prefers what people did."""
+    return stage.drain(iterate(cfg))
+
+
+def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
+    """The objective that the config describes."""
+    return partial(dpo, coef=cfg.kl_reference_coef, smoothing=cfg.smoothing, form=cfg.form)
+
+
+def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
+    """The pairs to learn from, and those kept for evaluation."""
+    data = preferences(
+        read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length)
+    )
+    learned, kept = stage.hold_out([(pair.chosen, pair.rejected) for pair in data], cfg.held_out)
+    return [data[i] for i in learned], [data[i] for i in kept]
+
+
+def cast_reference(policy: Policy, cfg: Config) -> Reference:
+    """The policy as it starts, or the one that the config names."""
+    if cfg.reference is None:
+        return Reference(policy)
+    return Reference(Policy.from_pretrained(home(cfg.reference, "policy")).to(cfg.device))
+
+
+def size(pair: Preference) -> int:
+    """Tokens of a pair."""
+    return len(pair.chosen) + len(pair.rejected)
+
+
+def shared(pair: Preference) -> int:
+    """How many tokens both sides begin with: the prompt, or as much of it as cannot matter."""
+    matches = (a == b for a, b in zip(pair.chosen, pair.rejected, strict=False))
+    length = next((i for i, match in enumerate(matches) if not match), min(len(pair.chosen), len(pair.rejected)))
+    return max(1, length)
+
+
+def gather(pairs: Sequence[Preference], reference: Tensor | None = None) -> Pairs:
+    """Pairs as one padded record. What both sides begin with has the same log-prob in both, and is left out of the sums."""
+    starts = [shared(pair) for pair in pairs]
+    chosen, rejected = pad([pair.chosen for pair in pairs], starts), pad([pair.rejected for pair in pairs], starts)
+    return Pairs(chosen, rejected, torch.tensor([[pair.margin] for pair in pairs]), reference)
+
+
+@torch.no_grad()
+def refer(policy: Policy, data: Sequence[Preference], *, micro: int = 32) -> Tensor:
+    """A policy's log-probs of both sides, summed over the tokens that tell them apart, [N, 2]; on the CPU."""
+    found = [torch.zeros(0, 2)]
+    for at in range(0, len(data), micro):
+        pairs = gather(data[at : at + micro]).to(policy.device)
+        found.append(torch.stack([_summed(policy, text) for text in (pairs.chosen, pairs.rejected)], dim=1).cpu())
+    return torch.cat(found)
+
+
+def _summed(policy: Policy, text: Text) -> Tensor:
+    return torch.where(text.mask, policy(text)[0].log_prob(text.action), 0.0).sum(dim=1)
+
+
+@torch.no_grad()
+def examine(policy: Policy, data: Sequence[Preference], referred: Tensor, objective: Any) -> dict[str, Any]:
+    """On pairs it did not learn from: how often the chosen side gained more than the rejected, with its 95 % interval."""
+    metrics = objective(policy, gather(data, referred).to(policy.device))[1]
+    accuracy, low, high = mean_interval(metrics["accuracy"][:, 0])
+    names = ("loss", "margin", "chosen_gain", "rejected_gain")
+    means = {name: float(metrics[name].mean()) for name in names}
+    longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
+    baseline = sum(longer) / len(longer)
+    return {
+        "rows": len(data),
+        "accuracy": accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "length_baseline": max(baseline, 1 - baseline),
+        **means,
+    }
