@@ -15,6 +15,8 @@ PPO = {
     "rows": 8,
     "max_new": 6,
     "steps": 60,
+    "epochs": 2,
+    "minibatches": 2,
     "reward": "length:4",
     "preflight": False,
     "quiet": True,
