@@ -68,7 +68,8 @@ PPO = {
     "slots": 128,
 }
 TRIED = """\
-Found while settings were sought, on the base's completions and on PPO seeds 100 and 101; gold was looked at for all of it.
+Found while settings were sought, on the base's completions of the held-out openings and on PPO seeds 100 and 101. Gold was
+looked at for all of it, so it chose among settings; it never entered a reward.
 
 | reward model, seed 100 | accuracy, dev | correlation with gold on the base's completions |
 |---|---|---|
