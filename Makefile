@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles golden scores methods solve-time ablation clean
+.PHONY: demo check test format mutants oracles golden scores methods stories solve-time ablation clean
 
 demo: .venv/core ## train PPO on CartPole-v1 until it is solved, live
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -39,6 +39,9 @@ scores: .venv/dev ## ten seeds of the tuned presets, evaluated: bench/results/sc
 
 methods: .venv/dev ## every method on CartPole over five seeds
 	$(BIN)/python bench/methods.py
+
+stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
+	$(BIN)/python bench/stories.py
 
 ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time limits
 	$(BIN)/python bench/ablation_truncation.py
