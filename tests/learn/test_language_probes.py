@@ -56,7 +56,7 @@ def noise(prompts, completions, completion_ids):
 
 
 def learn(model: str, out, reward, **fields):
-    fixed = {"fixed_length": LENGTH, "steps": 12_000, "rows": 64, "learning_rate": 0.003, "seed": 1, "quiet": True}
+    fixed = {"fixed_length": LENGTH, "steps": 20_000, "rows": 64, "learning_rate": 0.005, "seed": 1, "quiet": True}
     fixed |= {"kl_reference_coef": 0.0, "samples": 0, "evaluate_rows": 8, "out": str(out)}
     return ppo.train(ppo.Config(model=model, data=f"{model}/prompts.jsonl", reward=reward, **(fixed | fields)))
 
