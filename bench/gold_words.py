@@ -19,6 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "sst2"
 PENALTY = 1.0  # half of it times the squared weights is added to the reviews' summed loss
+WORD = r"[a-z]+(?:'[a-z]+)?"
 Review = tuple[int, str]  # label, text
 
 
@@ -46,8 +47,12 @@ def load(name: str) -> list[Review]:
 
 
 def features(text: str) -> set[str]:
-    words = re.findall(r"[a-z]+(?:'[a-z]+)?", text.lower())
-    return {*words, *(f"{one} {other}" for one, other in pairwise(words))}
+    found = re.findall(WORD, text.lower())
+    return {*found, *(f"{one} {other}" for one, other in pairwise(found))}
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(WORD, text.lower()))
 
 
 @cache

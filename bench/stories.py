@@ -15,6 +15,8 @@ import platform
 import random
 import shutil
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ PAGE = HERE.parent / "docs" / "stories.md"
 STOP = ("<s>",)  # its stories end with BOS; the </s> of its config it never says
 
 OPENINGS, HELD_OUT, OPENINGS_SEED = 256, 64, 0
-ROWS, DISTINCT_ROWS, TOKENS, SHOWN = 512, 256, 40, 20
+ROWS, DISTINCT_ROWS, TOKENS, SHOWN, SHIFTED = 512, 256, 40, 20, 16
 PIECES, PIECE_WORDS = 8, (4, 14)
 REWARD_MODEL = {
     "seed": 100,  # of one reward model, which all seeds share
@@ -244,10 +246,19 @@ def examine(path: Path) -> dict[str, Any]:
         }
     text = said["policy"].record.obs
     found["kl"] = mean_interval(policy(text)[0].kl(Reference(base)(text)).sum(dim=1))
+    found["words"] = shifted(*(said[name].judged.completions for name in ("base", "policy")))
     pairs = zip(*(said[name].judged.completions for name in ("base", "policy")), strict=True)
     openings = [prompt.text for prompt in said["base"].prompts]
     found["samples"] = [[o, b, p] for o, (b, p) in zip(openings, pairs, strict=True)][:SHOWN]
     return found | judgement(found)
+
+
+def shifted(base: Sequence[Any], policy: Sequence[Any]) -> dict[str, int]:
+    """By how many completions more (or less) the policy says a word than the base does; the largest changes."""
+    change = Counter(word for text in policy for word in gold_words.words(text))
+    change.subtract(word for text in base for word in gold_words.words(text))
+    ordered = change.most_common()
+    return dict(ordered[:SHIFTED] + ordered[-SHIFTED:])
 
 
 def judgement(found: dict[str, Any]) -> dict[str, Any]:
@@ -314,6 +325,13 @@ def page(sampled: dict[str, Any], judged: dict[str, Any], found: list[dict[str, 
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
         *(row(f) for f in found),
         "",
+        "## What it learned to say",
+        "",
+        f"Completions of {ROWS} that have a word, policy less base, mean over seeds, largest changes: {moved(found)}. "
+        "Words of praise in film reviews (fun, family), and small words in which their praise and blame differ (with and in "
+        "against would, was and to), rather than happier plots: that much a reward model from film reviews knows of stories, "
+        "and gold, from other film reviews, cannot see the difference.",
+        "",
         "## What was tried",
         "",
         TRIED,
@@ -327,6 +345,13 @@ def page(sampled: dict[str, Any], judged: dict[str, Any], found: list[dict[str, 
         *(f"| {' | '.join(cell(text) for text in sample)} |" for sample in found[0]["samples"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def moved(found: list[dict[str, Any]]) -> str:
+    """The words whose use changed in every seed, by how much."""
+    everywhere = set.intersection(*(set(f["words"]) for f in found))
+    mean = {word: sum(f["words"][word] for f in found) / len(found) for word in everywhere}
+    return ", ".join(f"{word} {mean[word]:+.0f}" for word in sorted(mean, key=lambda word: -mean[word]))
 
 
 def row(f: dict[str, Any]) -> str:
