@@ -4,10 +4,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles golden scores methods stories solve-time ablation clean
+.PHONY: demo check test format mutants oracles golden scores methods rehearse stories solve-time ablation clean
 
-demo: .venv/core ## train PPO on CartPole-v1 until it is solved, live
+demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
+	$(BIN)/understudy rehearse --seed 1 $(if $(OUT),--out $(patsubst %/,%,$(OUT))-rehearsal)
 
 check: .venv/dev ## what CI checks before the tests: format, lint, types, layout
 	$(BIN)/ruff format --check .
@@ -39,6 +40,9 @@ scores: .venv/dev ## ten seeds of the tuned presets, evaluated: bench/results/sc
 
 methods: .venv/dev ## every method on CartPole over five seeds
 	$(BIN)/python bench/methods.py
+
+rehearse: .venv/dev ## the rehearsal over five seeds: bench/results/rehearse and docs/rehearse.md
+	$(BIN)/python bench/rehearse.py
 
 stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
 	$(BIN)/python bench/stories.py

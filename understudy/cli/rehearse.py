@@ -9,7 +9,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +30,52 @@ from understudy.run.seeds import derive
 from understudy.run.store import write_json
 
 LIMIT = 24  # tokens a completion may have
-BEST_OF = 64
 TEMPERATURE = 0.05  # of the made-up people's noisy preferences, in units of the true score
-TEST = 128  # openings of the final table
-COMMON: dict[str, Any] = {"learning_rate_schedule": "cosine", "warmup": 0.05, "quiet": True}
+Said = tuple[list[int], Completion, str]  # the prompt's ids, the completion, both as text
 
 
-def rehearse(argv: list[str]) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much of everything."""
+
+    texts: int = 20_000
+    """Sentences the base model is pretrained on."""
+    demonstrations: int = 4000
+    """Sentences of supervised fine-tuning."""
+    pairs: int = 6000
+    """Preferences of the reward model."""
+    openings: int = 2000
+    """Prompts of PPO."""
+    rows: int = 128
+    """Completions an iteration of PPO."""
+    iterations: int = 40
+    """Of PPO, about."""
+    tested: int = 128
+    """Openings of the final table, four completions each."""
+    best_of: int = 64
+    """Completions of which the best is taken, a tested opening."""
+
+
+FULL = Sizes()
+
+
+def rehearse(argv: list[str], sizes: Sizes = FULL) -> int:
     """`understudy rehearse [--out DIR] [--seed N]`."""
-    parser = Parser(
-        prog="understudy rehearse", description="All of RLHF on a small made-up language: about two minutes."
-    )
+    parser = Parser(prog="understudy rehearse", description="All of RLHF on a small made-up language, in two minutes.")
     parser.add_argument("--out", help="directory of the rehearsal; runs/rehearse-N by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--quiet", action="store_true", help="no words between the stages")
-    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of samples and table")
     args = parser.parse_args(argv)
     if args.seed < 0:
         raise RequestError(f"seed is {args.seed}: must be 0 or more")
     out = Path(args.out) if args.out else _free(Path("runs"))
-    if out.exists() and any(out.iterdir()):
-        raise RequestError(f"out is '{out}', which is not empty: choose another directory, or remove that one")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RequestError(
+            f"out is '{out}', which is there and not empty: choose another directory, or remove that one"
+        )
     found = pipeline(
-        out, args.seed, say=(lambda text: None) if args.quiet else lambda text: print(text, file=sys.stderr)
+        out, args.seed, sizes, say=lambda text: None if args.quiet else print(text, file=sys.stderr, flush=True)
     )
     if args.json:
         print(json.dumps({"run": str(out), "seed": args.seed, **found}))
@@ -61,121 +85,113 @@ def rehearse(argv: list[str]) -> int:
     return 0
 
 
-def pipeline(out: Path, seed: int, *, say: Any) -> dict[str, Any]:
-    """All stages; what came of them."""
+def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """All stages, each from the directory the one before it left; what came of them, as in OUT/rehearsal.json."""
     began = time.time()
     torch.set_num_threads(1)
-    files = _write(out, seed)
+    _write(out, seed, sizes)
+    common: dict[str, Any] = {"seed": seed, "quiet": True, "minibatch_rows": 64}
+    common |= {"learning_rate_schedule": "cosine", "warmup": 0.1}
+
+    def at(name: str) -> str:
+        return str(out / name)
+
     say("1 pretraining a base model on the made-up language")
-    base = sft.Config(
-        model=str(out / "fresh"),
-        data=str(files["text"]),
-        learning_rate=1e-2,
-        minibatch_rows=64,
-        seed=seed,
-        out=str(out / "base"),
-        **COMMON,
-    )
+    # three times this learning rate lowers this loss by 0.01, and leaves weights from which no reward model learns well
+    base = sft.Config(model=at("fresh"), data=at("texts.jsonl"), out=at("base"), learning_rate=3e-3, **common)
     say(f"  loss {sft.train(base).metrics[-1]['evaluation_loss']:.3f} nats a token")
+
     say("2 supervised fine-tuning on demonstrations")
-    tuned = sft.Config(
-        model=str(out / "base"),
-        data=str(files["demonstrations"]),
-        epochs=2,
-        learning_rate=2e-3,
-        minibatch_rows=64,
-        seed=seed,
-        out=str(out / "sft"),
-        **COMMON,
-    )
+    data = at("demonstrations.jsonl")
+    tuned = sft.Config(model=at("base"), data=data, out=at("sft"), epochs=2, learning_rate=1e-3, **common)
     say(f"  loss {sft.train(tuned).metrics[-1]['evaluation_loss']:.3f} nats a token")
-    policy = load(out / "sft")
+
     say("3 a reward model from noisy preferences between the policy's own sentences")
-    pairs = _pairs(policy, rehearsal.prompts(4000, seed), seed)
+    policy = load(out / "sft")
+    pairs = _pairs(policy, sizes.pairs, seed)
     rows = rehearsal.preferences(pairs, temperature=TEMPERATURE, seed=seed)
-    judge = reward_model.Config(
-        model=str(out / "sft"),
-        data=str(rehearsal.write_jsonl(rows, out / "preferences.jsonl")),
-        epochs=2,
-        learning_rate=3e-3,
-        minibatch_rows=64,
-        held_out=400,
-        seed=seed,
-        out=str(out / "reward_model"),
-        **COMMON,
-    )
-    accuracy = reward_model.train(judge).metrics[-1]["evaluation_accuracy"]
+    data = str(rehearsal.write_jsonl(rows, out / "preferences.jsonl"))
+    judged = {**common, "epochs": 2, "learning_rate": 3e-3, "minibatch_rows": 32, "held_out": 400}
+    preferred = reward_model.Config(model=at("sft"), data=data, out=at("reward_model"), **judged)
+    accuracy = reward_model.train(preferred).metrics[-1]["evaluation_accuracy"]
     ceiling = statistics.fmean(_certainty(*pair) for pair in pairs)
     say(f"  accuracy {accuracy:.3f} on held-out pairs; the noise allows {ceiling:.3f}")
+
     say("4 PPO with a critic and a KL to the SFT policy")
-    for line in ppo.iterate(rl(out, files["openings"], seed)):
+    for line in ppo.iterate(reinforced(out, seed, sizes)):
         if line["iteration"] % 10 == 0:
             say(f"  iteration {line['iteration']}: score {line['score_mean']:.2f}, KL {line['kl_reference']:.1f} nats")
+
     say("5 evaluation: openings nobody was trained on, by the rule itself")
-    found = examine(policy, load(out / "ppo"), load_judge(out), seed)
+    judge = RewardModel.from_pretrained(out / "reward_model" / "reward_model")
+    demonstrated = {row["prompt"] + row["completion"] for row in rehearsal.demonstrations(sizes.demonstrations, seed)}
+    found = examine(policy, load(out / "ppo"), judge, demonstrated, seed, sizes)
     found |= {"reward_model_accuracy": accuracy, "reward_model_ceiling": ceiling, "seconds": time.time() - began}
     write_json(out / "rehearsal.json", found)
     return found
 
 
-def rl(out: Path, openings: Path, seed: int) -> ppo.Config:
+def reinforced(out: Path, seed: int, sizes: Sizes) -> ppo.Config:
     """The PPO of the rehearsal."""
     return ppo.Config(
         model=str(out / "sft"),
-        data=str(openings),
+        data=str(out / "openings.jsonl"),
         reward=(str(out / "reward_model"),),
         critic="separate",
-        rows=128,
-        slots=128,
+        rows=sizes.rows,
+        slots=sizes.rows,
         max_new=LIMIT,
-        steps=40 * 128 * 9,
+        steps=sizes.iterations * sizes.rows * 9,  # a completion has about 9 tokens
         epochs=2,
         minibatches=4,
         learning_rate=1e-3,
-        learning_rate_schedule="linear",
         value_coef=0.5,
-        kl_reference_coef=0.1,
+        kl_reference_coef=0.15,
         seed=seed,
         out=str(out / "ppo"),
         quiet=True,
     )
 
 
-def examine(before: Policy, after: Policy, judge: Any, seed: int) -> dict[str, Any]:
-    """Proxy and true score, KL, diversity of the policy before and after, and the former's best of 64."""
-    openings = rehearsal.prompts(TEST, derive(seed, "test"))
-    many = answers(before, [row["prompt"] for row in openings for _ in range(BEST_OF)], derive(seed, "best of") >> 1)
-    truth = torch.tensor([rehearsal.true_score(text) for _, _, text in many]).view(TEST, BEST_OF)
-    texts = {"sft": answers(before, [row["prompt"] for row in openings] * 4, 0)}
-    texts["ppo"] = answers(after, [row["prompt"] for row in openings] * 4, 0)
-    demonstrated = {f"{row['prompt']}{row['completion']}" for row in rehearsal.demonstrations(4000, seed)}
-    found: dict[str, Any] = {"best_of_64": float(truth.amax(dim=1).mean())}
-    for name, said in texts.items():
-        sentences = [text for _, _, text in said]
-        ids = [[*prompt, *completion.ids] for prompt, completion, _ in said]
+def examine(
+    before: Policy, after: Policy, judge: RewardModel, demonstrated: set[str], seed: int, sizes: Sizes
+) -> dict[str, Any]:
+    """Both policies on new openings, the KL between them, and the best of many by the one before.
+
+    `gap_closed` is the share of the way from SFT's true score to its best-of-n's; 0 where that is no better.
+    """
+    openings = [row["prompt"] for row in rehearsal.prompts(sizes.tested, derive(seed, "test"))]
+    many = answers(before, [x for x in openings for _ in range(sizes.best_of)], derive(seed, "best of") >> 1)
+    truth = torch.tensor([rehearsal.true_score(text) for _, _, text in many]).view(-1, sizes.best_of)
+    said = {
+        name: answers(policy, openings * 4, derive(seed, "answers") >> 1)
+        for name, policy in (("sft", before), ("ppo", after))
+    }
+    found: dict[str, Any] = {"best_of": float(truth.amax(dim=1).mean()), "kl": kl(after, before, said["ppo"])}
+    for name, some in said.items():
+        texts = [text for _, _, text in some]
         found[name] = {
-            "true_score": statistics.fmean(map(rehearsal.true_score, sentences)),
-            "proxy_score": float(judge.score(ids).mean()),
-            "distinct_4": distinct_n([completion.ids for _, completion, _ in said], 4),
-            "grammatical": statistics.fmean(float(rehearsal.is_grammatical(text.split())) for text in sentences),
-            "copied": statistics.fmean(float(text in demonstrated) for text in sentences),
-            "samples": sentences[:5],
+            "true_score": statistics.fmean(map(rehearsal.true_score, texts)),
+            "proxy_score": float(judge.score([[*ids, *completion.ids] for ids, completion, _ in some]).mean()),
+            "distinct_4": distinct_n([completion.ids for _, completion, _ in some], 4),
+            "grammatical": statistics.fmean(float(rehearsal.is_grammatical(text.split())) for text in texts),
+            "copied": statistics.fmean(float(text in demonstrated) for text in texts),
+            "samples": texts[:5],
         }
-    found["kl"] = kl(after, before, texts["ppo"])
-    gap = found["best_of_64"] - found["sft"]["true_score"]
-    found["gap_closed"] = (found["ppo"]["true_score"] - found["sft"]["true_score"]) / gap
-    return found
+    start = found["sft"]["true_score"]
+    gap = found["best_of"] - start
+    return found | {"gap_closed": (found["ppo"]["true_score"] - start) / gap if gap > 0 else 0.0}
 
 
 @torch.no_grad()
-def kl(policy: Policy, reference: Policy, said: Sequence[tuple[list[int], Completion, str]]) -> float:
+def kl(policy: Policy, reference: Policy, said: Sequence[Said]) -> float:
     """KL(policy, reference) of a completion in nats: exact at every token, averaged over completions."""
     text = pad([[*ids, *completion.ids] for ids, completion, _ in said], [len(ids) for ids, _, _ in said])
     return float(policy(text)[0].kl(Reference(reference)(text)).sum(dim=1).mean())
 
 
-def answers(policy: Policy, prompts: Sequence[str], first: int) -> list[tuple[list[int], Completion, str]]:
-    """The prompt's ids, the completion, and both as text."""
+def answers(policy: Policy, prompts: Sequence[str], first: int) -> list[Said]:
+    """A completion of each prompt; the n-th is sampled with seed `first + n`."""
     tokenizer = policy.tokenizer
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     seeds = range(first, first + len(ids))
@@ -185,52 +201,40 @@ def answers(policy: Policy, prompts: Sequence[str], first: int) -> list[tuple[li
 
 def show(found: dict[str, Any]) -> None:
     """Samples and the table."""
-    console = Console()
+    console = Console(highlight=False)
     for name, title in (("sft", "Before (SFT)"), ("ppo", "After (PPO)")):
         console.print(f"[bold]{title}[/bold]")
         for sentence in found[name]["samples"]:
-            console.print(f"  {sentence}", highlight=False)
+            console.print(f"  {sentence}", soft_wrap=True)
     table = Table()
-    for heading in ("", "true score", "proxy score", "KL to SFT", "distinct-4", "grammatical", "copied"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for name in ("sft", "ppo"):
-        row, nats = found[name], found["kl"] if name == "ppo" else 0.0
-        numbers = (row["true_score"], row["proxy_score"], nats, row["distinct_4"], row["grammatical"], row["copied"])
-        table.add_row(name.upper(), *(f"{x:.3f}" for x in numbers))
-    table.add_row("SFT, best of 64", f"{found['best_of_64']:.3f}", *[""] * 5)
+    for heading in ("", "SFT", "PPO", "best of SFT"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name in ("true_score", "proxy_score", "distinct_4", "grammatical", "copied"):
+        best = f"{found['best_of']:.3f}" if name == "true_score" else ""
+        table.add_row(name.replace("_", " "), *(f"{found[policy][name]:.3f}" for policy in ("sft", "ppo")), best)
+    table.add_row("KL to SFT, nats", "", f"{found['kl']:.3f}", "")
     console.print(table)
-    console.print(
-        f"PPO closes {found['gap_closed']:.0%} of the gap between SFT and its best of 64. {found['seconds']:.0f} s."
-    )
+    said = f"PPO closes {found['gap_closed']:.0%} of the gap to the best of SFT's answers; {found['seconds']:.0f} s."
+    console.print(said, soft_wrap=True)
 
 
-def load_judge(out: Path) -> Any:
-    """The rehearsal's reward model."""
-    return RewardModel.from_pretrained(out / "reward_model" / "reward_model")
-
-
-def _write(out: Path, seed: int) -> dict[str, Path]:
-    """The fresh model, and data files by name."""
+def _write(out: Path, seed: int, sizes: Sizes) -> None:
+    """The fresh model, and the data that can be made before there is another."""
     out.mkdir(parents=True, exist_ok=True)
     rehearsal.model(derive(seed, "weights")).save_pretrained(out / "fresh")
     rehearsal.tokenizer().save_pretrained(out / "fresh")
-    text = [{"text": sentence} for sentence in rehearsal.sentences(20_000, seed)]
-    rows = {
-        "text": text,
-        "demonstrations": rehearsal.demonstrations(4000, seed),
-        "openings": rehearsal.prompts(2000, seed),
-    }
-    return {name: rehearsal.write_jsonl(some, out / f"{name}.jsonl") for name, some in rows.items()}
+    texts = [{"text": sentence} for sentence in rehearsal.sentences(sizes.texts, seed)]
+    rehearsal.write_jsonl(texts, out / "texts.jsonl")
+    rehearsal.write_jsonl(rehearsal.demonstrations(sizes.demonstrations, seed), out / "demonstrations.jsonl")
+    rehearsal.write_jsonl(rehearsal.prompts(sizes.openings, seed), out / "openings.jsonl")
 
 
-def _pairs(policy: Policy, openings: Sequence[dict[str, str]], seed: int) -> list[tuple[str, str, str]]:
-    """Two completions of each opening by the policy."""
-    prompts = [row["prompt"] for row in openings for _ in range(2)]
-    tokenizer = policy.tokenizer
-    said = [
-        tokenizer.decode(completion.ids) for _, completion, _ in answers(policy, prompts, derive(seed, "pairs") >> 1)
-    ]
-    return [(row["prompt"], said[2 * i], said[2 * i + 1]) for i, row in enumerate(openings)]
+def _pairs(policy: Policy, count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Openings with two completions each by the policy."""
+    openings = [row["prompt"] for row in rehearsal.prompts(count, derive(seed, "pairs"))]
+    said = answers(policy, [prompt for prompt in openings for _ in range(2)], derive(seed, "pairs") >> 1)
+    texts = [policy.tokenizer.decode(completion.ids) for _, completion, _ in said]
+    return list(zip(openings, texts[::2], texts[1::2], strict=True))
 
 
 def _certainty(prompt: str, first: str, second: str) -> float:
