@@ -329,8 +329,8 @@ def page(sampled: dict[str, Any], judged: dict[str, Any], found: list[dict[str, 
         "",
         f"Completions of {ROWS} that have a word, policy less base, mean over seeds, largest changes: {moved(found)}. "
         "Words of praise in film reviews (fun, family), and small words in which their praise and blame differ (with and in "
-        "against would, was and to), rather than happier plots: that much a reward model from film reviews knows of stories, "
-        "and gold, from other film reviews, cannot see the difference.",
+        "against would, was and to), rather than happier plots: that is what a reward model from film reviews knows of "
+        "stories, and gold, from other film reviews, cannot tell the two apart.",
         "",
         "## What was tried",
         "",
