@@ -4,10 +4,17 @@ import dataclasses
 from pathlib import Path
 
 from tests.models import FAMILIES
-from understudy.language import config, ppo, reward_model, sft
+from understudy.language import config, dpo, grpo, ppo, reinforce, reward_model, sft
 
 PAGE = Path(__file__).parents[1] / "docs" / "language-fields.md"
-CONFIGS = {"sft": sft.Config, "reward-model": reward_model.Config, "ppo": ppo.Config}
+CONFIGS = {
+    "sft": sft.Config,
+    "reward-model": reward_model.Config,
+    "ppo": ppo.Config,
+    "grpo": grpo.Config,
+    "reinforce": reinforce.Config,
+    "dpo": dpo.Config,
+}
 PPO, SFT, REWARD = "test_language_ppo.py::", "test_sft.py::", "test_reward_model.py::"
 REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::", "test_generate.py::"
 
@@ -154,6 +161,61 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "samples": (PPO + "test_so_many_completions_an_iteration_are_kept",),
         "preflight": (PPO + "test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look",),
     },
+}
+SHARED = {field.name for field in dataclasses.fields(config.Rollouts)} - {
+    field.name for field in dataclasses.fields(config.Config)
+}
+ROLLOUTS = {name: tests for name, tests in TABLE["ppo"].items() if name in SHARED}  # one cast, one `pay` for them all
+GRPO, OBJECTIVE, SCORE = "test_grpo.py::", "test_objective.py::", "test_score.py::"
+KL_CHARGED = GRPO + "test_a_kl_in_the_loss_costs_what_its_coefficient_says"
+TABLE["grpo"] = ROLLOUTS | {
+    "group": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
+    "scale": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
+    "aggregate": (GRPO + "test_what_weighs_the_same_changes_what_is_learned",),
+    "objective": (
+        GRPO + "test_the_objective_is_the_one_that_was_named",
+        OBJECTIVE + "test_a_rows_ratio_is_the_geometric_mean_of_its_steps",
+        OBJECTIVE + "test_a_clipped_weight_still_teaches",
+    ),
+    "clip": (OBJECTIVE + "test_the_bounds_of_a_ratio_may_differ",),
+    "clip_high": (
+        OBJECTIVE + "test_the_bounds_of_a_ratio_may_differ",
+        GRPO + "test_one_bound_serves_for_both_where_no_other_is_given",
+    ),
+    "epochs": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
+    "minibatches": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
+    "entropy_coef": (GRPO + "test_the_objective_is_the_one_that_was_named",),
+    "resample": (GRPO + "test_groups_that_all_score_the_same_are_replaced",),
+    "overlong": (
+        GRPO + "test_overlong_shaping_counts_from_the_limit",
+        SCORE + "test_a_long_completion_is_charged_more_and_more",
+    ),
+    "kl_reference": (KL_CHARGED,),
+    "kl_reference_coef": (KL_CHARGED,),
+}
+TABLE["reinforce"] = ROLLOUTS | {
+    "baseline": (GRPO + "test_baselines_by_hand",),
+    "group": (GRPO + "test_baselines_by_hand",),
+    "moving": (GRPO + "test_a_moving_baseline_follows_the_scores",),
+    "gamma": (GRPO + "test_a_discount_makes_early_tokens_answer_for_less",),
+    "entropy_coef": (GRPO + "test_an_entropy_bonus_is_taken_off_the_loss",),
+}
+TABLE["dpo"] = {
+    "epochs": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
+    "minibatch_rows": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
+    "form": (
+        OBJECTIVE + "test_dpo_and_ipo_by_hand",
+        GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
+    ),
+    "kl_reference_coef": (
+        OBJECTIVE + "test_dpo_and_ipo_by_hand",
+        GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
+    ),
+    "smoothing": (
+        OBJECTIVE + "test_dpo_and_ipo_by_hand",
+        GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
+    ),
+    "reference": (GRPO + "test_a_reference_of_its_own_is_where_dpo_measures_from",),
 }
 EVERY_FAMILY = (  # each is parametrised over all of `FAMILIES`, tied and untied
     MODEL + "test_log_probs_are_the_models_own_on_rows_without_padding",

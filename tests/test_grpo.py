@@ -1,0 +1,275 @@
+"""GRPO, REINFORCE and DPO on language models: what groups and baselines do, by hand; which rows learn, in tiny runs."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from tests.rehearsed import furnish
+from understudy.language import dpo, grpo, reinforce
+from understudy.language.cast import Cast
+from understudy.language.generate import Completion
+from understudy.language.model import Policy
+from understudy.language.text import Preference
+from understudy.objective import cispo, gspo
+
+FEW = {"rows": 8, "max_new": 6, "steps": 60, "preflight": False, "quiet": True, "samples": 0, "evaluate_rows": 4}
+NAN = float("nan")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("grpo"))
+
+
+def by_length(prompts, completions, completion_ids, **_):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def alike(prompts, **_):
+    return [1.0] * len(prompts)
+
+
+def config(kind, home, out=None, **fields):
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, **FEW, **fields}
+    return kind.Config(out=str(out) if out else None, **given)
+
+
+def weights(run) -> dict:
+    return load_file(run.path / "policy" / "model.safetensors")
+
+
+def test_an_answer_is_compared_with_its_own_group():
+    # groups (1, 3) and (10, 10): -1 and 1 over a deviation of sqrt 2; nothing to tell apart in the second
+    score, group = torch.tensor([1.0, 3, 10, 10]), torch.tensor([0, 0, 1, 1])
+    there = torch.ones(4, dtype=torch.bool)
+
+    plain = grpo.compare(score, group, there, scale=False)
+    scaled = grpo.compare(score, group, there, scale=True)
+    assert_close(plain, torch.tensor([-1.0, 1, 0, 0]))
+    assert_close(scaled, torch.tensor([-1.0, 1, 0, 0]) / (2**0.5 + 1e-4))
+
+
+def test_an_answer_without_a_score_is_nobodys_measure():
+    # 5 is not there: 1 and 3 are compared with each other alone
+    there = torch.tensor([True, True, False])
+    found = grpo.compare(torch.tensor([1.0, 3, 5]), torch.zeros(3).long(), there, scale=False)
+
+    assert_close(found, torch.tensor([-1.0, 1, 0]))
+
+
+def test_overlong_shaping_counts_from_the_limit(home):
+    said = SimpleNamespace(completions=[Completion([1] * n, [0.0] * n, True, 0) for n in (2, 4, 5, 6)])
+
+    # limit 6, margin 4: nothing up to 2, then a quarter a token
+    assert_close(grpo.charge_for_length(said, config(grpo, home, overlong=4)), torch.tensor([0, -0.5, -0.75, -1.0]))
+    assert_close(grpo.charge_for_length(said, config(grpo, home)), torch.zeros(4))
+
+
+@pytest.mark.parametrize(("name", "function"), [("gspo", gspo), ("cispo", cispo)])
+def test_the_objective_is_the_one_that_was_named(home, name, function):
+    made = grpo.surrogate(config(grpo, home, objective=name, clip=0.1, clip_high=0.3, entropy_coef=0.5), 0.0)
+
+    assert made.func is function
+    assert (made.keywords["low"], made.keywords["high"], made.keywords["entropy_coef"]) == (0.1, 0.3, 0.5)
+
+
+def test_one_bound_serves_for_both_where_no_other_is_given(home):
+    assert grpo.surrogate(config(grpo, home, clip=0.1), 0.0).keywords["high"] == 0.1
+
+
+def test_a_kl_in_the_loss_costs_what_its_coefficient_says(home):
+    assert grpo.surrogate(config(grpo, home), 0.0).keywords["charge"] is None
+    assert grpo.surrogate(config(grpo, home, kl_reference="exact"), 0.1).keywords["charge"] is not None
+    assert grpo.surrogate(config(grpo, home, kl_reference="reward"), 0.1).keywords["charge"] is None
+
+
+def test_groups_that_all_score_the_same_teach_nothing_and_are_counted(home, tmp_path):
+    run = grpo.train(config(grpo, home, tmp_path / "run", reward=alike, group=4))
+
+    assert all(line["groups_equal"] == 1.0 for line in run.metrics)
+    before = Policy.from_pretrained(home).model.state_dict()
+    assert all(torch.equal(before[name], x) for name, x in weights(run).items())
+
+
+def test_groups_that_all_score_the_same_are_replaced(home):
+    """Every second prompt's answers score the same; with `resample` the groups that are kept are of the others."""
+    seen = {}
+
+    def picky(prompts, completion_ids, **_):
+        numbers = [seen.setdefault(prompt, len(seen)) for prompt in prompts]
+        return [
+            float(len(ids) + i) if n % 2 else 0.0
+            for i, (n, ids) in enumerate(zip(numbers, completion_ids, strict=True))
+        ]
+
+    found = {}
+    for resample in (0, 6):
+        seen.clear()
+        cfg = config(grpo, home, reward=picky, group=2, resample=resample)
+        cast = Cast(cfg)
+        run = SimpleNamespace(rows=0)
+
+        def next_rows(size, count, run=run):
+            run.rows += count
+            return [number % size for number in range(run.rows - count, run.rows)]
+
+        run.next_rows = next_rows
+        said, verdict, equal = grpo.sample_groups(run, cast, cfg)
+        assert len(said.completions) == len(verdict.score) == 8
+        found[resample] = (verdict.score.view(4, 2).std(dim=1) > 0).tolist(), equal
+    assert not all(found[0][0]) and found[0][1] > 0
+    assert all(found[6][0])
+
+
+def test_what_weighs_the_same_changes_what_is_learned(home, tmp_path):
+    """Answers of many lengths, since half of all tokens end one."""
+
+    def first(completion_ids, **_):
+        return [float(ids[0]) for ids in completion_ids]
+
+    fields = {"group": 4, "learning_rate": 1e-3, "stop": tuple(map(str, range(20, 100))), "reward": first}
+    runs = [
+        weights(grpo.train(config(grpo, home, tmp_path / a, aggregate=a, **fields))) for a in ("row", "step", "budget")
+    ]
+
+    name = "model.norm.weight"
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert not torch.equal(runs[one][name], runs[other][name])
+
+
+def test_passes_and_minibatches_are_what_was_asked_for(home, tmp_path):
+    run = grpo.train(config(grpo, home, tmp_path / "run", group=4, epochs=3, minibatches=2))
+
+    assert all((line["epochs"], line["optimizer_steps"]) == (3, 6) for line in run.metrics)
+
+
+def test_grpo_teaches_the_words_it_is_paid_for_and_noise_does_not(home, tmp_path):
+    def words(completion_ids, **_):
+        return [sum(i < 60 for i in ids) / len(ids) for ids in completion_ids]
+
+    def noise(completion_ids, **_):
+        return [float(torch.rand((), generator=torch.Generator().manual_seed(sum(ids)))) for ids in completion_ids]
+
+    shares = {}
+    for reward in (words, noise):
+        cfg = config(
+            grpo,
+            home,
+            tmp_path / reward.__name__,
+            reward=reward,
+            gold=words,
+            fixed_length=6,
+            group=8,
+            rows=64,
+            learning_rate=1e-2,
+            epochs=2,
+            minibatches=2,
+            steps=64 * 6 * 15,
+        )
+        shares[reward.__name__] = grpo.train(cfg).metrics[-1]["gold_mean"]
+    assert shares["words"] > 0.8
+    assert abs(shares["noise"] - 60 / 177) < 0.15  # chance
+
+
+TO_GO = torch.tensor([[3.0, 2], [1, 0], [5, 4], [7, 0]])
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]]).bool()
+SCORE = torch.tensor([3.0, 1, 5, 7])
+
+
+def baseline(home, name, **fields):
+    cfg = config(reinforce, home, baseline=name, group=2, **fields)
+    there = torch.ones(4, dtype=torch.bool)
+    return reinforce.relative(TO_GO, SCORE, there, MASK, 2.5, cfg)
+
+
+def test_baselines_by_hand(home):
+    assert_close(baseline(home, "none"), torch.tensor([[3.0, 2], [1, 0], [5, 4], [7, 0]]))
+    assert_close(baseline(home, "moving"), torch.tensor([[0.5, -0.5], [-1.5, 0], [2.5, 1.5], [4.5, 0]]))
+    # groups (3, 1) and (5, 7): each minus the other, at every chosen token
+    assert_close(baseline(home, "leave_one_out"), torch.tensor([[2.0, 2], [-2, 0], [-2, -2], [2, 0]]))
+    # the six tokens 3 2 1 5 4 7: mean 22 / 6, deviation sqrt(sum of squares 23.333 / 5) = 2.1602
+    whitened = torch.where(MASK, (TO_GO - 22 / 6) / 2.160247, 0.0)
+    assert_close(baseline(home, "whitened"), whitened)
+
+
+def test_a_moving_baseline_follows_the_scores(home, tmp_path):
+    fields = {"baseline": "moving", "moving": 0.5, "fixed_length": 4, "kl_reference_coef": 0.0, "steps": 96}
+    counter = iter(range(100))
+
+    def rising(prompts, **_):
+        return [float(next(counter) // 8)] * len(prompts)
+
+    run = reinforce.train(config(reinforce, home, tmp_path / "run", reward=rising, **fields))
+    # scores 0, 1, 2 an iteration (8 calls' worth each); the baseline: its own mean at first, then half the way
+    means = [line["score_mean"] for line in run.metrics]
+    expected = [means[0], means[0], 0.5 * means[0] + 0.5 * means[1]]
+    assert [line["baseline"] for line in run.metrics] == pytest.approx(expected)
+
+
+def test_a_discount_makes_early_tokens_answer_for_less(home, tmp_path):
+    fields = {"baseline": "none", "fixed_length": 4, "learning_rate": 1e-3, "kl_reference_coef": 0.0}
+    runs = [reinforce.train(config(reinforce, home, tmp_path / str(g), gamma=g, **fields)) for g in (1.0, 0.1)]
+
+    assert runs[1].metrics[0]["policy_loss"] < runs[0].metrics[0]["policy_loss"]
+
+
+def test_an_entropy_bonus_is_taken_off_the_loss(home, tmp_path):
+    fields = {"baseline": "whitened", "kl_reference_coef": 0.0, "steps": 6}
+    runs = [
+        reinforce.train(config(reinforce, home, tmp_path / str(e), entropy_coef=e, **fields)).metrics[0]
+        for e in (0.0, 0.5)
+    ]
+
+    assert runs[1]["loss"] == pytest.approx(runs[0]["loss"] - 0.5 * runs[0]["entropy"], abs=1e-4)
+
+
+PAIR = Preference((1, 5, 6, 7, 2), (1, 5, 8, 2), 0.0, 1)
+
+
+def test_what_both_sides_begin_with_is_left_out_of_the_sums():
+    pairs = dpo.gather([PAIR])
+
+    assert dpo.shared(PAIR) == 2
+    assert pairs.chosen.mask.long().tolist() == [[0, 1, 1, 1, 0]]
+    assert pairs.rejected.mask.long().tolist() == [[0, 1, 1, 0]]
+
+
+def test_the_reference_is_summed_over_what_tells_the_sides_apart(home):
+    policy = Policy.from_pretrained(home)
+    found = dpo.refer(policy, [PAIR])
+
+    logp = policy.model(torch.tensor([PAIR.chosen])).logits.log_softmax(-1)[0]
+    assert_close(found[0, 0], sum(logp[t, PAIR.chosen[t + 1]] for t in (1, 2, 3)).detach())
+
+
+def dpo_config(home, out, **fields):
+    given = {"model": str(home), "data": str(home / "preferences.jsonl"), "out": str(out), "quiet": True} | fields
+    return dpo.Config(minibatch_rows=8, held_out=8, **given)
+
+
+def test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains(home, tmp_path):
+    run = dpo.train(dpo_config(home, tmp_path / "run", learning_rate=1e-3, epochs=3))
+
+    first, last = run.metrics[0], run.metrics[-1]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)  # log 2: policy and reference are one
+    assert last["chosen_gain"] > last["rejected_gain"]
+    assert (run.path / "evaluation.json").exists()
+
+
+def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):
+    made = dpo.loss(dpo_config(home, tmp_path, form="ipo", kl_reference_coef=0.2, smoothing=0.1))
+
+    assert isinstance(made, partial)
+    assert made.keywords == {"coef": 0.2, "smoothing": 0.1, "form": "ipo"}
+
+
+def test_a_reference_of_its_own_is_where_dpo_measures_from(home, tmp_path):
+    start = dpo.train(dpo_config(home, tmp_path / "start", learning_rate=1e-3))
+    cfg = dpo_config(tmp_path / "start", tmp_path / "run", reference=str(home), data=str(home / "preferences.jsonl"))
+
+    assert dpo.train(cfg).metrics[0]["loss"] != pytest.approx(0.6931472, abs=1e-4)
+    assert start.metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
