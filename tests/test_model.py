@@ -117,6 +117,18 @@ def test_a_saved_policy_is_an_ordinary_model_with_its_temperature_and_stops(tmp_
     assert plain.generation_config.eos_token_id == [2, 5]
 
 
+@pytest.mark.parametrize("packing", [False, True], ids=["apart", "packed"])
+def test_v_after_the_last_choice_is_there_for_a_cut_row_to_bootstrap_from(packing):
+    policy = Policy(tiny("llama"), Critic(H, None, init="normal"), packing=packing)
+    text = padded()
+    _, everywhere = policy(text.ids)
+
+    _, value = policy(text)
+    for row, ids in enumerate(ROWS):
+        assert_close(value[row, len(ids) - 1], everywhere[row, len(ids) - 1], atol=1e-5, rtol=1e-5)
+        assert float(value[row, len(ids) - 1].detach().abs()) > 1e-3
+
+
 def test_a_separate_critic_begins_as_a_copy_and_moves_alone(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     policy = Policy.from_pretrained(tmp_path, critic="separate", critic_init="normal")

@@ -458,6 +458,22 @@ def test_a_clipped_weight_still_teaches():
     assert_close(cispo(Fixed(), one_step(), low=0.2, high=0.28, entropy_coef=0.0)[0], -1.28 * 2 * log(0.8))
 
 
+def test_no_gradient_goes_through_a_clipped_weight():
+    # ratio p / 0.5 with p = sigmoid(0.3): the gradient in the logit of action 1 is -weight * A * (1 - p), weight = p / 0.5
+    class Free:
+        memory = False
+        logit = torch.tensor(0.3, requires_grad=True)
+
+        def __call__(self, obs):
+            logits = torch.stack([torch.zeros(()), self.logit]).expand(*obs.shape, 2)
+            return Categorical.of(logits), torch.zeros(obs.shape)
+
+    policy, p = Free(), torch.tensor(0.3).sigmoid()
+    cispo(policy, one_step(old_probability=0.5), low=0.9, high=0.9, entropy_coef=0.0)[0].sum().backward()
+
+    assert_close(policy.logit.grad, -(p / 0.5) * 2.0 * (1 - p))
+
+
 def test_a_rows_ratio_is_the_geometric_mean_of_its_steps():
     # two steps, ratios 0.8 / 0.4 = 2 and 0.8 / 0.2 = 4: sqrt(8) = 2.828; the row without a choice has ratio 1
     old = torch.tensor([[0.4, 0.2], [0.4, 0.2]]).log()
