@@ -516,3 +516,100 @@ def test_dpo_and_ipo_by_hand():
     smoothed, _ = dpo(Twice(), pairs, coef=0.5, smoothing=0.1, form="sigmoid")
     assert_close(smoothed, -0.9 * sigmoid(0.5 * h) - 0.1 * sigmoid(-0.5 * h))
     assert_close(dpo(Twice(), pairs, coef=0.5, smoothing=0.0, form="ipo")[0], (h - 1).square())
+
+
+def test_an_entropy_bonus_pulls_towards_more_entropy():
+    table, batch = Table(), random_batch(3, Table())
+
+    def gradient(coef):
+        table.zero_grad(set_to_none=True)
+        policy_gradient(table, batch, value_coef=0.0, entropy_coef=coef, value_loss=squared_error)[0].sum().backward()
+        return table.logits.grad.clone()
+
+    bare, with_bonus = gradient(0.0), gradient(0.5)
+    table.zero_grad(set_to_none=True)
+    table(batch.obs)[0].entropy().sum().backward()
+    assert_close(with_bonus, bare - 0.5 * table.logits.grad)
+
+
+@pytest.mark.parametrize(("low", "high", "outside"), [(0.2, 0.9, 1), (0.2, 1.1, 0)])
+def test_what_lies_outside_the_bounds_is_counted(low, high, outside):
+    # ratio 2
+    assert_close(grpo(Fixed(), one_step(), low=low, high=high, entropy_coef=0.0)[1]["clip_fraction"], row(outside))
+
+
+@pytest.mark.parametrize(("low", "outside"), [(0.4, 1), (0.6, 0)])
+def test_so_is_what_lies_below_them(low, outside):
+    # ratio 0.8 / 1.6: not a probability, but half
+    batch = Batch.of(one_step(), logprob=log(1.6))
+    assert_close(grpo(Fixed(), batch, low=low, high=5.0, entropy_coef=0.0)[1]["clip_fraction"], row(outside))
+
+
+def test_dpos_metrics_by_hand():
+    # a first token that both sides share is not looked at; gains log(0.64 / 0.25) and log(0.16 / 0.5)
+    chosen = Text(torch.tensor([[0, 1, 1, 1]]), flags(0, 1, 1, 0))
+    rejected = Text(torch.tensor([[0, 1, 0, 1]]), flags(0, 1, 1, 0))
+    pairs = Pairs(chosen, rejected, torch.zeros(1, 1), torch.tensor([[0.25, 0.5]]).log())
+
+    loss, metrics = dpo(Twice(), pairs, coef=0.5, smoothing=0.0, form="sigmoid")
+    gains = torch.tensor([[0.64 / 0.25, 0.16 / 0.5]]).log()
+    assert_close(metrics["chosen_gain"], gains[:, :1])
+    assert_close(metrics["rejected_gain"], gains[:, 1:])
+    assert_close(metrics["margin"], 0.5 * (gains[:, :1] - gains[:, 1:]))
+    assert_close(metrics["accuracy"], torch.ones(1, 1))
+    assert_close(metrics["loss"], loss)
+    turned = Pairs(rejected, chosen, pairs.margin, pairs.reference.flip(1))
+    assert_close(dpo(Twice(), turned, coef=0.5, smoothing=0.0, form="sigmoid")[1]["accuracy"], torch.zeros(1, 1))
+
+
+def test_a_tie_is_not_a_right_answer():
+    assert prefer(ById(), Pairs(texts(2), texts(2), torch.zeros(1, 1)), center=0.0)[1]["accuracy"].item() == 0
+    assert classify(ById(), Labelled(texts(0), torch.ones(1, 1)))[1]["accuracy"].item() == 0
+    same = Pairs(WRITTEN, WRITTEN, torch.zeros(1, 1), torch.zeros(1, 2))
+    assert dpo(Reader(), same, coef=1.0, smoothing=0.0, form="sigmoid")[1]["accuracy"].item() == 0
+
+
+class Scale(torch.nn.Module):
+    """A scorer with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, text):
+        return self.weight * text.ids[:, :1].float()
+
+
+class Writer(Scale):
+    """A policy with one weight that reads text."""
+
+    memory = True
+
+    def forward(self, text):
+        return Categorical.of(self.weight * log(0.2, 0.8).expand(*text.mask.shape, 2)), torch.zeros(text.mask.shape)
+
+
+def test_metrics_carry_no_gradient():
+    sides = Pairs(WRITTEN, WRITTEN, torch.zeros(1, 1), torch.zeros(1, 2))
+    mixed = Batch.of(one_step(), obs=Text(torch.zeros(1, 1).long(), flags(1)), mix=WRITTEN)
+    plain = partial(grpo, low=0.2, high=0.2, entropy_coef=0.1)
+    found = [
+        imitate(Writer(), WRITTEN),
+        prefer(Scale(), Pairs(texts(3), texts(1), torch.zeros(1, 1)), center=0.1),
+        classify(Scale(), Labelled(texts(2), torch.ones(1, 1))),
+        dpo(Writer(), sides, coef=1.0, smoothing=0.0, form="sigmoid"),
+        with_pretraining(Writer(), mixed, objective=plain, coef=0.5),
+    ]
+
+    assert all(loss.requires_grad for loss, _ in found)
+    assert [name for _, metrics in found for name, x in metrics.items() if x.requires_grad] == []
+    assert {"ratio", "loss", "pretraining_loss"} <= found[-1][1].keys()
+
+
+def test_a_reference_that_is_not_finite_where_nothing_was_chosen_harms_nothing():
+    taken = record(flags(1, 0), action=torch.ones(1, 2).long(), logprob=log(0.4, 0.4))
+    fields = dict.fromkeys(("value", "advantage", "target"), torch.zeros(1, 2))
+    batch = Batch.of(taken, **fields, old=None, reference=torch.tensor([[-0.7, float("-inf")]]))
+
+    for charge in (kl_k2, kl_k3):
+        assert charge(None, log(0.8, 0.4), batch).isfinite().all()
