@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles golden scores methods rehearse stories solve-time ablation clean
+.PHONY: demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -29,6 +29,9 @@ mutants: .venv/dev ## break the formulas one by one; each breakage must turn a t
 oracles: .venv-oracles/done ## run the peers on stored inputs and rewrite tests/oracles/*.json (CLEANRL=path to a checkout)
 	.venv-oracles/bin/python tests/oracles/record.py $(if $(CLEANRL),--cleanrl $(CLEANRL))
 
+oracles-trl: .venv-oracles-trl-1.16.0/done .venv-oracles-trl-1.12.0/done ## run TRL on stored inputs and rewrite tests/oracles/trl_*.json
+	for version in 1.16.0 1.12.0; do .venv-oracles-trl-$$version/bin/python tests/oracles/record_trl.py || exit 1; done
+
 solve-time: .venv/dev ## seconds from process start until CartPole is solved, ten seeds
 	$(BIN)/python bench/solve_time.py
 
@@ -51,7 +54,7 @@ ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time l
 	$(BIN)/python bench/ablation_truncation.py
 
 clean:
-	rm -rf .venv .venv-oracles build *.egg-info
+	rm -rf .venv .venv-oracles .venv-oracles-trl-* build *.egg-info
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -67,4 +70,10 @@ clean:
 	$(PYTHON) -m venv .venv-oracles
 	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-oracles/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements.txt
+	touch $@
+
+.venv-oracles-trl-%/done: tests/oracles/requirements-trl.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements-trl.txt trl==$*
 	touch $@
