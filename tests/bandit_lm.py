@@ -102,6 +102,9 @@ ONE = Task(
 )
 
 
+SMALL = Task(ONE.reference, ONE.reward / 4, ONE.coef / 4)  # the same task in another unit, and the same optimum
+
+
 def two_tokens() -> Task:
     """64 completions, whose rewards and reference are drawn once."""
     draw = seeded(7)
@@ -481,6 +484,8 @@ def print_tables() -> None:
         if task.length == 1:
             far = [worst(learn_pairs(task, drawn_pairs(task, PAIRS, seed), seed), optimum) for seed in SEEDS]
             print(f"| dpo, {PAIRS} pairs drawn | {min(far):.4f} to {max(far):.4f} |")
+            far = [worst(learn(SMALL, by_grpo(SMALL), seed), optimum) for seed in SEEDS]
+            print(f"| grpo, scaled, k3 in the loss, unit of reward / 4 | {min(far):.4f} to {max(far):.4f} |")
             print(f"| bare k3: computed | {total_variation(forward_optimum(task), optimum):.4f} |")
             print(f"| scaled: computed | {total_variation(scaled_optimum(task), optimum):.4f} |")
             print(f"| group of 8: computed | {total_variation(task.tilted(7 / 8), optimum):.4f} |")

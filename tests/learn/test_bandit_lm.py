@@ -13,8 +13,10 @@ from tests.bandit_lm import (
     PAID,
     PAIRS,
     SEEDS,
+    SMALL,
     Exam,
     baselines,
+    by_grpo,
     drawn_pairs,
     exact_pairs,
     forward_optimum,
@@ -80,6 +82,14 @@ def test_control_the_optimum_is_missed_by(name):
 )
 def test_where_it_ends_instead_is_computed_for(name, goal):
     assert worst(astray(name), goal) < NEAR
+
+
+@learning
+def test_control_scaled_grpo_collapses_in_another_unit_of_reward():
+    last = learn(SMALL, by_grpo(SMALL), 0)
+
+    assert_close(SMALL.tilted(), ONE.tilted())
+    assert min(total_variation(p, ONE.tilted()) for p in last) > 0.5
 
 
 @learning
