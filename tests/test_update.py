@@ -32,7 +32,7 @@ def record_of(*advantage: float, rows: int = 1) -> Batch:
     blank = torch.zeros_like(chosen)
     fields = {"obs": blank.long(), "action": blank.long(), "logprob": blank, "reward": blank, "value": blank}
     fields |= {"mask": blank == 0, "terminated": blank != 0, "truncated": blank != 0}
-    return Batch.of(batch, **fields, advantage=chosen, target=blank, old=None)
+    return Batch.of(batch, **fields, advantage=chosen, target=blank, old=None, reference=None)
 
 
 def learn(record, objective=linear, policy=None, *, epochs=1, minibatches=1, max_grad_norm=None, **options):
