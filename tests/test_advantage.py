@@ -205,3 +205,10 @@ def test_leave_one_out_is_group_relative_times_n_over_n_minus_one():
     score, group = torch.randn(12, generator=seeded(), dtype=torch.float64), torch.arange(12) // 4
 
     assert_close(leave_one_out(score, group), group_relative(score, group, scale=False) * 4 / 3)
+
+
+@pytest.mark.parametrize(("size", "score"), [(8, 0.7), (3, 5.7), (8, 100.1)])
+def test_equal_scores_have_no_advantage_whatever_their_rounding(size, score):
+    found = group_relative(torch.full((size,), score), torch.zeros(size).long(), scale=True)
+
+    assert_close(found, torch.zeros(size), atol=1e-6, rtol=0)

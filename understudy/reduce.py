@@ -75,6 +75,9 @@ def group_moments(x: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zeros = torch.zeros(int(index.max()) + 1, dtype=x.dtype, device=x.device)
     size = zeros.index_add(0, index, torch.ones_like(x))
     mean = zeros.index_add(0, index, x) / size
+    mean = (
+        mean + zeros.index_add(0, index, x - mean[index]) / size
+    )  # the first is rounded: equal numbers have no spread
     square = zeros.index_add(0, index, (x - mean[index]).square())
     return size[index], mean[index], (square / (size - 1).clamp(min=1))[index]
 
