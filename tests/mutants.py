@@ -692,8 +692,8 @@ class _Order:
 
 def _die_with(parent: int) -> None:
     """In a fork: end when the parent does, however it ends (Linux), and by the signals that end it."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # linux/prctl.h
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
@@ -761,7 +761,8 @@ def main() -> int:
     if unknown := set(args.files) - set(TESTS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of every `finally`
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # by way of every `finally`
 
     began, files = time.monotonic(), args.files or list(TESTS)
     sources = {file: (ROOT / "understudy" / file).read_text() for file in files}
