@@ -78,7 +78,21 @@ HAND = [
     Mutant("batch.py", 'if not f.metadata.get("shared")', "", "cuts what all steps share"),
     Mutant("batch.py", "record.state, record.start)", "record.state, record.ended)", "forgets at the end"),
     Mutant("reduce.py", "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()", "mean over padding"),
-    Mutant("reduce.py", "mask.sum(dim=1, keepdim=True)", "mask.sum(dim=0, keepdim=True)", "rows and columns mixed up"),
+    Mutant(
+        "reduce.py",
+        "weight = mask / mask.sum(dim=1, keepdim=True)",
+        "weight = mask / mask.sum(dim=0, keepdim=True)",
+        "rows and columns mixed up",
+    ),
+    Mutant("reduce.py", "logprob - sampled_logprob, 0.0).detach()", "sampled_logprob - logprob, 0.0)", "mu / pi"),
+    Mutant(
+        "reduce.py", 'if ratio == "row_mean" else 1)', 'if ratio == "row" else 1)', "product and mean change places"
+    ),
+    Mutant("reduce.py", 'kept = mask if how == "truncate"', 'kept = mask if how == "mask"', "what is cut is left out"),
+    Mutant("reduce.py", "torch.where(kept, weight.clamp(max=high), 0.0)", "torch.where(kept, weight, 0.0)", "no bound"),
+    Mutant(
+        "reduce.py", "weight.square().sum() * mask.sum()", "weight.square().sum() * mask.numel()", "padding's share"
+    ),
     Mutant("reduce.py", "weight / mask.any(dim=1).sum().clamp(min=1)", "weight / mask.shape[0]", "empty rows count"),
     Mutant("reduce.py", "(mask.shape[0] * budget)", "budget", "per_budget sums the rows"),
     Mutant("reduce.py", "torch.where(mask, x, 0.0).sum() / mask.sum().clamp(min=1)", "x.mean()", "a mean over padding"),

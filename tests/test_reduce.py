@@ -1,13 +1,17 @@
 """Weights and masked statistics, by hand and against torch on the masked-in entries alone."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from tests.records import flags, row, seeded
 from understudy.reduce import (
+    effective_share,
     explained_variance,
     group_moments,
+    importance_weight,
     masked_mean,
     masked_var,
     moments,
@@ -162,3 +166,66 @@ def test_group_moments_are_each_members_size_mean_and_variance():
 def test_whitening_keeps_the_mean():
     # 1, 3, 5: mean 3, standard deviation 2
     assert_close(whiten(row(1, 3, 5, 99), flags(1, 1, 1, 0)), row(2, 3, 4, 0))
+
+
+# importance weights: a row of three steps whose pi / mu is 4, 1/4 and 2, and one of a single step with 1/2
+
+RATIOS = torch.tensor([[4, 1 / 4, 99, 2], [99, 1 / 2, 99, 99]])
+CHOSEN = torch.tensor([[1, 1, 0, 1], [0, 1, 0, 0]]).bool()
+MU = torch.full((2, 4), -3.0)
+weights = partial(importance_weight, RATIOS.log() + MU, MU, CHOSEN, low=0.5, high=3.0)
+
+
+@pytest.mark.parametrize(
+    ("how", "ratio", "expected"),
+    [
+        ("truncate", "step", [[3, 1 / 4, 0, 2], [0, 1 / 2, 0, 0]]),
+        ("mask", "step", [[0, 0, 0, 2], [0, 1 / 2, 0, 0]]),  # 4 is above the band and 1/4 below; its ends are in it
+        ("truncate", "row", [[2, 2, 0, 2], [0, 1 / 2, 0, 0]]),  # 4 * 1/4 * 2
+        ("truncate", "row_mean", [[2 ** (1 / 3)] * 2 + [0, 2 ** (1 / 3)], [0, 1 / 2, 0, 0]]),
+    ],
+)
+def test_a_step_counts_by_how_much_likelier_it_is_to_pi_within_bounds(how, ratio, expected):
+    assert_close(weights(how=how, ratio=ratio), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_a_row_outside_the_band_counts_nothing_or_the_bound():
+    # its ratio, 2, is above 1.5; that of the other, 1/2, is in [1/2, 1.5]
+    given = RATIOS.log(), torch.zeros(2, 4), CHOSEN
+    masked = importance_weight(*given, how="mask", ratio="row", low=0.5, high=1.5)
+    assert_close(masked, torch.tensor([[0, 0, 0, 0], [0, 0.5, 0, 0]]))
+    cut = importance_weight(*given, how="truncate", ratio="row", low=0.5, high=1.5)
+    assert_close(cut, torch.tensor([[1.5, 1.5, 0, 1.5], [0, 0.5, 0, 0]]))
+
+
+@pytest.mark.parametrize("how", ["truncate", "mask"])
+@pytest.mark.parametrize("ratio", ["step", "row", "row_mean"])
+def test_a_sampler_that_is_the_policy_weighs_one_and_a_band_holds_its_ends(how, ratio):
+    assert_close(importance_weight(MU, MU, CHOSEN, how=how, ratio=ratio, low=1.0, high=1.0), CHOSEN.float())
+
+
+@pytest.mark.parametrize(("how", "held"), [("truncate", 2.0), ("mask", 0.0)])
+def test_a_ratio_beyond_all_numbers_is_held(how, held):
+    # exp(300) is no float32
+    weight = importance_weight(
+        torch.zeros(1, 3), torch.full((1, 3), -100.0), flags(1, 1, 1), how=how, ratio="row", low=0.5, high=2.0
+    )
+
+    assert_close(weight, torch.full((1, 3), held))
+
+
+def test_no_gradient_reaches_the_policy_through_a_weight():
+    logprob = RATIOS.log().requires_grad_()
+
+    assert not importance_weight(logprob, MU, CHOSEN, how="truncate", ratio="step", low=0.5, high=2.0).requires_grad
+
+
+def test_the_effective_share_is_the_square_of_the_sum_over_n_sums_of_squares():
+    # (1 + 1 + 2 + 4)^2 / (4 * (1 + 1 + 4 + 16)) = 64 / 88
+    share = effective_share(torch.tensor([[1, 1, 2, 99], [99, 4, 99, 99], [99, 99, 99, 99.0]]), MASK)
+    assert_close(share, torch.tensor(64 / 88))
+
+
+@pytest.mark.parametrize(("weight", "share"), [((3, 3, 3, 3), 1.0), ((0, 5, 0, 0), 0.25), ((0, 0, 0, 0), 0.0)])
+def test_equal_weights_share_all_and_a_single_one_its_part(weight, share):
+    assert_close(effective_share(row(*weight), flags(1, 1, 1, 1)), torch.tensor(share))

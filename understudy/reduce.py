@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,46 @@ def per_row(mask: Tensor) -> Tensor:
 def per_budget(mask: Tensor, *, budget: int) -> Tensor:
     """Every step weighs 1 / (rows * budget), however long its row (Dr. GRPO, Liu et al. 2025, sec. 3). [B, T]."""
     return mask / (mask.shape[0] * budget)
+
+
+def importance_weight(
+    logprob: Tensor,
+    sampled_logprob: Tensor,
+    mask: Tensor,
+    *,
+    how: Literal["truncate", "mask"],
+    ratio: Literal["step", "row", "row_mean"],
+    low: float,
+    high: float,
+) -> Tensor:
+    """What a step counts that another policy chose, [B, T]: pi / mu, held within bounds; 0 where nothing was chosen.
+
+    It multiplies the advantage, detached, and so the policy loss: pi is the policy as the update begins, whose own ratio
+    to it goes on being clipped (Hilton et al. 2022, sec. 3). All [B, T]; rows are one episode each.
+
+    Args:
+        logprob: log pi of the steps.  sampled_logprob: log mu, of whoever chose them.
+        how: "truncate", min(pi / mu, high) (TIS, Yao et al. 2025): what mu rarely chose counts too little, and the noise is
+            bounded; "mask", 0 outside [low, high] and pi / mu within (IcePop, Zhao et al. 2025; MIS, Liu et al. 2025).
+        ratio: "step", each step's own: unbiased given what came before it, whose chance it leaves mu's; "row", the product
+            over the row's steps, for all of them: unbiased where no bound is met; "row_mean", its geometric mean.
+    """
+    gap = torch.where(mask, logprob - sampled_logprob, 0.0).detach()
+    if ratio != "step":
+        gap = gap.sum(dim=1, keepdim=True) / (mask.sum(dim=1, keepdim=True).clamp(min=1) if ratio == "row_mean" else 1)
+    weight = gap.exp().expand(mask.shape)
+    kept = mask if how == "truncate" else mask & (weight >= low) & (weight <= high)
+    return torch.where(kept, weight.clamp(max=high), 0.0)
+
+
+def effective_share(weight: Tensor, mask: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2): how large a share of n steps drawn from pi itself would tell as much (Kish 1965). In [0, 1].
+
+    1 where all weights are equal, 1/n where one has all; 0 where none has any. weight >= 0, mask: [B, T].
+    """
+    weight = torch.where(mask, weight, 0.0)
+    whole = weight.square().sum() * mask.sum()
+    return torch.where(whole > 0, weight.sum().square() / whole, 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from understudy.objective import (
     scaled,
     squared_error,
 )
-from understudy.reduce import per_budget, per_row, per_step
+from understudy.reduce import importance_weight, per_budget, per_row, per_step
 from understudy.update import update
 
 OBJECTIVES = {
@@ -42,6 +42,19 @@ for charge in (kl_k2, kl_k3):
 OBJECTIVES["ppo + kl_exact"] = partial(
     OBJECTIVES["ppo"], charge=lambda *given: 0.3 * kl_exact(*given[:2], Batch.of(given[2], reference=given[2].old))
 )
+
+
+def off_policy(policy, batch: Batch, *, how: str, ratio: str, objective: str):
+    """An objective on steps that another policy chose: the reference stands for it, and bounds are met by some."""
+    bounds = {"how": how, "ratio": ratio, "low": 0.7, "high": 1.2}
+    weight = importance_weight(batch.logprob, batch.reference, batch.mask, **bounds)
+    return OBJECTIVES[objective](policy, Batch.of(batch, advantage=weight * batch.advantage))
+
+
+for how, name in (("truncate", "ppo"), ("mask", "grpo")):
+    OBJECTIVES[f"{name} + {how}"] = partial(off_policy, how=how, ratio="step", objective=name)
+    for ratio in ("row", "row_mean"):
+        OF_ROWS[f"{name} + {how} {ratio}"] = partial(off_policy, how=how, ratio=ratio, objective=name)
 EVERY = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 WEIGHTS = {"per_step": per_step, "per_row": per_row, "per_budget": partial(per_budget, budget=7)}
 EVERY_WEIGHT = pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
@@ -157,8 +170,9 @@ def test_equal_seeds_learn_equal_parameters(objective):
     assert_close(learnt(objective, order=3), learnt(objective, order=3), rtol=0, atol=0)
 
 
-def test_a_rows_ratio_depends_on_no_padding_no_order_and_no_cut():
-    objective, batch = OF_ROWS["gspo"], random_batch(1, Table())
+@pytest.mark.parametrize("objective", OF_ROWS.values(), ids=OF_ROWS)
+def test_a_rows_ratio_depends_on_no_padding_no_order_and_no_cut(objective):
+    batch = random_batch(1, Table())
     whole = gradient(objective, batch, per_row(batch.mask))
 
     padded = map_tensors(lambda x: torch.cat([x, torch.zeros_like(x[:, :2])], dim=1), batch)
