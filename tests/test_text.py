@@ -26,6 +26,14 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FORGETFUL = "{% for m in messages %}{{ m.content if loop.last else '...' }}{% endfor %}"  # answers change the prompt
+# as published templates do: thoughts are dropped from turns before the last question, and the first turn is numbered
+THINKING = (
+    "{{ bos_token }}{{ messages | length }}: {% set last = namespace(at=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index0 < last.at %}{{ m.content.split('/think ')[-1] }}"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
 
 
@@ -158,9 +166,63 @@ def test_a_turn_end_that_is_no_stop_is_followed_by_one():
     assert made(EOS, template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == tokens("yo<|im_end|>\n</s>")
 
 
-def test_a_template_that_rewrites_the_prompt_is_refused():
-    with pytest.raises(RequestError, match="the chat template writes the prompt otherwise when an answer follows"):
-        made(template=FORGETFUL).encode_completion(CHAT[1:], CHAT[:1])
+@pytest.mark.parametrize("template", [FORGETFUL, THINKING])
+def test_after_a_prompt_that_the_template_now_writes_otherwise_comes_the_answer_alone(template):
+    tokenizer = made(EOS, TURN_END, template=template)
+
+    completion = tokenizer.encode_completion(CHAT[1:], CHAT[:1])
+    assert completion == [*tokens("yo"), EOS if template is FORGETFUL else TURN_END]
+
+
+def test_a_template_that_writes_the_prompt_by_what_the_answer_says_is_refused():
+    template = "{% for m in messages %}{{ messages[-1].content | length }}{{ m.content }}{% endfor %}"
+
+    with pytest.raises(RequestError, match="the chat template writes the prompt otherwise for every answer"):
+        made(template=template).encode_completion([{"role": "assistant", "content": "hello"}], CHAT[:1])
+
+
+# the turn of another between two of the assistant's
+
+
+TOOL = [{"role": "tool", "content": "7"}]
+NEXT = "\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n"  # after the stop that ended the turn
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_the_next_turn_is_what_the_template_writes_behind_the_stop(template):
+    assert made(EOS, TURN_END, template=template).encode_turn(CHAT[:1], TOOL) == tokens(NEXT)
+
+
+def test_a_turn_end_that_no_stop_stands_for_is_written():
+    assert made(EOS, template=CHATML).encode_turn(CHAT[:1], TOOL) == tokens("<|im_end|>" + NEXT)
+
+
+def test_a_stop_of_the_next_turn_is_written():
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ '' if m.role == 'assistant' else '</s>' }}{% endfor %}"
+
+    assert made(EOS, template=template).encode_turn(CHAT[:1], TOOL) == tokens("t 7</s>")
+
+
+def test_several_messages_may_stand_between_two_turns():
+    twice = made(EOS, TURN_END, template=CHATML).encode_turn(CHAT[:1], [*TOOL, {"role": "user", "content": "so?"}])
+
+    assert twice == tokens(NEXT.removesuffix("assistant\n") + "user\nso?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_a_conversation_written_turn_by_turn_loses_nothing_to_a_template_that_now_drops_thoughts():
+    tokenizer, asked = made(EOS, TURN_END, template=THINKING), CHAT[:1]
+    thought = tokens("hm /think yo<|im_end|>")
+
+    ids = [*tokenizer.encode_prompt(asked), *thought, *tokenizer.encode_turn(asked, CHAT[:1])]
+    written = "<s>1: <|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhm /think yo<|im_end|>\n"
+    assert ids == tokens(written + "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    again = tokenizer.encode_prompt([*asked, {"role": "assistant", "content": "hm /think yo"}, *CHAT[:1]])
+    assert again[:4] == tokens("<s>3: ") and len(again) < len(ids)  # control: a new render drops the thought
+
+
+def test_a_template_that_hides_an_assistants_turn_is_refused():
+    with pytest.raises(RequestError, match="does not write each of the assistant's turns once"):
+        made(template=FORGETFUL).encode_turn(CHAT[:1], TOOL)
 
 
 @pytest.mark.parametrize(("completion", "prompt"), [("yo", CHAT[:1]), (CHAT[1:], "hi")])

@@ -27,18 +27,38 @@ class Completion:
     ids: list[int]
     """The tokens, the stop included."""
     logprob: list[float]
-    """log pi of each under the policy that sampled it."""
+    """log pi of each under the policy that sampled it; 0 where others spoke."""
     stopped: bool
     """It ended by a stop id; otherwise the limit cut it."""
     version: int
     """Of the policy that sampled it."""
+    chosen: list[bool] | None = None
+    """Which of them the policy chose, the first and the last always; None for all."""
+    messages: list[dict[str, Any]] | None = None
+    """The same as chat where others spoke in it too; None for one answer."""
+
+    @property
+    def own(self) -> list[int]:
+        """The tokens that the policy chose."""
+        return self.ids if self.chosen is None else [i for i, own in zip(self.ids, self.chosen, strict=True) if own]
 
 
 class Engine(Protocol):
-    """Whatever can continue prompts: token ids in; token ids, log-probs and the policy's version out."""
+    """Whatever can continue prompts for a policy: token ids in; token ids, log-probs and the policy's version out.
+
+    `generate` is one. Others may be of another precision, elsewhere, or behind the policy they are given by some updates:
+    their log-probs are what they sampled with.
+    """
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], *, limit: int, stops: frozenset[int], seeds: Sequence[int], sample: bool
+        self,
+        policy: Policy,
+        prompts: Sequence[Sequence[int]],
+        *,
+        limit: int,
+        stops: frozenset[int],
+        seeds: Sequence[int],
+        starts: Sequence[int],
     ) -> list[Completion]: ...
 
 
@@ -145,6 +165,7 @@ def generate(
     limit: int,
     stops: frozenset[int],
     seeds: Sequence[int],
+    starts: Sequence[int] | None = None,
     sample: bool = True,
     slots: int = 64,
 ) -> list[Completion]:
@@ -153,22 +174,27 @@ def generate(
     Args:
         prompts: token ids, each at least one.
         seeds: one a prompt; equal seeds, prompts and parameters give equal completions, whoever the neighbours.
+        starts: how many of its `limit` tokens each prompt already holds, at its end; none by default. A token's randomness
+            hangs on its seed and its place, so a completion that is taken up again goes on as it would have.
         sample: draw from the policy at its temperature; otherwise its likeliest token.
         slots: how many rows are continued at a time.
 
     Raises:
-        ValueError: an empty prompt, or not one seed a prompt.
+        ValueError: an empty prompt, not one seed a prompt, or a start at the limit.
     """
-    if len(seeds) != len(prompts) or not all(prompts):
+    starts = [0] * len(prompts) if starts is None else starts
+    if not len(starts) == len(seeds) == len(prompts) or not all(prompts):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: one each, and no prompt may be empty")
     if not prompts:
         return []
+    if max(starts) >= limit:
+        raise ValueError(f"a prompt holds {max(starts)} tokens of {limit} already: there is nothing left to say")
     training = policy.training
     policy.eval()  # in training mode, a model that recomputes activations keeps no cache
     try:
         if policy.cached:
-            return _generate_in_slots(policy, prompts, limit, stops, seeds, sample, slots)
-        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, sample))
+            return _generate_in_slots(policy, prompts, limit, stops, seeds, starts, sample, slots)
+        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, sample))
     finally:
         policy.train(training)
 
@@ -179,13 +205,14 @@ def _generate_in_slots(
     limit: int,
     stops: frozenset[int],
     seeds: Sequence[int],
+    starts: Sequence[int],
     sample: bool,
     slots: int,
 ) -> list[Completion]:
     noise = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    desk = _Desk(policy, noise.to(policy.device), stops, limit, sample)
+    desk = _Desk(policy, noise.to(policy.device), stops, starts, limit, sample)
     slots = min(slots, len(prompts))
-    grid = Grid(policy, slots, max(map(len, prompts)) + limit)
+    grid = Grid(policy, slots, max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit)
     owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
     tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
     waiting = deque(range(len(prompts)))
@@ -213,12 +240,20 @@ def _generate_in_slots(
 class _Desk:
     """Chooses the next token of some rows and writes it down."""
 
-    def __init__(self, policy: Policy, noise: Tensor, stops: frozenset[int], limit: int, sample: bool) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        noise: Tensor,
+        stops: frozenset[int],
+        starts: Sequence[int],
+        limit: int,
+        sample: bool,
+    ) -> None:
         self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
         self.stops = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
         self.ids = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
         self.logprob = torch.zeros(noise.shape, device=noise.device)
-        self.count = torch.zeros(len(noise), dtype=torch.long, device=noise.device)
+        self.starts, self.count = starts, torch.tensor(starts, device=noise.device)
         self.stopped = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
 
     def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,7 +269,8 @@ class _Desk:
 
     def completions(self) -> list[Completion]:
         ids, logprob, count, stopped = (x.tolist() for x in (self.ids, self.logprob, self.count, self.stopped))
-        return [Completion(ids[row][:n], logprob[row][:n], stopped[row], self.version) for row, n in enumerate(count)]
+        ends = enumerate(zip(self.starts, count, strict=True))
+        return [Completion(ids[row][a:b], logprob[row][a:b], stopped[row], self.version) for row, (a, b) in ends]
 
 
 def _generate_by_hugging_face(
@@ -243,15 +279,16 @@ def _generate_by_hugging_face(
     limit: int,
     stops: frozenset[int],
     seeds: Sequence[int],
+    starts: Sequence[int],
     sample: bool,
 ) -> Iterator[Completion]:
     """Row by row through `model.generate`, for a model whose cache we do not know."""
-    for prompt, seed in zip(prompts, seeds, strict=True):
+    for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(hash((seed, start)) if start else seed)  # how a turn goes on must not repeat how it began
             out = policy.model.generate(
                 torch.tensor([list(prompt)], device=policy.device),
-                max_new_tokens=limit,
+                max_new_tokens=limit - start,
                 do_sample=sample,
                 temperature=policy.temperature if sample else None,
                 top_k=0 if sample else None,
@@ -272,7 +309,8 @@ def lay_out(
 ) -> Trajectory:
     """Prompts and what followed as one right-padded record; rewards are zeros until `score`.
 
-    The column after a row's last choice holds the last token: what a cut row is bootstrapped from.
+    The column after a row's last choice holds the last token: what a cut row is bootstrapped from. What others said in it
+    stands between its choices, masked: one episode, whose end is at its last choice.
 
     Args:
         endless: the task has no end but the limit, so reaching it terminates.
@@ -285,7 +323,7 @@ def lay_out(
         first, end = len(prompt) - 1, length[row] - 1
         ids[row, : end + 1] = torch.tensor([*prompt, *said.ids])
         logprob[row, first:end] = torch.tensor(said.logprob)
-        mask[row, first:end] = True
+        mask[row, first:end] = True if said.chosen is None else torch.tensor(said.chosen)
         (terminated if said.stopped or endless else truncated)[row, end - 1] = True
     text = Text(ids, mask)
     return Trajectory(text, text.action, logprob, mask, torch.zeros(shape), terminated, truncated)

@@ -168,17 +168,8 @@ class Function:
         return torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float32)
 
     def _given(self, sampled: Sampled) -> dict[str, list[Any]]:
-        """What the function is called with: every column, or those it has parameters for."""
-        own = ("prompts", "completions", "completion_ids", "truncated")
-        columns = {**sampled.columns, **{name: getattr(sampled, name) for name in own}}
-        for name in self.wanted["needs"]:
-            if name not in columns:
-                raise RequestError(
-                    f"its parameter {name!r} is no column of the data: "
-                    f"have {', '.join(columns)}; map one to it with --columns {name}=NAME or give it a default"
-                )
-        takes = self.wanted["takes"]
-        return {name: column for name, column in columns.items() if takes is None or name in takes}
+        """What the function is called with."""
+        return taken(self.wanted, columns_of(sampled))
 
     def _scores(self, given: dict[str, list[Any]], rows: range, share: float) -> list[float | None]:
         scores = self.ask({name: column[rows.start : rows.stop] for name, column in given.items()}, share)
@@ -201,6 +192,24 @@ class Function:
     def _missing(self, row: int, fault: Fault) -> list[float | None]:
         self.faults[row] = fault
         return [None]
+
+
+def columns_of(sampled: Sampled) -> dict[str, list[Any]]:
+    """All that a function may ask about the rows, by name."""
+    own = ("prompts", "completions", "completion_ids", "truncated")
+    return {**sampled.columns, **{name: getattr(sampled, name) for name in own}}
+
+
+def taken(wanted: dict[str, Any], columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Every column, or those that a function has parameters for.  wanted: see `worker.wants`."""
+    for name in wanted["needs"]:
+        if name not in columns:
+            raise RequestError(
+                f"its parameter {name!r} is no column of the data: "
+                f"have {', '.join(columns)}; map one to it with --columns {name}=NAME or give it a default"
+            )
+    takes = wanted["takes"]
+    return {name: column for name, column in columns.items() if takes is None or name in takes}
 
 
 def length(target: str) -> Part:

@@ -21,6 +21,10 @@ Messages = list[dict[str, Any]]
 """A chat: `[{"role": ..., "content": ...}, ...]`."""
 
 
+DUMMY = "what-the-assistant-says"
+"""Words put into the assistant's mouth to see what a chat template writes around them."""
+
+
 @dataclass(frozen=True)
 class Tokenizer:
     """A Hugging Face tokenizer and what the library must know about it."""
@@ -80,8 +84,9 @@ class Tokenizer:
 
         Text is tokenized with its prompt, so that it reads as it was written. Where a token would lie across the seam,
         which a model that starts from the prompt's ids cannot produce, the completion is tokenized apart.
-        Chat: what the template adds to the prompt, less the white space after the turn's end. A template that writes the
-        prompt otherwise when an answer follows (dropping earlier thoughts, say) is refused.
+        Chat: what the template adds to the prompt, less the white space after the turn's end. Where it writes the prompt
+        otherwise when an answer follows (dropping earlier thoughts, say), it is what it writes from the answer's beginning
+        on: a model that samples starts from the prompt's own ids.
         """
         if isinstance(completion, str):
             if not isinstance(prompt, str):
@@ -92,19 +97,26 @@ class Tokenizer:
             if isinstance(prompt, str):
                 raise RequestError("the completion is chat and its prompt is text: give both as text or both as chat")
             before, whole = self.encode_prompt(prompt), self._chat([*prompt, *completion], answer=False)
-            if whole[: len(before)] != before:
-                raise RequestError(
-                    "the chat template writes the prompt otherwise when an answer follows, so that what is learned from "
-                    "is not what is sampled: give a template that only adds with --template"
-                )
-            ids = self._closed(whole[len(before) :])
+            adds = whole[: len(before)] == before
+            ids = self._closed(whole[len(before) :] if adds else _inside(self.hf, self._answer(prompt, completion)))
         return ids if self.stop is None or (ids and ids[-1] in self.stops) else [*ids, self.stop]
+
+    def encode_turn(self, before: Messages, messages: Messages) -> list[int]:
+        """The ids between an assistant's turn, which came after `before`, and its next: `messages`, and the call to speak.
+
+        They are the end of a render in which the assistant says something else, to be put behind the ids there are. So
+        nothing that was sampled is tokenized again, nor lost to a template that would now write earlier turns otherwise.
+        The stop that ended the turn is not among them.
+        """
+        ids = _inside(self.hf, self._around(before, messages, answer=True)[1])
+        end = _inside(self.hf, self._around(before, [], answer=False)[1])
+        stop = next((t + 1 for t, token in enumerate(ids) if token in self.stops), 0)
+        ended = ids[:stop] == end[:stop] or not self._decode(ids[: stop - 1]).strip()
+        return ids[stop:] if stop and ended else ids
 
     def turn_end(self) -> list[int]:
         """What the chat template writes behind an assistant's words, white space apart; [] where it writes nothing."""
-        said = "Understudy"
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-        after = self._render(turns, answer=False, tokenize=False).rpartition(said)[2].strip()
+        after = self._around([{"role": "user", "content": "?"}], [], answer=False)[1].strip()
         return _inside(self.hf, after) if after else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -149,6 +161,32 @@ class Tokenizer:
         except jinja2.TemplateError as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise RequestError(f"the chat template refuses messages of roles {roles}: {error}") from None
+
+    def _around(self, before: Messages, after: Messages, *, answer: bool) -> tuple[str, str]:
+        """What the chat template writes before an assistant's words between `before` and `after`, and what behind them."""
+        messages = [*before, {"role": "assistant", "content": DUMMY}, *after]
+        text = self._render(messages, answer=answer, tokenize=False)
+        if text.count(DUMMY) != 1:
+            raise RequestError(
+                "the chat template does not write each of the assistant's turns once, so that what stands before and "
+                "behind one cannot be told: give another with --template"
+            )
+        front, _, behind = text.partition(DUMMY)
+        return front, behind
+
+    def _answer(self, prompt: Messages, completion: Messages) -> str:
+        """What the chat template writes after the call to speak, which it writes in a prompt that ends with it."""
+        asked = self._render(prompt, answer=False, tokenize=False)
+        call = self._render(prompt, answer=True, tokenize=False).removeprefix(asked)
+        front, _ = self._around(prompt, completion[1:], answer=False)
+        at = front.rindex(call) + len(call) if call in front else len(front)
+        text = self._render([*prompt, *completion], answer=False, tokenize=False)
+        if text[:at] != front[:at]:
+            raise RequestError(
+                "the chat template writes the prompt otherwise for every answer, so that what is learned from is not what "
+                "is sampled: give a template that does not with --template"
+            )
+        return text[at:]
 
     def _one_bos(self, ids: list[int]) -> list[int]:
         while self.bos is not None and ids[:2] == [self.bos, self.bos]:

@@ -1,4 +1,4 @@
-"""Step 2, score: a reward function of the user's in a process of its own, under a time limit.
+"""Step 2, score: a function of the user's, a reward or a reply, in a process of its own, under a time limit.
 
 Both ends are here, for the process runs this very file: the standard library alone, so that it starts in a moment.
 A message is its length in eight bytes and then JSON, over the process's standard input and output.
@@ -37,15 +37,19 @@ class Fault(Exception):
 class Worker:
     """`function` of `file`, asked in a process that is ended when it is late and started again when it is next asked."""
 
-    def __init__(self, file: str, function: str, *, timeout: float) -> None:
-        """Import the function; `Fault` says why that is impossible.  timeout: seconds a batch may take."""
+    def __init__(self, file: str, function: str, *, timeout: float, says: str = "scores") -> None:
+        """Import the function; `Fault` says why that is impossible.
+
+        Args:
+            timeout: seconds a batch may take.  says: "scores", which come back as floats, or "replies", as they are.
+        """
         self.timeout = timeout
-        self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid())]
+        self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid()), says]
         self._process: subprocess.Popen[bytes] | None = None
         self.wants: dict[str, Any] = self._start()
 
-    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[float | None]:
-        """The function's scores for `given`, within `share` of the time limit.
+    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[Any]:
+        """What the function says to `given`, within `share` of the time limit.
 
         What is not plain data arrives as its `tolist()`, else as text; tuples arrive as lists. Raises `Fault`.
         """
@@ -139,6 +143,11 @@ def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[fl
     return [None if score is None else _number(score) for score in function(**given)]
 
 
+def reply(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[Any]:
+    """What a function says, as it says it."""
+    return list(function(**given))
+
+
 def describe(error: BaseException) -> str:
     """An exception in one line, with the place it came from."""
     if isinstance(error, SyntaxError):
@@ -162,7 +171,7 @@ def read(pipe: IO[bytes]) -> Any:
     return json.loads(text) if size >= 0 and len(text) == size else None
 
 
-def serve(file: str, name: str, parent: str) -> None:
+def serve(file: str, name: str, parent: str, says: str) -> None:
     """The other end: import the function, say what it wants, and answer until nobody asks."""
     _die_with(int(parent))
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -176,10 +185,10 @@ def serve(file: str, name: str, parent: str) -> None:
         return write(replies, {"error": describe(error)})
     while (given := read(requests)) is not None:
         try:
-            reply = {"answer": answer(function, given)}
+            found = {"answer": (answer if says == "scores" else reply)(function, given)}
         except BaseException as error:
-            reply = {"error": describe(error)}
-        write(replies, reply)
+            found = {"error": describe(error)}
+        write(replies, found)
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
