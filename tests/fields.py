@@ -48,6 +48,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             SFT + "test_only_the_last_turn_of_a_chat_is_learned_from",
         ),
         "max_length": (REFUSED + "test_a_row_longer_than_asked_for_is_refused",),
+        "too_long": (
+            REFUSED + "test_a_run_goes_on_without_the_rows_that_are_too_long",
+            "test_text.py::test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos",
+            REFUSED + "test_prompts_that_a_judge_reads_are_not_cut",
+        ),
         "device": (
             PPO + "test_a_run_works_on_the_device_it_was_given",
             REFUSED + "test_a_device_that_is_not_there_is_refused",

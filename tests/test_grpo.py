@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.rehearsed import furnish
-from understudy.language import dpo, grpo, reinforce
+from understudy.language import dpo, grpo, rehearsal, reinforce
 from understudy.language.cast import Cast
 from understudy.language.generate import Completion
 from understudy.language.model import Policy
+from understudy.language.sft import load_policy
 from understudy.language.text import Preference
 from understudy.objective import cispo, gspo
 
@@ -265,6 +266,33 @@ def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):
 
     assert isinstance(made, partial)
     assert made.keywords == {"coef": 0.2, "smoothing": 0.1, "form": "ipo"}
+
+
+def test_dpo_keeps_the_pairs_of_a_prompt_together(home, tmp_path):
+    rows = [
+        {"prompt": f"the {name}", "chosen": f" {verb} .", "rejected": " sneered ."}
+        for name in rehearsal.WORDS["someone"]
+        for verb in ("smiled", "laughed", "sang")
+    ]
+    cfg = dpo_config(home, tmp_path, data=str(rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")))
+
+    learned, kept = dpo.split(load_policy(cfg), cfg)
+
+    assert (len(learned), len(kept)) == (39, 9)  # three prompts of three pairs: the first count over held_out, 8
+    assert {pair.prompt for pair in learned}.isdisjoint(pair.prompt for pair in kept)
+
+
+def test_dpo_examines_pairs_piece_by_piece_as_it_does_at_once(home, tmp_path, monkeypatch):
+    cfg = dpo_config(home, tmp_path)
+    policy = load_policy(cfg)
+    data = [*dpo.split(policy, cfg)[0]]
+    referred = dpo.refer(policy, data) + torch.randn(len(data), 2, generator=torch.Generator().manual_seed(0))
+
+    at_once = dpo.examine(policy, data, referred, dpo.loss(cfg))
+    monkeypatch.setattr(dpo, "PIECE", 3)
+
+    assert len(data) % 3
+    assert dpo.examine(policy, data, referred, dpo.loss(cfg)) == pytest.approx(at_once, abs=1e-5)
 
 
 def test_a_reference_of_its_own_is_where_dpo_measures_from(home, tmp_path):

@@ -117,6 +117,20 @@ def test_a_row_longer_than_asked_for_is_refused(refused, recipe):
 
 
 @EVERY
+def test_a_run_goes_on_without_the_rows_that_are_too_long(train, recipe):
+    name = list(ROWS[recipe])[-1]
+
+    run = train(recipe, [ROWS[recipe]] * 4 + [ROWS[recipe] | {name: LONG}], too_long="skip")
+
+    said = (run.path / "events.jsonl").read_text()
+    assert "of the 5 rows of" in said and "1 left out as too long: 4 are read" in said
+
+
+def test_prompts_that_a_judge_reads_are_not_cut(refused):
+    assert "too_long is 'cut'" in refused("ppo", too_long="cut")
+
+
+@EVERY
 def test_chat_and_text_do_not_mix(refused, recipe):
     chat = {"prompt": CHAT, "completion": ANSWER, "chosen": ANSWER, "rejected": ANSWER}
     other = {name: chat[name] for name in ROWS[recipe]}

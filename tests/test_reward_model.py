@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import furnish, letters, reward_config
-from understudy.language import reward_model
+from understudy.language import rehearsal, reward_model, text
 from understudy.language.judge import Sampled
 from understudy.language.scorer import RewardModel, load_reward_model
 from understudy.language.text import Preference, Tokenizer
@@ -240,6 +240,37 @@ def test_training_goes_on_from_a_reward_models_run(go):
     again = go(model=str(first.path), learning_rate=1e-12)
 
     assert apart(first.path, again.path) < 1e-8
+
+
+def test_pairs_of_one_prompt_are_all_learned_from_or_all_kept(home, tmp_path):
+    rows = [
+        {"prompt": f"the {name}", "chosen": f" {verb} .", "rejected": " sneered ."}
+        for name in rehearsal.WORDS["someone"]
+        for verb in ("smiled", "laughed", "sang", "danced", "sat")
+    ]
+    data = rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")
+    model = RewardModel.from_pretrained(home)
+
+    learned, kept = reward_model.split(model, reward_config(home, tmp_path, data=str(data), held_out=16))
+
+    assert (len(learned), len(kept)) == (60, 20)  # 16 prompts, 5 pairs each: four prompts, the first count over 16
+    assert {pair.prompt for pair in learned}.isdisjoint(pair.prompt for pair in kept)
+
+
+def test_a_run_says_how_many_rows_were_too_long(go, home, capsys):
+    run = go(too_long="skip", max_length=14, quiet=False)
+
+    lengths = [
+        max(len(pair.chosen), len(pair.rejected))
+        for pair in text.preferences(
+            text.read(home / "preferences.jsonl"), RewardModel.from_pretrained(home).tokenizer, max_length=64
+        )
+    ]
+    fit = sum(length <= 14 for length in lengths)
+    said = f"of the 40 rows of '{home / 'preferences.jsonl'}', {40 - fit} left out as too long: {fit} are read"
+    assert 8 < fit < 40
+    assert said in capsys.readouterr().err
+    assert said in (run.path / "events.jsonl").read_text()
 
 
 # what it says of itself

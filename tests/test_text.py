@@ -458,7 +458,7 @@ def test_an_example_longer_than_the_context_is_refused_and_not_cut():
 
 def test_chosen_and_rejected_follow_the_prompt():
     rows = [{"prompt": "hi ", "chosen": "yo", "rejected": "no", "margin": "0.5"}]
-    pair = Preference((BOS, *tokens("hi yo"), EOS), (BOS, *tokens("hi no"), EOS), 0.5, 1)
+    pair = Preference((BOS, *tokens("hi yo"), EOS), (BOS, *tokens("hi no"), EOS), 0.5, 1, "hi ")
 
     assert text.preferences(rows, made(), max_length=9) == [pair]
 
@@ -498,6 +498,100 @@ def test_nothing_but_pairs_of_equals_is_refused():
 def test_a_margin_that_is_no_number_is_refused_with_its_row(margin):
     with pytest.raises(RequestError, match=r"row 1: margin is .*: must be a finite number"):
         text.preferences([{"chosen": "yo", "rejected": "no", "margin": margin}], made(), max_length=9)
+
+
+def test_the_prompt_of_two_transcripts_is_what_stands_before_the_first_answer_that_differs():
+    start = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: so?"
+    rows = [
+        {"chosen": f"{start}\n\nAssistant: no", "rejected": f"{start}\n\nAssistant: not"},
+        {"chosen": f"{start}\n\nAssistant: no", "rejected": "\n\nHuman: hi\n\nAssistant: you"},  # one goes on
+        {"chosen": "yo", "rejected": "no"},
+    ]
+
+    found = [pair.prompt for pair in text.preferences(rows, made(), max_length=99)]
+    assert found == [start, "\n\nHuman: hi", ""]
+
+
+def test_the_prompt_of_two_chats_is_the_turns_before_the_last():
+    bad = [CHAT[0], {"role": "assistant", "content": "no"}]
+    (pair,) = text.preferences([{"chosen": CHAT, "rejected": bad}], made(TURN_END, template=CHATML), max_length=999)
+
+    assert json.loads(pair.prompt) == CHAT[:1]
+
+
+# rows that are too long
+
+LONG_PAIRS = [
+    {"prompt": "hello ", "chosen": "yo", "rejected": "not"},  # 1 + 6 + 3 + 1 = 11 tokens at most
+    {"prompt": "hi ", "chosen": "yo", "rejected": "no"},
+    {"prompt": "", "chosen": "yo", "rejected": "something"},
+]
+
+
+def test_pairs_that_are_too_long_are_left_out_and_counted():
+    rows = [*LONG_PAIRS[:2], {"prompt": "hi ", "chosen": "yo", "rejected": "yo"}]
+    found = text.preferences(rows, made(), max_length=7, too_long="skip")
+
+    assert ([pair.row for pair in found], found.skipped, found.cut, found.equal) == ([2], 1, 0, 1)
+    assert found.remark("f") == ["of the 3 rows of 'f', 1 left out as too long, 1 left out as equal: 1 are read"]
+
+
+def test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos():
+    found = text.preferences(LONG_PAIRS[:2], made(), max_length=8, too_long="cut")
+
+    # 11 - 8 = 3 tokens go: "hel"
+    assert found[0].chosen == (BOS, *tokens("lo yo"), EOS)
+    assert found[0].rejected == (BOS, *tokens("lo not"), EOS)
+    assert found[0].prompt == "hello "
+    assert (len(found), found.cut, found.skipped) == (2, 1, 0)
+
+
+def test_a_pair_is_left_out_where_an_answer_alone_is_too_long():
+    rows = [{"prompt": "hi ", "chosen": "a", "rejected": "bcdefg"}]  # 1 + 3 + 6 + 1 = 11 tokens; 3 can go
+
+    assert len(text.preferences([*rows, LONG_PAIRS[1]], made(), max_length=8, too_long="cut")) == 2
+    found = text.preferences([*rows, LONG_PAIRS[1]], made(), max_length=7, too_long="cut")
+    assert ([pair.row for pair in found], found.skipped) == ([2], 1)
+
+
+def test_an_example_loses_what_comes_before_its_completion():
+    found = text.examples([{"prompt": "hello ", "completion": "yo"}], made(), max_length=6, too_long="cut")
+
+    assert found == [Example((BOS, *tokens("o yo"), EOS), 3, 1)]
+    assert (found.cut, found.skipped) == (1, 0)
+
+
+def test_without_a_bos_the_beginning_that_is_lost_is_the_first_token():
+    rows = [{"prompt": "hello ", "completion": "yo"}]
+
+    assert text.examples(rows, made(bos=False), max_length=5, too_long="cut")[0].ids == (*tokens("o yo"), EOS)
+
+
+def test_a_text_that_is_learned_from_whole_is_left_out_and_not_cut():
+    found = text.examples([{"text": "hello"}, {"text": "yo"}], made(), max_length=4, too_long="cut")
+
+    assert [example.row for example in found] == [2]
+
+
+def test_a_prompt_that_is_too_long_is_left_out():
+    found = text.prompts([{"prompt": "hello"}, {"prompt": "hi"}], made(), max_length=4, too_long="skip")
+
+    assert ([prompt.row for prompt in found], found.skipped) == ([2], 1)
+
+
+def test_a_labelled_text_loses_its_beginning():
+    (one,) = text.labelled([{"text": "hello", "label": 1}], made(), max_length=4, too_long="cut")
+
+    assert one.ids == (BOS, *tokens("llo"))
+
+
+def test_rows_that_are_all_too_long_are_refused():
+    with pytest.raises(RequestError, match="too_long is 'skip' and leaves no row: the context holds 3 tokens"):
+        text.prompts([{"prompt": "hello"}], made(), max_length=3, too_long="skip")
+
+
+def test_nothing_is_said_of_data_that_are_read_whole():
+    assert text.prompts([{"prompt": "hello"}], made(), max_length=9).remark("f") == []
 
 
 # labels

@@ -52,7 +52,9 @@ class Cast:
         if room < 1:
             name = "fixed_length" if self.endless else "max_new"
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
-        found = prompts(read(cfg.data, columns=cfg.renamed), self.tokenizer, max_length=min(room, cfg.max_length))
+        rows, most = read(cfg.data, columns=cfg.renamed), min(room, cfg.max_length)
+        found = prompts(rows, self.tokenizer, max_length=most, too_long=cfg.too_long)
+        self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)
         self.sampler = self._sampler([found[i] for i in learned])
@@ -177,9 +179,11 @@ class Cast:
             return []
         room = context(self.policy, self.cfg.max_length)
         try:
-            return examples(read(self.cfg.pretraining), self.tokenizer, max_length=room)
+            found = examples(read(self.cfg.pretraining), self.tokenizer, max_length=room, too_long=self.cfg.too_long)
         except RequestError as error:
             raise RequestError(f"pretraining is {self.cfg.pretraining!r}: {error}") from None
+        self.policy.remarks += found.remark(self.cfg.pretraining)
+        return found
 
     def _optimizer(self) -> torch.optim.Optimizer:
         cfg = self.cfg
@@ -201,7 +205,7 @@ def open_cast(recipe: str, cfg: Any) -> Generator[tuple[Stage, Cast]]:
     cast = Cast(cfg)
     try:
         findings = preflight.check(cast) if cfg.preflight else []
-        for text in () if cfg.quiet else (*cast.policy.remarks, *map(str, findings)):
+        for text in () if cfg.quiet else map(str, findings):
             print(text, file=sys.stderr)
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps) as run:
             cast.run = run

@@ -67,6 +67,8 @@ class Config:
     """Jinja chat template, or its file, instead of the tokenizer's own."""
     max_length: Count = 512
     """Tokens a row of data may have; at most the model's context."""
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"
+    """A row that is longer: refused, left out, or cut at its beginning where an answer follows; how many is said."""
     device: str = "cpu"
     """Torch device."""
     threads: Count = 1
@@ -174,6 +176,8 @@ class Rollouts(Config):
         for name in ("reward", "gold"):
             object.__setattr__(self, name, specs(getattr(self, name)))
         super().__post_init__()
+        if self.too_long == "cut":
+            raise RequestError("too_long is 'cut': a judge would read a prompt that the policy did not; use skip")
         if not self.reward:
             raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
 

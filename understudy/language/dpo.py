@@ -15,12 +15,14 @@ from understudy.language import config, stage
 from understudy.language.model import Policy, Reference, home
 from understudy.language.sft import context, load_policy
 from understudy.language.stage import Iterations
-from understudy.language.text import Preference, pad, preferences, read
+from understudy.language.text import Preference, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import mean_interval
 from understudy.run.config import Count, Positive, Unit
 from understudy.run.store import Run, write_json
 from understudy.update import update
+
+PIECE = 32  # pairs a pass without gradient reads at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +92,11 @@ def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
 
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
-    """The pairs to learn from, and those kept for evaluation."""
-    data = preferences(
-        read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length)
-    )
-    learned, kept = stage.hold_out([(pair.chosen, pair.rejected) for pair in data], cfg.held_out)
+    """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
+    rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
+    data = preferences(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    policy.remarks += data.remark(cfg.data)
+    learned, kept = stage.hold_out(list(map(stage.asked, data)), cfg.held_out)
     return [data[i] for i in learned], [data[i] for i in kept]
 
 
@@ -112,9 +114,7 @@ def size(pair: Preference) -> int:
 
 def shared(pair: Preference) -> int:
     """How many tokens both sides begin with: the prompt, or as much of it as cannot matter."""
-    matches = (a == b for a, b in zip(pair.chosen, pair.rejected, strict=False))
-    length = next((i for i, match in enumerate(matches) if not match), min(len(pair.chosen), len(pair.rejected)))
-    return max(1, length)
+    return max(1, common(pair.chosen, pair.rejected))
 
 
 def gather(pairs: Sequence[Preference], reference: Tensor | None = None) -> Pairs:
@@ -125,7 +125,7 @@ def gather(pairs: Sequence[Preference], reference: Tensor | None = None) -> Pair
 
 
 @torch.no_grad()
-def refer(policy: Policy, data: Sequence[Preference], *, micro: int = 32) -> Tensor:
+def refer(policy: Policy, data: Sequence[Preference], *, micro: int = PIECE) -> Tensor:
     """A policy's log-probs of both sides, summed over the tokens that tell them apart, [N, 2]; on the CPU."""
     found = [torch.zeros(0, 2)]
     for at in range(0, len(data), micro):
@@ -141,7 +141,11 @@ def _summed(policy: Policy, text: Text) -> Tensor:
 @torch.no_grad()
 def examine(policy: Policy, data: Sequence[Preference], referred: Tensor, objective: Any) -> dict[str, Any]:
     """On pairs it did not learn from: how often the chosen side gained more than the rejected, with its 95 % interval."""
-    metrics = objective(policy, gather(data, referred).to(policy.device))[1]
+    found: list[dict[str, Tensor]] = []
+    for at in range(0, len(data), PIECE):
+        pairs = gather(data[at : at + PIECE], referred[at : at + PIECE])
+        found.append(objective(policy, pairs.to(policy.device))[1])
+    metrics = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
     accuracy, low, high = mean_interval(metrics["accuracy"][:, 0])
     names = ("loss", "margin", "chosen_gain", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}

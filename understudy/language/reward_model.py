@@ -88,14 +88,16 @@ def train(cfg: Config) -> Run:
 def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
     """Rows to learn from and rows kept for evaluation: labelled texts where there is a label, else pairs.
 
-    The model remembers which of the two it reads.
+    Pairs of one prompt are all learned from, or all kept. The model remembers which of the two it reads.
     """
     rows = read(cfg.data, columns=cfg.renamed)
     limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
     model.form = "text" if "label" in rows[0] else "completion"
-    kind = text.labelled if model.form == "text" else text.preferences
-    data = kind(rows, model.tokenizer, max_length=min(limit, cfg.max_length))
-    learned, kept = stage.hold_out([list(vars(row).values())[:-1] for row in data], cfg.held_out)
+    kind: Any = text.labelled if model.form == "text" else text.preferences
+    data = kind(rows, model.tokenizer, max_length=min(limit, cfg.max_length), too_long=cfg.too_long)
+    model.remarks += data.remark(cfg.data)
+    keys = [(row.ids, row.label) if model.form == "text" else stage.asked(row) for row in data]
+    learned, kept = stage.hold_out(keys, cfg.held_out)
     return [data[i] for i in learned], [data[i] for i in kept]
 
 

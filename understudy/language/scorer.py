@@ -34,6 +34,7 @@ class RewardModel(nn.Module):
     Attributes:
         mean, scale: of raw scores on the texts it was normalised on; stored in config.json.
         form: what it was trained on: prompts with their "completion", stop id and all, or plain "text" without one.
+        remarks: what was found out about the data it learns from, to be said once.
     """
 
     memory = True  # rows are read whole
@@ -44,6 +45,7 @@ class RewardModel(nn.Module):
         about = _about(model)
         self.mean, self.scale = float(about.get("mean", 0.0)), float(about.get("scale", 1.0))
         self.form: Form = about.get("form", "completion")
+        self.remarks: list[str] = []
         silence_dropout(self)
 
     @classmethod

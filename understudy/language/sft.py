@@ -68,7 +68,9 @@ def train(cfg: Config) -> Run:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
-    data = examples(read(cfg.data, columns=cfg.renamed), policy.tokenizer, max_length=context(policy, cfg.max_length))
+    rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
+    data = examples(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    policy.remarks += data.remark(cfg.data)
     learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
     return [data[i] for i in learned], [data[i] for i in kept]
 

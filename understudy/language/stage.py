@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from understudy.language.config import Config
+from understudy.language.text import Preference
 from understudy.run.config import to_json
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator
@@ -108,10 +111,12 @@ def open_stage(
 ) -> Generator[Stage]:
     """A run's directory, its progress and sinks; the model is saved in `folder` at the end, however that comes."""
     run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
+    for remark in model.remarks:
+        run.event("remark", text=remark)
+        if not cfg.quiet:
+            print(remark, file=sys.stderr)
     with Progress(f"{recipe} {cfg.model} seed {cfg.seed} -> {run.path}", total, quiet=cfg.quiet) as progress:
         stage = Stage(cfg, run, model, optimizer, total, progress)
-        for remark in getattr(model, "remarks", []):
-            run.event("remark", text=remark)
         try:
             yield stage
         except (KeyboardInterrupt, GeneratorExit):
@@ -154,20 +159,27 @@ def all_of(model: nn.Module) -> dict[str, Any]:
 def hold_out(rows: Sequence[Sequence[Any]], count: int) -> tuple[list[int], list[int]]:
     """Split row numbers into those to learn from and those kept for evaluation, by the rows' content alone.
 
-    At most a quarter is kept, and none of fewer than 8 different rows: equal rows go to the same side.
+    At most a quarter is kept, and none of fewer than 8 different rows: equal rows go to the same side. What `rows` holds
+    of a row is what decides: given prompts alone, all rows of a prompt go to the same side.
     """
     keys = [derive(0, "hold out", *map(str, row)) for row in rows]
-    different = sorted(set(keys))
-    if len(different) < 8:
+    sizes, most = Counter(keys), len(rows) // 4
+    if len(sizes) < 8:
         return list(range(len(rows))), []
     kept: set[int] = set()
     size = 0
-    for key in different:
-        if size >= min(count, len(rows) // 4):
+    for key in sorted(sizes):
+        if size >= min(count, most):
             break
-        kept.add(key)
-        size += keys.count(key)
+        if size + sizes[key] <= most:
+            kept.add(key)
+            size += sizes[key]
     return [i for i, key in enumerate(keys) if key not in kept], [i for i, key in enumerate(keys) if key in kept]
+
+
+def asked(pair: Preference) -> tuple[Any, ...]:
+    """What decides the side of a pair in `hold_out`: its prompt, or all of it where the prompt is not known."""
+    return (pair.prompt,) if pair.prompt else (pair.chosen, pair.rejected)
 
 
 def drain(iterations: Iterations) -> Run:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import jinja2
 import torch
@@ -19,6 +20,14 @@ from understudy.run.config import RequestError
 
 Messages = list[dict[str, Any]]
 """A chat: `[{"role": ..., "content": ...}, ...]`."""
+
+TooLong = Literal["refuse", "skip", "cut"]
+"""What becomes of a row that the context does not hold."""
+
+ANSWER = "\n\nAssistant:"
+"""What stands before each answer in a published transcript."""
+
+Record = TypeVar("Record")
 
 
 DUMMY = "what-the-assistant-says"
@@ -229,6 +238,8 @@ class Preference:
     rejected: tuple[int, ...]
     margin: float
     row: int
+    prompt: str = ""
+    """What both answer, as text, messages as JSON; "" where the data do not tell it from the answers."""
 
 
 @dataclass(frozen=True)
@@ -240,65 +251,113 @@ class Labelled:
     row: int
 
 
-def prompts(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Prompt]:
-    """Column `prompt`, text or chat. Without such a column every row starts from BOS."""
+class Fitted(list[Record]):
+    """The records of rows that the context holds, in their order, and how many rows are not among them, or not whole.
 
-    def one(row: Row, number: int) -> Prompt:
+    Attributes:
+        cut: rows that lost their beginning.  skipped: rows left out for their length.  equal: pairs of equals, left out.
+    """
+
+    cut = skipped = equal = 0
+
+    def remark(self, source: str) -> list[str]:
+        """The sentence to say about them; none where all rows are there and whole."""
+        said = {"cut at the beginning": self.cut, "left out as too long": self.skipped, "left out as equal": self.equal}
+        rows = len(self) + self.skipped + self.equal
+        counts = ", ".join(f"{count} {what}" for what, count in said.items() if count)
+        return [f"of the {rows} rows of '{source}', {counts}: {len(self)} are read"] if counts else []
+
+
+def prompts(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
+) -> Fitted[Prompt]:
+    """Column `prompt`, text or chat. Without such a column every row starts from BOS. None is cut: it is left out."""
+    room = _Room(max_length, too_long)
+
+    def one(row: Row, number: int) -> Prompt | None:
         text, others = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}
-        return Prompt(_fitting("prompt", tokenizer.encode_prompt(text), max_length), text, others, number)
+        ids = tokenizer.encode_prompt(text)
+        return None if room.excess("prompt", ids, 0) is None else Prompt(tuple(ids), text, others, number)
 
-    return each_row(rows, one, texts=("prompt",) if "prompt" in column_names(rows) else ())
+    return room.those_of(each_row(rows, one, texts=("prompt",) if "prompt" in column_names(rows) else ()))
 
 
-def examples(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Example]:
+def examples(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
+) -> Fitted[Example]:
     """`completion` after `prompt` (or BOS), else the whole of `text`, else the last turn of `messages`.
 
     Chat in any of them is learned from in the last turn alone. Published transcripts in `text` are plain text.
+    Cut is what comes before that which is learned; where this is not enough, the row is left out.
     """
+    room = _Room(max_length, too_long)
     there = column_names(rows)
     name = next((name for name in ("completion", "messages", "text") if name in there), "text")
     prompt = ("prompt",) if name == "completion" and "prompt" in there else ()
 
-    def one(row: Row, number: int) -> Example:
+    def one(row: Row, number: int) -> Example | None:
         ids, start = _whole(tokenizer, row[name], row["prompt"] if prompt else None)
-        return Example(_fitting(name, ids, max_length), start, number)
+        excess = room.excess(name, ids, start - 1)
+        return None if excess is None else Example(_without(ids, excess, tokenizer), start - excess, number)
 
-    return each_row(rows, one, texts=(*prompt, name))
+    return room.those_of(each_row(rows, one, texts=(*prompt, name)))
 
 
-def preferences(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Preference]:
+def preferences(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
+) -> Fitted[Preference]:
     """`chosen` and `rejected`: completions of `prompt` where there is one, else whole texts; `margin` where given.
 
-    Rows whose two sides are the same say nothing and are left out: `len(rows) - len(result)` of them.
+    Rows whose two sides are the same say nothing and are left out. Cut is what both sides begin with, by as many tokens on
+    both; where this is not enough, the row is left out.
     """
     prompt = ("prompt",) if "prompt" in column_names(rows) else ()
+    room = _Room(max_length, too_long)
 
-    def one(row: Row, number: int) -> Preference:
+    def one(row: Row, number: int) -> Preference | None:
         before = row["prompt"] if prompt else None
-        chosen, rejected = (
-            _fitting(side, _whole(tokenizer, row[side], before)[0], max_length) for side in ("chosen", "rejected")
-        )
-        margin = row.get("margin")
-        return Preference(chosen, rejected, 0.0 if margin is None else finite("margin", margin), number)
+        sides = {side: _whole(tokenizer, row[side], before)[0] for side in ("chosen", "rejected")}
+        if sides["chosen"] == sides["rejected"]:
+            room.equal += 1
+            return None
+        longer = max(sides, key=lambda side: len(sides[side]))
+        excess = room.excess(longer, sides[longer], common(*sides.values()) - 1)
+        margin = finite("margin", 0.0 if row.get("margin") is None else row["margin"])
+        if excess is None:
+            return None
+        chosen, rejected = (_without(ids, excess, tokenizer) for ids in sides.values())
+        asked = _asked(row["chosen"], row["rejected"]) if before is None else before
+        asked = asked if isinstance(asked, str) else json.dumps(asked or "")
+        return Preference(chosen, rejected, margin, number, asked)
 
-    pairs = [p for p in each_row(rows, one, texts=(*prompt, "chosen", "rejected")) if p.chosen != p.rejected]
-    if not pairs:
+    pairs = room.those_of(each_row(rows, one, texts=(*prompt, "chosen", "rejected")))
+    if room.equal == len(rows):
         raise RequestError(f"chosen equals rejected in each of {len(rows)} rows: give pairs that differ")
     return pairs
 
 
-def labelled(rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int) -> list[Labelled]:
-    """`text` and `label`: a number from 0 to 1, or true or false."""
+def labelled(
+    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
+) -> Fitted[Labelled]:
+    """`text` and `label`: a number from 0 to 1, or true or false. Cut is the beginning of the text."""
+    room = _Room(max_length, too_long)
 
-    def one(row: Row, number: int) -> Labelled:
+    def one(row: Row, number: int) -> Labelled | None:
         text = row["text"]
         ids = tokenizer.encode_prompt(text) if isinstance(text, str) else _whole(tokenizer, text, None)[0]
         label = finite("label", row["label"])
         if not 0 <= label <= 1:
             raise RequestError(f"label is {row['label']!r}: must be from 0 (bad) to 1 (good)")
-        return Labelled(_fitting("text", ids, max_length), label, number)
+        excess = room.excess("text", ids, len(ids) - 2)
+        return None if excess is None else Labelled(_without(ids, excess, tokenizer), label, number)
 
-    return each_row(rows, one, texts=("text",), others=("label",))
+    return room.those_of(each_row(rows, one, texts=("text",), others=("label",)))
+
+
+def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many tokens, letters or messages both begin with."""
+    matches = (a == b for a, b in zip(one, other, strict=False))
+    return next((i for i, match in enumerate(matches) if not match), min(len(one), len(other)))
 
 
 def pad(sequences: Sequence[Sequence[int]], starts: Sequence[int] | None = None, *, fill: int = 0) -> Text:
@@ -334,10 +393,55 @@ def _whole(tokenizer: Tokenizer, cell: str | Messages, prompt: str | Messages | 
     return [*before, *tokenizer.encode_completion(cell, prompt)], len(before)
 
 
-def _fitting(name: str, ids: list[int], max_length: int) -> tuple[int, ...]:
-    if len(ids) > max_length:
-        raise RequestError(f"{name} has {len(ids)} tokens, the context holds {max_length}: shorten it or leave it out")
-    return tuple(ids)
+def _asked(chosen: str | Messages, rejected: str | Messages) -> str | Messages:
+    """The prompt of whole texts: what two transcripts or chats have in common before the last answer that both give."""
+    shared: Any = chosen[: common(chosen, rejected)]
+    return shared.rpartition(ANSWER)[0] if isinstance(shared, str) else shared[: len(chosen) - 1]
+
+
+def _without(ids: list[int], excess: int, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """A row that loses its beginning, but not BOS."""
+    kept = int(ids[0] == tokenizer.bos)
+    return (*ids[:kept], *ids[kept + excess :])
+
+
+@dataclass
+class _Room:
+    """How many tokens a row may have, what becomes of a longer one, and of how many."""
+
+    tokens: int
+    too_long: TooLong
+    cut: int = 0
+    skipped: int = 0
+    equal: int = 0
+
+    def excess(self, name: str, ids: list[int], spare: int) -> int | None:
+        """Tokens that a row loses at its beginning, at most `spare`; None for a row that is left out."""
+        if (excess := len(ids) - self.tokens) <= 0:
+            return 0
+        if self.too_long == "refuse":
+            raise RequestError(
+                f"{name} has {len(ids)} tokens, the context holds {self.tokens}: "
+                "shorten it or leave it out; --too-long skip leaves out all such rows"
+            )
+        fits = self.too_long == "cut" and excess <= spare
+        self.cut, self.skipped = self.cut + fits, self.skipped + (not fits)
+        return excess if fits else None
+
+    def those_of(self, made: list[Any]) -> Fitted[Any]:
+        """The records without the gaps, and the counts.
+
+        Raises:
+            RequestError: every row is too long.
+        """
+        found: Fitted[Any] = Fitted(record for record in made if record is not None)
+        found.cut, found.skipped, found.equal = self.cut, self.skipped, self.equal
+        if self.skipped and not found:
+            raise RequestError(
+                f"too_long is {self.too_long!r} and leaves no row: "
+                f"the context holds {self.tokens} tokens; give shorter rows, or a model that reads more"
+            )
+        return found
 
 
 def _template(hf: PreTrainedTokenizerBase, template: str) -> str:
