@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from understudy.control.environment import check_spaces
+from understudy.control.spaces import outside
 from understudy.run.config import RequestError
 
 STEPS = 3
@@ -54,34 +55,8 @@ def _mask(space: gymnasium.Space, info: dict[str, Any]) -> Any:
 
 
 def _observation(name: str, when: str, space: gymnasium.Space, obs: Any) -> None:
-    problem = _outside(space, obs, "observation")
+    problem = outside(space, obs, "observation")
     if problem:
         raise RequestError(
             f"env {name!r} breaks its own observation_space at {when}: {problem}; mend the space or the env"
         )
-
-
-def _outside(space: gymnasium.Space, obs: Any, path: str) -> str:
-    """What puts an observation outside its space; a float64 where the space says float32 is let pass."""
-    if isinstance(space, spaces.Dict):
-        if not isinstance(obs, dict) or set(obs) != set(space.spaces):
-            keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
-            return f"{path} has {keys}, the space {sorted(space.spaces)}"
-        return next((p for key, inner in space.spaces.items() if (p := _outside(inner, obs[key], f"{path}.{key}"))), "")
-    if isinstance(space, spaces.Tuple):
-        if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
-            return f"{path} is {type(obs).__name__}, the space a tuple of {len(space.spaces)}"
-        parts = enumerate(zip(space.spaces, obs, strict=True))
-        return next((p for i, (inner, part) in parts if (p := _outside(inner, part, f"{path}.{i}"))), "")
-    array = np.asarray(obs)
-    if array.shape != (space.shape or ()):
-        return f"{path} has shape {array.shape}, the space {space.shape}"
-    if isinstance(space, spaces.Box):
-        if not np.isfinite(array).all():
-            return f"{path} is not finite: {array.reshape(-1)[:4]}"
-        below, above = array < space.low, array > space.high
-        if (below | above).any():
-            at = tuple(int(i) for i in np.argwhere(below | above)[0])
-            return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
-        return ""
-    return "" if space.contains(obs) else f"{path} is {obs!r}, the space {space}"

@@ -59,6 +59,34 @@ def read(space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None) ->
     return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: torch.tensor(allowed, dtype=torch.bool)}
 
 
+def outside(space: gymnasium.Space, obs: Any, path: str) -> str:
+    """What puts an observation outside its space; a float64 where the space says float32 is let pass."""
+    if isinstance(space, spaces.Dict):
+        if not isinstance(obs, dict) or set(obs) != set(space.spaces):
+            keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
+            return f"{path} has {keys}, the space {sorted(space.spaces)}"
+        return next((p for key, inner in space.spaces.items() if (p := outside(inner, obs[key], f"{path}.{key}"))), "")
+    if isinstance(space, spaces.Tuple):
+        if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
+            return f"{path} is {type(obs).__name__}, the space a tuple of {len(space.spaces)}"
+        parts = enumerate(zip(space.spaces, obs, strict=True))
+        return next((p for i, (inner, part) in parts if (p := outside(inner, part, f"{path}.{i}"))), "")
+    array = np.asarray(obs)
+    if array.dtype.kind not in ("biuf" if np.issubdtype(space.dtype, np.floating) else "biu"):
+        return f"{path} is of {array.dtype}, the space of {space.dtype}"
+    if array.shape != (space.shape or ()):
+        return f"{path} has shape {array.shape}, the space {space.shape}"
+    if isinstance(space, spaces.Box):
+        if not np.isfinite(array).all():
+            return f"{path} is not finite: {array.reshape(-1)[:4]}"
+        below, above = array < space.low, array > space.high
+        if (below | above).any():
+            at = tuple(int(i) for i in np.argwhere(below | above)[0])
+            return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
+        return ""
+    return "" if space.contains(obs) else f"{path} is {obs!r}, the space {space}"
+
+
 def is_image(space: gymnasium.Space) -> bool:
     """A Box of uint8 with two dimensions or more."""
     return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) >= 2
