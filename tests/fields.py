@@ -18,6 +18,9 @@ CONFIGS = {
 PPO, SFT, REWARD = "test_language_ppo.py::", "test_sft.py::", "test_reward_model.py::"
 REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::", "test_generate.py::"
 
+TURNS, OFF = "test_turns.py::", "test_off_policy.py::"
+COUNTS = OFF + "test_a_token_counts_as_the_config_says"
+
 READ = "test_how_rows_are_read_does_not_change_what_is_learned"
 BY_HAND = PPO + "test_the_loss_of_one_choice_by_hand"
 CUT = PPO + "test_a_cut_completion_is_paid_as_the_config_says"
@@ -110,6 +113,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "gold": (PPO + "test_gold_is_measured_and_never_trained_on",),
         "reward_timeout": (PPO + "test_a_reward_function_that_takes_too_long_is_missing",),
+        "reply": (
+            TURNS + "test_a_recipe_learns_from_conversations",
+            TURNS + "test_a_files_function_replies_from_a_process_of_its_own",
+        ),
+        "turns": (TURNS + "test_after_the_last_turn_nobody_is_asked", TURNS + "test_turns_are_the_policys_at_most"),
+        "off_policy": (COUNTS, OFF + "test_every_recipe_weighs_what_an_engine_sampled"),
+        "off_policy_ratio": (COUNTS,),
+        "off_policy_low": (COUNTS, OFF + "test_a_band_without_a_width_is_refused"),
+        "off_policy_high": (COUNTS, OFF + "test_every_recipe_weighs_what_an_engine_sampled"),
         "rows": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "max_new": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "fixed_length": (

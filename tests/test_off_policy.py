@@ -1,22 +1,36 @@
 """Steps that another policy chose: exact gradients by enumeration, and what the recipes make of it."""
 
+import math
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+from tests.bandit_lm import ONE, by_reinforce, say, settings, slow_down, total_variation
 from tests.records import ACTIONS, Table, seeded
-from understudy.batch import Batch
-from understudy.objective import grpo, policy_gradient, ppo, squared_error
+from tests.rehearsed import furnish
+from understudy.batch import Batch, Text
+from understudy.language import config, grpo, ppo, reinforce, stage
+from understudy.language.cast import Cast, reweigh
+from understudy.language.collect import Said
+from understudy.language.generate import Completion, generate, lay_out
+from understudy.language.tokens import Head, TokenDistribution
+from understudy.objective import grpo as grpo_loss
+from understudy.objective import policy_gradient, squared_error
+from understudy.objective import ppo as ppo_loss
 from understudy.reduce import importance_weight
+from understudy.run.config import RequestError
+from understudy.update import update
 
 WIDE = {"low": 0.0, "high": float("inf")}
 OBJECTIVES = {
     "policy_gradient": partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss=squared_error),
-    "ppo": partial(ppo, clip=0.2, value_coef=0.0, entropy_coef=0.0),
-    "grpo": partial(grpo, low=0.2, high=0.2, entropy_coef=0.0),
+    "ppo": partial(ppo_loss, clip=0.2, value_coef=0.0, entropy_coef=0.0),
+    "grpo": partial(grpo_loss, low=0.2, high=0.2, entropy_coef=0.0),
 }
 
 
@@ -123,3 +137,186 @@ def test_a_bound_takes_from_the_weights_and_never_adds(how):
 
     assert means == sorted(means)
     assert means[0] < 0.9 and means[-1] == pytest.approx(1.0)  # E_mu[pi / mu] = 1
+
+
+# what a recipe makes of a record: three tokens of two, which the sampler chose with probability 1/2 each
+
+
+def rollouts(**fields) -> config.Rollouts:
+    return config.Rollouts(**{"model": "m", "data": "d", "reward": "length", **fields})
+
+
+SAID = [Completion([1, 0, 1], [math.log(0.5)] * 3, True, 0)]
+RECORD = Said([], SAID, lay_out([[0]], SAID), None)  # pyright: ignore[reportArgumentType]
+
+
+def quarter(text: Text) -> tuple[TokenDistribution, torch.Tensor]:
+    """A policy to which token 1 has probability 1/4: pi / mu is 1/2 for it and 3/2 for token 0."""
+    logits = torch.tensor([0.75, 0.25]).log().expand(*text.ids.shape, 2)
+    return TokenDistribution(logits, text.mask, Head(nn.Identity())), torch.zeros(text.ids.shape)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({"off_policy": "none"}, (1, 1, 1)),
+        ({"off_policy": "truncate"}, (0.5, 1.5, 0.5)),
+        ({"off_policy": "truncate", "off_policy_high": 1.2}, (0.5, 1.2, 0.5)),
+        ({"off_policy": "mask", "off_policy_high": 1.2}, (0.5, 0, 0.5)),
+        ({"off_policy": "mask", "off_policy_low": 0.6}, (0, 1.5, 0)),
+        ({"off_policy": "truncate", "off_policy_ratio": "row"}, (0.375,) * 3),  # 1/2 * 3/2 * 1/2
+        ({"off_policy": "truncate", "off_policy_ratio": "row_mean"}, (0.375 ** (1 / 3),) * 3),
+    ],
+    ids=str,
+)
+def test_a_token_counts_as_the_config_says(fields, weights):
+    _, weight, _ = reweigh(quarter, RECORD, rollouts(**fields))
+
+    assert_close(weight[RECORD.record.mask], torch.tensor(weights, dtype=torch.float32))
+
+
+def test_ratios_of_the_update_begin_at_one_whoever_sampled():
+    said, _, _ = reweigh(quarter, RECORD, rollouts(off_policy="truncate"))
+
+    logprob = torch.tensor([[0.25, 0.75, 0.25, 1.0]]).log()
+    assert_close(said.record.logprob, logprob)
+    assert said.completions == RECORD.completions
+    assert not said.record.logprob.requires_grad
+
+
+def test_the_policys_own_samples_are_left_as_they_are():
+    said, _, metrics = reweigh(quarter, RECORD, rollouts())
+
+    assert said is RECORD
+    assert metrics == {}
+
+
+def test_weights_are_measured():
+    _, _, metrics = reweigh(quarter, RECORD, rollouts(off_policy="truncate"))
+
+    assert metrics["weight_mean"] == pytest.approx(2.5 / 3)
+    assert metrics["weight_effective"] == pytest.approx(2.5**2 / (3 * 2.75))  # 1/4 + 9/4 + 1/4
+    # log 1/2 - log pi: log 2, log 2/3, log 2
+    assert metrics["kl_sampler"] == pytest.approx(math.log(8 / 3) / 3)
+
+
+def test_a_band_without_a_width_is_refused():
+    with pytest.raises(RequestError, match=r"off_policy_low is 3\.0: must be at most off_policy_high, 2.0"):
+        rollouts(off_policy_low=3.0)
+
+
+def test_weights_that_minibatches_would_standardise_away_are_refused():
+    with pytest.raises(RequestError, match="standardize is 'minibatch': it would undo the weights of off_policy"):
+        ppo.Config(model="m", data="d", reward="length", off_policy="mask", standardize="minibatch")
+
+
+# whole recipes, whose engine says that it sampled with another probability than the policy's
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("off_policy"))
+
+
+class Claims:
+    """Our own generation, which claims to have sampled with `share` of the policy's probability."""
+
+    def __init__(self, share: float) -> None:
+        self.gap, self.versions = math.log(share), []
+
+    def __call__(self, policy, prompts, **told):
+        self.versions.append(policy.version)
+        said = generate(policy, prompts, **told)
+        return [replace(one, logprob=[x + self.gap for x in one.logprob]) for one in said]
+
+
+def by_length(prompts, completions, completion_ids, **_):
+    return [float(len(ids)) for ids in completion_ids]
+
+
+RECIPES = {
+    "ppo": (ppo, {"epochs": 1, "minibatches": 1, "value_coef": 0.0}),
+    "grpo": (grpo, {}),
+    "reinforce": (reinforce, {}),
+}
+FEW = {"rows": 8, "max_new": 6, "steps": 90, "quiet": True, "samples": 0, "evaluate_rows": 4, "kl_reference_coef": 0.0}
+STOPS = tuple(map(str, range(2, 170)))
+
+
+def first(recipe: str, home, out, share: float, **fields) -> dict:
+    """The metrics of a first iteration with an engine that claims a share."""
+    kind, own = RECIPES[recipe]
+    given = {
+        "model": str(home),
+        "data": str(home / "prompts.jsonl"),
+        "reward": by_length,
+        "stop": STOPS,
+        "out": str(out),
+    }
+    return kind.train(kind.Config(**given, **FEW, **own, **fields), engine=Claims(share)).metrics[0]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_weighs_what_an_engine_sampled(recipe, home, tmp_path):
+    own = first(recipe, home, tmp_path / "own", 1.0, off_policy="truncate")
+    cut = first(recipe, home, tmp_path / "cut", 0.25, off_policy="truncate", off_policy_high=3.0)
+    out = first(recipe, home, tmp_path / "out", 0.25, off_policy="mask", off_policy_high=3.0)
+
+    # pi / mu is 4 everywhere: cut at 3, every advantage counts three times; outside the band none does
+    assert own["weight_mean"] == pytest.approx(1, abs=1e-5) and cut["weight_mean"] == pytest.approx(3)
+    assert own["grad_norm"] > 0
+    assert cut["grad_norm"] == pytest.approx(3 * own["grad_norm"], rel=1e-4)
+    assert out["grad_norm"] == 0 and out["weight_effective"] == 0
+    assert cut["kl_sampler"] == pytest.approx(-math.log(4), abs=1e-5)
+
+
+def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home, tmp_path):
+    engine = Claims(0.25)
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
+    cfg = reinforce.Config(**given, **FEW, out=str(tmp_path / "run"), evaluate_every=1)
+
+    run = reinforce.train(cfg, engine=engine)
+    assert engine.versions == list(range(run.metrics[-1]["iteration"]))  # once an iteration, with the policy as it is
+
+
+def test_a_cast_without_an_engine_samples_by_itself(home):
+    cfg = reinforce.Config(model=str(home), data=str(home / "prompts.jsonl"), reward=by_length, **FEW)
+
+    assert Cast(cfg).sampler.engine is None
+
+
+# learning from a sampler that never changes: the optimum is known
+
+
+def astray(seed: int, **fields) -> float:
+    """How far from the optimum REINFORCE ends whose every word the reference chose, in the worst of the last iterates."""
+    lm, fixed, generator = ONE.lm(), ONE.lm(), seeded(seed)
+    cfg = settings(reinforce.Config, ONE, **fields)
+    optimizer = stage.adamw(cfg, stage.all_of(lm))
+    distance = []
+    for i in range(80):
+        slow_down(optimizer, i / 80)
+        said, weight, _ = reweigh(lm, say(fixed, 2048, generator), cfg)  # pyright: ignore[reportArgumentType]
+        batch, objective, told = by_reinforce(ONE)(lm, said, ONE.score(said.record), lambda text: fixed(text)[0])
+        batch = Batch.of(batch, advantage=weight * batch.advantage)
+        update(lm, optimizer, batch, objective, max_grad_norm=1.0, generator=generator, **told)
+        distance.append(total_variation(lm.completions(), ONE.tilted()))
+    return max(distance[-10:])
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weighed_words_of_the_reference_lead_to_the_optimum(seed):
+    assert astray(seed, off_policy="truncate", off_policy_high=100.0) < 0.02
+
+
+@pytest.mark.learning
+def test_cut_weights_lead_there_too():
+    # at the optimum every word is paid the same, its KL included: whatever the weights, nothing pulls away from it
+    assert astray(0, off_policy="truncate", off_policy_high=1.2) < 0.02
+
+
+@pytest.mark.learning
+@pytest.mark.parametrize("fields", [{}, {"off_policy": "mask", "off_policy_high": 1.2}], ids=str)
+def test_control_words_that_are_not_weighed_or_left_out_lead_elsewhere(fields):
+    assert astray(0, **fields) > 0.04

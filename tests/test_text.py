@@ -198,7 +198,7 @@ def test_a_turn_end_that_no_stop_stands_for_is_written():
 
 
 def test_a_stop_of_the_next_turn_is_written():
-    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ '' if m.role == 'assistant' else '</s>' }}{% endfor %}"
+    template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ '</s>' if m.role == 'tool' }}{% endfor %}"
 
     assert made(EOS, template=template).encode_turn(CHAT[:1], TOOL) == tokens("t 7</s>")
 

@@ -156,6 +156,7 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=256, help="completions to sample (default 256)")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides; the run's own by default")
+    parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.parse_args(argv)
     path = Path(args.run)
@@ -180,6 +181,11 @@ def evaluate_run(argv: list[str]) -> int:
                     f"run '{path}' names code as its {name} ({fields[name][0]}): name it yourself with --{name}"
                 )
             fields[name] = fields[name] if given is None else tuple(given)
+        if fields.get("reply") and args.reply is None:
+            raise RequestError(
+                f"run '{path}' names code as its reply ({fields['reply']}): name it yourself with --reply"
+            )
+        fields["reply"] = args.reply
         found = _held_out_answers(path, kind(**fields), args.rows)
     write_json(path / "evaluation.json", found)
     samples = found.pop("samples", [])

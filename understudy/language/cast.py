@@ -17,6 +17,7 @@ from understudy.language import preflight, stage
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Rollouts
 from understudy.language.evaluate import evaluate
+from understudy.language.generate import Engine
 from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
 from understudy.language.scorer import RewardModel, load_reward_model
@@ -24,8 +25,9 @@ from understudy.language.sft import context, load_policy, pad_examples
 from understudy.language.stage import Stage
 from understudy.language.text import Example, Tokenizer, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
+from understudy.language.turns import Reply
 from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
-from understudy.reduce import explained_variance, whiten
+from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
 from understudy.run.config import RequestError
 from understudy.run.store import write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
@@ -37,7 +39,7 @@ PIECE = 64  # rows a pass without gradient reads at a time
 class Cast:
     """The models of a run, its data, and its notebook."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, engine: Engine | None = None) -> None:
         self.cfg = cfg
         self.models: dict[str, tuple[RewardModel, Part]] = {}
         self.endless = bool(cfg.fixed_length)
@@ -57,7 +59,8 @@ class Cast:
         self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)
-        self.sampler = self._sampler([found[i] for i in learned])
+        self.reply = None if cfg.reply is None else Reply(cfg.reply, timeout=cfg.reward_timeout)
+        self.sampler = self._sampler([found[i] for i in learned], engine)
         self.examiner = self._sampler([found[i] for i in kept or learned])
         self.texts = self._texts()
         self.optimizer = self._optimizer()
@@ -85,7 +88,7 @@ class Cast:
         """An iteration in numbers; some of its completions, token by token, go to samples/."""
         kl = torch.where(batch.mask, batch.logprob - referred.log_prob(batch.action), 0.0)
         rows = batch.mask.any(dim=1)
-        ids = [completion.ids for completion in said.completions]
+        ids = [completion.own for completion in said.completions]
         metrics = {
             "score_mean": float(verdict.score.nanmean()),
             "score_missing": float(verdict.score.isnan().float().mean()),
@@ -117,7 +120,8 @@ class Cast:
         }
         lines = []
         for i in range(count):
-            mask = said.record.mask[i]
+            steps = said.record.mask[i].nonzero()[:, 0].tolist()
+            span = slice(steps[0], steps[-1] + 1)  # what others said in between has its place in every column
             line = {
                 "row": self.run.rows - len(batch) + i,
                 "version": said.completions[i].version,
@@ -126,9 +130,10 @@ class Cast:
                 "prompt_ids": list(said.prompts[i].ids),
                 "completion_ids": said.completions[i].ids,
                 "tokens": self.tokenizer.decode_tokens(said.completions[i].ids),
+                "chosen": said.record.mask[i, span].tolist(),
                 "stopped": said.completions[i].stopped,
                 "score": None if verdict.score[i].isnan() else float(verdict.score[i]),
-                **{name: [round(x, 6) for x in column[i][mask].tolist()] for name, column in columns.items()},
+                **{name: [round(x, 6) for x in column[i, span].tolist()] for name, column in columns.items()},
             }
             lines.append(json.dumps(line, ensure_ascii=False))
         path = self.run.run.path / "samples" / f"{self.run.iteration + 1:06d}.jsonl"
@@ -170,9 +175,10 @@ class Cast:
             )
         return Reference(other.to(self.cfg.device))
 
-    def _sampler(self, found: list[Any]) -> Sampler:
+    def _sampler(self, found: list[Any], engine: Engine | None = None) -> Sampler:
         cfg = self.cfg
-        return Sampler(found, self.tokenizer, limit=cfg.limit, endless=self.endless, seed=cfg.seed, slots=cfg.slots)
+        own = {"limit": cfg.limit, "endless": self.endless, "seed": cfg.seed, "slots": cfg.slots}
+        return Sampler(found, self.tokenizer, **own, reply=self.reply, turns=cfg.turns, engine=engine)
 
     def _texts(self) -> list[Example]:
         if self.cfg.pretraining is None:
@@ -198,11 +204,11 @@ class Cast:
 
 
 @contextmanager
-def open_cast(recipe: str, cfg: Any) -> Generator[tuple[Stage, Cast]]:
+def open_cast(recipe: str, cfg: Any, engine: Engine | None = None) -> Generator[tuple[Stage, Cast]]:
     """A run with everybody in place: preflight checked, digests written, judges closed at the end."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
-    cast = Cast(cfg)
+    cast = Cast(cfg, engine)
     try:
         findings = preflight.check(cast) if cfg.preflight else []
         for text in () if cfg.quiet else map(str, findings):
@@ -223,6 +229,28 @@ def close(cast: Cast) -> None:
     for judge in (cast.judge, cast.gold):
         if judge is not None:
             judge.close()
+    if cast.reply is not None:
+        cast.reply.close()
+
+
+@torch.no_grad()
+def reweigh(policy: Policy, said: Said, cfg: Rollouts) -> tuple[Said, Tensor, dict[str, float]]:
+    """What was said, with its log-probs under the policy as the update begins; what each step counts, [B, T]; metrics.
+
+    The policy's own fresh samples need none of it: without `off_policy` all count 1.
+    """
+    record = said.record
+    if cfg.off_policy == "none":
+        return said, torch.ones_like(record.logprob), {}
+    own = in_pieces(policy, record.obs, cfg.micro)[0].log_prob(record.action)
+    bounds = {"ratio": cfg.off_policy_ratio, "low": cfg.off_policy_low, "high": cfg.off_policy_high}
+    weight = importance_weight(own, record.logprob, record.mask, how=cfg.off_policy, **bounds)
+    metrics = {
+        "weight_mean": float(masked_mean(weight, record.mask)),
+        "weight_effective": float(effective_share(weight, record.mask)),
+        "kl_sampler": float(masked_mean(record.logprob - own, record.mask)),
+    }
+    return replace(said, record=replace(record, logprob=own)), weight, metrics
 
 
 def pay(

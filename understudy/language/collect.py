@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from understudy.batch import Trajectory, map_tensors
-from understudy.language.generate import Completion, generate, lay_out
+from understudy.language.generate import Completion, Engine, generate, lay_out
 from understudy.language.judge import Sampled
 from understudy.language.model import Policy
 from understudy.language.text import Prompt, Tokenizer
+from understudy.language.turns import Reply, converse
 from understudy.run.seeds import derive
 
 
@@ -33,32 +36,47 @@ class Sampler:
         limit: tokens a completion may have.
         endless: there is no end but the limit; reaching it terminates.
         slots: rows continued at a time.
+        reply: who speaks after each of the policy's turns, up to `turns` of them; None for one turn.
+        engine: who samples in `collect`, in place of our own generation.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], tokenizer: Tokenizer, *, limit: int, endless: bool, seed: int, slots: int
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: Tokenizer,
+        *,
+        limit: int,
+        endless: bool,
+        seed: int,
+        slots: int,
+        reply: Reply | None = None,
+        turns: int = 1,
+        engine: Engine | None = None,
     ) -> None:
         self.prompts, self.tokenizer, self.limit, self.endless = prompts, tokenizer, limit, endless
-        self.seed, self.slots = seed, slots
+        self.seed, self.slots, self.reply, self.turns, self.engine = seed, slots, reply, turns, engine
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def collect(self, policy: Policy, which: Sequence[int], *, first: int) -> Said:
         """Answers to the prompts of these numbers. `first` is the first row's number in the run; the others follow it."""
-        return self.answer(policy, which, [derive(self.seed, "sample", first + i) for i in range(len(which))])
+        seeds = [derive(self.seed, "sample", first + i) for i in range(len(which))]
+        return self.answer(policy, which, seeds, engine=self.engine)
 
-    def answer(self, policy: Policy, which: Sequence[int], seeds: Sequence[int]) -> Said:
-        """Answers to the prompts of these numbers, each from a seed."""
+    def answer(
+        self, policy: Policy, which: Sequence[int], seeds: Sequence[int], *, engine: Engine | None = None
+    ) -> Said:
+        """Answers to the prompts of these numbers, each from a seed; by our own generation where no engine is given."""
         prompts = [self.prompts[i] for i in which]
-        completions = generate(
-            policy,
-            [prompt.ids for prompt in prompts],
-            limit=self.limit,
-            stops=frozenset() if self.endless else self.tokenizer.stops,
-            seeds=seeds,
-            slots=self.slots,
-        )
+        stops = frozenset() if self.endless else self.tokenizer.stops
+        own = partial(generate, slots=self.slots) if engine is None else partial(_checked, engine)
+        speak = partial(own, policy, limit=self.limit, stops=stops)
+        if self.reply is None:
+            completions = speak([prompt.ids for prompt in prompts], seeds=seeds, starts=[0] * len(prompts))
+        else:
+            told = {"limit": self.limit, "turns": self.turns}
+            completions = converse(speak, self.reply, self.judged, self.tokenizer, prompts, seeds, **told)
         return self.written_down(prompts, completions, policy.device)
 
     def written_down(self, prompts: list[Prompt], completions: list[Completion], device: torch.device) -> Said:
@@ -70,18 +88,27 @@ class Sampler:
 
     def judged(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sampled:
         """The same as text: chat is answered in chat."""
-        texts = [self._continued(prompt.ids, said.ids) for prompt, said in zip(prompts, completions, strict=True)]
-        said: list[Any] = [
-            text if isinstance(prompt.text, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        said: list[Any] = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            text = self.tokenizer.continued(prompt.ids, completion.ids)
+            chat = completion.messages or [{"role": "assistant", "content": text}]
+            said.append(text if isinstance(prompt.text, str) else chat)
         shown: list[Any] = [prompt.text for prompt in prompts]
         names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
         columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
         cut = [not (completion.stopped or self.endless) for completion in completions]
         return Sampled(shown, said, [completion.ids for completion in completions], cut, columns)
 
-    def _continued(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
-        """A completion's text as it stands behind its prompt: some tokenizers drop the blank in front of a text."""
-        before, whole = self.tokenizer.decode(prompt), self.tokenizer.decode([*prompt, *ids])
-        return whole[len(before) :] if whole.startswith(before) else self.tokenizer.decode(ids)
+
+def _checked(engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], **told: Any) -> list[Completion]:
+    """What another's engine says, if it is what an engine says."""
+    found = engine(policy, prompts, **told)
+    if len(found) != len(prompts):
+        raise ValueError(f"the engine gave {len(found)} completions to {len(prompts)} prompts: must be one each")
+    for row, said in enumerate(found):
+        if not said.ids or len(said.ids) != len(said.logprob) or not all(map(math.isfinite, said.logprob)):
+            raise ValueError(
+                f"completion {row} of the engine has {len(said.ids)} tokens and log-probs {said.logprob[:3]}...: "
+                "must have at least one token, and a finite log-prob for each"
+            )
+    return found

@@ -129,6 +129,10 @@ class Rollouts(Config):
     """What is paid: each DIR of a reward model, file.py:function or builtin[:args], optionally *WEIGHT; summed."""
     gold: tuple[str, ...] = ()
     """What is measured and never trained on; specs like those of reward."""
+    reply: str | None = None
+    """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
+    turns: Count = 8
+    """Turns the policy has at most, where there is a reply."""
     reward_timeout: Positive = 30.0
     """Seconds a file's function may take for a batch."""
     rows: Count = 64
@@ -144,6 +148,15 @@ class Rollouts(Config):
     reference: str | None = None
     """Directory of the frozen reference; by default a copy of the policy as it starts."""
 
+    off_policy: Literal["none", "truncate", "mask"] = "none"
+    """Weights pi / sampler on advantages, for samples of another engine, precision or version: none; cut at off_policy_high;
+    0 outside off_policy_low to off_policy_high."""
+    off_policy_ratio: Literal["step", "row", "row_mean"] = "step"
+    """Whose ratio it is: each token's, the completion's product, or its geometric mean."""
+    off_policy_low: NonNegative = 0.5
+    """Lowest weight that is kept where off_policy is mask."""
+    off_policy_high: Positive = 2.0
+    """Highest weight."""
     kl_reference: Literal["reward", "k2", "k3", "exact"] = "reward"
     """KL to the reference: paid token by token (k1), or in the loss: k2, ratio-weighted k3, or exact."""
     kl_reference_coef: NonNegative = 0.05
@@ -175,9 +188,19 @@ class Rollouts(Config):
     def __post_init__(self) -> None:
         for name in ("reward", "gold"):
             object.__setattr__(self, name, specs(getattr(self, name)))
+        if callable(self.reply):
+            object.__setattr__(self, "reply", Function.of(self.reply))
         super().__post_init__()
         if self.too_long == "cut":
             raise RequestError("too_long is 'cut': a judge would read a prompt that the policy did not; use skip")
+        if self.reply is not None and self.fixed_length:
+            raise RequestError(
+                f"fixed_length is {self.fixed_length}: without a stop no turn ends; give max_new instead"
+            )
+        if self.off_policy_low > self.off_policy_high:
+            raise RequestError(
+                f"off_policy_low is {self.off_policy_low}: must be at most off_policy_high, {self.off_policy_high}"
+            )
         if not self.reward:
             raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
 

@@ -30,7 +30,7 @@ def evaluate(
     distribution, _ = policy(text)
     kl = distribution.kl(reference(text)).sum(dim=1)
     verdict, other = judge(said.judged).score, judge(theirs.judged).score
-    length = torch.tensor([float(len(c.ids)) for c in said.completions])
+    length = torch.tensor([float(len(c.own)) for c in said.completions])
     measured: dict[str, Tensor] = {"score": verdict, "kl": kl.cpu(), "length": length}
     won = (verdict > other).float() + 0.5 * (verdict == other).float()
     measured["win_rate"] = torch.where(verdict.isnan() | other.isnan(), float("nan"), won)
@@ -42,8 +42,8 @@ def evaluate(
     for name, x in measured.items():
         found[name], found[f"{name}_low"], found[f"{name}_high"] = mean_interval(x[~x.isnan()])
     found["stopped"] = sum(c.stopped for c in said.completions) / len(which)
-    found["distinct_4"] = distinct_n([c.ids for c in said.completions], 4)
-    found["reference_distinct_4"] = distinct_n([c.ids for c in theirs.completions], 4)
+    found["distinct_4"] = distinct_n([c.own for c in said.completions], 4)
+    found["reference_distinct_4"] = distinct_n([c.own for c in theirs.completions], 4)
     found["samples"] = [
         {"prompt": p.text, "completion": c, "reference": r, "score": None if s != s else s}
         for p, c, r, s in zip(

@@ -286,8 +286,10 @@ def _generate_by_hugging_face(
     for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((seed, start)) if start else seed)  # how a turn goes on must not repeat how it began
+            ids = torch.tensor([list(prompt)], device=policy.device)
             out = policy.model.generate(
-                torch.tensor([list(prompt)], device=policy.device),
+                ids,
+                attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
                 max_new_tokens=limit - start,
                 do_sample=sample,
                 temperature=policy.temperature if sample else None,

@@ -12,8 +12,9 @@ from torch import Tensor
 from understudy.advantage import group_relative
 from understudy.batch import Batch
 from understudy.language import config, stage
-from understudy.language.cast import Cast, next_reference_coef, open_cast, pay, reference_charge
+from understudy.language.cast import Cast, next_reference_coef, open_cast, pay, reference_charge, reweigh
 from understudy.language.collect import Said
+from understudy.language.generate import Engine
 from understudy.language.judge import Verdict
 from understudy.language.stage import Iterations, Stage
 from understudy.language.tokens import SampledTokens
@@ -68,14 +69,15 @@ class Config(config.Rollouts):
             raise RequestError(f"aggregate is {self.aggregate!r}: GSPO's ratio is a row's; use aggregate row")
 
 
-def iterate(cfg: Config) -> Iterations:
-    """The loop itself, an iteration at a time: log, evaluate or break between them."""
+def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+    """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
     weigh = {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
-    with open_cast("grpo", cfg) as (run, cast):
+    with open_cast("grpo", cfg, engine) as (run, cast):
         policy, reference_coef = cast.policy, cfg.kl_reference_coef
         while run.on:
             rate = run.schedule()
             said, verdict, equal = sample_groups(run, cast, cfg)  # 1 sample, and judge
+            said, weight, weights = reweigh(policy, said, cfg)
             score = verdict.score + charge_for_length(said, cfg)
             record, reward, referred = pay(said, score, cast.reference, reference_coef, cfg)  # 2 score
             members = torch.arange(cfg.rows, device=policy.device) // cfg.group  # 3 value: what the group scores
@@ -83,7 +85,7 @@ def iterate(cfg: Config) -> Iterations:
             batch = Batch.of(  # 4 advantage: better or worse than the others of the group
                 record,
                 value=torch.zeros_like(reward),
-                advantage=advantage[:, None] * record.mask,
+                advantage=weight * advantage[:, None] * record.mask,
                 target=torch.zeros_like(reward),
                 old=SampledTokens(record.action, record.logprob),
                 reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
@@ -104,7 +106,7 @@ def iterate(cfg: Config) -> Iterations:
             policy.version += int(metrics["optimizer_steps"])
             run.steps += int(said.record.mask.sum())
             metrics |= cast.observe(said, verdict, batch, reward, referred)
-            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "groups_equal": equal}
+            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "groups_equal": equal} | weights
             if metrics["optimizer_steps"]:
                 reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
@@ -113,9 +115,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, engine=engine))
 
 
 def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, float]:

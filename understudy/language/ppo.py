@@ -13,13 +13,14 @@ from torch import Tensor
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.language import config, stage
-from understudy.language.cast import in_pieces, next_reference_coef, open_cast, pay, reference_charge
+from understudy.language.cast import in_pieces, next_reference_coef, open_cast, pay, reference_charge, reweigh
+from understudy.language.generate import Engine
 from understudy.language.model import Policy
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens, TokenDistribution
 from understudy.objective import Losses, adapt_kl_coef, critic_alone, ppo, ppo_penalty, with_pretraining
 from understudy.reduce import masked_mean, standardize
-from understudy.run.config import Count, NonNegative, Positive, Unit, Whole
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole
 from understudy.run.store import Run
 from understudy.update import update
 from understudy.value import next_value
@@ -66,10 +67,15 @@ class Config(config.Rollouts):
     standardize: Literal["none", "minibatch", "batch"] = "batch"
     """Over what advantages are standardised."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.off_policy != "none" and self.standardize == "minibatch":
+            raise RequestError("standardize is 'minibatch': it would undo the weights of off_policy; use batch or none")
 
-def iterate(cfg: Config) -> Iterations:
-    """The loop itself, an iteration at a time: log, evaluate or break between them."""
-    with open_cast("ppo", cfg) as (run, cast):
+
+def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+    """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
+    with open_cast("ppo", cfg, engine) as (run, cast):
         policy, kl_coef, reference_coef = cast.policy, cfg.kl_coef, cfg.kl_reference_coef
         while run.on:
             rate = run.schedule()
@@ -77,10 +83,11 @@ def iterate(cfg: Config) -> Iterations:
                 policy, first=run.rows, which=run.next_rows(len(cast.sampler), cfg.rows)
             )  # 1 sample
             verdict = cast.judge(said.judged)
+            said, weight, weights = reweigh(policy, said, cfg)
             record, reward, referred = pay(said, verdict.score, cast.reference, reference_coef, cfg)  # 2 score
             old, value = look(policy, record, cfg)  # 3 value
             batch = weigh_up(record, reward, value, old, referred, cfg)  # 4 advantage
-            batch = Batch.of(batch, mix=cast.pretraining(run.rows, len(batch)))
+            batch = Batch.of(batch, advantage=weight * batch.advantage, mix=cast.pretraining(run.rows, len(batch)))
             warming = run.iteration < cfg.critic_warmup
             policy.model.requires_grad_(not warming)
             metrics = update(  # 5 update
@@ -101,7 +108,7 @@ def iterate(cfg: Config) -> Iterations:
             moved = metrics["optimizer_steps"] > 0 and not warming  # else a KL says nothing about its coefficient
             run.steps += int(said.record.mask.sum())
             metrics |= cast.observe(said, verdict, batch, reward, referred)
-            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate}
+            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate} | weights
             if cfg.objective == "penalty":
                 metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(policy, batch)}
                 if cfg.kl_target and moved:
@@ -114,9 +121,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, engine=engine))
 
 
 def look(policy: Policy, record: Trajectory, cfg: Config) -> tuple[Any, Tensor]:

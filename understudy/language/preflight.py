@@ -257,9 +257,9 @@ def padding_is_no_token(ground: Ground) -> Finding | None:
             return Finding("padding is no token", f"id {token} inside a row is read as if it were padding", mend)
     record = ground.said.record
     for row, completion in enumerate(ground.said.completions):
-        if record.action[row][record.mask[row]].tolist() != completion.ids:
+        if record.action[row][record.mask[row]].tolist() != completion.own:
             cause = (
-                f"of the {len(completion.ids)} tokens of a completion, {int(record.mask[row].sum())} count as chosen"
+                f"of the {len(completion.own)} tokens of a completion, {int(record.mask[row].sum())} count as chosen"
             )
             return Finding("padding is no token", cause, mend)
     return None
@@ -362,8 +362,8 @@ def reward_reads_its_own(ground: Ground) -> Finding | None:
     for name, (model, part) in ground.cast.models.items():
         fed = _fed(model, part, ground.said)
         texts = [_plain(model.tokenizer.decode(ids)) for ids in fed]
-        said = [_plain(_content(completion)) for completion in ground.said.judged.completions]
-        strange = sum(not any(one in text for text in texts) for one in said)
+        said = [[_plain(one) for one in _contents(completion)] for completion in ground.said.judged.completions]
+        strange = sum(not any(all(one in text for one in turns) for text in texts) for turns in said)
         if strange > ROWS / 2:
             return Finding(
                 "reward reads its own",
@@ -452,8 +452,9 @@ def _same(score: Tensor) -> bool:
     return len(there) == 0 or bool((there == there[0]).all())
 
 
-def _content(completion: Any) -> str:
-    return completion if isinstance(completion, str) else "".join(turn["content"] for turn in completion)
+def _contents(completion: Any) -> list[str]:
+    """A completion turn by turn."""
+    return [completion] if isinstance(completion, str) else [turn.get("content") or "" for turn in completion]
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from understudy.advantage import leave_one_out, reward_to_go
 from understudy.batch import Batch
 from understudy.language import config, stage
-from understudy.language.cast import next_reference_coef, open_cast, pay, reference_charge
+from understudy.language.cast import next_reference_coef, open_cast, pay, reference_charge, reweigh
+from understudy.language.generate import Engine
 from understudy.language.grpo import with_pretrained
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens
@@ -48,16 +49,17 @@ class Config(config.Rollouts):
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
 
 
-def iterate(cfg: Config) -> Iterations:
-    """The loop itself, an iteration at a time: log, evaluate or break between them."""
+def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+    """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
     size = cfg.group if cfg.baseline == "leave_one_out" else 1
-    with open_cast("reinforce", cfg) as (run, cast):
+    with open_cast("reinforce", cfg, engine) as (run, cast):
         policy, reference_coef, moving = cast.policy, cfg.kl_reference_coef, None
         while run.on:
             rate, first = run.schedule(), run.rows * size
             which = [i for i in run.next_rows(len(cast.sampler), cfg.rows // size) for _ in range(size)]
             said = cast.sampler.collect(policy, which, first=first)  # 1 sample
             verdict = cast.judge(said.judged)
+            said, weight, weights = reweigh(policy, said, cfg)
             record, reward, referred = pay(said, verdict.score, cast.reference, reference_coef, cfg)  # 2 score
             score = episode_score(reward, record.mask)  # 3 value: a baseline stands for it
             there = record.mask.any(dim=1)
@@ -69,7 +71,7 @@ def iterate(cfg: Config) -> Iterations:
             batch = Batch.of(
                 record,
                 value=torch.zeros_like(reward),
-                advantage=advantage,
+                advantage=weight * advantage,
                 target=to_go,
                 old=SampledTokens(record.action, record.logprob),
                 reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
@@ -96,7 +98,7 @@ def iterate(cfg: Config) -> Iterations:
             policy.version += int(metrics["optimizer_steps"])
             run.steps += int(said.record.mask.sum())
             metrics |= cast.observe(said, verdict, batch, reward, referred)
-            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "baseline": baseline}
+            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "baseline": baseline} | weights
             if metrics["optimizer_steps"]:
                 reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
@@ -105,9 +107,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, engine=engine))
 
 
 def relative(to_go: Tensor, score: Tensor, there: Tensor, mask: Tensor, baseline: float, cfg: Config) -> Tensor:

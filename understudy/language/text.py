@@ -128,6 +128,15 @@ class Tokenizer:
         after = self._around([{"role": "user", "content": "?"}], [], answer=False)[1].strip()
         return _inside(self.hf, after) if after else []
 
+    def encode_text(self, text: str) -> list[int]:
+        """Text that is put behind other ids, as it is: no BOS, no stop."""
+        return _inside(self.hf, text)
+
+    def continued(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ids as it stands behind others': some tokenizers drop the blank in front of a text."""
+        front, whole = self._decode(list(before), skip_special_tokens=True), self.decode([*before, *ids])
+        return whole[len(front) :] if whole.startswith(front) else self.decode(ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text, without special tokens and without the stop it ends with."""
         ids = list(ids)
