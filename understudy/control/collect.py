@@ -20,6 +20,7 @@ from torch import Tensor
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
 from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader
+from understudy.control.supervise import Supervised
 from understudy.sample import choose
 
 
@@ -71,7 +72,7 @@ class Walker:
         self.sample = sample
         self.rows = envs.num_envs
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv)
+        takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | Supervised)
         self.seeds_rows = self.mode is AutoresetMode.DISABLED or takes_seeds
         self.read = reader(envs.single_observation_space)
         self.steps = self.calls = 0
@@ -79,6 +80,7 @@ class Walker:
         self.episode = np.full(self.rows, -1)
         self.returns, self.lengths = np.zeros(self.rows), np.zeros(self.rows, dtype=np.int64)
         self.pending = np.zeros(self.rows, dtype=bool)  # NEXT_STEP: the next call resets this row
+        self.supervised = isinstance(envs.unwrapped, Supervised)
         self.start = torch.zeros(self.rows, 1, dtype=torch.bool, device=device)  # states are zeroed at ends, below
         self.state: Tensor | None = None
         self.noise: Tensor | None = None
@@ -108,7 +110,7 @@ class Walker:
     def collect_episodes(self, policy: Any, episodes: int) -> Trajectory:
         """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
         self.reset()
-        return self._walk(policy, lambda _, ended: ended < episodes)
+        return self._walk(policy, lambda _, ended: ended < episodes, whole=True)
 
     def play(self, policy: Any, episodes: int) -> list[Episode]:
         """Play `episodes` whole, fresh episodes in every row without keeping a record."""
@@ -122,7 +124,7 @@ class Walker:
         self.finished.clear()
         return played
 
-    def _walk(self, policy: Any, wanted: Callable[[list[_Call], np.ndarray], Any]) -> Trajectory:
+    def _walk(self, policy: Any, wanted: Callable[..., Any], *, whole: bool = False) -> Trajectory:
         """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
         if self.now is None:
             self.reset()
@@ -130,8 +132,29 @@ class Walker:
         before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
         while np.any(wanted(calls, ended)):
             calls.append(self._step(policy, np.broadcast_to(wanted(calls, ended), self.rows)))
+            if self.unanswered.any():
+                before = self._cut(calls, before, whole)
             ended += calls[-1].terminated | calls[-1].truncated
         return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before))
+
+    def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
+        """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.
+
+        So s_t stands masked after step t - 1. At a record's first call it is the last column of the record before, and
+        this one begins with the new episode; the recurrent states before this record, so that they fit.
+        """
+        for row in np.flatnonzero(self.unanswered) if whole else ():
+            for call in reversed(calls[:-1]):
+                if not call.chosen[row] or call.terminated[row] or call.truncated[row]:
+                    break
+                call.chosen[row] = False
+                self.steps -= 1
+        if len(calls) > 1:
+            last = calls[-2]
+            last.truncated[:] |= self.unanswered & last.chosen & ~last.terminated
+        elif before is not None:
+            before = torch.where(torch.from_numpy(self.unanswered).to(self.device)[:, None], 0.0, before)
+        return before
 
     def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
@@ -144,7 +167,8 @@ class Walker:
         # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
         terminated = np.array(terminated, dtype=bool) & ~pending
         truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated
-        over, chosen = terminated | truncated, ~pending & wanted
+        self.unanswered = info.get("_fault", False) & ~pending & self.supervised  # the choice met a fault
+        over, chosen = terminated | truncated, ~pending & wanted & ~self.unanswered
         reward = np.where(pending, 0.0, reward).astype(np.float64)
         if not np.isfinite(reward).all():
             raise self._no_number("reward", reward)

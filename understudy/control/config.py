@@ -46,8 +46,10 @@ class Config(Network):
     """Keyword arguments of the environment, as JSON."""
     wrappers: tuple[str, ...] = ()
     """Wrappers, innermost first, each 'Name key=value ...'; Name from gymnasium.wrappers or module:Class."""
-    vectorization: Literal["sync", "async", "native", "envpool"] = "sync"
-    """How copies of the environment run: in turn, a process each, the id's own vector env, or EnvPool."""
+    vectorization: Literal["sync", "async", "supervised", "native", "envpool"] = "sync"
+    """How copies run: in turn, a process each, the same and restarted on faults, the id's own vector env, or EnvPool."""
+    step_timeout: Positive = 60.0
+    """Seconds that a step or a reset of a supervised environment may take before it is restarted."""
     num_envs: Count = 8
     """Copies of the environment, one row of the record each."""
     steps: Count = 100_000

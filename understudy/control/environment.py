@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -12,6 +13,7 @@ import yaml
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from understudy.control.spaces import check_action_space, leaves
+from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
 
 # the extra of this package that brings what an environment's own package needs, told by its entry point
@@ -26,15 +28,18 @@ def make(
     options: dict[str, Any] | None = None,
     wrappers: tuple[str, ...] = (),
     render: bool = False,
+    step_timeout: float | None = None,
     seed: int = 0,
 ) -> VectorEnv:
-    """A vector env of `num_envs` copies; sync and async ones never reset by themselves.
+    """A vector env of `num_envs` copies; sync, async and supervised ones never reset by themselves.
 
     Args:
         env: a Gymnasium id, `module:id`, or an entry point `module:Class`.
-        vectorization: "sync", "async" (a process each), "native" (the id's own vector env), or "envpool".
+        vectorization: "sync", "async" (a process each), "supervised" (the same, restarted on faults), "native" (the id's
+            own vector env), or "envpool".
         options: keyword arguments of the environment.
         wrappers: each "Name key=value ...", Name from gymnasium.wrappers or `module:Class`; the first is innermost.
+        step_timeout: only for supervised ones, seconds that a step or a reset may take; None for no limit.
         seed: only for EnvPool, which takes it when it is made.
 
     Raises:
@@ -48,8 +53,9 @@ def make(
     elif vectorization == "native":
         envs = _native(env, num_envs, options, wrappers)
     else:
-        kind = SyncVectorEnv if vectorization == "sync" else AsyncVectorEnv
-        envs = kind([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        kinds = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}
+        kinds["supervised"] = partial(Supervised, step_timeout=step_timeout)
+        envs = kinds[vectorization]([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     try:
         check_spaces(env, envs.single_observation_space, envs.single_action_space)
     except RequestError:

@@ -24,6 +24,7 @@ from understudy.control.config import Config, Network
 from understudy.control.evaluate import evaluate
 from understudy.control.policy import Policy, policy_path
 from understudy.control.preflight import check_env
+from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
 from understudy.run.config import RequestError, to_json
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
@@ -57,7 +58,8 @@ class Stage:
         self.stopped = False
         self.window: deque[Episode] = deque(maxlen=WINDOW)
         self.unlogged: list[dict[str, float]] = []
-        self.extras = bool(sinks or cfg.evaluate_every or cfg.checkpoint_every)
+        supervised = isinstance(walker.envs.unwrapped, Supervised)
+        self.extras = bool(sinks or cfg.evaluate_every or cfg.checkpoint_every or supervised)
         self.best = -math.inf
         self.train_started = time.time()
         run.startup_seconds = process_seconds()
@@ -104,6 +106,12 @@ class Stage:
             self.run.event("solved", threshold=self.threshold, **self.run.solved_at)
         self.stopped = self.cfg.stop_at_return is not None and reached >= self.cfg.stop_at_return
 
+    def note_faults(self) -> None:
+        """Move the faults of supervised environments to events.jsonl."""
+        envs = self.walker.envs.unwrapped
+        while isinstance(envs, Supervised) and envs.faults:
+            self.run.event("env_fault", **dataclasses.asdict(envs.faults.pop(0)))
+
     def _mean_return(self) -> float:
         return statistics.fmean(episode.episode_return for episode in self.window)
 
@@ -121,6 +129,7 @@ class Stage:
 
     def _extra(self, line: dict[str, Any]) -> None:
         """What only some configs ask for: evaluation, other sinks, checkpoints."""
+        self.note_faults()
         if self.cfg.evaluate_every and self.iteration % self.cfg.evaluate_every < self.cfg.log_every:
             mean = statistics.fmean(evaluate(self.policy, self.cfg, episodes=self.cfg.evaluate_episodes))
             if mean > self.best:
@@ -174,6 +183,10 @@ def open_stage(
         return derive(cfg.seed, "episode", row // group_size, episode)
 
     if env is None:
+        if cfg.vectorization == "supervised":
+            single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
+            patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
+            apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
         if cfg.vectorization in ("sync", "async"):
             check_env(
                 cfg.env,
@@ -184,6 +197,7 @@ def open_stage(
             cfg.env,
             num_envs=cfg.num_envs,
             vectorization=cfg.vectorization,
+            step_timeout=cfg.step_timeout,
             options=cfg.env_options,
             wrappers=cfg.wrappers,
             seed=derive(cfg.seed, "envpool"),
@@ -212,6 +226,11 @@ def open_stage(
             except (KeyboardInterrupt, GeneratorExit):
                 stage.finish()
                 raise
+            except RestartsSpent as error:
+                stage.note_faults()
+                run.event("failed", error=str(error), traceback=traceback.format_exc())
+                stage.finish()
+                raise
             except BaseException as error:
                 said = f"{type(error).__name__}: {environment.first_sentence(error)}"
                 run.event("failed", error=said, traceback=traceback.format_exc())
@@ -219,6 +238,7 @@ def open_stage(
             else:
                 stage.finish()
             finally:
+                stage.note_faults()
                 for sink in sinks:
                     sink.close()
     finally:

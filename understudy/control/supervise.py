@@ -95,10 +95,10 @@ class Supervised(VectorEnv):
         restarts: how many are allowed, over all environments; one more fault raises `RestartsSpent`.
 
     Attributes:
-        faults: every `Fault` so far.
+        faults: every `Fault` so far, for whoever wants to note and clear them; `restarted` counts on, for each row.
 
     Raises:
-        RequestError: an environment cannot be made.  ValueError: a space that shared memory cannot hold.
+        RequestError: an environment cannot be made, or its observations are no arrays.
     """
 
     def __init__(
@@ -111,15 +111,19 @@ class Supervised(VectorEnv):
     ) -> None:
         self._owner: int | None = None  # until there is something to close
         about = apart(lambda: _describe(make_envs[0]), "env 0", seconds=START_SECONDS)
-        list(leaves(about["observation_space"]))  # refuses what is not an array
-        self.num_envs, self.mode = len(make_envs), AutoresetMode(autoreset_mode)
+        try:
+            list(leaves(about["observation_space"]))
+        except ValueError as error:
+            raise RequestError(f"env 0 cannot be supervised: its {error}") from error
+        self.num_envs, self.autoreset_mode = len(make_envs), AutoresetMode(autoreset_mode)
         self.step_timeout, self.restarts = step_timeout, restarts
-        self.metadata = about["metadata"] | {"autoreset_mode": self.mode}
+        self.metadata = about["metadata"] | {"autoreset_mode": self.autoreset_mode}
         self.render_mode, self.spec = about["render_mode"], about["spec"]
         self.single_observation_space, self.single_action_space = about["observation_space"], about["action_space"]
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.faults: list[Fault] = []
+        self.restarted = [0] * self.num_envs
         self._memory = create_empty_array(self.single_observation_space, self.num_envs, fn=_shared)
         self._seen = create_empty_array(self.single_observation_space, self.num_envs)  # s_t, out of the workers' reach
         self._pairs = list(zip(_flat(self._seen), _flat(self._memory), strict=True))
@@ -132,7 +136,7 @@ class Supervised(VectorEnv):
         self._pipes: dict[int, Connection] = {}
         self._polls: dict[int, select.poll] = {}
         spaces = self.single_observation_space, self.single_action_space
-        self._work = [_Work(make, spaces, self._memory, row, self.mode) for row, make in enumerate(make_envs)]
+        self._work = [_Work(make, spaces, self._memory, row, self.autoreset_mode) for row, make in enumerate(make_envs)]
         self._nursery = _Nursery(self._work)
         self._owner = os.getpid()
         for row in range(self.num_envs):
@@ -161,7 +165,7 @@ class Supervised(VectorEnv):
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step in every row; a row that is over is reset instead, in NEXT_STEP mode."""
-        if self.mode is AutoresetMode.DISABLED and self._over.any():
+        if self.autoreset_mode is AutoresetMode.DISABLED and self._over.any():
             raise ValueError(f"env {int(np.argmax(self._over))} is over: reset it before the next step")
         fresh = [row for row in range(self.num_envs) if self._over[row]]
         asked = {row: ("step", (action,)) for row, action in enumerate(iterate(self.action_space, actions))}
@@ -180,7 +184,7 @@ class Supervised(VectorEnv):
         self._look(row for row in range(self.num_envs) if row not in failed)
         self._over = ended[0] | ended[1]
         self._mend(failed, set(fresh), ended, info)
-        if self.mode is AutoresetMode.SAME_STEP:
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
             for row in np.flatnonzero(self._over):
                 self._steps[row], self._episodes[row] = 0, self._episodes[row] + 1
             self._over[:] = False
@@ -239,7 +243,7 @@ class Supervised(VectorEnv):
     def _sow(self, row: int, seed: int | None) -> int | None:
         """The seed of a row's next episode: as given; new for a row that was restarted; else its generator's own."""
         if seed is None and row in self._reborn:
-            seed = derive(self._seeds[row] or 0, "restart", row, sum(fault.env == row for fault in self.faults))
+            seed = derive(self._seeds[row] or 0, "restart", row, self.restarted[row])
         self._reborn.discard(row)
         self._episodes[row] = 0 if seed is not None else self._episodes[row] + 1
         self._seeds[row] = self._seeds[row] if seed is None else int(seed)
@@ -252,10 +256,10 @@ class Supervised(VectorEnv):
             told: dict[str, Any] = {"fault": self._restart(row, failure)}
             if row not in fresh:
                 ended[1, row] = self._over[row] = True
-                if self.mode is AutoresetMode.SAME_STEP:
+                if self.autoreset_mode is AutoresetMode.SAME_STEP:
                     told["final_obs"] = copy.deepcopy(list(iterate(self.observation_space, self._seen))[row])
             self._add_info(info, told, row)  # in place
-        now = failed if self.mode is AutoresetMode.SAME_STEP else fresh & failed.keys()
+        now = failed if self.autoreset_mode is AutoresetMode.SAME_STEP else fresh & failed.keys()
         self._reset(dict.fromkeys(now), None, info)
 
     def _restart(self, row: int, failure: _Failure) -> Fault:
@@ -264,12 +268,13 @@ class Supervised(VectorEnv):
         about = self._seeds[row], self._episodes[row], self._steps[row]
         fault = Fault(row, *about, *failure)
         self.faults.append(fault)
-        if len(self.faults) > self.restarts:
+        if sum(self.restarted) == self.restarts:
             raise RestartsSpent(
                 f"all {self.restarts} restarts of environments are spent, and env {row} failed again at step {fault.step} "
                 f"of an episode of seed {fault.seed}: {fault.message}; mend the environment"
             )
         self._begin(row)
+        self.restarted[row] += 1
         self._reborn.add(row)
         return fault
 
