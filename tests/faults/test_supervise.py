@@ -1,7 +1,6 @@
 """Environments that hang, crash, raise or break their word: restarted alone, and the record says no more than is true."""
 
 import contextlib
-import ctypes
 import faulthandler
 import json
 import os
@@ -16,52 +15,21 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv
-from torch.testing import assert_close
 
 from tests.envs import MODES, Anything, Diary, Nested, Picky, seed_of, walker
-from understudy.advantage import gae
-from understudy.batch import consult
+from tests.faulty import AT, BAD, Faulty, fail, fly, hang, hit, returns, stop
 from understudy.control import actor_critic, environment, ppo, reinforce, stage, supervise
 from understudy.control.collect import Walker
 from understudy.control.environment import SeededResets
 from understudy.control.policy import Policy
 from understudy.control.supervise import RestartsSpent, Supervised, apart
 from understudy.run.config import RequestError
-from understudy.value import estimate, next_value
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES
 IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 PATIENCE = 60.0  # seconds; a machine may be busy
 HANG = 1.0  # for those that do hang
-AT = 5  # the step that fails: the fifth
-BAD = 1  # the seed of the episode that fails, and in a vector env of seeds 0, 1, 2 its row
-
-
-def stop(env):
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def hit(number, env):
-    os.kill(os.getpid(), number)
-
-
-def fly(env):
-    ctypes.string_at(0)  # a segmentation fault
-
-
-def hang(env):
-    time.sleep(10_000)
-
-
-def fail(env):
-    raise RuntimeError("the simulator\nwent away")
-
-
-def returns(**wrong):
-    """What a step returns instead."""
-    return lambda env: wrong
 
 
 # the seven of the table of what AsyncVectorEnv makes of them
@@ -95,46 +63,6 @@ MORE = {
     "leaves something out": (returns(short=True), "raised"),
 }
 EVERY_FAULT = pytest.mark.parametrize("name", SEVEN | MORE)
-
-
-class Faulty(gymnasium.Env):
-    """obs is [seed, steps], reward the steps, 7 of them an episode; that of the seed BAD goes wrong at its fifth step."""
-
-    observation_space: spaces.Space = spaces.Box(0, 2**31, (2,), np.float64)
-    action_space: spaces.Space = spaces.Discrete(3)
-    render_mode = "ansi"
-
-    def __init__(self, fault=None, when="step", closed=None):
-        self.fault, self.when, self.closed = fault, when, closed
-        self.seed, self.count = 0, 0
-
-    def reset(self, *, seed=None, options=None):
-        self.seed, self.count = self.seed + 100 if seed is None else seed, 0
-        if self.when == "reset" and self.seed == BAD and self.fault:
-            return self.fault(self)["obs"], {}
-        return self.obs(), {}
-
-    def step(self, action):
-        self.count += 1
-        wrong = {}
-        if self.when == "step" and self.seed == BAD and self.count == AT and self.fault:
-            wrong = self.fault(self)
-        given = {"obs": self.obs(), "reward": float(self.count), "terminated": self.count == 7, "truncated": False}
-        given = given | {"info": {"count": self.count}} | wrong
-        return tuple(given.values())[: 3 if "short" in wrong else 5]
-
-    def obs(self):
-        return np.array([self.seed, self.count], dtype=np.float64)
-
-    def render(self):
-        return f"{self.seed}/{self.count}"
-
-    def pid(self):
-        return os.getpid()
-
-    def close(self):
-        if self.closed is not None:
-            Path(self.closed).write_text("closed")
 
 
 @contextlib.contextmanager
@@ -627,221 +555,10 @@ def test_without_faults_every_answer_is_that_of_a_sync_vector_env_to_the_bit(mod
     assert environment.threshold(envs) == 475.0
 
 
-# the record
-
-
-class Tall(torch.nn.Module):
-    """Chooses anything; the value of [seed, steps] is 10 * steps."""
-
-    def __init__(self):
-        super().__init__()
-        self.logits = torch.nn.Parameter(torch.zeros(3))
-
-    def forward(self, obs):
-        distribution, _ = Anything.forward(self, obs)  # pyright: ignore
-        return distribution, 10 * obs[..., 1]
-
-
-def faulty_records(*rollouts, fault=fail, mode=DISABLED):
-    """Row 0: the fifth step of seed 1 has no answer, seed 2 follows. Row 1 begins with seed 11. Policy, records, walker."""
-    policy = Policy(Tall(), Faulty.observation_space, Faulty.action_space)
-    envs = Supervised([partial(Faulty, fault), Faulty], step_timeout=PATIENCE, autoreset_mode=mode)
-    walks = walker(envs)
-    walks.seed_of = lambda row, episode: 10 * row + episode + 1
-    try:
-        return policy, [walks.collect(policy, rollout) for rollout in rollouts], walks
-    finally:
-        envs.close()
-
-
-def test_the_step_before_a_fault_is_truncated_and_what_was_last_seen_stands_masked_after_it():
-    policy, (record,), walks = faulty_records(6)
-    # row 0: four steps of seed 1; [1, 4], whose step has no answer; a step of seed 2; what it led to
-    # row 1: six steps of seed 11; what they led to
-    golden = [
-        [[1, 0], [1, 1], [1, 2], [1, 3], [1, 4], [2, 0], [2, 1]],
-        [[11, 0], [11, 1], [11, 2], [11, 3], [11, 4], [11, 5], [11, 6]],
-    ]
-    assert record.obs.tolist() == golden
-    assert record.mask.int().tolist() == [[1, 1, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1, 0]]
-    assert record.reward.tolist() == [[1, 2, 3, 4, 0, 1, 0], [1, 2, 3, 4, 5, 6, 0]]
-    assert record.truncated.int().tolist() == [[0, 0, 0, 1, 0, 0, 0], [0] * 7]
-    assert not record.terminated.any()
-    assert walks.steps == 11
-    assert list(walks.finished) == []  # a cut episode has no return
-
-    # V = 10 * steps, gamma 1/2, lambda 1/2, so the trace decays by 1/4
-    # delta: 1 + 5 - 0 = 6; 2 + 10 - 10 = 2; 3 + 15 - 20 = -2; 4 + V(1, 4) / 2 - 30 = 4 + 20 - 30 = -6; then a new episode: 6
-    # A_3 = -6; A_2 = -2 - 6/4 = -3.5; A_1 = 2 - 3.5/4 = 1.125; A_0 = 6 + 1.125/4 = 6.28125
-    _, value = estimate(policy, record)
-    ends = record.terminated, record.truncated, record.mask
-    advantage = gae(record.reward, value, next_value(value, record), *ends, gamma=0.5, lam=0.5)
-    assert_close(advantage[0], torch.tensor([6.28125, 1.125, -3.5, -6, 0, 6, 0]))
-
-
-def test_a_fault_at_a_records_first_call_leaves_the_record_before_as_it_is():
-    _, (before, record), _ = faulty_records(4, 2)
-    alone = faulty_records(4, fault=None)[1][0]
-
-    assert all(torch.equal(a, b) for a, b in zip(leaves_of(before).values(), leaves_of(alone).values(), strict=True))
-    assert before.obs[0, 4].tolist() == [1, 4] and not before.truncated.any()  # it stands there, masked
-    assert record.obs[:, :2].tolist() == [[[2, 0], [2, 1]], [[11, 4], [11, 5]]]
-    assert record.obs[1, 2].tolist() == [11, 6]  # row 0 has padding there
-    assert record.mask.int().tolist() == [[1, 0, 0], [1, 1, 0]]
-    assert not record.truncated.any()
-
-
-def test_a_row_that_only_met_a_fault_has_masked_columns_alone():
-    _, (_, record, after), _ = faulty_records(4, 1, 1)
-
-    assert record.mask.int().tolist() == [[0, 0], [1, 0]]
-    assert not record.ended.any() and not record.reward[0].any()
-    assert after.obs.tolist() == [[[2, 0], [2, 1]], [[11, 5], [11, 6]]]
-    assert after.mask.int().tolist() == [[1, 0], [1, 0]]
-
-
-def test_a_fault_at_a_records_last_call_ends_it_with_what_was_last_seen():
-    _, (record, after), _ = faulty_records(5, 1)
-
-    assert record.mask.int().tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
-    assert record.truncated.int().tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6]
-    assert record.obs[0, 4].tolist() == [1, 4]
-    assert after.obs[0].tolist() == [[2, 0], [2, 1]]
-
-
-@IN_EVERY_MODE
-def test_a_fault_leaves_the_same_record_in_every_mode(mode):
-    _, (record,), _ = faulty_records(5, mode=mode)
-    _, (disabled,), _ = faulty_records(5)
-
-    ours, theirs = leaves_of(record), leaves_of(disabled)
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() - {"obs"})
-    assert torch.equal(record.obs[:, :5], disabled.obs[:, :5])  # after it the next seed, which may be another
-
-
-class Often(Faulty):
-    """Goes wrong at step `seed % 4 + 1` of every episode whose seed is even; the first episode of row 0 at its first."""
-
-    def step(self, action):
-        if self.seed % 2 == 0 and self.count == self.seed % 4:
-            raise RuntimeError("again")
-        return super().step(action)
-
-
-class Sum(torch.nn.Module):
-    """A recurrent network whose state is the sum of 1 + steps over what it saw in this episode, and which acts by it."""
-
-    state_size = 1
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
-
-    def forward(self, obs, state, start):
-        sums = []
-        for t in range(obs.shape[1]):
-            state = torch.where(start[:, t, None], 0.0, state) + 1 + obs[:, t, 1:]
-            sums.append(state[:, 0])
-        value = torch.stack(sums, dim=1)
-        logits = torch.sin(value[..., None] * torch.arange(3)) * self.weight
-        return Anything.forward(_Logits(logits), obs)[0], value, state
-
-
-class _Logits:
-    def __init__(self, logits):
-        self.logits = logits
-
-
-@pytest.mark.parametrize("rollout", [1, 3, 24])
-@IN_EVERY_MODE
-def test_among_many_faults_a_recurrent_policy_says_of_a_record_what_it_said_when_it_chose(rollout, mode):
-    policy = Policy(Sum(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
-    walks = walker(envs)
-    try:
-        taken = [walks.collect(policy, rollout) for _ in range(24 // rollout)]
-    finally:
-        envs.close()
-
-    assert len(envs.faults) > 8
-    assert walks.steps == sum(int(record.mask.sum()) for record in taken)
-    for record in taken:
-        distribution, value = consult(policy, record)
-        assert_close(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])
-        steps = record.obs[..., 1][record.mask].double()
-        assert_close(value[record.mask].double(), (steps + 1) * (steps + 2) / 2)  # 1 + 2 + ... + (steps + 1)
-        for name in ("action", "logprob", "reward", "terminated", "truncated"):
-            assert not getattr(record, name)[~record.mask].any()
-
-
-@IN_EVERY_MODE
-def test_whole_episodes_hold_nothing_of_one_that_met_a_fault(mode):
-    policy = Policy(Tall(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
-    walks = walker(envs)
-    try:
-        record = walks.collect_episodes(policy, 2)
-    finally:
-        envs.close()
-
-    assert envs.faults
-    # seven steps are an episode, paid 1 to 7; between two stands what the first one led to
-    for row in range(3):
-        mask, reward = record.mask[row], record.reward[row]
-        assert reward[mask].tolist() == [1, 2, 3, 4, 5, 6, 7] * 2
-        assert int(record.terminated[row].sum()) == 2 and not record.truncated[row].any()
-    assert walks.steps == int(record.mask.sum()) == 42
-    assert [done.episode_return for done in walks.finished] == [28.0] * 6
-
-
-def test_playing_passes_over_episodes_that_met_a_fault():
-    policy = Policy(Tall(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 2, step_timeout=PATIENCE, autoreset_mode=DISABLED)
-    try:
-        played = walker(envs).play(policy, 2)
-    finally:
-        envs.close()
-
-    assert envs.faults
-    assert [done.episode_return for done in played] == [28.0] * len(played) and len(played) >= 4
-
-
 # a run
 
 
-class Wild(Faulty):
-    """Every fourth episode or so goes wrong at its third step, in a way that follows from its seed."""
-
-    kinds = (fail, partial(hit, signal.SIGKILL), returns(obs=np.array([np.nan, 0])), returns(reward=np.inf))
-
-    def __init__(self, calm=False):
-        super().__init__()
-        self.calm = calm
-
-    def step(self, action):
-        wrong = self.seed % 4 == 0 and self.count == 2 and not self.calm
-        answer = dict(enumerate(super().step(action)))
-        for name, value in (self.kinds[self.seed // 4 % 4](self) if wrong else {}).items():
-            answer[("obs", "reward").index(name)] = value
-        return tuple(answer.values())
-
-
-class WearsOut(Faulty):
-    """Good for 60 steps in all, over all its copies; then nothing but faults."""
-
-    def __init__(self, file):
-        super().__init__()
-        self.file = Path(file)
-
-    def step(self, action):
-        with self.file.open("a") as file:
-            file.write(".")
-        if self.file.stat().st_size > 60:
-            raise RuntimeError("worn out")
-        return super().step(action)
-
-
-HERE = "tests.faults.test_supervise"
+HERE = "tests.faulty"
 FIELDS = {"num_envs": 4, "steps": 200, "quiet": True, "vectorization": "supervised", "hidden": (8,)}
 RECIPES = {
     "ppo": (ppo, {"rollout": 16, "epochs": 1}),
@@ -905,8 +622,3 @@ def test_an_environment_that_hangs_at_once_is_refused(tmp_path, monkeypatch):
     config = ppo.Config(env=f"{HERE}:HangsAtOnce", out=str(tmp_path / "run"), step_timeout=0.1, **FIELDS)
     with pytest.raises(RequestError, match=r"HangsAtOnce' cannot be made or used: no answer within 0.5 s; mend it"):
         ppo.train(config)
-
-
-class HangsAtOnce(Faulty):
-    def step(self, action):
-        return hang(self)
