@@ -23,6 +23,7 @@ from understudy.language.scorer import RewardModel
 from understudy.language.text import last_token
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution
 from understudy.run.config import RequestError
+from understudy.run.interrupt import Interrupt
 from understudy.run.progress import Progress
 from understudy.run.store import Run
 
@@ -269,7 +270,7 @@ def rates(total: int, at: list[int], tmp_path, **fields) -> list[float]:
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0}])
     run = Run.create(str(tmp_path / "run"), "run", {})
-    walk = stage.Stage(cfg, run, None, optimizer, total, Progress("", total, quiet=True))
+    walk = stage.Stage(cfg, run, None, optimizer, total, "policy", Progress("", total, quiet=True), Interrupt())
     found = []
     for steps in at:
         walk.steps = steps

@@ -36,7 +36,8 @@ HOUSES = {  # a folder or file -> the folders and files of ours that all of it m
     "studio": {"run"},
     "study": {"run"},
     "cli": {"__init__", "control", "language", "doctor", "studio", "study", "run"},
-    "__init__": {*ANYTHING_SHARED, "control", "language"},
+    "resuming": {"control", "language", "run"},
+    "__init__": {*ANYTHING_SHARED, "control", "language", "resuming"},
     "__main__": {"cli"},
 }
 ONLY_IN = {  # a package of others -> where alone it may be imported
@@ -47,7 +48,7 @@ ONLY_IN = {  # a package of others -> where alone it may be imported
     "tyro": "cli",
 }
 LAZY = ("cli/__init__", "__init__")
-EXTRAS = {"envpool", "matplotlib", "moviepy", "tensorboard", "trackio", "wandb"}  # may be absent, or slow to load
+EXTRAS = {"envpool", "matplotlib", "moviepy", "peft", "tensorboard", "trackio", "wandb"}  # may be absent or slow
 NOT_NAMES = {"utils", "common", "base", "core", "misc"}
 UNSAFE_CALLS = {"eval", "exec", "torch.load"}
 UNSAFE_MODULES = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

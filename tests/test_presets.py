@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from understudy.control import actor_critic, ppo, presets, reinforce
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, fields_of
 
 RECIPES = {"ppo": ppo, "actor-critic": actor_critic, "reinforce": reinforce}
 NEEDS = {"LunarLander": "Box2D", "BipedalWalker": "Box2D"}
@@ -66,4 +66,4 @@ def test_an_env_without_tuned_settings_gets_the_recipes_defaults_and_says_so():
 
 def test_a_preset_that_names_no_field_is_refused_with_the_nearest():
     with pytest.raises(RequestError, match="did you mean 'gamma'"):
-        presets.fields_of(ppo.Config, {"gama": 0.9}, "preset x")
+        fields_of(ppo.Config, {"gama": 0.9}, "preset x")

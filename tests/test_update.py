@@ -345,7 +345,7 @@ def test_a_gradient_that_is_not_finite_is_refused_and_nothing_moves(bound):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused_though_its_gradient_is(bad):
     policy = Line()
-    with pytest.raises(FloatingPointError, match=rf"the loss is {bad}: look at the record's"):
+    with pytest.raises(FloatingPointError, match=rf"the loss is {bad}: look at rewards"):
         learn(record_of(1), lambda policy, batch: (policy.w * batch.advantage + bad, {}), policy)
 
     assert policy.w.item() == 0

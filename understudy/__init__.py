@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from understudy import control as control
     from understudy import language as language
 
-__all__ = ["control", "language", "load"]
+__all__ = ["control", "language", "load", "resume"]
 
 
 def load(path: Any, network: Any = None) -> Any:
@@ -31,6 +31,13 @@ def load(path: Any, network: Any = None) -> Any:
     from understudy.control.policy import Policy, policy_path
 
     return Policy.load(policy_path(Path(path), "path"), network)
+
+
+def resume(run: Any, **about: Any) -> Any:
+    """Train a run on to its end: see `understudy.resuming.resume`."""
+    from understudy.resuming import resume
+
+    return resume(run, **about)
 
 
 def __getattr__(name: str) -> Any:

@@ -76,14 +76,13 @@ class Batch(Trajectory):
     """The distribution that sampled, [B, T, ...], for KL(old, new)."""
     reference: Tree = None
     """What the frozen reference says of the same steps: its log-probs [B, T], or its distribution."""
-    mix: Text | None = None
+    mix: Tree = None
     """A row of pretraining text for each row, [B, T']."""
 
     @classmethod
     def of(cls, record: Trajectory, **found: Any) -> Batch:
         """The record with `value`, `advantage`, `target` and `old` added, or some of them replaced."""
-        own = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-        return cls(**(own | found))
+        return cls(**{f.name: getattr(record, f.name) for f in dataclasses.fields(record)} | found)
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """The record of some rows."""

@@ -58,8 +58,7 @@ def update(
     Raises:
         FloatingPointError: a loss or gradient is not finite; the parameters stay as they were before that step.
     """
-    seen: list[dict[str, Tensor]] = []
-    taken, epoch, order = 0, 0, None
+    seen, taken, epoch, order = [], 0, 0, None
     for epoch in range(1, epochs + 1):
         if refresh is not None and epoch > 1:
             record = refresh(record)
@@ -89,9 +88,7 @@ def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: in
         loss, metrics = objective(policy, minibatch[rows])
         total = (loss * weight[rows]).sum()
         if not torch.isfinite(total):
-            raise FloatingPointError(
-                f"the loss is {total.item()}: look at the record's rewards, advantages and targets"
-            )
+            raise FloatingPointError(f"the loss is {total.item()}: look at rewards, advantages and targets")
         total.backward()
         if metrics:  # all in one pass
             means = (torch.stack(list(metrics.values())) * weight[rows]).sum(dim=(1, 2))

@@ -21,17 +21,18 @@ One policy-gradient library for agents in environments and language models under
   understudy language dpo          --model DIR --data FILE   from preferences, without a reward model
   understudy rehearse                          all of RLHF on a small made-up language, no download
 
+  understudy resume RUN                        go on where it stopped, to the bit; --steps M extends it
   understudy evaluate RUN                      fixed seeds, held-out prompts, intervals
   understudy generate RUN|DIR --prompt TEXT    let a language policy go on; --chat to talk to it
   understudy compare RUN RUN ...               interquartile mean, interval, probability of improvement
 
 Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
 """
-VERBS = ("control", "language", "rehearse", "evaluate", "generate", "compare")
+VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit code: 0 done, 1 failed, 2 the request was wrong, 130 stopped by SIGINT after saving."""
+    """Run the program; its exit code: 0 done, 1 failed, 2 the request was wrong, 130 stopped by SIGINT, 143 by SIGTERM."""
     argv = sys.argv[1:] if argv is None else argv
     if (
         not argv
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"understudy: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("understudy: stopped; what was learned is saved", file=sys.stderr)
+        print("understudy: stopped; `understudy resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
         print(f"understudy: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
@@ -70,6 +71,10 @@ def _run(verb: str, argv: list[str]) -> int:
         from understudy.cli.rehearse import rehearse
 
         return rehearse(argv)
+    if verb == "resume":
+        from understudy.cli.resume import resume_run
+
+        return resume_run(argv)
     if verb == "generate":
         from understudy.cli.language import say
 

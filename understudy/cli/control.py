@@ -13,8 +13,8 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
 from understudy.control.evaluate import SEED, evaluate
-from understudy.control.presets import fields_of, settings
-from understudy.run.config import RequestError, nearest
+from understudy.control.presets import settings
+from understudy.run.config import RequestError, fields_of, nearest
 from understudy.run.store import process_seconds, read_config, write_json
 
 RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}

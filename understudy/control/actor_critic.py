@@ -8,13 +8,12 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import nn
 
 from understudy.advantage import gae
 from understudy.batch import Batch
 from understudy.control import config, stage
 from understudy.control.policy import Policy
-from understudy.control.stage import Env, Iterations
+from understudy.control.stage import Begun, Env, Iterations, Net
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, Unit
@@ -41,9 +40,9 @@ class Config(config.Config):
     """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
+def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time."""
-    with stage.open_stage("actor-critic", cfg, env, policy, optimizer=optimizer) as run:
+    with stage.open_stage("actor-critic", cfg, env, policy, optimizer=optimizer, resume=resume) as run:
         objective = partial(
             policy_gradient,
             value_coef=cfg.value_coef,
@@ -77,9 +76,9 @@ def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) ->
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy))
+    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
 
 
 def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:

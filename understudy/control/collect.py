@@ -8,7 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -20,6 +20,7 @@ from torch import Tensor
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
 from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader
+from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
 from understudy.control.supervise import Supervised
 from understudy.sample import choose
 
@@ -86,6 +87,7 @@ class Walker:
         self.noise: Tensor | None = None
         self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
         self.now: Tree = None
+        self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
     def reset(self) -> None:
         """Begin a new episode in every row."""
@@ -102,6 +104,8 @@ class Walker:
         self.state = None
         self.masked = MASK in info if self.masked is None else self.masked
         self.now = self._see(obs, info, choosing=np.ones(self.rows, dtype=bool))
+        if self.trail is not None:
+            self.trail.begin(np.ones(self.rows, dtype=bool))
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
@@ -124,6 +128,81 @@ class Walker:
         self.finished.clear()
         return played
 
+    def standing(self, way: Way) -> dict[str, Any]:
+        """Where this walker and its environments stand, between records; what `stand` takes.
+
+        Where they are to be renewed, the open episodes end here, uncounted: so they do where one is too long to replay.
+        """
+        if way == "renew" or (way == "replay" and self.lengths.max() > LONGEST):
+            self.forget()
+        found = {name: getattr(self, name) for name in ("steps", "calls", "noise", "masked", "generator", "episode")}
+        if self.now is not None:
+            found |= {name: getattr(self, name) for name in ("now", "returns", "lengths", "pending", "state")}
+            found |= {"envs": snapshot(self.envs)} if way == "snapshot" else {}
+            found |= {} if self.trail is None else {"trail": self.trail.state()}
+        return found
+
+    def forget(self) -> None:
+        """Leave the open episodes: the next record begins new ones. The last one's rows are bootstrapped, as ever."""
+        self.now = self.state = None
+        self.returns[:], self.lengths[:], self.pending[:] = 0, 0, False
+
+    def stand(self, found: dict[str, Any], policy: Any) -> bool:
+        """Stand where `standing` was asked, in fresh environments; False where they came back otherwise.
+
+        Then the rows begin new episodes, and the run goes on without being the one that was interrupted.
+        """
+        for name in found.keys() - {"generator", "envs", "trail"}:
+            setattr(self, name, found[name])
+        if self.generator is not None:
+            self.generator.set_state(found["generator"])
+        self.state, self.noise = (None if x is None else x.to(self.device) for x in (self.state, self.noise))
+        if self.now is None:
+            return True
+        if "envs" in found:
+            put_back(self.envs, found["envs"])
+        elif self.trail is not None and not self._replay(found["trail"], policy):
+            self.forget()
+            return False
+        return True
+
+    def _replay(self, trail: dict[str, Any], policy: Any) -> bool:
+        """Do every open episode's executed actions again, from its seed; whether all came back as it was.
+
+        All rows end together, so that one vector env does it through `reset` and `step` alone: a row that waits is reset
+        again and again, and takes its own first action meanwhile, or the policy's where it has none.
+        """
+        now, rows = self.now, np.ones(self.rows, dtype=bool)
+        again, actions = Trail(self.rows), trail["actions"]
+        seeds: Any = [self.seed_of(row, int(index)) for row, index in enumerate(self.episode)]
+        obs, info = self.envs.reset(seed=seeds)
+        self.now = self._see(obs, info, choosing=rows)
+        seen_at = map_tensors(lambda x: x[:, None].to(self.device), now)
+        spare = policy.executable(choose(policy, seen_at, self.state, self.start, sample=False).action)
+        before = np.zeros(self.rows, dtype=bool)
+        schedule = waiting([len(done) for done in actions])
+        for call, begun in enumerate(schedule):
+            if call and not before.all():
+                obs, info = self._reset_rows(~before, info)
+                self.now = self._see(obs, info, choosing=rows)
+            if call and (begun & ~before).any():
+                again.begin(begun & ~before)
+            at = [call - (len(schedule) - len(done)) if begun[row] else 0 for row, done in enumerate(actions)]
+            step = np.stack([done[at[row]] if len(done) else spare[row] for row, done in enumerate(actions)])
+            step, seen = step.astype(spare.dtype, copy=False), self.now
+            obs, reward, _, _, info = self.envs.step(step)
+            again.calls.append((step, seen, np.asarray(reward, dtype=np.float64), np.zeros_like(begun)))
+            self.now, before = self._see(obs, info, choosing=begun), begun
+        if schedule and not before.all():
+            obs, info = self._reset_rows(~before, info)
+            again.begin(~before)
+            self.now = self._see(obs, info, choosing=rows)
+        again.fold()
+        self.trail = again
+        came, was = list(_leaves(self.now)), list(_leaves(now))
+        same = len(came) == len(was) and all(torch.equal(a, b) for a, b in zip(came, was, strict=True))
+        return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
+
     def _walk(self, policy: Any, wanted: Callable[..., Any], *, whole: bool = False) -> Trajectory:
         """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
         if self.now is None:
@@ -135,6 +214,8 @@ class Walker:
             if self.unanswered.any():
                 before = self._cut(calls, before, whole)
             ended += calls[-1].terminated | calls[-1].truncated
+        if self.trail is not None and len(self.trail.calls) >= FOLD:
+            self.trail.fold()
         return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before))
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
@@ -159,11 +240,12 @@ class Walker:
     def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
         obs, pending = self.now, self.pending
-        self.noise = self.noise if self.calls % self.hold else None
         seen = map_tensors(lambda x: x[:, None].to(self.device), obs)
-        how = {"generator": self.generator, "noise": self.noise, "sample": self.sample}
+        held = self.noise if self.calls % self.hold else None
+        how = {"generator": self.generator, "noise": held, "sample": self.sample}
         action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
-        found, reward, terminated, truncated, info = self.envs.step(policy.executable(action))
+        executed = policy.executable(action)
+        found, reward, terminated, truncated, info = self.envs.step(executed)
         # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
         terminated = np.array(terminated, dtype=bool) & ~pending
         truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated
@@ -174,6 +256,8 @@ class Walker:
             raise self._no_number("reward", reward)
         self.calls, self.steps = self.calls + 1, self.steps + int(chosen.sum())
         self.returns, self.lengths = self.returns + reward, self.lengths + ~pending
+        if self.trail is not None:
+            self.trail.calls.append((executed, obs, reward, over))
         if over.any() or pending.any():
             after = self._turn(found, info, over, chosen, truncated)
         else:
@@ -186,9 +270,8 @@ class Walker:
         if over.any():  # the true last observations; nothing is chosen there
             last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP else found
             after = self._see(last, info, choosing=np.zeros_like(over))
-        for row in np.flatnonzero(over & chosen):
-            about = float(self.returns[row]), int(self.lengths[row]), int(row), int(self.episode[row])
-            self.finished.append(Episode(*about, truncated=bool(truncated[row])))
+        columns = self.returns, self.lengths, np.arange(self.rows), self.episode, truncated
+        self.finished.extend(Episode(*(x[row].item() for x in columns)) for row in np.flatnonzero(over & chosen))
         self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
@@ -279,6 +362,10 @@ class Walker:
                 masks[row] = source[MASK][row]
             given |= there
         return {MASK: masks, f"_{MASK}": given}
+
+
+def _leaves(tree: Tree) -> Iterator[Tensor]:
+    yield from tree.values() if isinstance(tree, dict) else [tree]
 
 
 def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:

@@ -178,12 +178,16 @@ class CategoricalHead(nn.Module):
 
     def forward(self, features: Tensor, allowed: Tensor | None) -> Distribution:
         logits = self.logits(features)
-        if self.bits and allowed is None:
-            return Bernoulli(logits)
-        if self.bits:  # a bit is a choice of two, so that either can be forbidden
-            logits = torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(-2)
-            return MultiCategorical.of(logits, (2,) * self.bits, allowed)
+        if self.bits:
+            return self._of_bits(logits, allowed)
         return MultiCategorical.of(logits, self.sizes, allowed) if self.sizes else Categorical.of(logits, allowed)
+
+    def _of_bits(self, logits: Tensor, allowed: Tensor | None) -> Distribution:
+        if allowed is None:
+            return Bernoulli(logits)
+        # a bit is a choice of two, so that either can be forbidden
+        logits = torch.stack([torch.zeros_like(logits), logits], dim=-1).flatten(-2)
+        return MultiCategorical.of(logits, (2,) * self.bits, allowed)
 
 
 class GaussianHead(nn.Module):

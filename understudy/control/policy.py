@@ -57,6 +57,7 @@ class Policy(nn.Module):
         super().__init__()
         check_action_space(action_space)
         self.network, self.squash = network, squash
+        self.made_of: dict[str, Any] | None = None
         self.state_size: int = getattr(network, "state_size", 0)
         self.memory = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
@@ -86,8 +87,6 @@ class Policy(nn.Module):
         policy = cls(network, observation_space, action_space, squash=made_of.squash, **scales)
         policy.made_of = {field.name: getattr(made_of, field.name) for field in dataclasses.fields(Network)}
         return policy
-
-    made_of: dict[str, Any] | None = None
 
     def initial_state(self, rows: int) -> Tensor | None:
         """The state before an episode, [rows, S]; None without memory."""
@@ -196,16 +195,26 @@ class Policy(nn.Module):
         else:
             made_of = Network(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
             policy = cls.build(observation_space, action_space, made_of, seed=0, **scales)
-        weights, own = load_file(path / "policy.safetensors"), policy.state_dict()
-        apart = sorted(weights.keys() ^ own.keys())
-        apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-        if apart:
+        try:
+            load_weights(policy, load_file(path / "policy.safetensors"))
+        except ValueError as error:
             whose = "its policy.json" if network is None else "the network given"
-            raise RequestError(
-                f"{path / 'policy.safetensors'} does not fit {whose}: {', '.join(apart)} differ; use its own"
-            )
-        policy.load_state_dict(weights)
+            raise RequestError(f"{path / 'policy.safetensors'} does not fit {whose}: {error}; use its own") from error
         return policy
+
+
+def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
+    """Put weights into a policy.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = policy.state_dict()
+    apart = sorted(weights.keys() ^ own.keys())
+    apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    if apart:
+        raise ValueError(f"{', '.join(apart)} differ")
+    policy.load_state_dict(weights)
 
 
 def policy_path(path: Path, field: str) -> Path:

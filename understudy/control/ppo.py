@@ -7,13 +7,12 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.control import config, stage
 from understudy.control.policy import Policy
-from understudy.control.stage import Env, Iterations
+from understudy.control.stage import Begun, Env, Iterations, Net, Stage
 from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
 from understudy.run.config import Count, NonNegative, Positive, Unit
@@ -60,11 +59,11 @@ class Config(config.Config):
     """Bound the gradients of actor and critic each by max_grad_norm, instead of jointly."""
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
+def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
-    with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer) as run:
-        kl_coef = cfg.kl_coef
+    with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer, resume=resume) as run:
         while run.on:
+            kl_coef = run.kept.setdefault("kl_coef", cfg.kl_coef)
             rate, clip = run.schedule(), cfg.clip * (run.left if cfg.clip_schedule == "linear" else 1)
             surrogate = partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
             traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
@@ -87,16 +86,15 @@ def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) ->
             )
             run.policy.gather(traj)
             if cfg.objective == "penalty":
-                metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(run.policy, batch)}
-                kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target) if cfg.kl_target else kl_coef
+                metrics |= adapt_penalty(run, batch, cfg)
             metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
             yield from run.report(metrics | {"learning_rate": rate, "clip": clip})
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy))
+    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
 
 
 def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:
@@ -127,6 +125,14 @@ def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, floa
             elif 0 < kl < cfg.adapt_learning_rate / 2:
                 group["lr"] = min(group["lr"] * 1.5, 1e-2)
     return 0 < cfg.stop_kl < kl
+
+
+def adapt_penalty(run: Stage, batch: Batch, cfg: Config) -> dict[str, float]:
+    """The penalty's coefficient and the KL it led to; with a target, another coefficient for the next iteration."""
+    coef, kl = run.kept["kl_coef"], kl_since(run.policy, batch)
+    if cfg.kl_target:
+        run.kept["kl_coef"] = adapt_kl_coef(coef, kl, target=cfg.kl_target)
+    return {"kl_coef": coef, "kl_old": kl}
 
 
 @torch.no_grad()

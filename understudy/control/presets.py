@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from importlib.resources import files
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from gymnasium import spaces
 
 from understudy.control import environment
 from understudy.control.config import Config
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, fields_of
 
 PEERS = ("cleanrl", "sb3", "rsl_rl")
 Recipe = TypeVar("Recipe", bound=Config)
@@ -45,17 +44,6 @@ def settings(kind: type[Config], env: str, preset: str) -> dict[str, Any]:
     else:
         raise RequestError(f"preset is {preset!r}: must be one of tuned, none, {', '.join(PEERS)}")
     return fields_of(kind, found, f"preset {preset}") | {"preset": preset}
-
-
-def fields_of(kind: type[Config], given: dict[str, Any], source: str) -> dict[str, Any]:
-    """Plain data as a config's fields: lists become tuples; an unknown field is refused with the nearest name."""
-    known = {field.name for field in dataclasses.fields(kind)}
-    for name in given:
-        if name not in known:
-            raise RequestError(
-                f"{source} has {name!r}, which is no field of this recipe{environment.nearest(name, known)}"
-            )
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
 def known() -> list[tuple[str, str]]:

@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from understudy.advantage import group_relative, leave_one_out, reward_to_go
 from understudy.batch import Batch, Trajectory
 from understudy.control import config, stage
-from understudy.control.stage import Env, Iterations
+from understudy.control.stage import Begun, Env, Iterations, Net
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, RequestError
@@ -53,9 +52,10 @@ class Config(config.Config):
         return self.baseline in ("group", "leave_one_out")
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Iterations:
+def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time."""
-    with stage.open_stage("reinforce", cfg, env, policy, group_size=cfg.group_size if cfg.grouped else 1) as run:
+    size = cfg.group_size if cfg.grouped else 1
+    with stage.open_stage("reinforce", cfg, env, policy, group_size=size, resume=resume) as run:
         while run.on:
             rate = run.schedule()
             traj = run.walker.collect_episodes(run.policy, cfg.episodes)  # 1 sample
@@ -85,9 +85,9 @@ def iterate(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) ->
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: nn.Module | None = None) -> Run:
+def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy))
+    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
 
 
 def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
+import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,32 @@ from understudy.control import environment
 from understudy.control.collect import Episode, Walker
 from understudy.control.config import Config, Network
 from understudy.control.evaluate import evaluate
-from understudy.control.policy import Policy, policy_path
+from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
+from understudy.control.standing import Trail, Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
+from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
+from understudy.run.interrupt import Interrupt
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
-from understudy.run.seeds import derive, generator
+from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
 from understudy.run.sinks import open_sinks
-from understudy.run.store import Run, process_seconds
+from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
 Env = gymnasium.Env | VectorEnv | None
+Net = nn.Module | None
+Begun = Resume | None
 Iterations = Generator[dict[str, Any], None, Run]  # a line of metrics each; the run in the end
 WINDOW = 100  # episodes in `episode_return_mean`
 
 
 class Stage:
-    """The open run of a recipe."""
+    """The open run of a recipe.
+
+    Attributes:
+        kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
+    """
 
     def __init__(
         self,
@@ -47,19 +57,23 @@ class Stage:
         walker: Walker,
         policy: Policy,
         optimizer: torch.optim.Optimizer,
-        shuffle: torch.Generator,
         progress: Progress,
-        sinks: list[Any],
-        threshold: float | None,
+        interrupt: Interrupt,
+        way: Way,
+        renew: Callable[[int], VectorEnv] | None,
     ) -> None:
         self.cfg, self.run, self.walker, self.policy, self.optimizer = cfg, run, walker, policy, optimizer
-        self.shuffle, self.progress, self.sinks, self.threshold = shuffle, progress, sinks, threshold
-        self.iteration = self.episodes = 0
+        self.progress, self.interrupt, self.renew = progress, interrupt, renew
+        self.way: Way = way
+        walker.trail = Trail(walker.rows) if way == "replay" else None
+        self.shuffle = generator(cfg.seed, "shuffle")
+        self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
+        self.threshold = environment.threshold(walker.envs)
+        self.kept: dict[str, Any] = {}
+        self.iteration = self.episodes = self.saved = 0
         self.stopped = False
         self.window: deque[Episode] = deque(maxlen=WINDOW)
         self.unlogged: list[dict[str, float]] = []
-        supervised = isinstance(walker.envs.unwrapped, Supervised)
-        self.extras = bool(sinks or cfg.evaluate_every or cfg.checkpoint_every or supervised)
         self.best = -math.inf
         self.train_started = time.time()
         run.startup_seconds = process_seconds()
@@ -89,11 +103,20 @@ class Stage:
             self._count()
         if self.iteration % self.cfg.log_every == 0 or not self.on:
             line = self._line()
-            if self.extras:
+            if self.sinks or self.cfg.evaluate_every or isinstance(self.walker.envs.unwrapped, Supervised):
                 self._extra(line)
             self.run.log(line)
             self.progress.show(line, now=not self.on)
             yield line
+        if due(self.cfg.checkpoint_every, self.iteration, self.walker.steps - self.saved, self.cfg.steps):
+            self.checkpoint()
+        if self.interrupt.signum is not None and self.on:
+            self._stop()
+
+    def _stop(self) -> None:
+        """Save what there is and end the run, as a signal has told."""
+        self.finish(interrupted=True)
+        self.interrupt.obey()
 
     def _count(self) -> None:
         """Take in the episodes that finished; solved, or told to stop, once the window is full and its mean high enough."""
@@ -138,24 +161,76 @@ class Stage:
             line |= {"evaluation_return_mean": mean, "evaluation_return_best": self.best}
         for sink in self.sinks:
             sink.log({name: value for name, value in line.items() if isinstance(value, float | int)}, self.walker.steps)
-        if self.cfg.checkpoint_every and self.iteration % self.cfg.checkpoint_every < self.cfg.log_every:
-            self.checkpoint()
 
     def checkpoint(self) -> None:
-        """Write policy, optimizer and counters under checkpoints/ITERATION, once."""
+        """Write everything that the coming iterations depend on under checkpoints/ITERATION, once."""
         name = f"{self.iteration:06d}"
-        if not (self.run.path / "checkpoints" / name).exists():
-            state = {"iteration": self.iteration, "steps": self.walker.steps, "solved_at": self.run.solved_at}
-            self.run.checkpoint(name, self.policy, self.optimizer, state)
+        if (self.run.path / "checkpoints" / name).exists():
+            return
+        self.saved = self.walker.steps
+        keep, state = self.cfg.keep_checkpoints, self._state()
+        self.run.checkpoint(name, self.policy.save, self.optimizer, state, keep=keep)
+        if self.way == "renew" and self.renew is not None and self.on:
+            self.walker.envs.close()
+            self.walker.envs = self.renew(self.iteration)
 
-    def finish(self) -> None:
-        """Save the final policy, the last checkpoint, the learning curve, and a video where one is asked for."""
-        if self.iteration:
+    def _state(self) -> dict[str, Any]:
+        scale = self.policy.reward_scale
+        return {
+            "iteration": self.iteration,
+            "episodes": self.episodes,
+            "stopped": self.stopped,
+            "best": self.best,
+            "solved_at": self.run.solved_at,
+            "seconds": time.time() - self.train_started,
+            "window": [tuple(episode) for episode in self.window],
+            "unlogged": self.unlogged,
+            "kept": self.kept,
+            "shuffle": self.shuffle,
+            "shared_generators": shared_generators(),
+            "running_returns": None if scale is None else scale.running,
+            "walker": self.walker.standing(self.way),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint: everything as it was when it was written."""
+        found = load_state(path)
+        load_weights(self.policy, tensors_of(path / "policy.safetensors"))
+        load_optimizer(path, self.optimizer, found["optimizer"])
+        state = found["run"]
+        for name in ("iteration", "episodes", "stopped", "best", "unlogged", "kept"):
+            setattr(self, name, state[name])
+        self.run.solved_at = state["solved_at"]
+        self.train_started = time.time() - state["seconds"]
+        self.window.extend(Episode(*episode) for episode in state["window"])
+        self.shuffle.set_state(state["shuffle"])
+        if self.policy.reward_scale is not None:
+            self.policy.reward_scale.running = state["running_returns"]
+        if self.way == "renew" and self.renew is not None:
+            self.walker.envs.close()
+            self.walker.envs = self.renew(self.iteration)
+        if not self.walker.stand(state["walker"], self.policy):
+            self.run.event("resume_inexact", iteration=self.iteration)
+            print(
+                f"understudy: env {self.cfg.env!r} does not come back to where it stood (it is not decided by its seed and "
+                "actions): open episodes begin anew, and this run is no longer the one that was interrupted",
+                file=sys.stderr,
+            )
+        self.saved = self.walker.steps
+        restore_shared_generators(state["shared_generators"])
+        self.run.rewind(self.iteration)
+
+    def finish(self, *, interrupted: bool = False) -> None:
+        """Save the final policy, the last checkpoint, the learning curve, and a video where one is asked for.
+
+        Environments that are renewed at checkpoints allow none that an uninterrupted run has not.
+        """
+        if self.iteration and not (interrupted and self.way == "renew"):
             self.checkpoint()
         self.policy.save(self.run.path / "policy")
         title = f"{self.cfg.env}, seed {self.cfg.seed}"
         learning_curve(self.run.metrics, self.run.path / "curve.png", title=title, goal=self.threshold)
-        if self.cfg.video:
+        if self.cfg.video and not interrupted:
             evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video")
 
 
@@ -168,6 +243,7 @@ def open_stage(
     *,
     group_size: int = 1,
     optimizer: Any = None,
+    resume: Resume | None = None,
 ) -> Generator[Stage]:
     """Everything a recipe needs, from its config; saved and closed at the end, however that comes.
 
@@ -176,39 +252,43 @@ def open_stage(
         policy: a user's own `Policy` or network, `network(obs) -> distribution, value`.
         group_size: rows next to each other that share their episode seeds, so that they start from one state.
         optimizer: (policy, cfg) -> optimizer, where it is not one Adam over all parameters.
+        resume: the run to go on with, instead of a new one.
     """
     torch.set_num_threads(cfg.threads)
 
     def seed_of(row: int, episode: int) -> int:
         return derive(cfg.seed, "episode", row // group_size, episode)
 
-    if env is None:
-        if cfg.vectorization == "supervised":
-            single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
-            patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
-            apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
-        if cfg.vectorization in ("sync", "async"):
-            check_env(
-                cfg.env,
-                environment.single(cfg.env, cfg.env_options, cfg.wrappers)(),
-                seed=derive(cfg.seed, "preflight"),
-            )
-        envs = environment.make(
+    def make(*checkpoint: int) -> VectorEnv:
+        return environment.make(
             cfg.env,
             num_envs=cfg.num_envs,
             vectorization=cfg.vectorization,
             step_timeout=cfg.step_timeout,
             options=cfg.env_options,
             wrappers=cfg.wrappers,
-            seed=derive(cfg.seed, "envpool"),
+            seed=derive(cfg.seed, "envpool", *checkpoint),
         )
-    else:
-        envs = environment.adopt(env, seed_of)
+
+    forgetful = True  # of a user's own environment nothing is tried out
+    if env is None and cfg.vectorization == "supervised":
+        single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
+        patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
+        apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
+    if env is None and cfg.vectorization in ("sync", "async"):
+        single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
+        check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
+        forgetful = forgets(single(), derive(cfg.seed, "preflight"))
+    envs = make() if env is None else environment.adopt(env, seed_of)
+    walker = None
     try:
         policy = cast(policy, cfg, envs).to(cfg.device)
         made = (optimizer or adam)(policy, cfg)
-        description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
-        run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description)
+        if resume is None:
+            description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
+            run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description)
+        else:
+            run = resume.run
         walker = Walker(
             envs,
             seed_of=seed_of,
@@ -216,20 +296,24 @@ def open_stage(
             hold=cfg.hold,
             device=cfg.device,
         )
-        shuffle = generator(cfg.seed, "shuffle")
-        sinks = open_sinks(cfg.log, run.path, description["config"])
         title = f"{recipe} {cfg.env} seed {cfg.seed} -> {run.path}"
-        with Progress(title, cfg.steps, quiet=cfg.quiet) as progress:
-            stage = Stage(cfg, run, walker, policy, made, shuffle, progress, sinks, environment.threshold(envs))
+        with Progress(title, cfg.steps, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt:
+            way, renew = way_of(envs, forgets=forgetful), make if env is None else None
+            stage = Stage(cfg, run, walker, policy, made, progress, interrupt, way, renew)
+            if resume is not None:
+                resume.restore(stage)
             try:
                 yield stage
-            except (KeyboardInterrupt, GeneratorExit):
-                stage.finish()
+            except (KeyboardInterrupt, SystemExit):
+                raise  # what could be saved is saved: an iteration that is not whole is not
+            except GeneratorExit:
+                stage.finish(interrupted=True)
                 raise
             except RestartsSpent as error:
                 stage.note_faults()
                 run.event("failed", error=str(error), traceback=traceback.format_exc())
-                stage.finish()
+                walker.forget()
+                stage.finish(interrupted=True)
                 raise
             except BaseException as error:
                 said = f"{type(error).__name__}: {environment.first_sentence(error)}"
@@ -239,10 +323,11 @@ def open_stage(
                 stage.finish()
             finally:
                 stage.note_faults()
-                for sink in sinks:
+                for sink in stage.sinks:
                     sink.close()
+                run.close()
     finally:
-        envs.close()
+        (envs if walker is None else walker.envs).close()
 
 
 def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:

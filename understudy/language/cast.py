@@ -29,7 +29,7 @@ from understudy.language.turns import Reply
 from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
 from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
 from understudy.run.config import RequestError
-from understudy.run.store import write_json
+from understudy.run.store import Resume, write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
 
 CHARGES = {"k2": kl_k2, "k3": kl_k3, "exact": kl_exact}
@@ -204,17 +204,20 @@ class Cast:
 
 
 @contextmanager
-def open_cast(recipe: str, cfg: Any, engine: Engine | None = None) -> Generator[tuple[Stage, Cast]]:
+def open_cast(
+    recipe: str, cfg: Any, engine: Engine | None = None, *, resume: Resume | None = None
+) -> Generator[tuple[Stage, Cast]]:
     """A run with everybody in place: preflight checked, digests written, judges closed at the end."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
     cast = Cast(cfg, engine)
     try:
-        findings = preflight.check(cast) if cfg.preflight else []
+        findings = preflight.check(cast) if cfg.preflight and resume is None else []
         for text in () if cfg.quiet else map(str, findings):
             print(text, file=sys.stderr)
-        with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps) as run:
+        with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps, resume=resume) as run:
             cast.run = run
+            stage.same_reference(run.run, cast.reference.digest)
             for finding in findings:
                 run.run.event("preflight", check=finding.check, text=str(finding))
             digests = {f"reward {name}": model.digest for name, (model, _) in cast.models.items()}

@@ -19,7 +19,7 @@ from understudy.language.text import Preference, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import mean_interval
 from understudy.run.config import Count, Positive, Unit
-from understudy.run.store import Run, write_json
+from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
 PIECE = 32  # pairs a pass without gradient reads at a time
@@ -45,7 +45,7 @@ class Config(config.Config):
     """Directory of the frozen reference; by default a copy of the policy as it starts."""
 
 
-def iterate(cfg: Config) -> Iterations:
+def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
@@ -55,7 +55,8 @@ def iterate(cfg: Config) -> Iterations:
     objective = loss(cfg)
     total = cfg.epochs * sum(map(size, learned))
     optimizer = stage.adamw(cfg, stage.all_of(policy))
-    with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total) as run:
+    with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total, resume=resume) as run:
+        stage.same_reference(run.run, reference.digest)
         write_json(run.run.path / "lineage.json", {"reference": reference.digest})
         while run.on:
             rate = run.schedule()
@@ -81,9 +82,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, evaluation.json how often it prefers what people did."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, resume=resume))
 
 
 def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:

@@ -21,7 +21,7 @@ from understudy.language.tokens import SampledTokens
 from understudy.objective import cispo, grpo, gspo, with_pretraining
 from understudy.reduce import per_budget, per_row, per_step
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Whole
-from understudy.run.store import Run
+from understudy.run.store import Resume, Run
 from understudy.score import episode_score, overlong
 from understudy.update import update
 
@@ -69,12 +69,14 @@ class Config(config.Rollouts):
             raise RequestError(f"aggregate is {self.aggregate!r}: GSPO's ratio is a row's; use aggregate row")
 
 
-def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
     weigh = {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
-    with open_cast("grpo", cfg, engine) as (run, cast):
-        policy, reference_coef = cast.policy, cfg.kl_reference_coef
+    with open_cast("grpo", cfg, engine, resume=resume) as (run, cast):
+        policy, kept = cast.policy, run.kept
+        kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
         while run.on:
+            reference_coef = kept["kl_reference_coef"]
             rate = run.schedule()
             said, verdict, equal = sample_groups(run, cast, cfg)  # 1 sample, and judge
             said, weight, weights = reweigh(policy, said, cfg)
@@ -108,16 +110,16 @@ def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
             metrics |= cast.observe(said, verdict, batch, reward, referred)
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "groups_equal": equal} | weights
             if metrics["optimizer_steps"]:
-                reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
+                kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
                 metrics |= cast.evaluate()
             yield from run.report(metrics)
         return run.run
 
 
-def train(cfg: Config, *, engine: Engine | None = None) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, engine=engine))
+    return stage.drain(iterate(cfg, engine=engine, resume=resume))
 
 
 def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, float]:

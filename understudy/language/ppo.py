@@ -21,7 +21,7 @@ from understudy.language.tokens import SampledTokens, TokenDistribution
 from understudy.objective import Losses, adapt_kl_coef, critic_alone, ppo, ppo_penalty, with_pretraining
 from understudy.reduce import masked_mean, standardize
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole
-from understudy.run.store import Run
+from understudy.run.store import Resume, Run
 from understudy.update import update
 from understudy.value import next_value
 
@@ -73,11 +73,14 @@ class Config(config.Rollouts):
             raise RequestError("standardize is 'minibatch': it would undo the weights of off_policy; use batch or none")
 
 
-def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
-    with open_cast("ppo", cfg, engine) as (run, cast):
-        policy, kl_coef, reference_coef = cast.policy, cfg.kl_coef, cfg.kl_reference_coef
+    with open_cast("ppo", cfg, engine, resume=resume) as (run, cast):
+        policy, kept = cast.policy, run.kept
+        kept.setdefault("kl_coef", cfg.kl_coef)
+        kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
         while run.on:
+            kl_coef, reference_coef = kept["kl_coef"], kept["kl_reference_coef"]
             rate = run.schedule()
             said = cast.sampler.collect(
                 policy, first=run.rows, which=run.next_rows(len(cast.sampler), cfg.rows)
@@ -112,18 +115,18 @@ def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
             if cfg.objective == "penalty":
                 metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(policy, batch)}
                 if cfg.kl_target and moved:
-                    kl_coef = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target)
+                    kept["kl_coef"] = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target)
             if moved:
-                reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
+                kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
                 metrics |= cast.evaluate()
             yield from run.report(metrics)
         return run.run
 
 
-def train(cfg: Config, *, engine: Engine | None = None) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, engine=engine))
+    return stage.drain(iterate(cfg, engine=engine, resume=resume))
 
 
 def look(policy: Policy, record: Trajectory, cfg: Config) -> tuple[Any, Tensor]:

@@ -20,7 +20,7 @@ from understudy.language.tokens import SampledTokens
 from understudy.objective import policy_gradient, squared_error
 from understudy.reduce import masked_mean, standardize
 from understudy.run.config import Count, NonNegative, RequestError, Unit
-from understudy.run.store import Run
+from understudy.run.store import Resume, Run
 from understudy.score import episode_score
 from understudy.update import update
 
@@ -49,12 +49,14 @@ class Config(config.Rollouts):
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
 
 
-def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
+def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
     size = cfg.group if cfg.baseline == "leave_one_out" else 1
-    with open_cast("reinforce", cfg, engine) as (run, cast):
-        policy, reference_coef, moving = cast.policy, cfg.kl_reference_coef, None
+    with open_cast("reinforce", cfg, engine, resume=resume) as (run, cast):
+        policy, kept = cast.policy, run.kept
+        kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
         while run.on:
+            reference_coef = kept["kl_reference_coef"]
             rate, first = run.schedule(), run.rows * size
             which = [i for i in run.next_rows(len(cast.sampler), cfg.rows // size) for _ in range(size)]
             said = cast.sampler.collect(policy, which, first=first)  # 1 sample
@@ -64,8 +66,8 @@ def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
             score = episode_score(reward, record.mask)  # 3 value: a baseline stands for it
             there = record.mask.any(dim=1)
             mean = float(masked_mean(score, there))
-            baseline = mean if moving is None else moving
-            moving = mean if moving is None else cfg.moving * moving + (1 - cfg.moving) * mean
+            baseline = kept.get("moving", mean)
+            kept["moving"] = cfg.moving * baseline + (1 - cfg.moving) * mean if "moving" in kept else mean
             to_go = reward_to_go(reward, record.terminated, record.truncated, record.mask, gamma=cfg.gamma)
             advantage = relative(to_go, score, there, record.mask, baseline, cfg)  # 4 advantage
             batch = Batch.of(
@@ -100,16 +102,16 @@ def iterate(cfg: Config, *, engine: Engine | None = None) -> Iterations:
             metrics |= cast.observe(said, verdict, batch, reward, referred)
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "baseline": baseline} | weights
             if metrics["optimizer_steps"]:
-                reference_coef = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
+                kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
                 metrics |= cast.evaluate()
             yield from run.report(metrics)
         return run.run
 
 
-def train(cfg: Config, *, engine: Engine | None = None) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, engine=engine))
+    return stage.drain(iterate(cfg, engine=engine, resume=resume))
 
 
 def relative(to_go: Tensor, score: Tensor, there: Tensor, mask: Tensor, baseline: float, cfg: Config) -> Tensor:

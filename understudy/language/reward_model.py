@@ -19,7 +19,7 @@ from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
 from understudy.reduce import mean_interval
 from understudy.run.config import Count, NonNegative, Positive
-from understudy.run.store import Run, write_json
+from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
 
@@ -39,7 +39,7 @@ class Config(config.Config):
     """What is taken out of scores, over the learned-from texts: nothing, the mean, or mean and deviation."""
 
 
-def iterate(cfg: Config) -> Iterations:
+def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh score head is drawn by torch's own generator
@@ -52,8 +52,8 @@ def iterate(cfg: Config) -> Iterations:
     objective: Any = classify if model.form == "text" else partial(prefer, center=cfg.center)
     total = cfg.epochs * sum(map(size, learned))
     optimizer = stage.adamw(cfg, stage.all_of(model))
-    opened = stage.open_stage("reward-model", cfg, model, optimizer, total=cfg.steps or total, folder="reward_model")
-    with opened as run:
+    about = {"total": cfg.steps or total, "folder": "reward_model", "resume": resume}
+    with stage.open_stage("reward-model", cfg, model, optimizer, **about) as run:
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
@@ -80,9 +80,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path / "reward_model"` holds the model, evaluation.json how good it is."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, resume=resume))
 
 
 def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:

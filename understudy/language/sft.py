@@ -14,7 +14,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import Example, Tokenizer, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive
-from understudy.run.store import Run
+from understudy.run.store import Resume, Run
 from understudy.update import update
 
 
@@ -30,14 +30,14 @@ class Config(config.Config):
     """Rows an optimizer step sees."""
 
 
-def iterate(cfg: Config) -> Iterations:
+def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
     learned, kept = split(policy, cfg)
     tokens = cfg.epochs * sum(len(example.ids) - example.start for example in learned)
     optimizer = stage.adamw(cfg, stage.all_of(policy))
-    with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens) as run:
+    with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens, resume=resume) as run:
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
@@ -61,9 +61,9 @@ def iterate(cfg: Config) -> Iterations:
         return run.run
 
 
-def train(cfg: Config) -> Run:
+def train(cfg: Config, *, resume: Resume | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg))
+    return stage.drain(iterate(cfg, resume=resume))
 
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from torch import nn
 
 from understudy.language.config import Config
 from understudy.language.text import Preference
-from understudy.run.config import to_json
+from understudy.run.checkpoint import load_state
+from understudy.run.config import RequestError, to_json
+from understudy.run.interrupt import Interrupt
 from understudy.run.progress import Progress
-from understudy.run.seeds import derive, generator
+from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
 from understudy.run.sinks import open_sinks
-from understudy.run.store import Run, process_seconds
+from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
+GOES_ON = {"iteration", "steps", "rows", "kept", "unlogged", "shuffle"}  # of a stage, in its checkpoint
 Iterations = Generator[dict[str, Any], None, Run]  # a line of metrics each; the run in the end
 
 
@@ -31,16 +36,26 @@ class Stage:
 
     Attributes:
         steps: tokens chosen, or learned from, so far.  rows: sequences so far.
+        kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
     """
 
     def __init__(
-        self, cfg: Config, run: Run, model: Any, optimizer: torch.optim.Optimizer, total: int, progress: Progress
+        self,
+        cfg: Config,
+        run: Run,
+        model: Any,
+        optimizer: torch.optim.Optimizer,
+        total: int,
+        folder: str,
+        progress: Progress,
+        interrupt: Interrupt,
     ) -> None:
         self.cfg, self.run, self.model, self.optimizer, self.total = cfg, run, model, optimizer, total
-        self.progress = progress
+        self.folder, self.progress, self.interrupt = folder, progress, interrupt
+        self.kept: dict[str, Any] = {}
         self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.shuffle = generator(cfg.seed, "shuffle")
-        self.iteration = self.steps = self.rows = 0
+        self.iteration = self.steps = self.rows = self.saved = 0
         self.unlogged: list[dict[str, float]] = []
         self.rates = [group["lr"] for group in optimizer.param_groups]
         self.train_started = time.time()
@@ -78,7 +93,6 @@ class Stage:
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: log, show and checkpoint when due. Yields its line."""
-        checkpoint = self.due(self.cfg.checkpoint_every)
         self.iteration += 1
         self.unlogged.append(metrics)
         if self.iteration % self.cfg.log_every == 0 or not self.on:
@@ -94,49 +108,118 @@ class Stage:
                 sink.log({name: x for name, x in line.items() if isinstance(x, float | int)}, self.steps)
             self.progress.show(line, now=not self.on)
             yield line
-        if checkpoint:
+        if due(self.cfg.checkpoint_every, self.iteration, self.steps - self.saved, self.total):
             self.checkpoint()
+        if self.interrupt.signum is not None and self.on:
+            self.finish()
+            self.interrupt.obey()
 
     def checkpoint(self) -> None:
-        """Write model, optimizer and counters under checkpoints/ITERATION, once."""
+        """Write everything that the coming iterations depend on under checkpoints/ITERATION, once.
+
+        Samples and the order of rows are functions of the seed and of counters; of the model, what the optimizer holds is
+        written as it is, since a model in Hugging Face's layout may hold it otherwise (merged, say).
+        """
         name = f"{self.iteration:06d}"
-        if not (self.run.path / "checkpoints" / name).exists():
-            state = {"iteration": self.iteration, "steps": self.steps, "rows": self.rows}
-            self.run.checkpoint(name, self.model, self.optimizer, state)
+        if (self.run.path / "checkpoints" / name).exists():
+            return
+        self.saved = self.steps
+        state = {name: getattr(self, name) for name in GOES_ON} | {
+            "seconds": time.time() - self.train_started,
+            "version": getattr(self.model, "version", 0),
+            "learned": self._learning(),
+            "shared_generators": shared_generators(),
+        }
+        self.run.checkpoint(name, self.model.save, self.optimizer, state, keep=self.cfg.keep_checkpoints)
+
+    @torch.no_grad()
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint: everything as it was when it was written."""
+        found = load_state(path)
+        load_optimizer(path, self.optimizer, found["optimizer"])
+        state = found["run"]
+        for name in GOES_ON - {"shuffle"}:
+            setattr(self, name, state[name])
+        self.shuffle.set_state(state["shuffle"])
+        self.train_started = time.time() - state["seconds"]
+        self.saved = self.steps
+        if hasattr(self.model, "version"):
+            self.model.version = state["version"]
+        for parameter, value in zip(self._learning(), state["learned"], strict=True):
+            parameter.copy_(value)
+        restore_shared_generators(state["shared_generators"])
+        self.run.rewind(self.iteration)
+
+    def finish(self) -> None:
+        """Save the model and the last checkpoint."""
+        if self.iteration:
+            self.checkpoint()
+        self.model.save(self.run.path / self.folder)
+
+    def _learning(self) -> list[torch.Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 @contextmanager
 def open_stage(
-    recipe: str, cfg: Config, model: Any, optimizer: torch.optim.Optimizer, *, total: int, folder: str = "policy"
+    recipe: str,
+    cfg: Config,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total: int,
+    folder: str = "policy",
+    resume: Resume | None = None,
 ) -> Generator[Stage]:
-    """A run's directory, its progress and sinks; the model is saved in `folder` at the end, however that comes."""
-    run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
+    """A run's directory, its progress and sinks; the model is saved in `folder` at the end, however that comes.
+
+    Args:
+        resume: the run to go on with, instead of a new one.
+    """
+    if resume is None:
+        run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
+    else:
+        run = resume.run
     for remark in model.remarks:
         run.event("remark", text=remark)
         if not cfg.quiet:
             print(remark, file=sys.stderr)
-    with Progress(f"{recipe} {cfg.model} seed {cfg.seed} -> {run.path}", total, quiet=cfg.quiet) as progress:
-        stage = Stage(cfg, run, model, optimizer, total, progress)
+    title = f"{recipe} {cfg.model} seed {cfg.seed} -> {run.path}"
+    with Progress(title, total, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt:
+        stage = Stage(cfg, run, model, optimizer, total, folder, progress, interrupt)
+        if resume is not None:
+            resume.restore(stage)
         try:
             yield stage
-        except (KeyboardInterrupt, GeneratorExit):
-            _finish(stage, folder)
+        except (KeyboardInterrupt, SystemExit):
+            raise  # what could be saved is saved: an iteration that is not whole is not
+        except GeneratorExit:
+            stage.finish()
             raise
         except BaseException as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             run.event("failed", error=said, traceback=traceback.format_exc())
             raise
         else:
-            _finish(stage, folder)
+            stage.finish()
         finally:
             for sink in stage.sinks:
                 sink.close()
+            run.close()
 
 
-def _finish(stage: Stage, folder: str) -> None:
-    if stage.iteration:
-        stage.checkpoint()
-    stage.model.save(stage.run.path / folder)
+def same_reference(run: Run, digest: str) -> None:
+    """Write down which reference a run is held to; refuse one that is not what is written there already.
+
+    Raises:
+        RequestError: a run that goes on would be held to another reference than it began with.
+    """
+    file = run.path / "lineage.json"
+    written = json.loads(file.read_text()).get("reference", digest) if file.exists() else digest
+    if written != digest:
+        raise RequestError(
+            f"reference has the digest {digest[:12]}..., the run began with {written[:12]}...: put back the model it had"
+        )
 
 
 def adamw(cfg: Config, *groups: dict[str, Any]) -> torch.optim.Optimizer:

@@ -57,6 +57,15 @@ def to_json(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def fields_of(kind: Any, given: dict[str, Any], source: str) -> dict[str, Any]:
+    """Plain data as a config's fields: lists become tuples; an unknown field is refused with the nearest name."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in given:
+        if name not in known:
+            raise RequestError(f"{source} has {name!r}, which is no field of this recipe{nearest(name, known)}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name closest to a misspelt one, or nothing where none is close."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

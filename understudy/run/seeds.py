@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from typing import Any
 
+import numpy as np
 import torch
 
 
 def derive(seed: int, *purpose: str | int) -> int:
     """A seed in [0, 2^31) that depends on the run's seed and on everything that says what it is for."""
-    text = "/".join(str(part) for part in (seed, *purpose))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+    text = "/".join(map(str, (seed, *purpose))).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 33
 
 
 def generator(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
@@ -20,3 +23,15 @@ def generator(seed: int, purpose: str, device: str | torch.device = "cpu") -> to
     False
     """
     return torch.Generator(device).manual_seed(derive(seed, purpose))
+
+
+def shared_generators() -> dict[str, Any]:
+    """The states of the generators that belong to no one: a user's network or environment may draw from them."""
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def restore_shared_generators(states: dict[str, Any]) -> None:
+    """Put back what `shared_generators` gave."""
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])

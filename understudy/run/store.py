@@ -5,17 +5,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from understudy.run import checkpoint
 from understudy.run.config import RequestError
 
+try:
+    import fcntl
+except ImportError:  # Windows: two processes on one run are then not told apart
+    fcntl = None
+
 _IMPORTED = time.monotonic()
+FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
 
 
 class Run:
@@ -32,6 +40,9 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
+        self.refused = 0  # checkpoints in a row that could not be written
+        self.silent = False  # metrics or events that could not be written: said once
+        self.lock = _locked(path / "lock")
 
     @classmethod
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
@@ -43,14 +54,63 @@ class Run:
         path = Path(out) if out else _free(Path("runs"), name)
         if (path / "config.json").exists():
             raise RequestError(
-                f"out is '{path}', which holds a run already: choose another directory, or remove that one"
+                f"out is '{path}', which holds a run already: choose another directory, or remove that one; "
+                f"`understudy resume {path}` goes on with it"
             )
         try:
             path.mkdir(parents=True, exist_ok=True)
+            run = cls(path)
+            write_json(path / "config.json", config)
         except OSError as error:
             raise RequestError(f"out is '{path}', which cannot be made ({error.strerror}): choose another") from error
-        write_json(path / "config.json", config)
-        return cls(path)
+        return run
+
+    @classmethod
+    def reopen(cls, path: Path, name: str | None = None) -> tuple[Run, Path | None]:
+        """A run to go on with, and its newest whole checkpoint; or None where it has none and begins anew.
+
+        Damaged checkpoints move to checkpoints/quarantine and are named in events.jsonl.
+
+        Args:
+            name: this checkpoint and no other.
+
+        Raises:
+            RequestError: another process has the run open; the checkpoint named is missing or damaged; all are damaged.
+        """
+        read_config(path)
+        run = cls(path)
+        folder = path / "checkpoints"
+        try:
+            if name is not None:
+                found = _named(folder, name)
+            else:
+                found, wrong = checkpoint.newest(folder)
+                for reason in wrong:
+                    run.event("checkpoint_damaged", reason=reason)
+                    print(f"understudy: {reason}; it is in {folder / 'quarantine'}", file=sys.stderr)
+                if wrong and found is None:
+                    raise RequestError(
+                        f"run is '{path}', whose checkpoints are all damaged ({wrong[0]}): they are in "
+                        f"'{folder / 'quarantine'}'; start again with another out"
+                    )
+        except RequestError:
+            run.close()
+            raise
+        return run, found
+
+    def rewind(self, iteration: int) -> None:
+        """Drop the metrics of iterations after this one: they come again."""
+        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
+        aside = self.path / "metrics.jsonl.part"
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(aside, self.path / "metrics.jsonl")
+        self.metrics = kept
+
+    def close(self) -> None:
+        """Let another process have the run."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append an iteration to metrics.jsonl; on disk when this returns, but for the system's own cache."""
@@ -61,22 +121,78 @@ class Run:
         """Append a finding or happening to events.jsonl."""
         self._append("events.jsonl", {"kind": kind, "time": time.time(), **about})
 
-    def checkpoint(self, name: str, policy: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Path:
-        """Write policy, optimizer and state under checkpoints/NAME: aside first, then renamed."""
-        final, aside = self.path / "checkpoints" / name, self.path / "checkpoints" / f".{name}.part"
-        policy.save(aside)
-        tensors, rest = _flatten_optimizer(optimizer)
-        save_file(tensors, aside / "optimizer.safetensors")
-        write_json(aside / "state.json", state | {"optimizer": rest})
-        if final.exists():
-            raise FileExistsError(f"{final} exists already")
-        os.replace(aside, final)
-        return final
+    def checkpoint(
+        self, name: str, save: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: Any, *, keep: int
+    ) -> None:
+        """Write model, optimizer and state under checkpoints/NAME, whole or not at all; the newest `keep` stay.
+
+        A disk that refuses is said and noted, and the run goes on; after three refusals in a row it ends.
+
+        Args:
+            save: writes the model into the directory it is given.
+        """
+
+        def everything(aside: Path) -> None:
+            save(aside)
+            tensors, rest = _flatten_optimizer(optimizer)
+            save_file(tensors, aside / "optimizer.safetensors")
+            checkpoint.save_state(aside, {"run": state, "optimizer": rest})
+
+        try:
+            checkpoint.write(self.path / "checkpoints", name, everything, keep=keep)
+            self.refused = 0
+        except (OSError, checkpoint.Damaged) as error:
+            self.refused += 1
+            self.event("checkpoint_refused", name=name, error=str(error))
+            print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
+            if self.refused >= FAILURES:
+                raise OSError(
+                    f"{FAILURES} checkpoints in a row could not be written under '{self.path}' ({error}): free the disk, "
+                    f"then `understudy resume {self.path}`"
+                ) from error
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
-        with (self.path / name).open("a") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with (self.path / name).open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            self._lost(name, error)
+
+    def _lost(self, name: str, error: OSError) -> None:
+        """Say once that a line could not be written."""
+        if not self.silent:
+            print(f"understudy: {self.path / name} cannot be written ({error}); the run goes on", file=sys.stderr)
+        self.silent = True
+
+
+class Resume:
+    """A run to go on with: what a recipe's stage is put back from.
+
+    Args:
+        run: as `Run.reopen` gave it.  checkpoint: where to go on; None to begin anew.
+        about: what events.jsonl says of it.
+    """
+
+    def __init__(self, run: Run, checkpoint: Path | None, about: dict[str, Any]) -> None:
+        self.run, self.checkpoint, self.about = run, checkpoint, about
+
+    def restore(self, stage: Any) -> None:
+        """Put a fresh stage where the checkpoint was written, or leave it at the beginning."""
+        if self.checkpoint is None:
+            self.run.rewind(0)
+        else:
+            stage.restore(self.checkpoint)
+        self.run.event("resumed", iteration=stage.iteration, **self.about)
+
+
+def due(every: int, iteration: int, since: int, total: int) -> bool:
+    """Whether this iteration, `since` steps after what was saved last, is one to save.
+
+    >>> due(3, 6, since=1, total=1000), due(0, 6, since=99, total=1000), due(0, 6, since=100, total=1000)
+    (True, False, True)
+    """
+    return iteration % every == 0 if every else since * 10 >= total
 
 
 def process_seconds() -> float:
@@ -90,8 +206,9 @@ def process_seconds() -> float:
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a half-written last line is passed over."""
-    for line in (path / "metrics.jsonl").read_text().splitlines():
+    """The lines of a run's metrics.jsonl, none where it has none; a half-written last line is passed over."""
+    file = path / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
@@ -115,7 +232,7 @@ def read_config(run: Path) -> dict[str, Any]:
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
     """Put back what `Run.checkpoint` wrote of an optimizer."""
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in load_file(path / "optimizer.safetensors").items():
+    for name, tensor in checkpoint.tensors_of(path / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
@@ -125,6 +242,7 @@ def write_json(path: Path, data: Any) -> None:
     """Write aside, then rename: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".part")
     aside.write_text(json.dumps(plain(data), indent=2) + "\n")
+    checkpoint.sync(aside)
     os.replace(aside, path)
 
 
@@ -143,6 +261,35 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
     state = optimizer.state_dict()
     tensors = {f"{i}.{key}": x.contiguous() for i, entry in state["state"].items() for key, x in entry.items()}
     return tensors, {"param_groups": state["param_groups"]}
+
+
+def _named(folder: Path, name: str) -> Path:
+    """The checkpoint that a user names, and no other."""
+    known = checkpoint.names(folder)
+    if name not in known:
+        raise RequestError(
+            f"checkpoint is {name!r}: must be one of {', '.join(known) or 'none'}, the names in '{folder}'"
+        )
+    try:
+        checkpoint.verify(folder / name)
+    except checkpoint.Damaged as error:
+        raise RequestError(f"checkpoint is {name!r}, which is damaged ({error}): name another, or none") from error
+    return folder / name
+
+
+def _locked(path: Path) -> int | None:
+    """An open handle that holds the run's lock until this process ends, however that comes."""
+    if fcntl is None:
+        return None
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: workers that it forks do not hold it
+    except OSError as error:
+        os.close(handle)
+        raise RequestError(
+            f"out is '{path.parent}', which another process has open: wait for it, or choose another directory"
+        ) from error
+    return handle
 
 
 def _free(parent: Path, name: str) -> Path:

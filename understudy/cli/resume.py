@@ -1,0 +1,36 @@
+"""`understudy resume RUN`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from understudy import resume
+from understudy.cli.flags import Parser
+from understudy.run.store import process_seconds
+
+
+def resume_run(argv: list[str]) -> int:
+    """Go on with a run where it stopped; `--steps` extends it."""
+    parser = Parser(prog="understudy resume", description="Go on with a run where it stopped, to the bit.")
+    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("--steps", type=int, help="a new total, for a run that is to go on further")
+    parser.add_argument("--checkpoint", help="name of one under RUN/checkpoints, and no other (default: the newest)")
+    parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
+    parser.add_argument("--wrappers", nargs="+", help="wrappers, where the run's own name code")
+    parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
+    parser.add_argument("--gold", nargs="+", help="specs measured besides, where the run's own name code")
+    parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
+    args = parser.parse_args(argv)
+    own: dict[str, Any] = {"env": args.env} if args.env else {}
+    own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
+    run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)
+    last = run.metrics[-1]
+    if args.json:
+        shown = ("episode_return_mean", "score_mean", "loss")
+        line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
+        line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
+        print(json.dumps(line | {name: last[name] for name in shown if name in last} | {"solved_at": run.solved_at}))
+    else:
+        print(f"{last['steps']:,} steps. Run: {run.path}  Next: understudy evaluate {run.path}")
+    return 0

@@ -1,0 +1,71 @@
+"""Go on with a run where it stopped: `understudy.resume(RUN)`, for every recipe of both worlds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from understudy.run.config import RequestError, fields_of
+from understudy.run.store import Resume, Run, read_config, write_json
+
+RECIPES = {
+    "control": ("reinforce", "actor-critic", "ppo"),
+    "language": ("sft", "reward-model", "reinforce", "ppo", "grpo", "dpo"),
+}
+
+
+def resume(
+    run: Any,
+    *,
+    checkpoint: str | None = None,
+    steps: int | None = None,
+    env: Any = None,
+    policy: Any = None,
+    **own: Any,
+) -> Run:
+    """Train a run on to its end. One that was interrupted anywhere ends with the bytes of one that was not (CPU, float32).
+
+    Args:
+        run: its directory.
+        checkpoint: the name of one under RUN/checkpoints, and no other; by default the newest that is whole, or the
+            beginning where there is none.
+        steps: a new total, for a run that is to go on further; schedules then follow it.
+        env, policy: control, a user's own objects, where the run began with them; or the id of its environment.
+        own: fields of the config that name code of the user's: wrappers, reward, gold.
+
+    Raises:
+        RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
+    """
+    path = Path(run)
+    world, name, fields = described(path)
+    recipe = importlib.import_module(f"understudy.{world}.{name.replace('-', '_')}")
+    named = own | ({"env": env} if isinstance(env, str) else {})
+    objects = {key: x for key, x in (("env", env), ("policy", policy)) if x is not None and not isinstance(x, str)}
+    config = recipe.Config(**fields_of(recipe.Config, fields | named, "config.json") | {"out": str(path)})
+    if steps is not None and steps < config.steps:
+        raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")
+    opened, found = Run.reopen(path, checkpoint)
+    about: dict[str, Any] = {"checkpoint": None if found is None else found.name}
+    if steps is not None and steps != config.steps:
+        about |= {"extended": {"from": config.steps, "to": steps}}
+        config = dataclasses.replace(config, steps=steps)
+        write_json(path / "config.json", read_config(path) | {"config": fields | {"steps": steps}})
+    return recipe.train(config, resume=Resume(opened, found, about), **objects)
+
+
+def described(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """A run's world, recipe and the fields of its config.
+
+    Raises:
+        RequestError: config.json is none of ours.
+    """
+    about = read_config(path)
+    world, _, name = str(about.get("recipe", "")).partition(" ")
+    fields = about.get("config")
+    if name not in RECIPES.get(world, ()) or not isinstance(fields, dict):
+        raise RequestError(
+            f"run is '{path}', whose config.json names no recipe of this version: give the directory of a run"
+        )
+    return world, name, fields

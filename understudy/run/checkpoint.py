@@ -1,0 +1,243 @@
+"""Checkpoints: written aside, synced, renamed, checked by digest when read; a damaged one is put away, never used.
+
+A checkpoint is a directory of safetensors and JSON with a `manifest.json` that names every file, its size and its SHA-256.
+It is there whole or not at all: its name is given to it last. Nothing in it is executed, whatever it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+SCHEMA = 1
+"""Of the manifest and of state.json; a reader refuses another one by its number."""
+LARGEST_JSON = 64 * 2**20
+"""Bytes of JSON that are read of a checkpoint; more is no state of ours."""
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what its manifest says: one sentence with the file and what is wrong."""
+
+
+def write(folder: Path, name: str, save: Callable[[Path], None], *, keep: int) -> Path:
+    """Make the checkpoint `folder/name` out of what `save` puts into the directory it is given; then drop old ones.
+
+    The order is: files, their sync, the manifest, its sync, the directory's sync, the rename, the parent's sync. Killed
+    anywhere, the process leaves either no checkpoint of that name or a whole one.
+
+    Args:
+        keep: how many of the newest stay.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside, final = folder / f".{name}.part", folder / name
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed in here
+    aside.mkdir()
+    try:
+        save(aside)
+        seal(aside)
+        verify(aside)  # some file systems say that they wrote, and did not
+        os.rename(aside, final)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(folder)
+    for old in names(folder)[:-keep]:
+        shutil.rmtree(folder / old, ignore_errors=True)
+    return final
+
+
+def seal(path: Path) -> None:
+    """Sync every file of a directory and write its manifest."""
+    files = {}
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        sync(file)
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    manifest = path / "manifest.json"
+    manifest.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n")
+    sync(manifest)
+    for directory in {path, *(p for p in path.rglob("*") if p.is_dir())}:
+        sync(directory)
+
+
+def verify(path: Path) -> None:
+    """Check a checkpoint against its manifest.
+
+    Raises:
+        Damaged: a file is missing, changed, too much, a link, or outside; or the schema is not ours.
+    """
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise Damaged(f"'{path / 'manifest.json'}' is no manifest: it has no list of files")
+    if manifest.get("schema") != SCHEMA:
+        raise Damaged(
+            f"'{path}' has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: use the version that wrote it"
+        )
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
+    for name in sorted(found ^ (manifest["files"].keys() | {"manifest.json"})):
+        raise Damaged(f"'{path / name}' is {'not in the manifest' if name in found else 'missing'}")
+    for name, about in manifest["files"].items():
+        file = path / name
+        if file.is_symlink() or not file.is_file() or not file.resolve().is_relative_to(path.resolve()):
+            raise Damaged(f"'{file}' is no plain file of the checkpoint")
+        if (
+            not isinstance(about, dict)
+            or file.stat().st_size != about.get("bytes")
+            or sha256(file) != about.get("sha256")
+        ):
+            raise Damaged(f"'{file}' is not the file that was written: its digest differs")
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what was found wrong with newer ones.
+
+    Damaged ones move to `folder/quarantine`, with the reason beside them.
+    """
+    wrong = []
+    for name in reversed(names(folder)):
+        try:
+            verify(folder / name)
+        except Damaged as error:
+            wrong.append(str(error))
+            _quarantine(folder, name, str(error))
+        else:
+            return folder / name, wrong
+    return None, wrong
+
+
+def names(folder: Path) -> list[str]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
+
+
+def _quarantine(folder: Path, name: str, reason: str) -> None:
+    away = folder / "quarantine"
+    away.mkdir(exist_ok=True)
+    number = 1
+    while (away / f"{name}-{number}").exists():
+        number += 1
+    os.rename(folder / name, away / f"{name}-{number}")
+    (away / f"{name}-{number}.reason").write_text(reason + "\n")
+
+
+def save_state(path: Path, tree: Any) -> None:
+    """Write a tree of dicts, lists, numbers, text, tensors, arrays and generators as state.json and state.safetensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps({"schema": SCHEMA, "state": _pack(tree, tensors)}, indent=1, allow_nan=False)
+    (path / "state.json").write_text(text + "\n")
+    save_file(tensors, path / "state.safetensors")
+
+
+def load_state(path: Path) -> Any:
+    """What `save_state` wrote; generators come back as their states.
+
+    Raises:
+        Damaged: it is none of ours.
+    """
+    found = read_json(path / "state.json")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise Damaged(f"'{path / 'state.json'}' is no state of schema {SCHEMA}")
+    return _unpack(found["state"], tensors_of(path / "state.safetensors"))
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file that may be anybody's.
+
+    Raises:
+        Damaged: it is missing, too large, too deep or no JSON.
+    """
+    try:
+        if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
+            raise Damaged(f"'{path}' is a link, or has more than {LARGEST_JSON >> 20} MiB: not read")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"'{path}' cannot be read as JSON ({type(error).__name__})") from error
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file that may be anybody's.
+
+    Raises:
+        Damaged: it is none.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise Damaged(f"'{path}' cannot be read as safetensors ({' '.join(str(error).split())[:100]})") from error
+
+
+def sha256(path: Path) -> str:
+    """A file's digest, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a directory's list of names, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _pack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    def put(kind: str, tensor: torch.Tensor, **about: Any) -> dict[str, Any]:
+        name = str(len(tensors))
+        tensors[name] = tensor.detach().cpu().contiguous().clone()
+        return {kind: name, **about}
+
+    if isinstance(tree, torch.Tensor):
+        return put("$tensor", tree)
+    if isinstance(tree, torch.Generator):
+        return put("$tensor", tree.get_state())
+    if isinstance(tree, np.ndarray | np.generic):
+        array = np.ascontiguousarray(tree)
+        if array.dtype.hasobject:
+            raise TypeError(f"an array of {array.dtype} has no bytes of its own")
+        data = torch.from_numpy(np.frombuffer(array.tobytes(), dtype=np.uint8).copy())
+        return put("$array", data, dtype=array.dtype.str, shape=list(np.shape(tree)))
+    if isinstance(tree, np.random.Generator):
+        return _pack(tree.bit_generator.state, tensors)
+    if isinstance(tree, dict):
+        return {"$dict": [[_pack(key, tensors), _pack(value, tensors)] for key, value in tree.items()]}
+    if isinstance(tree, tuple):
+        return {"$tuple": [_pack(value, tensors) for value in tree]}
+    if isinstance(tree, Sequence) and not isinstance(tree, str | bytes):
+        return [_pack(value, tensors) for value in tree]
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"$float": repr(tree)}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise TypeError(f"a {type(tree).__name__} cannot be part of a checkpoint")
+
+
+def _unpack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unpack(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$tensor" in tree:
+        return tensors[tree["$tensor"]]
+    if "$array" in tree:
+        data = tensors[tree["$array"]].numpy().tobytes()
+        return np.frombuffer(data, dtype=np.dtype(tree["dtype"])).reshape(tree["shape"]).copy()
+    if "$float" in tree:
+        return float(tree["$float"])
+    if "$tuple" in tree:
+        return tuple(_unpack(value, tensors) for value in tree["$tuple"])
+    return {_unpack(key, tensors): _unpack(value, tensors) for key, value in tree["$dict"]}
