@@ -63,7 +63,7 @@ clean:
 	touch $@
 
 .venv/dev: .venv/core
-	$(PIP) -e '.[dev,box2d,mujoco,envpool]'
+	$(PIP) -e '.[dev,box2d,mujoco,envpool,lora]'
 	touch $@
 
 .venv-oracles/done: tests/oracles/requirements.txt

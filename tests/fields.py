@@ -29,6 +29,20 @@ FIRST_STEP = "test_the_first_step_of_adam_is_one_learning_rate_long"
 BFLOAT16 = "test_bfloat16_is_what_parameters_are_kept_in"
 KL_HELD = PPO + "test_the_kl_is_held_at_its_target_wherever_its_coefficient_began"
 
+MODES = "test_modes.py::"
+TUNING: dict[str, tuple[str, ...]] = {
+    "lora": (
+        MODES + "test_what_a_lora_run_changes_has_the_rank_that_was_asked_for",
+        MODES + "test_a_lora_run_leaves_a_merged_policy_and_its_adapter_beside_it",
+    ),
+    "lora_alpha": (MODES + "test_an_adapter_counts_alpha_over_rank",),
+    "lora_targets": (
+        MODES + "test_an_adapter_goes_where_it_was_told_to",
+        MODES + "test_a_layer_that_is_not_there_is_refused_with_those_that_are",
+    ),
+    "train_layers": (MODES + "test_of_a_policy_that_trains_its_top_layers_the_rest_stands_still",),
+}
+
 TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     "every recipe": {
         "model": (
@@ -96,7 +110,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             PPO + "test_a_run_is_written_where_it_was_asked_for",
         ),
     },
-    "sft": {
+    "sft": TUNING
+    | {
         "epochs": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
         "minibatch_rows": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
     },
@@ -106,7 +121,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "center": (REWARD + "test_centering_holds_the_scores_of_pairs_around_zero",),
         "normalize": (REWARD + "test_scores_of_what_was_learned_from_are_normalised_as_asked",),
     },
-    "ppo": {
+    "ppo": TUNING
+    | {
         "reward": (
             PPO + "test_rewards_of_every_kind_add_up_by_their_weights_and_are_logged_apart",
             PPO + "test_a_python_function_is_a_reward_and_config_json_names_it",
@@ -136,6 +152,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "critic": (
             PPO + "test_the_critic_is_saved_with_a_trunk_of_its_own_or_none",
             PPO + "test_a_separate_critic_begins_by_expecting_the_reward_models_score",
+            MODES + "test_an_error_of_the_critic_moves_its_top_layers_and_nothing_of_the_policy",
+            MODES + "test_each_combination_passes_preflight_and_runs_or_is_refused",
+        ),
+        "critic_layers": (
+            MODES + "test_top_layers_of_its_own_begin_by_seeing_what_the_trunk_sees",
+            MODES + "test_top_layers_come_back_as_they_were_saved",
         ),
         "critic_init": (PPO + "test_a_fresh_critic_says_zero_or_something_small_at_random",),
         "critic_learning_rate": (PPO + "test_the_critics_learning_rate_is_its_own",),
@@ -145,6 +167,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             PPO + "test_after_the_warm_up_the_actor_learns",
         ),
         "reference": (PPO + "test_the_reference_is_the_directory_that_was_named",),
+        "reference_mode": (
+            MODES + "test_a_reference_shares_what_never_learns_and_copies_the_rest",
+            MODES + "test_the_reference_says_the_same_to_the_bit_after_twenty_updates",
+            MODES + "test_each_combination_passes_preflight_and_runs_or_is_refused",
+        ),
         "epochs": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "minibatches": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "gamma": (PPO + "test_advantages_are_gaes_with_the_configs_gamma_and_lambda",),
@@ -217,7 +244,7 @@ TABLE["reinforce"] = ROLLOUTS | {
     "gamma": (GRPO + "test_a_discount_makes_early_tokens_answer_for_less",),
     "entropy_coef": (GRPO + "test_an_entropy_bonus_is_taken_off_the_loss",),
 }
-TABLE["dpo"] = {
+TABLE["dpo"] = TUNING | {
     "epochs": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
     "minibatch_rows": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
     "form": (
@@ -238,6 +265,10 @@ EVERY_FAMILY = (  # each is parametrised over all of `FAMILIES`, tied and untied
     MODEL + "test_log_probs_are_the_models_own_on_rows_without_padding",
     GENERATE + "test_the_samplers_log_probs_are_those_of_an_uncached_pass",
     SFT + "test_a_policy_of_every_family_is_learned_saved_and_loaded_as_it_is",
+    MODES + "test_top_layers_of_its_own_begin_by_seeing_what_the_trunk_sees",
+    MODES + "test_a_fresh_adapter_changes_nothing_and_is_all_that_learns",
+    MODES + "test_an_adapter_is_sampled_from_as_it_is_trained",
+    MODES + "test_merged_and_beside_its_base_an_adapter_says_the_same",
     REWARD + "test_hugging_faces_class_scores_padded_rows_as_we_do",
 )
 

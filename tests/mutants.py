@@ -48,10 +48,17 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
-    "language/model.py": ("test_model.py", "test_generate.py"),
+    "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py",),
+    "language/top.py": ("test_modes.py",),
+    "language/lora.py": ("test_modes.py",),
 }
-HAND_ONLY = {"language/model.py", "language/generate.py"}  # too much of them is Hugging Face's bookkeeping
+HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping
+    "language/model.py",
+    "language/generate.py",
+    "language/top.py",
+    "language/lora.py",
+}
 
 
 class Mutant(NamedTuple):
@@ -378,7 +385,27 @@ HAND = [
         "packed rows see each other",
     ),
     Mutant("language/model.py", "part.p = 0.0", "pass", "dropout stays on"),
-    Mutant("language/model.py", "copy.deepcopy(policy.model)", "policy.model", "the reference learns along"),
+    Mutant(
+        "language/model.py",
+        "copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared})",
+        "policy.model",
+        "the reference learns along",
+    ),
+    Mutant("language/model.py", " if name not in self.frozen", "", "a critic that has warmed up lets the base learn"),
+    Mutant("language/model.py", "else adapter.merged()", "else model.state_dict()", "saved without its adapter"),
+    Mutant("language/top.py", "_hidden(calls[0]).detach()", "_hidden(calls[0])", "the critic moves the lower layers"),
+    Mutant("language/top.py", "layers_of(trunk)[0][-len", "layers_of(trunk)[0][:len", "reads beside the lowest layers"),
+    Mutant(
+        "language/top.py", "copy.deepcopy(layers[-count:])", "layers[-count:]", "the critic's layers are the policy's"
+    ),
+    Mutant("language/top.py", "return self.norm(hidden)", "return hidden", "the last norm is left out"),
+    Mutant(
+        "language/top.py", "for part in (*layers[-count:], norm)", "for part in layers[-count:]", "the norm is frozen"
+    ),
+    Mutant("language/lora.py", "torch.manual_seed(seed)", "pass", "an adapter of another seed each time"),
+    Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
+    Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),
+    Mutant("language/lora.py", "return set(targets) or names", "return names", "an adapter on every layer"),
     Mutant(
         "language/generate.py",
         "seen = (column <= last)[:, None, None]",

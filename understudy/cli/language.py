@@ -244,7 +244,8 @@ def _some(kept: list[Any], cfg: Any) -> list[Any]:
 
 def _held_out_answers(path: Path, cfg: Any, rows: int) -> dict[str, Any]:
     """The policy as it ended beside the reference it was held to, whose digest must be the one the run wrote down."""
-    fields = {"model": str(path), "reference": cfg.reference or cfg.model}
+    fields = {"model": str(path), "reference": cfg.reference or cfg.model, "reference_mode": None}
+    fields |= {"lora": 0, "train_layers": 0}  # nothing learns
     cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:
         _same(cast.reference.digest, path, cfg)

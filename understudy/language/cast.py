@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from understudy.batch import Batch, Text, Trajectory
 from understudy.language import preflight, stage
@@ -21,10 +21,11 @@ from understudy.language.generate import Engine
 from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
 from understudy.language.scorer import RewardModel, load_reward_model
-from understudy.language.sft import context, load_policy, pad_examples
+from understudy.language.sft import context, limit_learning, load_policy, pad_examples
 from understudy.language.stage import Stage
 from understudy.language.text import Example, Tokenizer, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
+from understudy.language.top import below
 from understudy.language.turns import Reply
 from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
 from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
@@ -43,13 +44,15 @@ class Cast:
         self.cfg = cfg
         self.models: dict[str, tuple[RewardModel, Part]] = {}
         self.endless = bool(cfg.fixed_length)
-        critic = {name: getattr(cfg, name) for name in ("critic", "critic_init") if hasattr(cfg, name)}
+        names = ("critic", "critic_init", "critic_layers")
+        critic = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
         self.policy = load_policy(cfg, endless=self.endless, temperature=cfg.temperature, **critic)
         self.tokenizer: Tokenizer = self.policy.tokenizer
         self.judge = self._judge(cfg.reward, "reward")
         self.gold = self._judge(cfg.gold, "gold") if cfg.gold else None
         self._cast_critic()
         self.reference = self._reference()
+        limit_learning(self.policy, cfg)
         room = context(self.policy, cfg.max_length + cfg.limit) - cfg.limit
         if room < 1:
             name = "fixed_length" if self.endless else "max_new"
@@ -161,7 +164,7 @@ class Cast:
 
     def _reference(self) -> Reference:
         if self.cfg.reference is None:
-            return Reference(self.policy)
+            return Reference(self.policy, shared=self._never_learning())
         given = self.cfg.reference
         alike = {"dtype": self.policy.model.dtype, "packing": self.cfg.packing, "temperature": self.cfg.temperature}
         try:
@@ -174,6 +177,13 @@ class Cast:
                 f"reference is {given!r}, whose vocabulary has {theirs} tokens, the policy's {own}: name a model of the same"
             )
         return Reference(other.to(self.cfg.device))
+
+    def _never_learning(self) -> list[nn.Parameter]:
+        """What the reference need not copy: beside an adapter everything, below `train_layers` what lies there."""
+        if self.cfg.reference_mode == "copy":
+            return []
+        frozen = below(self.policy.model, self.cfg.train_layers) if self.cfg.train_layers else ()
+        return [p for name, p in self.policy.model.named_parameters() if self.cfg.lora or name in frozen]
 
     def _sampler(self, found: list[Any], engine: Engine | None = None) -> Sampler:
         cfg = self.cfg

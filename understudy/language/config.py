@@ -122,7 +122,29 @@ class Config:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollouts(Config):
+class Tuning(Config):
+    """Fields of every recipe that ends with a policy: how much of it learns."""
+
+    lora: Whole = 0
+    """Rank of a low-rank adapter that learns in place of the model's own weights; 0 for off."""
+    lora_alpha: Positive = 32.0
+    """Its scale: what it says counts alpha / rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Linear layers that get one, by their last names (q_proj v_proj); all of the trunk's by default."""
+    train_layers: Whole = 0
+    """Layers that learn, counted from the top, with the norm behind them; embeddings and head stand still. 0 for all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora and self.train_layers:
+            raise RequestError(
+                f"train_layers is {self.train_layers} beside lora {self.lora}: an adapter learns in place of the layers; "
+                "leave one of them out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollouts(Tuning):
     """Fields of every recipe that lets the policy answer prompts and be paid for it."""
 
     steps: Whole = 200_000
@@ -148,7 +170,10 @@ class Rollouts(Config):
     slots: Count = 64
     """Completions continued at a time."""
     reference: str | None = None
-    """Directory of the frozen reference; by default a copy of the policy as it starts."""
+    """Directory of the frozen reference; by default the policy as it starts."""
+    reference_mode: Literal["copy", "adapter_off", "frozen_top"] | None = None
+    """How the policy's start is kept: whole; as what lora learns beside; as a copy of train_layers alone. By default, what
+    takes least memory."""
 
     off_policy: Literal["none", "truncate", "mask"] = "none"
     """Weights pi / sampler on advantages, for samples of another engine, precision or version: none; cut at off_policy_high;
@@ -205,6 +230,22 @@ class Rollouts(Config):
             )
         if not self.reward:
             raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
+        problem = self._reference_problem()
+        if problem:
+            raise RequestError(f"reference_mode is {self.reference_mode!r}{problem}")
+
+    def _reference_problem(self) -> str:
+        """Why the reference cannot be kept as asked for, as the end of a sentence; empty where it can."""
+        if self.reference_mode is None:
+            return ""
+        if self.reference is not None:
+            return f" beside reference {self.reference!r}, which is a model of its own: leave one of them out"
+        if self.reference_mode == "adapter_off" and not self.lora:
+            return " with lora 0: there is no adapter to switch off; give lora a rank, or leave the mode out"
+        if self.reference_mode == "frozen_top" and not self.train_layers:
+            layers = "the adapter changes every layer" if self.lora else "every layer learns"
+            return f" with train_layers 0: {layers}; give train_layers a number, or leave the mode out"
+        return ""
 
     @property
     def limit(self) -> int:

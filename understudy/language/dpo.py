@@ -12,8 +12,8 @@ from torch import Tensor
 
 from understudy.batch import Pairs, Text
 from understudy.language import config, stage
-from understudy.language.model import Policy, Reference, home
-from understudy.language.sft import context, load_policy
+from understudy.language.model import Policy, digest, home
+from understudy.language.sft import context, limit_learning, load_policy
 from understudy.language.stage import Iterations
 from understudy.language.text import Preference, common, pad, preferences, read
 from understudy.objective import Losses, dpo
@@ -26,7 +26,7 @@ PIECE = 32  # pairs a pass without gradient reads at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Config):
+class Config(config.Tuning):
     """Pairs `chosen` and `rejected`, with or without a `prompt`."""
 
     learning_rate: Positive = 1e-5
@@ -42,7 +42,7 @@ class Config(config.Config):
     smoothing: Unit = 0.0
     """Share of labels taken to be wrong (cDPO); for sigmoid."""
     reference: str | None = None
-    """Directory of the frozen reference; by default a copy of the policy as it starts."""
+    """Directory of the frozen reference; by default the policy as it starts."""
 
 
 def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
@@ -50,14 +50,14 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
     learned, kept = split(policy, cfg)
-    reference = cast_reference(policy, cfg)
-    referred = {name: refer(reference.policy, some) for name, some in (("learned", learned), ("kept", kept))}
+    referred, began = ask_reference(policy, {"learned": learned, "kept": kept}, cfg)
+    limit_learning(policy, cfg)
     objective = loss(cfg)
     total = cfg.epochs * sum(map(size, learned))
     optimizer = stage.adamw(cfg, stage.all_of(policy))
     with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total, resume=resume) as run:
-        stage.same_reference(run.run, reference.digest)
-        write_json(run.run.path / "lineage.json", {"reference": reference.digest})
+        stage.same_reference(run.run, began)
+        write_json(run.run.path / "lineage.json", {"reference": began})
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
@@ -101,11 +101,13 @@ def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preferenc
     return [data[i] for i in learned], [data[i] for i in kept]
 
 
-def cast_reference(policy: Policy, cfg: Config) -> Reference:
-    """The policy as it starts, or the one that the config names."""
-    if cfg.reference is None:
-        return Reference(policy)
-    return Reference(Policy.from_pretrained(home(cfg.reference, "policy")).to(cfg.device))
+def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config) -> tuple[dict[str, Tensor], str]:
+    """What the reference says of the data, and its digest. It is asked once, before anything learns, and not kept: where it
+    is the policy as it starts, there is no copy of that.
+    """
+    given = cfg.reference
+    reference = policy if given is None else Policy.from_pretrained(home(given, "policy")).to(cfg.device)
+    return {name: refer(reference, some) for name, some in data.items()}, digest(reference.model)
 
 
 def size(pair: Preference) -> int:

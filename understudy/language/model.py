@@ -6,7 +6,9 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +20,22 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
+from understudy.language.lora import ADAPTER, Adapter, base_of, merge
 from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
+from understudy.language.top import Top, below, make_top
 from understudy.run.config import RequestError
 from understudy.run.store import write_json
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # a fresh score head is no news
-CriticKind = Literal["none", "shared", "separate"]
+CriticKind = Literal["none", "shared", "separate", "top"]
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float64: 1e-8}
 """In nats: how far log-probs computed in two right ways may lie apart."""
 
 
 class Critic(nn.Module):
-    """V at every token: one linear output on the policy's own trunk, or on a trunk of its own."""
+    """V at every token: one linear output on the policy's own trunk, on a trunk of its own, or on a `Top` of its own."""
 
     def __init__(self, width: int, trunk: nn.Module | None, *, init: Literal["zero", "normal"] = "zero") -> None:
         super().__init__()
@@ -59,6 +63,8 @@ class Policy(nn.Module):
         cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples.
         tokenizer: its `Tokenizer`, where it has one; saved with it.
         remarks: what was found out while loading, to be said once.
+        adapter: the LoRA adapter it learns by, where it has one.
+        frozen: names of the model's parameters that do not learn.
     """
 
     memory = True  # rows are read whole
@@ -73,6 +79,8 @@ class Policy(nn.Module):
         self.fast = self.cached = True
         self.tokenizer: Any = None
         self.remarks: list[str] = []
+        self.adapter: Adapter | None = None
+        self.frozen: frozenset[str] = frozenset()
         silence_dropout(self)
         self.train()
 
@@ -83,15 +91,17 @@ class Policy(nn.Module):
         *,
         critic: CriticKind = "none",
         critic_init: Literal["zero", "normal"] = "zero",
+        critic_layers: int = 1,
         temperature: float = 1.0,
         packing: bool = False,
         dtype: torch.dtype = torch.float32,
         checkpointing: bool = False,
     ) -> Policy:
-        """The causal LM of a directory or a hub id.
+        """The causal LM of a directory or a hub id. Where the directory holds an adapter, it is merged into its base.
 
         Args:
-            critic: none; "shared", a value head on the policy's trunk; "separate", a trunk of its own, begun as a copy.
+            critic: none; "shared", a value head on the policy's trunk; "separate", a trunk of its own, begun as a copy;
+                "top", `critic_layers` layers of its own, begun as copies, on the policy's lower ones.
             critic_init: the value head begins at 0, or at random with standard deviation 1/sqrt(H + 1).
             packing: put several rows into one when reading, so that little is spent on padding.
             checkpointing: recompute activations in the backward pass (slower, less memory).
@@ -102,9 +112,13 @@ class Policy(nn.Module):
         model = load_model(AutoModelForCausalLM, source, dtype=dtype)
         if checkpointing:
             recompute_activations(model)
-        trunk = copy.deepcopy(model.base_model) if critic == "separate" else None
+        trunk = None
+        if critic in ("separate", "top"):
+            trunk = copy.deepcopy(model.base_model) if critic == "separate" else make_top(model, critic_layers)
         made = None if critic == "none" else Critic(width_of(model), trunk, init=critic_init)
         policy = cls(model, made, temperature=temperature, packing=packing)
+        if base := base_of(source):
+            policy.remarks.append(f"model '{source}' is an adapter on '{base}': it is merged into its weights")
         vocabulary = model.get_input_embeddings().num_embeddings
         policy.settle([torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()])
         return policy
@@ -115,9 +129,12 @@ class Policy(nn.Module):
         about = json.loads((path / "understudy.json").read_text())
         policy = cls.from_pretrained(path, temperature=about["temperature"])
         if about["critic"] != "none":
-            trunk = (
-                load_model(AutoModel, path / "critic", dtype=torch.float32) if about["critic"] == "separate" else None
-            )
+            trunk = None
+            if about["critic"] == "separate":
+                trunk = load_model(AutoModel, path / "critic", dtype=torch.float32)
+            if about["critic"] == "top":
+                trunk = Top(policy.model.base_model, about["critic_layers"])
+                trunk.load_state_dict(load_file(path / "critic" / "top.safetensors"))
             policy.critic = Critic(width_of(policy.model), trunk)
             policy.critic.head.load_state_dict(load_file(path / "critic" / "head.safetensors"))
         if (path / "tokenizer_config.json").is_file():
@@ -125,22 +142,41 @@ class Policy(nn.Module):
         return policy
 
     def save(self, path: Path) -> None:
-        """A directory that `AutoModelForCausalLM.from_pretrained` loads as it is; the critic in a folder of its own."""
+        """A directory that `AutoModelForCausalLM.from_pretrained` loads as it is; the critic in a folder of its own.
+
+        Where the policy learns by an adapter, the model is saved with it merged, and the adapter as it is in `adapter/`.
+        """
         path.mkdir(parents=True, exist_ok=True)
         self.model.generation_config = generation_config(
             self.model, self.temperature, () if self.tokenizer is None else self.tokenizer.stops
         )
-        self.model.save_pretrained(path)
+        save_model(self.model, self.adapter, path)
         if self.tokenizer is not None:
             self.tokenizer.save(path)
         shutil.rmtree(path / "critic", ignore_errors=True)
-        kind = "none" if self.critic is None else "shared" if self.critic.trunk is None else "separate"
+        about: dict[str, Any] = {"world": "language", "temperature": self.temperature, "critic": "none"}
         if self.critic is not None:
             (path / "critic").mkdir()
-            if self.critic.trunk is not None:
-                self.critic.trunk.save_pretrained(path / "critic")  # pyright: ignore[reportCallIssue]
+            about["critic"] = "shared"
+            if isinstance(trunk := self.critic.trunk, Top):
+                about |= {"critic": "top", "critic_layers": len(trunk.layers)}
+                save_file(trunk.state_dict(), path / "critic" / "top.safetensors")
+            elif trunk is not None:
+                about["critic"] = "separate"
+                trunk.save_pretrained(path / "critic")  # pyright: ignore[reportCallIssue]
             save_file(self.critic.head.state_dict(), path / "critic" / "head.safetensors")
-        write_json(path / "understudy.json", {"world": "language", "temperature": self.temperature, "critic": kind})
+        write_json(path / "understudy.json", about)
+
+    def adapt(self, *, rank: int, alpha: float, targets: tuple[str, ...] = (), seed: int = 0) -> None:
+        """Learn by a fresh LoRA adapter from here on; see `Adapter`."""
+        self.adapter = Adapter(self.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
+        self.frozen = frozenset(name for name, _ in self.model.named_parameters() if ".lora_" not in name)
+
+    def train_top(self, count: int) -> None:
+        """Learn by the top `count` layers, and the norm behind them, from here on."""
+        self.frozen = below(self.model, count)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in self.frozen)
 
     @property
     def device(self) -> torch.device:
@@ -163,17 +199,18 @@ class Policy(nn.Module):
             A distribution over the next token [B, T], and V [B, T], 0 without a critic.
         """
         text = obs if isinstance(obs, Text) else Text(obs, torch.ones_like(obs, dtype=torch.bool))
-        if self.fast:
-            trunk = read(self.model.base_model, text, packing=self.packing)
-            hidden = trunk
-        else:
-            out = self.model(text.ids, use_cache=False, output_hidden_states=True)
-            hidden, trunk = out.logits, out.hidden_states[-1]
-        if self.critic is None:
-            value = torch.zeros(text.ids.shape, device=hidden.device)
-        else:
-            own = self.critic.trunk
-            value = self.critic(trunk if own is None else read(own, text, packing=self.packing))
+        own = None if self.critic is None else self.critic.trunk
+        with own.watch(self.model.base_model) if isinstance(own, Top) else nullcontext([]) as calls:
+            if self.fast:
+                hidden = seen = read(self.model.base_model, text, packing=self.packing)
+            else:
+                out = self.model(text.ids, use_cache=False, output_hidden_states=True)
+                hidden, seen = out.logits, out.hidden_states[-1]
+        if isinstance(own, Top):
+            seen = read(partial(own.follow, calls), text, packing=self.packing) if self.fast else own(calls)
+        elif own is not None:
+            seen = read(own, text, packing=self.packing)
+        value = torch.zeros(text.ids.shape, device=hidden.device) if self.critic is None else self.critic(seen)
         return TokenDistribution(hidden, text.mask, self.head), value
 
     @torch.no_grad()
@@ -193,18 +230,24 @@ class Policy(nn.Module):
             )
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        return list(self.model.parameters())
+        """The model's parameters that learn."""
+        return [parameter for name, parameter in self.model.named_parameters() if name not in self.frozen]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(self.critic.parameters())
 
 
 class Reference(nn.Module):
-    """A policy as it was at one moment, frozen; its digest says which."""
+    """A policy as it was at one moment, frozen; its digest says which.
 
-    def __init__(self, policy: Policy) -> None:
+    Args:
+        shared: parameters of the policy that will never learn: they are not copied but frozen and read by both.
+    """
+
+    def __init__(self, policy: Policy, *, shared: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
-        self.policy = Policy(copy.deepcopy(policy.model), temperature=policy.temperature, packing=policy.packing)
+        model = copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared})
+        self.policy = Policy(model, temperature=policy.temperature, packing=policy.packing)
         self.policy.fast, self.policy.cached = policy.fast, policy.cached
         self.requires_grad_(False).eval()
         self.digest = digest(self.policy.model)
@@ -215,7 +258,7 @@ class Reference(nn.Module):
         return self.policy(text)[0]
 
 
-def read(trunk: nn.Module, text: Text, *, packing: bool = False) -> Tensor:
+def read(trunk: Callable[..., Any], text: Text, *, packing: bool = False) -> Tensor:
     """The trunk's last hidden states, [B, T, H]; 0 at columns that nothing needs.
 
     Needed are a row's columns up to the one after its last choice, from which a cut row is bootstrapped.
@@ -230,7 +273,7 @@ def read(trunk: nn.Module, text: Text, *, packing: bool = False) -> Tensor:
     return nn.functional.pad(hidden, (0, 0, 0, text.ids.shape[1] - width))
 
 
-def _read_packed(trunk: nn.Module, ids: Tensor, needed: list[int]) -> Tensor:
+def _read_packed(trunk: Callable[..., Any], ids: Tensor, needed: list[int]) -> Tensor:
     """Rows side by side in as few rows as first-fit finds; positions that begin again keep them apart."""
     width = max(needed)
     space: list[int] = []
@@ -252,11 +295,14 @@ def _read_packed(trunk: nn.Module, ids: Tensor, needed: list[int]) -> Tensor:
 
 
 def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
-    """A model of a directory or hub id.
+    """A model of a directory or hub id; where the directory holds an adapter, its base with that merged into it.
 
     Raises:
         RequestError: none can be loaded from there.
     """
+    if base := base_of(source):
+        model = load_model(kind, base, dtype=dtype, **options)
+        return (merge(model[0], source), *model[1:]) if isinstance(model, tuple) else merge(model, source)
     try:
         config = AutoConfig.from_pretrained(source)
         # torch's fused attention knows no soft-cap inside (Gemma 2)
@@ -268,6 +314,14 @@ def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: 
             f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
             "id in Hugging Face layout"
         ) from error
+
+
+def save_model(model: Any, adapter: Adapter | None, path: Path) -> None:
+    """A model in Hugging Face's layout, its adapter merged into it; the adapter as it is, for going on, in `adapter/`."""
+    shutil.rmtree(path / ADAPTER, ignore_errors=True)
+    model.save_pretrained(path, state_dict=None if adapter is None else adapter.merged())
+    if adapter is not None:
+        adapter.save(path / ADAPTER)
 
 
 def recompute_activations(model: Any) -> None:

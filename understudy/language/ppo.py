@@ -30,8 +30,11 @@ from understudy.value import next_value
 class Config(config.Rollouts):
     """PPO on prompts: every published variant is a field."""
 
-    critic: Literal["shared", "separate"] = "shared"
-    """V as a linear output on the policy's trunk, or on a trunk of its own: the reward model's, where reward is one."""
+    critic: Literal["shared", "separate", "top"] = "shared"
+    """V as a linear output on the policy's trunk, on a trunk of its own (the reward model's, where reward is one), or on
+    top layers of its own above the policy's lower ones."""
+    critic_layers: Count = 1
+    """Layers of its own of a critic that is top."""
     critic_init: Literal["zero", "normal"] = "zero"
     """A fresh value head begins at 0, or at random with deviation 1/sqrt(H + 1)."""
     critic_learning_rate: NonNegative = 0.0
@@ -92,7 +95,8 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             batch = weigh_up(record, reward, value, old, referred, cfg)  # 4 advantage
             batch = Batch.of(batch, advantage=weight * batch.advantage, mix=cast.pretraining(run.rows, len(batch)))
             warming = run.iteration < cfg.critic_warmup
-            policy.model.requires_grad_(not warming)
+            for parameter in policy.actor_parameters():
+                parameter.requires_grad_(not warming)
             metrics = update(  # 5 update
                 policy,
                 cast.optimizer,

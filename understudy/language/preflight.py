@@ -20,6 +20,7 @@ from understudy.language.model import TOLERANCE, Policy
 from understudy.language.scorer import RewardModel
 from understudy.language.text import last_token
 from understudy.language.tokens import SampledTokens
+from understudy.language.top import Top
 from understudy.objective import ppo
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive
@@ -188,7 +189,8 @@ def dropout_off(ground: Ground) -> Finding | None:
     """Reading the same twice gives the same."""
     critic = ground.policy.critic
     models: dict[str, Any] = {"policy": ground.policy.model, "reference": ground.cast.reference.policy.model}
-    models |= {} if critic is None or critic.trunk is None else {"critic": critic.trunk}
+    own = None if critic is None or isinstance(critic.trunk, Top) else critic.trunk  # a Top reads no ids
+    models |= {} if own is None else {"critic": own}
     models |= {f"reward model {name}": model.model.base_model for name, (model, _) in ground.cast.models.items()}
     for name, model in models.items():
         ids = torch.tensor([ground.longest] * ROWS, device=ground.policy.device)

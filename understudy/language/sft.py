@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from understudy.language import config, stage
+from understudy.language.lora import base_of
 from understudy.language.model import Policy, home
 from understudy.language.stage import Iterations
 from understudy.language.text import Example, Tokenizer, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive
+from understudy.run.seeds import derive
 from understudy.run.store import Resume, Run
 from understudy.update import update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Config):
+class Config(config.Tuning):
     """Rows of prompt and completion, text, or chat."""
 
     learning_rate: Positive = 1e-4
@@ -34,6 +37,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
+    limit_learning(policy, cfg)
     learned, kept = split(policy, cfg)
     tokens = cfg.epochs * sum(len(example.ids) - example.start for example in learned)
     optimizer = stage.adamw(cfg, stage.all_of(policy))
@@ -85,8 +89,23 @@ def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Poli
         checkpointing=cfg.checkpointing,
         **options,
     )
-    policy.tokenizer = Tokenizer.load(source, stop=cfg.stop, fixed_length=endless, template=cfg.template)
+    policy.tokenizer = Tokenizer.load(tokens_of(source), stop=cfg.stop, fixed_length=endless, template=cfg.template)
     return policy.to(cfg.device)
+
+
+def limit_learning(policy: Policy, cfg: config.Tuning) -> None:
+    """From here on, what learns is what the config says: a fresh adapter, the top layers, or everything."""
+    if cfg.lora:
+        seed = derive(cfg.seed, "lora")
+        policy.adapt(rank=cfg.lora, alpha=cfg.lora_alpha, targets=cfg.lora_targets, seed=seed)
+    if cfg.train_layers:
+        policy.train_top(cfg.train_layers)
+
+
+def tokens_of(source: str) -> str:
+    """Where a model's tokenizer is: with an adapter, or else with its base."""
+    base = base_of(source)
+    return source if base is None or (Path(source) / "tokenizer_config.json").is_file() else base
 
 
 def context(policy: Policy, wanted: int) -> int:

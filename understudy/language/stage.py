@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 import sys
 import time
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from understudy.language.config import Config
+from understudy.language.lora import ADAPTER
 from understudy.language.text import Preference
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
@@ -154,7 +156,11 @@ class Stage:
         """Save the model and the last checkpoint."""
         if self.iteration:
             self.checkpoint()
-        self.model.save(self.run.path / self.folder)
+        folder = self.run.path / self.folder
+        self.model.save(folder)
+        if (adapter := folder / ADAPTER).is_dir():
+            shutil.rmtree(self.run.path / ADAPTER, ignore_errors=True)
+            adapter.rename(self.run.path / ADAPTER)  # what is in `folder` is whole without it
 
     def _learning(self) -> list[torch.Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -235,8 +241,8 @@ def adamw(cfg: Config, *groups: dict[str, Any]) -> torch.optim.Optimizer:
 
 
 def all_of(model: nn.Module) -> dict[str, Any]:
-    """Every parameter as one group."""
-    return {"params": list(model.parameters())}
+    """Every parameter that learns, as one group."""
+    return {"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}
 
 
 def hold_out(rows: Sequence[Sequence[Any]], count: int) -> tuple[list[int], list[int]]:

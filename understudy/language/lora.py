@@ -1,0 +1,148 @@
+"""LoRA (Hu et al. 2022) through peft: a low-rank adapter learns while the model's own weights stand still."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from understudy.run.config import RequestError, nearest
+
+ADAPTER = "adapter"
+"""The folder an adapter is saved in, inside a checkpoint and beside a run's merged model."""
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
+NAME = "default"  # peft's own, for an adapter that was given none
+
+
+class Adapter:
+    """A fresh adapter in a model: W x becomes W x + alpha / rank * B A x, with B = 0 at first, so that nothing changes yet.
+
+    All other parameters of the model are frozen. In half precision, A and B are float32.
+    """
+
+    def __init__(self, model: Any, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
+        """Put it into the model, in place.
+
+        Args:
+            targets: last names of the linear layers of the trunk that get one; () for all of them.
+            seed: of A; torch's own generator is not moved.
+
+        Raises:
+            RequestError: peft is not installed, or a target is no linear layer of the trunk.
+        """
+        need_peft("lora", rank)
+        from peft import LoraConfig, inject_adapter_in_model
+
+        self.model = model
+        linear = linear_layers(model.base_model)
+        self.config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft divides by rank, and takes any number)
+            target_modules=sorted(_chosen(targets, linear)),
+            fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
+            base_model_name_or_path=model.config._name_or_path,
+            task_type="CAUSAL_LM",
+        )
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            inject_adapter_in_model(self.config, model)
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def save(self, path: Path) -> None:
+        """A directory that `PeftModel.from_pretrained(base, path)` loads; the weights as they are, to the bit."""
+        from peft import get_peft_model_state_dict
+
+        path.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in state.items()}
+        save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
+        self.config.save_pretrained(str(path))
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """The model's state with the adapter added to its weights, under the names of a model without one.
+
+        The model itself stays as it is. Adapted weights are new tensors, in main memory.
+        """
+        state = {}
+        for name, tensor in self.model.state_dict().items():
+            if ".lora_" not in name:
+                state[name.replace(".base_layer.", ".")] = tensor
+        for name, part in self.model.named_modules():
+            if hasattr(part, "get_delta_weight"):
+                weight = part.base_layer.weight
+                state[f"{name}.weight"] = (weight + part.get_delta_weight(NAME)).to(weight.dtype).cpu()
+        return state
+
+
+def linear_layers(trunk: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers inside a trunk, by their full names."""
+    return {name: part for name, part in trunk.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+
+
+def base_of(source: str | Path) -> str | None:
+    """The model that the adapter in this directory was made for; None where there is no adapter.
+
+    Raises:
+        RequestError: the adapter does not say, or it is one of a classifier, whose head is not the base's.
+    """
+    file = Path(source) / CONFIG
+    if not file.is_file():
+        return None
+    about = json.loads(file.read_text(encoding="utf-8"))
+    if about.get("task_type") == "SEQ_CLS":
+        raise RequestError(f"model is '{source}', an adapter of a classifier: name the merged model instead")
+    base = about.get("base_model_name_or_path")
+    if not base:
+        raise RequestError(f"model is '{source}', an adapter that names no base model: write its path into {CONFIG}")
+    return base
+
+
+def merge(model: Any, source: str | Path) -> Any:
+    """A base model with the adapter of a directory added to its weights.
+
+    Raises:
+        RequestError: peft is not installed, or the adapter does not fit the model.
+    """
+    need_peft("model", source)
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
+            merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RequestError(
+            f"model is '{source}', an adapter that does not go on its base ({' '.join(str(error).split())[:160]}): put the "
+            f"right base_model_name_or_path into {CONFIG}"
+        ) from error
+    return merged.requires_grad_(True)
+
+
+def need_peft(field: str, value: object) -> None:
+    """Raise `RequestError` where peft is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise RequestError(
+            f"{field} is {str(value)!r}, for which the package peft is missing: pip install 'understudy[lora]'"
+        )
+
+
+def _chosen(targets: tuple[str, ...], linear: dict[str, nn.Module]) -> set[str]:
+    """The last names to adapt, every one of them there."""
+    names = {name.rpartition(".")[2] for name in linear}
+    for target in targets:
+        if target not in names:
+            raise RequestError(
+                f"lora_targets is {target!r}: the model's linear layers are {', '.join(sorted(names))}"
+                f"{nearest(target, names)}"
+            )
+    return set(targets) or names
