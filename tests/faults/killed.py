@@ -67,6 +67,10 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
         control_ppo,
         {"env": "CartPole-v1", "num_envs": 2, "rollout": 16, "epochs": 2, "steps": 320, "vectorization": "async"},
     ),
+    "ppo-supervised": (
+        control_ppo,
+        {"env": "CartPole-v1", "num_envs": 2, "rollout": 16, "epochs": 2, "steps": 320, "vectorization": "supervised"},
+    ),
     "ppo-mujoco": (
         control_ppo,
         {"env": "HalfCheetah-v5", "num_envs": 2, "rollout": 16, "epochs": 1, "steps": 320},

@@ -38,6 +38,7 @@ FEW = {  # by name of the run, moments that differ in kind from one to the next
     "ppo-long-episodes": [("step", 80), ("iteration", 27)],
     "ppo-native": [("fsynced", 17)],
     "ppo-async": [("step", 50)],
+    "ppo-supervised": [("step", 50)],
     "ppo-remembering-env": [("iteration", 8)],
     "ppo-env-with-state": [("rename", 3)],
     "sft": [("step", 7)],

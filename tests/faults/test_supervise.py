@@ -165,19 +165,19 @@ def test_new_seeds_are_the_same_every_time_and_differ_from_fault_to_fault():
 
 
 def test_faults_in_all_rows_at_once_are_handled_at_once():
-    envs = Supervised([partial(Faulty, hang)] * 3, step_timeout=HANG)
+    envs = Supervised([partial(Faulty, hang)] * 6, step_timeout=HANG)
     try:
-        envs.reset(seed=[BAD] * 3)
+        envs.reset(seed=[BAD] * 6)
         for _ in range(AT - 1):
-            envs.step(np.zeros(3, dtype=np.int64))
+            envs.step(np.zeros(6, dtype=np.int64))
         since = time.monotonic()
-        truncated = envs.step(np.zeros(3, dtype=np.int64))[3]
+        truncated = envs.step(np.zeros(6, dtype=np.int64))[3]
         took = time.monotonic() - since
     finally:
         envs.close()
 
     assert truncated.all()
-    assert took < 2.5 * HANG  # not three times
+    assert took < 5 * HANG  # one after another would be six
 
 
 # what is known of it
@@ -205,14 +205,15 @@ def test_a_fault_says_what_happened_and_where(fault, message, inside):
     assert (found.traceback == "") == (inside == "")
 
 
-def test_episodes_since_the_seed_are_counted():
+@pytest.mark.parametrize("mode", [SAME_STEP, NEXT_STEP], ids=lambda mode: mode.name)
+def test_episodes_since_the_seed_are_counted(mode):
     class Later(Faulty):
         def step(self, action):
             if self.seed == 203 and self.count == 2:  # two episodes of 7 steps after the one of seed 3
                 raise RuntimeError("late")
             return super().step(action)
 
-    envs = Supervised([Later], step_timeout=PATIENCE, autoreset_mode=SAME_STEP)
+    envs = Supervised([Later], step_timeout=PATIENCE, autoreset_mode=mode)
     try:
         envs.reset(seed=3)
         while not envs.faults:
@@ -358,6 +359,8 @@ def test_closing_lets_environments_close_and_leaves_no_process(tmp_path):
     envs.close()
     envs.close()
 
+    with pytest.raises(gymnasium.error.ClosedEnvironmentError):
+        envs.step(np.zeros(2, dtype=np.int64))
     assert all((tmp_path / str(row)).read_text() == "closed" for row in range(2))
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -563,6 +566,10 @@ FIELDS = {"num_envs": 4, "steps": 200, "quiet": True, "vectorization": "supervis
 RECIPES = {
     "ppo": (ppo, {"rollout": 16, "epochs": 1}),
     "ppo with memory": (ppo, {"rollout": 16, "epochs": 1, "memory": "gru", "memory_size": 4}),
+    "one that remembers, renewed at checkpoints": (
+        ppo,
+        {"rollout": 16, "epochs": 1, "wrappers": ("NormalizeReward",), "checkpoint_every": 1, "log_every": 100},
+    ),
     "one-step actor-critic": (actor_critic, {"rollout": 1}),
     "reinforce": (reinforce, {}),
     "reinforce in groups": (reinforce, {"baseline": "group", "group_size": 2}),
@@ -582,9 +589,9 @@ def test_a_run_goes_on_over_faults_and_writes_each_down(name, tmp_path):
     found = [event for event in events(run.path) if event["kind"] == "env_fault"]
     assert {"raised", "crashed", "broke"} >= {event["what"] for event in found} and len(found) > 3
     assert all(event["seed"] % 4 == 0 and event["step"] == 2 and event["env"] in range(4) for event in found)
-    assert all("the simulator" in event["traceback"] for event in found if event["what"] == "raised")
+    assert all("the simulator" in event["traceback"] for event in found if "RuntimeError: the" in event["message"])
     returns = {line["episode_return_mean"] for line in run.metrics} - {None}
-    assert returns == {28.0}  # 1 + ... + 7: what a fault cut short is in no mean
+    assert returns == {28.0} or "wrappers" in fields  # 1 + ... + 7: what a fault cut short is in no mean
 
 
 def test_a_run_without_faults_learns_to_the_bit_what_one_of_sync_environments_does(tmp_path):

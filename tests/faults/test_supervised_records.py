@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.envs import MODES, Anything, walker
+from tests.envs import MODES, Anything, Picky, allowed_at, walker
 from tests.faulty import Faulty, Often, fail
 from understudy.advantage import gae
 from understudy.batch import consult
@@ -152,6 +152,9 @@ def test_among_many_faults_a_recurrent_policy_says_of_a_record_what_it_said_when
     assert len(envs.faults) > 8
     assert walks.steps == sum(int(record.mask.sum()) for record in taken)
     for record in taken:
+        assert not (
+            record.terminated & record.truncated
+        ).any()  # a fault at a first step: the end before it stays its own
         distribution, value = consult(policy, record)
         assert_close(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])
         steps = record.obs[..., 1][record.mask].double()
@@ -190,3 +193,30 @@ def test_playing_passes_over_episodes_that_met_a_fault():
 
     assert envs.faults
     assert [done.episode_return for done in played] == [28.0] * len(played) and len(played) >= 4
+
+
+class Mumbles(Picky):
+    """Picky that cannot say a mask at the second step of every third episode; then it raises."""
+
+    def info(self):
+        if self.episode % 3 == self.now == 1:
+            raise RuntimeError("mumble")
+        return super().info()
+
+
+@pytest.mark.parametrize("rollout", [1, 24])
+def test_action_masks_are_those_of_their_observations_among_faults_too(rollout):
+    policy = Policy(Anything(), Mumbles.observation_space, Mumbles.action_space)
+    envs = Supervised([Mumbles] * 3, step_timeout=PATIENCE, autoreset_mode=DISABLED)
+    walks = walker(envs)
+    try:
+        taken = [walks.collect(policy, rollout) for _ in range(24 // rollout)]
+    finally:
+        envs.close()
+
+    assert envs.faults
+    for record in taken:
+        for b, t in record.mask.nonzero().tolist():
+            allowed = allowed_at(*record.obs["obs"][b, t].int().tolist())
+            assert record.obs["action_mask"][b, t].tolist() == allowed.astype(bool).tolist()
+            assert allowed[int(record.action[b, t])]

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,7 @@ class Stage:
         keep, state = self.cfg.keep_checkpoints, self._state()
         self.run.checkpoint(name, self.policy.save, self.optimizer, state, keep=keep)
         if self.way == "renew" and self.renew is not None and self.on:
+            self.note_faults()
             self.walker.envs.close()
             self.walker.envs = self.renew(self.iteration)
 
@@ -275,6 +276,8 @@ def open_stage(
         single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
         patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
         apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
+        with suppress(RequestError):  # one that fails at this or is slow: a digest tells, when the run is resumed
+            forgetful = apart(lambda: forgets(single(), seed), f"env {cfg.env!r}", seconds=START_SECONDS)
     if env is None and cfg.vectorization in ("sync", "async"):
         single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
         check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))

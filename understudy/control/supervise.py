@@ -110,6 +110,8 @@ class Supervised(VectorEnv):
         autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
     ) -> None:
         self._owner: int | None = None  # until there is something to close
+        if not hasattr(os, "fork"):
+            raise RequestError("vectorization is 'supervised', which needs fork, and this system has none: use async")
         about = apart(lambda: _describe(make_envs[0]), "env 0", seconds=START_SECONDS)
         try:
             list(leaves(about["observation_space"]))
@@ -153,14 +155,14 @@ class Supervised(VectorEnv):
         Args:
             seed: one for each row, None for none; or a number, to which the row's own is added.
         """
-        options = dict(options or {})
-        asked = options.pop("reset_mask", np.ones(self.num_envs, dtype=bool))
+        asked = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
+        options = options and {name: value for name, value in options.items() if name != "reset_mask"}
         seeds = [None] * self.num_envs if seed is None else seed
         if isinstance(seed, int | np.integer):
             seeds = [int(seed) + row for row in range(self.num_envs)]
         if np.shape(asked) != (self.num_envs,) or len(seeds) != self.num_envs:
             raise ValueError(f"reset_mask is {np.shape(asked)}, seeds are {len(seeds)}: both must be {self.num_envs}")
-        info = self._reset({int(row): seeds[row] for row in np.flatnonzero(asked)}, options or None, {})
+        info = self._reset({int(row): seeds[row] for row in np.flatnonzero(asked)}, options, {})
         return _copied(self._seen), info
 
     def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
@@ -297,6 +299,8 @@ class Supervised(VectorEnv):
 
     def _ask(self, requests: Mapping[int, tuple[str, tuple[Any, ...]]]) -> dict[int, Any]:
         """Every worker's answer to its request, or a `_Failure`, within the time limit."""
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError("these environments are closed: make new ones")
         answers = self._born(row for row in requests if row in self._unborn)
         answers = {row: answer for row, answer in answers.items() if isinstance(answer, _Failure)}
         self._call += 1
@@ -328,9 +332,10 @@ class Supervised(VectorEnv):
         """
         poll, since = self._polls[row], time.monotonic()
         while True:
-            ready = poll.poll(1000 * min(max(left, 0), LOOK_SECONDS))
+            wait = min(max(left, 0), LOOK_SECONDS)
+            ready = poll.poll(1000 * wait)
             now = time.monotonic()
-            left, since = left - min(now - since, 2 * LOOK_SECONDS), now
+            left, since = left - min(now - since, wait), now
             if ready:
                 try:
                     answered, failure, answer = self._pipes[row].recv()
