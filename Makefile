@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation clean
+.PHONY: demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -52,6 +52,9 @@ stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories 
 
 ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time limits
 	$(BIN)/python bench/ablation_truncation.py
+
+supervise: .venv/dev ## supervised environments beside AsyncVectorEnv: bench/results/supervise.json and docs/supervise.md
+	$(BIN)/python bench/supervise.py
 
 clean:
 	rm -rf .venv .venv-oracles .venv-oracles-trl-* build *.egg-info
