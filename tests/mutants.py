@@ -81,7 +81,12 @@ HAND = [
     Mutant(
         "batch.py", "self.mask.reshape(-1).nonzero()", "(self.mask | True).reshape(-1).nonzero()", "learns from padding"
     ),
-    Mutant("batch.py", "own | found", "found | own", "what is found is thrown away"),
+    Mutant(
+        "batch.py",
+        "dataclasses.fields(record)} | found)",
+        "dataclasses.fields(record) if f.name not in found} | found | {'value': 0})",
+        "what is found is thrown away",
+    ),
     Mutant("batch.py", 'if not f.metadata.get("shared")', "", "cuts what all steps share"),
     Mutant("batch.py", "record.state, record.start)", "record.state, record.ended)", "forgets at the end"),
     Mutant("reduce.py", "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()", "mean over padding"),
@@ -496,6 +501,111 @@ HAND = [
 ]
 
 EQUIVALENT = {
+    (
+        "objective.py",
+        "gap = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)",
+        "gap = torch.where(batch.mask, logprob - _reference_logprob(batch), logprob - _reference_logprob(batch))",
+    ): "where nothing was chosen both sides are the sampler's own log-prob",
+    (
+        "language/tokens.py",
+        "total = logp.double().exp().cumsum(dim=-1)",
+        "total = logp.double().exp().cumsum(dim=(1))",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return self._each(lambda logp: logp.argmax(dim=-1))",
+        "return self._each(lambda logp: logp.argmax(dim=(1)))",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return self._each(lambda logp: -(logp.exp() * logp).sum(dim=-1))",
+        "return self._each(lambda logp: -(logp.exp() * logp).sum(dim=(1)))",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=-1)",
+        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=(1)))).sum(dim=-1)",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=-1)",
+        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=(1))",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
+        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=(1))",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return function(self.head(hidden).log_softmax(dim=-1), *rest)",
+        "return function(self.head(hidden).log_softmax(dim=(1)), *rest)",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return self._each(lambda logp, token: logp.gather(-1, token[:, None])[:, 0], action)",
+        "return self._each(lambda logp, token: logp.gather((1), token[:, None])[:, 0], action)",
+    ): "the log-probs are a matrix: its last dimension is dimension 1",
+    (
+        "language/tokens.py",
+        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
+        "return None if len(self._chosen) * width >= WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
+    ): "at exactly the bound both ways give the same numbers",
+    (
+        "language/tokens.py",
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1 - 1]).shape[-1]',
+    ): "only the width of what the head gives is asked for, which any row or none has",
+    (
+        "language/tokens.py",
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[-(1):]).shape[-1]',
+    ): "only the width of what the head gives is asked for, which any row or none has",
+    (
+        "language/tokens.py",
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[(1)]',
+    ): "only the width of what the head gives is asked for, which any row or none has",
+    (
+        "language/tokens.py",
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) and self.head(self._chosen[:1]).shape[-1]',
+    ): "the same width, found by asking the head; or 0, and then all is kept whole: only memory differs",
+    (
+        "reduce.py",
+        "mean + zeros.index_add(0, index, x - mean[index]) / size",
+        "mean - (zeros.index_add(0, index, x - mean[index]) / size)",
+    ): "what is added is the rounding of the first mean, in the last bit",
+    (
+        "objective.py",
+        "outside = (ratio < 1 - low) | (ratio > 1 + high)",
+        "outside = (ratio <= 1 - low) | (ratio > 1 + high)",
+    ): "a ratio lies on the bound itself with probability 0, and it is only counted",
+    (
+        "objective.py",
+        "outside = (ratio < 1 - low) | (ratio > 1 + high)",
+        "outside = (ratio < 1 - low) | (ratio >= 1 + high)",
+    ): "a ratio lies on the bound itself with probability 0, and it is only counted",
+    (
+        "objective.py",
+        "with torch.set_grad_enabled(entropy_coef > 0): # without a coefficient it is only looked at",
+        "with torch.set_grad_enabled(entropy_coef >= 0): # without a coefficient it is only looked at",
+    ): "it only saves a graph: the coefficient 0 leaves no gradient",
+    (
+        "objective.py",
+        'return loss, {"loss": loss.detach(), "accuracy": ((score > 0) == (labelled.label > 0.5)).to(loss.dtype)}',
+        'return loss, {"loss": loss.detach(), "accuracy": ((score > 0) == (labelled.label >= 0.5)).to(loss.dtype)}',
+    ): "a label of exactly 0.5 is neither good nor bad",
+    (
+        "score.py",
+        "terminated, truncated = terminated | truncated, torch.zeros_like(truncated)",
+        "terminated, truncated = terminated | truncated, torch.zeros_like(terminated)",
+    ): "both have the same shape and type",
+    (
+        "score.py",
+        "cut = (truncated & mask).any(dim=1)",
+        "cut = (truncated).any(dim=1)",
+    ): "in a record of text an end stands at a chosen step",
     (
         "distribution.py",
         "return (self.logits > 0).long()",

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import Adder, Table, flags, random_batch, record, row
-from understudy.batch import Batch, consult, map_tensors
+from understudy.batch import Batch, Labelled, Pairs, Text, consult, map_tensors
 from understudy.distribution import Categorical, SquashedGaussian
 
 
@@ -154,3 +154,17 @@ def test_a_recurrent_policy_begins_with_the_records_state_and_forgets_it_at_a_st
     _, value = consult(Adder(), taken)
 
     assert_close(value, row(11, 13, 16, 4))
+
+
+def test_the_length_of_text_pairs_and_labelled_text_is_their_number_of_rows():
+    text = Text(torch.zeros(2, 5).long(), torch.ones(2, 5).bool())
+
+    assert len(text) == 2
+    assert len(Pairs(text, text, torch.zeros(2, 1))) == 2
+    assert len(Labelled(text, torch.zeros(2, 1))) == 2
+
+
+def test_what_text_chooses_at_a_column_is_the_token_to_its_right():
+    text = Text(torch.tensor([[7, 8, 9]]), torch.tensor([[True, True, False]]))
+
+    assert text.action.tolist() == [[8, 9, 0]]

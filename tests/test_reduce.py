@@ -1,5 +1,6 @@
 """Weights and masked statistics, by hand and against torch on the masked-in entries alone."""
 
+import math
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from understudy.reduce import (
     importance_weight,
     masked_mean,
     masked_var,
+    mean_interval,
     moments,
     per_budget,
     per_row,
@@ -161,6 +163,17 @@ def test_group_moments_are_each_members_size_mean_and_variance():
     assert_close(size, torch.tensor([2.0, 1, 3, 2, 3, 3]))
     assert_close(mean, torch.tensor([2.0, 10, 3, 2, 3, 3]))
     assert_close(variance, torch.tensor([2.0, 0, 9, 2, 9, 9]))
+
+
+def test_an_interval_is_1_96_standard_errors_to_either_side():
+    # 1 and 3: mean 2, standard deviation sqrt 2, standard error 1
+    assert_close(torch.tensor(mean_interval(torch.tensor([1.0, 3.0]))), torch.tensor([2.0, 0.04, 3.96]))
+
+
+def test_one_number_has_no_interval():
+    mean, low, high = mean_interval(torch.tensor([5.0]))
+
+    assert mean == 5.0 and math.isnan(low) and math.isnan(high)
 
 
 def test_whitening_keeps_the_mean():
