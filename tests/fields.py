@@ -100,6 +100,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "micro": (PPO + READ, SFT + READ, REWARD + READ, "test_update.py::test_a_micro_batch_has_at_most_so_many_rows"),
         "evaluate_every": (PPO + "test_evaluations_come_every_so_many_iterations_and_at_the_end",),
         "checkpoint_every": (PPO + "test_checkpoints_come_every_so_many_iterations_and_at_the_end",),
+        "keep_checkpoints": ("faults/test_resume.py::test_the_newest_checkpoints_stay_and_older_ones_go",),
         "log_every": (PPO + "test_lines_of_metrics_come_every_so_many_iterations_and_are_means",),
         "log": (
             PPO + "test_metrics_go_to_tensorboard_where_it_is_there",
