@@ -20,6 +20,7 @@ REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::"
 
 TURNS, OFF = "test_turns.py::", "test_off_policy.py::"
 COUNTS = OFF + "test_a_token_counts_as_the_config_says"
+BOUNDS = "test_language_constraints.py::"
 
 READ = "test_how_rows_are_read_does_not_change_what_is_learned"
 BY_HAND = PPO + "test_the_loss_of_one_choice_by_hand"
@@ -139,6 +140,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "off_policy_ratio": (COUNTS,),
         "off_policy_low": (COUNTS, OFF + "test_a_band_without_a_width_is_refused"),
         "off_policy_high": (COUNTS, OFF + "test_every_recipe_weighs_what_an_engine_sampled"),
+        "constraint": (
+            BOUNDS + "test_a_spec_that_is_no_part_yet_is_measured_for_its_bound",
+            BOUNDS + "test_a_held_bound_teaches_and_one_that_only_warns_changes_nothing",
+            BOUNDS + "test_a_run_stops_at_a_bound_says_why_and_evaluates_what_it_has",
+        ),
+        "constraint_rate": (BOUNDS + "test_a_held_cost_is_taken_off_each_rows_score",),
+        "constraint_rollbacks": (BOUNDS + "test_a_run_that_may_not_go_back_again_stops",),
         "rows": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "max_new": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "fixed_length": (

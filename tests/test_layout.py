@@ -20,6 +20,7 @@ ROOMS = {  # each loads in a bare torch install
     "value": {"sample", "batch"},
     "objective": {"batch"},
     "update": {"batch", "reduce"},
+    "constrain": {"run/config"},
 }
 ANYTHING_SHARED = {*ROOMS, "run"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes

@@ -2,8 +2,10 @@
 
 import pytest
 
-from understudy import advantage, objective, reduce, update, value
+from understudy import advantage, constrain, objective, reduce, update, value
 from understudy.control import ppo as control
+from understudy.control import stage as control_stage
+from understudy.language import cast as language_cast
 from understudy.language import ppo as language
 
 SHARED = {
@@ -16,6 +18,11 @@ SHARED = {
     "standardize": reduce.standardize,
     "masked_mean": reduce.masked_mean,
 }
+
+
+@pytest.mark.parametrize("name", ["Bounds", "Constraint"])
+def test_both_worlds_hold_to_the_same_bounds(name):
+    assert getattr(control_stage, name) is getattr(language_cast, name) is getattr(constrain, name)
 
 
 @pytest.mark.parametrize("name", SHARED)

@@ -64,10 +64,12 @@ def _summary(run: Any, config: Any, as_json: bool) -> None:
             "episode_return_mean": mean,
             "solved_at": run.solved_at,
         }
-        print(json.dumps(line))
+        print(json.dumps(line | ({} if run.stopped is None else {"stopped": run.stopped})))
         return
     if run.solved_at is not None:
         print(f"Solved after {run.solved_at['steps']:,} steps, {run.solved_at['seconds']:.1f} s from process start.")
+    if run.stopped is not None:
+        print(f"Stopped by a constraint: {run.stopped}.")
     shown = "no episode finished" if mean is None else f"mean return of the last 100 episodes {mean:.1f}"
     print(f"{last['steps']:,} steps, {shown}. Policy: {run.path}/policy  Curve: {run.path}/curve.png")
     print(f"Next: understudy evaluate {run.path}")

@@ -63,11 +63,29 @@ def parse(kind: Any, argv: list[str], start: Any, *, prog: str) -> Any:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=argv, default=start, prog=prog, registry=registry)
+            return tyro.cli(kind, args=gathered(kind, argv), default=start, prog=prog, registry=registry)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise RequestError(_sentence(said.getvalue())) from None
+
+
+def gathered(kind: Any, argv: list[str]) -> list[str]:
+    """The command line with a flag of several values, where it stands several times, as one: --log a --log b, --log a b."""
+    several = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind) if "tuple" in str(field.type)}
+    kept: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = kept
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in several:
+            into = values.setdefault(flag, [])
+            into += [value] if equals else []
+            continue
+        into = kept if word.startswith("--") else into
+        into.append(word)
+    return [*kept, *(word for flag, words in values.items() for word in (flag, *words))]
 
 
 def asks_for_help(argv: list[str]) -> bool:

@@ -50,8 +50,11 @@ def train(argv: list[str]) -> int:
     if as_json:
         line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
         line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
+        line |= {} if run.stopped is None else {"stopped": run.stopped}
         print(json.dumps(line | {name: last[name] for name in last if name == "score_mean" or name == "loss"}))
         return 0
+    if run.stopped is not None:
+        print(f"Stopped by a constraint: {run.stopped}.")
     shown = [f"{name} {last[name]:.4g}" for name in SUMMED if name in last]
     print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {run.path}")
     print(f"Next: understudy evaluate {run.path}")
@@ -244,7 +247,7 @@ def _some(kept: list[Any], cfg: Any) -> list[Any]:
 
 def _held_out_answers(path: Path, cfg: Any, rows: int) -> dict[str, Any]:
     """The policy as it ended beside the reference it was held to, whose digest must be the one the run wrote down."""
-    fields = {"model": str(path), "reference": cfg.reference or cfg.model, "reference_mode": None}
+    fields = {"model": str(path), "reference": cfg.reference or cfg.model, "reference_mode": None, "constraint": ()}
     fields |= {"lora": 0, "train_layers": 0}  # nothing learns
     cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:

@@ -53,6 +53,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
             rate = run.schedule()
             traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
             paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
+            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             ends = traj.terminated, traj.truncated, traj.mask
             advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)  # 4 advantage

@@ -87,6 +87,7 @@ class Walker:
         self.noise: Tensor | None = None
         self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
         self.now: Tree = None
+        self.chosen: list[np.ndarray] = []  # which rows chose, in each call of the last record
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
     def reset(self) -> None:
@@ -216,6 +217,7 @@ class Walker:
             ended += calls[-1].terminated | calls[-1].truncated
         if self.trail is not None and len(self.trail.calls) >= FOLD:
             self.trail.fold()
+        self.chosen = [call.chosen for call in calls]
         return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before))
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:

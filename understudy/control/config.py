@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from understudy.constrain import Constraint
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
 
 
@@ -98,6 +99,12 @@ class Config(Network):
     """Iterations between evaluations, own env and generators, best policy kept under best/; 0 for none."""
     evaluate_episodes: Count = 20
     """Episodes an evaluation takes."""
+    constraint: tuple[str, ...] = ()
+    """Bounds on an episode's mean sum of a number in info: cost<=25, then :hold (default), :warn, :stop or :rollback."""
+    constraint_rate: Positive = 0.1
+    """How fast a held bound's multiplier follows: added an iteration for every unit that the mean is outside."""
+    constraint_rollbacks: Whole = 3
+    """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     stop_at_return: float | None = None
     """End as soon as the mean return of the last 100 episodes reaches this."""
     video: bool = False
@@ -112,6 +119,8 @@ class Config(Network):
 
     def __post_init__(self) -> None:
         check(self)
+        for text in self.constraint:
+            Constraint.parse(text)
         if self.squash == "tanh" and self.exploration == "gsde":
             raise RequestError(
                 "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"

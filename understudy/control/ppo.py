@@ -68,6 +68,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
             surrogate = partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
             traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
             paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
+            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
             metrics = update(  # 5 update

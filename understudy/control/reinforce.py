@@ -60,6 +60,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
             rate = run.schedule()
             traj = run.walker.collect_episodes(run.policy, cfg.episodes)  # 1 sample
             paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
+            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
             objective = partial(

@@ -17,11 +17,14 @@ from typing import Any
 import gymnasium
 import torch
 from gymnasium.vector import VectorEnv
-from torch import nn
+from torch import Tensor, nn
 
+from understudy.batch import Trajectory
+from understudy.constrain import Bounds, Constraint
 from understudy.control import environment
 from understudy.control.collect import Episode, Walker
 from understudy.control.config import Config, Network
+from understudy.control.costs import Costs
 from understudy.control.evaluate import evaluate
 from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
@@ -69,6 +72,8 @@ class Stage:
         self.shuffle = generator(cfg.seed, "shuffle")
         self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.threshold = environment.threshold(walker.envs)
+        found = [Constraint.parse(text) for text in cfg.constraint]
+        self.bounds = Bounds(found, rate=cfg.constraint_rate, rollbacks=cfg.constraint_rollbacks) if found else None
         self.kept: dict[str, Any] = {}
         self.iteration = self.episodes = self.saved = 0
         self.stopped = False
@@ -92,8 +97,17 @@ class Stage:
         """The learning rate of the coming iteration; a linear one is set here, a constant one stays as it is."""
         if self.cfg.learning_rate_schedule == "linear":
             for group in self.optimizer.param_groups:
-                group["lr"] = self.cfg.learning_rate * self.left
+                group["lr"] = self.cfg.learning_rate * self.left * (self.bounds.pace if self.bounds else 1.0)
         return self.optimizer.param_groups[0]["lr"]
+
+    def charge(self, paid: Tensor, traj: Trajectory, bounds: Bounds) -> Tensor:
+        """The pay [B, T] of a record's steps, less what held constraints charge for them at their new multipliers."""
+        costs = self._costs()
+        cost, sums = costs.record(traj, self.walker.chosen)
+        self.kept["costs"] = costs.state
+        means = {name: statistics.fmean(found) for name, found in sums.items() if found}
+        bounds.begin(means, self.policy, self.optimizer)
+        return bounds.charge(paid, cost)
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: count its episodes, log and show it, evaluate and checkpoint when due. Yields its line."""
@@ -123,11 +137,13 @@ class Stage:
         self.episodes += len(self.walker.finished)
         self.window.extend(self.walker.finished)
         self.walker.finished.clear()
-        reached = self._mean_return() if len(self.window) == WINDOW else -math.inf
+        reached = statistics.fmean(e.episode_return for e in self.window) if len(self.window) == WINDOW else -math.inf
         if self.threshold is not None and self.run.solved_at is None and reached >= self.threshold:
             self.run.solved_at = {"steps": self.walker.steps, "seconds": process_seconds()}
             self.run.event("solved", threshold=self.threshold, **self.run.solved_at)
         self.stopped = self.cfg.stop_at_return is not None and reached >= self.cfg.stop_at_return
+        if self.bounds is not None:
+            self._settle(self.bounds)
 
     def note_faults(self) -> None:
         """Move the faults of supervised environments to events.jsonl."""
@@ -135,15 +151,28 @@ class Stage:
         while isinstance(envs, Supervised) and envs.faults:
             self.run.event("env_fault", **dataclasses.asdict(envs.faults.pop(0)))
 
-    def _mean_return(self) -> float:
-        return statistics.fmean(episode.episode_return for episode in self.window)
+    def _settle(self, bounds: Bounds) -> None:
+        """Answer the bounds that this iteration's episodes broke."""
+        self.unlogged[-1] |= bounds.close({}, self.policy, self.optimizer, self._tell)
+        self.run.stopped, self.stopped = bounds.stopped, self.stopped or bounds.stopped is not None
+        self.kept["bounds"] = bounds.state
+
+    def _costs(self) -> Costs:
+        envs: Any = self.walker.envs
+        return envs
+
+    def _tell(self, kind: str, **about: Any) -> None:
+        """An event, which is said too where it is not one of many."""
+        self.run.event(kind, iteration=self.iteration, steps=self.walker.steps, **about)
+        if about.get("response") != "hold":
+            self.progress.say(about["text"])
 
     def _line(self) -> dict[str, Any]:
         """What the iterations since the last line came to."""
         seconds, steps = time.time() - self.train_started, self.walker.steps
         iterations, self.unlogged = self.unlogged, []
         line: dict[str, Any] = {"iteration": self.iteration, "steps": steps, "episodes": self.episodes}
-        line["episode_return_mean"] = self._mean_return() if self.window else None
+        line["episode_return_mean"] = statistics.fmean(e.episode_return for e in self.window) if self.window else None
         line["episode_length_mean"] = statistics.fmean(e.length for e in self.window) if self.window else None
         names = dict.fromkeys(name for metrics in iterations for name in metrics)  # one that only resets has few
         line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
@@ -217,6 +246,11 @@ class Stage:
                 "actions): open episodes begin anew, and this run is no longer the one that was interrupted",
                 file=sys.stderr,
             )
+        if self.bounds is not None and "costs" in self.kept:
+            self._costs().restore(self.kept["costs"])
+        if self.bounds is not None and "bounds" in self.kept:
+            self.bounds.restore(self.kept["bounds"])
+            self.run.stopped = self.bounds.stopped
         self.saved = self.walker.steps
         restore_shared_generators(state["shared_generators"])
         self.run.rewind(self.iteration)
@@ -260,8 +294,12 @@ def open_stage(
     def seed_of(row: int, episode: int) -> int:
         return derive(cfg.seed, "episode", row // group_size, episode)
 
+    def priced(envs: VectorEnv) -> VectorEnv:
+        names = dict.fromkeys(Constraint.parse(text).name for text in cfg.constraint)
+        return Costs(envs, list(names)) if names else envs
+
     def make(*checkpoint: int) -> VectorEnv:
-        return environment.make(
+        made = environment.make(
             cfg.env,
             num_envs=cfg.num_envs,
             vectorization=cfg.vectorization,
@@ -270,6 +308,7 @@ def open_stage(
             wrappers=cfg.wrappers,
             seed=derive(cfg.seed, "envpool", *checkpoint),
         )
+        return priced(made)
 
     forgetful = True  # of a user's own environment nothing is tried out
     if env is None and cfg.vectorization == "supervised":
@@ -282,7 +321,7 @@ def open_stage(
         single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
         check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
         forgetful = forgets(single(), derive(cfg.seed, "preflight"))
-    envs = make() if env is None else environment.adopt(env, seed_of)
+    envs = make() if env is None else priced(environment.adopt(env, seed_of))
     walker = None
     try:
         policy = cast(policy, cfg, envs).to(cfg.device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.batch import Batch, Text, Trajectory
+from understudy.constrain import Bounds, Constraint
 from understudy.language import preflight, stage
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Rollouts
@@ -33,6 +34,8 @@ from understudy.run.config import RequestError
 from understudy.run.store import Resume, write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
 
+OBSERVED = ("score_mean", "score_missing", "kl_reference", "length_mean", "stopped", "distinct_4", "gold_mean")
+"""Metrics of `observe` that a constraint may name."""
 CHARGES = {"k2": kl_k2, "k3": kl_k3, "exact": kl_exact}
 PIECE = 64  # rows a pass without gradient reads at a time
 
@@ -50,6 +53,8 @@ class Cast:
         self.tokenizer: Tokenizer = self.policy.tokenizer
         self.judge = self._judge(cfg.reward, "reward")
         self.gold = self._judge(cfg.gold, "gold") if cfg.gold else None
+        self.measured = self.gold  # and what constraints measure besides
+        self.bounds = self._bounded() if cfg.constraint else None
         self._cast_critic()
         self.reference = self._reference()
         limit_learning(self.policy, cfg)
@@ -68,6 +73,22 @@ class Cast:
         self.texts = self._texts()
         self.optimizer = self._optimizer()
         self.run: Stage
+
+    def judged(self, said: Said) -> Verdict:
+        """What the judges say; under `gold` what is only measured."""
+        verdict = self.judge(said.judged)
+        return verdict if self.measured is None else verdict._replace(gold=self.measured(said.judged))
+
+    def paid(self, verdict: Verdict) -> Tensor:
+        """Scores as they are paid, [B]: less what held constraints charge, at their multipliers of now."""
+        return verdict.score if self.bounds is None else self.bounds.charge(verdict.score, _measured(verdict))
+
+    def constrain(self, verdict: Verdict) -> Tensor:
+        """The same, once the multipliers have followed what these rows come to."""
+        if self.bounds is not None:
+            means = {name: float(part.nanmean()) for name, part in _measured(verdict).items()}
+            self.bounds.begin(means, self.policy, self.optimizer)
+        return self.paid(verdict)
 
     def pretraining(self, first: int, count: int) -> Text | None:
         """The next rows of pretraining text, if any is mixed in."""
@@ -103,8 +124,9 @@ class Cast:
         }
         if len(verdict.parts) > 1:
             metrics |= {f"score_{name}": float(part.nanmean()) for name, part in verdict.parts.items()}
-        if self.gold is not None:
-            metrics["gold_mean"] = float(self.gold(said.judged).score.nanmean())
+        if verdict.gold is not None and self.cfg.gold:
+            metrics["gold_mean"] = float(verdict.gold.score.nanmean())
+        metrics |= self.run.settle(metrics)
         self._write_samples(said, verdict, batch, reward, kl)
         return metrics
 
@@ -153,6 +175,35 @@ class Cast:
 
         given: list[Any] = [getattr(spec, "call", spec) for spec in specs]
         return Judge.of(given, load_model=load, timeout=self.cfg.reward_timeout, field=field)
+
+    def _bounded(self) -> Bounds:
+        """The constraints. What is neither measured already nor a metric is a spec, and is measured beside gold.
+
+        A builtin with an argument is no part by the builtin's name: `length` of a reward `length:40` is the length.
+        """
+        bounds = Bounds(
+            [Constraint.parse(text) for text in self.cfg.constraint],
+            rate=self.cfg.constraint_rate,
+            rollbacks=self.cfg.constraint_rollbacks,
+        )
+        judges = [(self.cfg.reward, self.judge), *([(self.cfg.gold, self.gold)] if self.gold else [])]
+        named = [pair for specs, judge in judges for pair in zip(specs, judge.parts, strict=True)]
+        there = {name for spec, name in named if not spec.startswith(f"{name}:")}
+        for one in bounds.constraints.values():
+            if one.response == "hold" and one.name in {*OBSERVED} - there:
+                raise RequestError(
+                    f"constraint is '{one}', and {one.name} is a metric, which no completion can be charged for: "
+                    f"write '{one}:warn', :stop or :rollback"
+                )
+        own = [name for name in bounds.names if name not in {*there, *OBSERVED}]
+        if own:
+            judge = self._judge(own, "constraint")
+            parts = [(name, 0.0, part) for name, (_, part) in zip(own, judge.parts.values(), strict=True)]
+            self.measured = Judge(
+                parts + [(name, *part) for name, part in (self.gold.parts.items() if self.gold else ())]
+            )
+            self.measured.field = "gold"
+        return bounds
 
     def _cast_critic(self) -> None:
         """A separate critic begins as the reward model, where the reward is one that speaks the policy's tokens."""
@@ -226,7 +277,10 @@ def open_cast(
         for text in () if cfg.quiet else map(str, findings):
             print(text, file=sys.stderr)
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps, resume=resume) as run:
-            cast.run = run
+            cast.run, run.bounds = run, cast.bounds
+            if cast.bounds is not None and "bounds" in run.kept:
+                cast.bounds.restore(run.kept["bounds"])
+                run.run.stopped = cast.bounds.stopped
             stage.same_reference(run.run, cast.reference.digest)
             for finding in findings:
                 run.run.event("preflight", check=finding.check, text=str(finding))
@@ -239,7 +293,7 @@ def open_cast(
 
 def close(cast: Cast) -> None:
     """End the judges' workers."""
-    for judge in (cast.judge, cast.gold):
+    for judge in (cast.judge, cast.measured):
         if judge is not None:
             judge.close()
     if cast.reply is not None:
@@ -264,6 +318,11 @@ def reweigh(policy: Policy, said: Said, cfg: Rollouts) -> tuple[Said, Tensor, di
         "kl_sampler": float(masked_mean(record.logprob - own, record.mask)),
     }
     return replace(said, record=replace(record, logprob=own)), weight, metrics
+
+
+def _measured(verdict: Verdict) -> dict[str, Tensor]:
+    """Every part of a verdict by name, [B]; gold's where reward has one of the same name."""
+    return verdict.parts if verdict.gold is None else verdict.parts | verdict.gold.parts
 
 
 def pay(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from understudy.constrain import Constraint
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
 from understudy.score import Cut
 
@@ -157,6 +158,13 @@ class Rollouts(Tuning):
     """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
     turns: Count = 8
     """Turns the policy has at most, where there is a reply."""
+    constraint: tuple[str, ...] = ()
+    """Bounds on a mean over completions: repetition<=0.1, then :hold (default), :warn, :stop or :rollback. Bounded is a part
+    of gold or reward by its name, a metric by its own, or what a spec measures."""
+    constraint_rate: Positive = 0.1
+    """How fast a held bound's multiplier follows: added an iteration for every unit that the mean is outside."""
+    constraint_rollbacks: Whole = 3
+    """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     reward_timeout: Positive = 30.0
     """Seconds a file's function may take for a batch."""
     rows: Count = 64
@@ -228,6 +236,8 @@ class Rollouts(Tuning):
             raise RequestError(
                 f"off_policy_low is {self.off_policy_low}: must be at most off_policy_high, {self.off_policy_high}"
             )
+        for text in self.constraint:
+            Constraint.parse(text)
         if not self.reward:
             raise RequestError("reward is missing: name a reward model's DIR, file.py:function or a builtin")
         problem = self._reference_problem()

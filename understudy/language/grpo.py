@@ -80,7 +80,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             rate = run.schedule()
             said, verdict, equal = sample_groups(run, cast, cfg)  # 1 sample, and judge
             said, weight, weights = reweigh(policy, said, cfg)
-            score = verdict.score + charge_for_length(said, cfg)
+            score = cast.constrain(verdict) + charge_for_length(said, cfg)
             record, reward, referred = pay(said, score, cast.reference, reference_coef, cfg)  # 2 score
             members = torch.arange(cfg.rows, device=policy.device) // cfg.group  # 3 value: what the group scores
             advantage = compare(episode_score(reward, record.mask), members, record.mask.any(dim=1), scale=cfg.scale)
@@ -134,11 +134,12 @@ def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, f
         which = run.next_rows(len(cast.sampler), count)
         seeds_from = first * cfg.group
         said = cast.sampler.collect(cast.policy, [i for i in which for _ in range(cfg.group)], first=seeds_from)
-        verdict = cast.judge(said.judged)
+        verdict = cast.judged(said)
+        paid = cast.paid(verdict)
         asked += count
         for place in range(count):
             rows = slice(place * cfg.group, (place + 1) * cfg.group)
-            score = verdict.score[rows]
+            score = paid[rows]
             found = score[~score.isnan()]
             same = len(found) < 2 or bool((found == found[0]).all())
             (dull if same else kept).append((said, verdict, rows))
@@ -157,9 +158,15 @@ def _gathered(groups: list[tuple[Said, Verdict, slice]], cast: Cast) -> tuple[Sa
     """Groups of several rounds as one."""
     prompts = [prompt for said, _, rows in groups for prompt in said.prompts[rows]]
     completions = [completion for said, _, rows in groups for completion in said.completions[rows]]
-    parts = {name: torch.cat([verdict.parts[name][rows] for _, verdict, rows in groups]) for name in groups[0][1].parts}
-    score = torch.cat([verdict.score[rows] for _, verdict, rows in groups])
-    return cast.sampler.written_down(prompts, completions, cast.policy.device), Verdict(score, parts)
+    verdict = _one_verdict([(verdict, rows) for _, verdict, rows in groups])
+    return cast.sampler.written_down(prompts, completions, cast.policy.device), verdict
+
+
+def _one_verdict(found: list[tuple[Verdict, slice]]) -> Verdict:
+    """Rows of several verdicts as one."""
+    parts = {name: torch.cat([verdict.parts[name][rows] for verdict, rows in found]) for name in found[0][0].parts}
+    golds = [(verdict.gold, rows) for verdict, rows in found if verdict.gold is not None]
+    return Verdict(torch.cat([v.score[rows] for v, rows in found]), parts, _one_verdict(golds) if golds else None)
 
 
 def charge_for_length(said: Said, cfg: Config) -> Tensor:

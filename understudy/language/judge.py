@@ -47,6 +47,8 @@ class Verdict(NamedTuple):
     """[B] float32; nan is missing."""
     parts: dict[str, Tensor]
     """Each part's own score by name, unweighted, [B] float32; nan is missing."""
+    gold: Verdict | None = None
+    """What is measured of the same rows and never paid."""
 
 
 Part = Callable[[Sampled], Tensor]  # -> [B] float32, nan where missing
@@ -55,7 +57,7 @@ Spec = str | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 
 
 class Judge:
-    """A weighted sum of parts. A row with a missing part is missing."""
+    """A weighted sum of parts. A row with a missing part is missing; a part of weight 0 is measured and nothing else."""
 
     def __init__(self, parts: Sequence[tuple[str, float, Part]]) -> None:
         """parts: name, weight, part. The second of a name becomes name_2."""
@@ -113,7 +115,7 @@ class Judge:
             if score.shape != total.shape:
                 raise ValueError(f"part {name!r} gave {tuple(score.shape)}: must be [{len(sampled)}], a score a row")
             found[name] = _finite(score.to("cpu", torch.float32))
-            total = total + weight * found[name]
+            total = total + weight * found[name] if weight else total
             errors += self._count(name, part, found[name])
         self.last_error = next(iter(errors), self.last_error)
         return Verdict(_finite(total), found)

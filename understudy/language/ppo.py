@@ -88,9 +88,10 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             said = cast.sampler.collect(
                 policy, first=run.rows, which=run.next_rows(len(cast.sampler), cfg.rows)
             )  # 1 sample
-            verdict = cast.judge(said.judged)
+            verdict = cast.judged(said)
             said, weight, weights = reweigh(policy, said, cfg)
-            record, reward, referred = pay(said, verdict.score, cast.reference, reference_coef, cfg)  # 2 score
+            paid = cast.constrain(verdict)
+            record, reward, referred = pay(said, paid, cast.reference, reference_coef, cfg)  # 2 score
             old, value = look(policy, record, cfg)  # 3 value
             batch = weigh_up(record, reward, value, old, referred, cfg)  # 4 advantage
             batch = Batch.of(batch, advantage=weight * batch.advantage, mix=cast.pretraining(run.rows, len(batch)))

@@ -60,9 +60,10 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             rate, first = run.schedule(), run.rows * size
             which = [i for i in run.next_rows(len(cast.sampler), cfg.rows // size) for _ in range(size)]
             said = cast.sampler.collect(policy, which, first=first)  # 1 sample
-            verdict = cast.judge(said.judged)
+            verdict = cast.judged(said)
             said, weight, weights = reweigh(policy, said, cfg)
-            record, reward, referred = pay(said, verdict.score, cast.reference, reference_coef, cfg)  # 2 score
+            paid = cast.constrain(verdict)
+            record, reward, referred = pay(said, paid, cast.reference, reference_coef, cfg)  # 2 score
             score = episode_score(reward, record.mask)  # 3 value: a baseline stands for it
             there = record.mask.any(dim=1)
             mean = float(masked_mean(score, there))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from understudy.constrain import Bounds
 from understudy.language.config import Config
 from understudy.language.lora import ADAPTER
 from understudy.language.text import Preference
@@ -39,6 +40,7 @@ class Stage:
     Attributes:
         steps: tokens chosen, or learned from, so far.  rows: sequences so far.
         kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
+        bounds: the run's constraints, where it has any.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Stage:
         self.kept: dict[str, Any] = {}
         self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.shuffle = generator(cfg.seed, "shuffle")
+        self.bounds: Bounds | None = None
         self.iteration = self.steps = self.rows = self.saved = 0
         self.unlogged: list[dict[str, float]] = []
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -66,7 +69,7 @@ class Stage:
     @property
     def on(self) -> bool:
         """Whether another iteration is due."""
-        return self.steps < self.total
+        return self.steps < self.total and self.run.stopped is None
 
     def schedule(self) -> float:
         """Set the learning rates of the coming iteration; that of the first group."""
@@ -77,7 +80,7 @@ class Stage:
         if done < self.cfg.warmup:
             factor *= (done + 1 / max(self.total, 1)) / self.cfg.warmup
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * (self.bounds.pace if self.bounds else 1.0)
         return self.optimizer.param_groups[0]["lr"]
 
     def next_rows(self, size: int, count: int) -> list[int]:
@@ -92,6 +95,21 @@ class Stage:
     def due(self, every: int) -> bool:
         """Whether what happens every so many iterations happens in the one that is now being closed."""
         return bool(every) and (self.iteration + 1) % every == 0
+
+    def settle(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Answer the bounds that this iteration broke, before it is closed; the metrics of them all."""
+        if self.bounds is None:
+            return {}
+        found = self.bounds.close(metrics, self.model, self.optimizer, self._tell)
+        self.run.stopped = self.bounds.stopped
+        self.kept["bounds"] = self.bounds.state
+        return found
+
+    def _tell(self, kind: str, **about: Any) -> None:
+        """An event, which is said too where it is not one of many."""
+        self.run.event(kind, iteration=self.iteration + 1, steps=self.steps, **about)
+        if about.get("response") != "hold":
+            self.progress.say(about["text"])
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: log, show and checkpoint when due. Yields its line."""

@@ -47,6 +47,11 @@ class Progress:
         if not self.quiet and (now or time.monotonic() - self.last >= self.every):
             self._draw(metrics)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the display where there is one."""
+        if not self.quiet:
+            self.console.print(f"understudy: {text}", markup=False, highlight=False, soft_wrap=True)
+
     def _draw(self, metrics: dict[str, Any]) -> None:
         self.last = time.monotonic()
         cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN if name in metrics]

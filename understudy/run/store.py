@@ -33,6 +33,7 @@ class Run:
         path: its directory.  metrics: one dict an iteration, as in metrics.jsonl.
         solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold, or None.
         startup_seconds: from process start to the first step.
+        stopped: why it ended before its steps were done, where a constraint ended it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,6 +41,7 @@ class Run:
         self.metrics: list[dict[str, Any]] = []
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
+        self.stopped: str | None = None
         self.refused = 0  # checkpoints in a row that could not be written
         self.silent = False  # metrics or events that could not be written: said once
         self.lock = _locked(path / "lock")
