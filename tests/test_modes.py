@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import sys
 
 import pytest
@@ -16,11 +17,12 @@ from tests.rehearsed import PPO, furnish, ppo_config, sft_config
 from tests.test_model import ROWS, padded
 from understudy.batch import Text
 from understudy.cli.language import evaluate_run
-from understudy.language import dpo, grpo, ppo, reinforce, sft
+from understudy.language import dpo, grpo, ppo, preflight, rehearsal, reinforce, sft
 from understudy.language.cast import Cast
 from understudy.language.generate import check_cache
 from understudy.language.model import Policy
 from understudy.objective import imitate
+from understudy.resuming import resume
 from understudy.run.config import RequestError
 from understudy.update import update
 
@@ -285,6 +287,14 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(home, tmp_path
         sft.train(sft_config(home, tmp_path / "run", lora=2, lora_targets=("c_attn",)))
 
 
+def test_an_adapter_learns_what_it_is_shown(home, tmp_path):
+    run = sft.train(sft_config(home, tmp_path / "run", lora=4, learning_rate=1e-2, epochs=4, evaluate_every=1))
+
+    first, last = run.metrics[0]["evaluation_loss"], run.metrics[-1]["evaluation_loss"]
+    # nats a token, of log(177) = 5.18; the head stands still at its start, so that no logit gets far from 0
+    assert last < first - 0.15
+
+
 def test_a_seed_decides_an_adapter_and_nothing_else_draws_from_it(home, tmp_path):
     found = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
@@ -481,6 +491,44 @@ def test_a_run_of_any_mode_is_evaluated_against_what_it_started_from(fields, hom
 
     assert evaluate_run([str(run.path), "--rows", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lora": 3, "critic": "top"}, {"train_layers": 1, "critic": "separate"}, {"critic": "top"}], ids=str
+)
+def test_a_run_of_any_mode_that_is_taken_up_again_ends_as_if_it_never_stopped(fields, home, tmp_path):
+    settings = {"learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 9, "steps": 192}
+    run = ppo.train(ppo_config(home, tmp_path / "whole", **settings, **fields))
+    first, *others = sorted((run.path / "checkpoints").iterdir())
+    shutil.copytree(run.path, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "policy")
+    shutil.rmtree(tmp_path / "again" / "adapter", ignore_errors=True)
+
+    resume(tmp_path / "again", checkpoint=first.name)
+
+    files = [
+        file.relative_to(run.path)
+        for name in ("policy", "adapter")
+        for file in run.path.glob(f"{name}/**/*.safetensors")
+    ]
+    assert others and files
+    for file in files:
+        whole, again = (load_file(tmp_path / name / file) for name in ("whole", "again"))
+        assert all(torch.equal(x, again[name]) for name, x in whole.items()), file
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama in half precision"])
+def test_preflight_passes_however_rows_are_read(family, home, tmp_path):
+    model = tiny(family.split()[0])
+    model.resize_token_embeddings(len(rehearsal.tokenizer()))
+    model.save_pretrained(tmp_path)
+    rehearsal.tokenizer().save_pretrained(tmp_path)
+    reading = {"packing": True, "checkpointing": True, "micro": 3, "temperature": 0.7, "reward": score}
+    reading |= {"dtype": "bfloat16"} if "half" in family else {}
+
+    for fields in ({"lora": 4, "critic": "top"}, {"train_layers": 1, "critic": "top", "critic_layers": 2}):
+        cast = Cast(ppo_config(home, tmp_path / "run", model=str(tmp_path), **reading, **fields))
+        assert {finding.check for finding in preflight.check(cast)} <= {"cut share"}
 
 
 # ---- every combination ------------------------------------------------------------------------------------------------
