@@ -262,10 +262,8 @@ def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, e
     with torch.set_grad_enabled(entropy_coef > 0):  # without a coefficient it is only looked at
         entropy = distribution.entropy()
     loss = policy_loss + value_coef * error - entropy_coef * entropy
-    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error}
-    if fee is not None:
-        loss = metrics["loss"] = loss + fee
-        metrics["kl_penalty"] = fee
+    loss, paid = (loss, {}) if fee is None else (loss + fee, {"kl_penalty": fee})
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error} | paid
     metrics[getattr(distribution, "entropy_name", "entropy")] = entropy  # an estimate is called one
     with torch.no_grad():
         return loss, {name: x.detach() for name, x in metrics.items()} | {"kl_old": batch.old.kl(distribution)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -29,6 +30,7 @@ def update(
     prepare: Callable[[Batch], Batch] | None = None,
     steer: Callable[[dict[str, float]], bool] | None = None,
     reshuffle: bool = True,
+    guard: Callable[[FloatingPointError], None] | None = None,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Improve the policy on a record: `epochs` passes over it in shuffled minibatches, one optimizer step each.
@@ -49,35 +51,42 @@ def update(
         prepare: what needs a whole minibatch before it is cut (advantage standardisation).
         steer: sees a minibatch's metrics before its optimizer step; True ends the update without that step.
         reshuffle: draw a new order for every epoch; otherwise one for them all.
+        guard: told of a loss or gradient that is not finite, and then the update is left out: parameters, buffers and
+            optimizer are, bit for bit, what they were before it. Costs a copy of what learns, and of the optimizer, while
+            an update makes more than one step.
         generator: shuffles.
 
     Returns:
         Each metric averaged over the minibatches of the last epoch begun; `grad_norm` before clipping;
-        `optimizer_steps` and `epochs` made.
+        `optimizer_steps` and `epochs` made; of an update that was left out these alone, 0, and `updates_skipped`, 1.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite; the parameters stay as they were before that step.
+        FloatingPointError: without a guard, a loss or gradient is not finite; the parameters stay as they were before
+            that step.
     """
     seen, taken, epoch, order = [], 0, 0, None
-    for epoch in range(1, epochs + 1):
-        if refresh is not None and epoch > 1:
-            record = refresh(record)
-        batch = record if policy.memory else record.steps()
-        if reshuffle or order is None:
-            order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
-        shuffled, seen = batch[order], []
-        for rows in _split(len(batch), minibatches):
-            minibatch = shuffled[rows] if prepare is None else prepare(shuffled[rows])
-            if not minibatch.mask.any():
-                continue
-            metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
-            if steer is not None and steer(_mean([metrics])):
-                return _mean(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
-            metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
-            optimizer.step()
-            taken += 1
-            seen.append(metrics)
-    return _mean(seen) | {"optimizer_steps": taken, "epochs": epoch}
+    before = copy.deepcopy((optimizer, [*policy.buffers()])) if guard and epochs * minibatches > 1 else None
+    try:
+        for epoch in range(1, epochs + 1):
+            record = refresh(record) if refresh is not None and epoch > 1 else record
+            batch = record if policy.memory else record.steps()
+            if reshuffle or order is None:
+                order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
+            shuffled, seen = batch[order], []
+            for rows in _split(len(batch), minibatches):
+                minibatch = shuffled[rows] if prepare is None else prepare(shuffled[rows])
+                if not minibatch.mask.any():
+                    continue
+                metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
+                if steer is not None and steer(_mean([metrics])):
+                    return _mean(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
+                metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
+                optimizer.step()
+                taken += 1
+                seen.append(metrics)
+        return _mean(seen) | {"optimizer_steps": taken, "epochs": epoch}
+    except FloatingPointError as error:
+        return _left_out(error, guard, policy, optimizer, before)
 
 
 def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
@@ -98,14 +107,31 @@ def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: in
 
 def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
     """Clip the groups with a bound of their own apart, the others jointly; the norm of them all before that."""
-    bounds = [(group["params"], group.get("max_grad_norm")) for group in optimizer.param_groups]
-    limits = [(parameters, own) for parameters, own in bounds if own is not None]
-    joint = [p for parameters, own in bounds if own is None for p in parameters]
+    joint = [p for group in optimizer.param_groups if group.get("max_grad_norm") is None for p in group["params"]]
+    limits = [(g["params"], own) for g in optimizer.param_groups if (own := g.get("max_grad_norm")) is not None]
     limits += [(joint, math.inf if max_grad_norm is None else max_grad_norm)] if joint else []
     norm = torch.stack([torch.nn.utils.clip_grad_norm_(*limit) for limit in limits]).norm()
     if not torch.isfinite(norm):
         raise FloatingPointError(f"the gradient's norm is {float(norm)}: lower learning_rate or max_grad_norm")
     return norm
+
+
+@torch.no_grad()
+def _left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
+    """Undo an update that met what is not finite, as the guard wants it: back to `before`, where steps were made since."""
+    if guard is None:
+        raise error
+    if before is not None:
+        twin, buffers = before
+        for group, was in zip(optimizer.param_groups, twin.param_groups, strict=True):
+            for parameter, value in zip(group["params"], was["params"], strict=True):
+                parameter.copy_(value)
+        for buffer, value in zip(policy.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+        optimizer.load_state_dict(twin.state_dict())
+    optimizer.zero_grad(set_to_none=True)
+    guard(error)
+    return {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0}
 
 
 def _split(size: int, parts: int) -> list[slice]:

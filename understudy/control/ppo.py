@@ -83,6 +83,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
                 prepare=standardized if cfg.standardize == "minibatch" else None,
                 steer=partial(steer, run.optimizer, cfg) if cfg.stop_kl or cfg.adapt_learning_rate else None,
                 reshuffle=cfg.reshuffle,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             run.policy.gather(traj)

@@ -77,6 +77,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
                 epochs=1,
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             run.policy.gather(traj)

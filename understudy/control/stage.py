@@ -33,6 +33,7 @@ from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervise
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
 from understudy.run.interrupt import Interrupt
+from understudy.run.guard import Guard, out_of_memory
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
@@ -76,6 +77,7 @@ class Stage:
         self.bounds = Bounds(found, rate=cfg.constraint_rate, rollbacks=cfg.constraint_rollbacks) if found else None
         self.kept: dict[str, Any] = {}
         self.iteration = self.episodes = self.saved = 0
+        self.guard = Guard(self)
         self.stopped = False
         self.window: deque[Episode] = deque(maxlen=WINDOW)
         self.unlogged: list[dict[str, float]] = []
@@ -360,6 +362,10 @@ def open_stage(
             except BaseException as error:
                 said = f"{type(error).__name__}: {environment.first_sentence(error)}"
                 run.event("failed", error=said, traceback=traceback.format_exc())
+            except torch.OutOfMemoryError as error:
+                refusal = out_of_memory(error, run.path, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
+                run.event("failed", error=str(refusal), traceback=traceback.format_exc())
+                raise refusal from error
                 raise
             else:
                 stage.finish()

@@ -71,6 +71,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
                 epochs=1,
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
+                guard=run.guard,
                 micro=cfg.micro or None,
                 generator=run.shuffle,
             )

@@ -103,6 +103,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
                 weigh=weigh,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

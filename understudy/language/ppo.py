@@ -110,6 +110,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
                 prepare=standardized if cfg.standardize == "minibatch" else None,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

@@ -96,6 +96,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

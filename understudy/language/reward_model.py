@@ -73,6 +73,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
             if not run.on:
                 normalize(model, learned, cfg.normalize)
             if kept and (not run.on or run.due(cfg.evaluate_every)):
+                guard=run.guard,
                 found = examine(model, kept)
                 write_json(run.run.path / "evaluation.json", found)
                 metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}

@@ -56,6 +56,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             if kept and (not run.on or run.due(cfg.evaluate_every)):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,14 +17,51 @@ class Sink(Protocol):
 
 
 def open_sinks(names: tuple[str, ...], path: Path, config: dict[str, Any]) -> list[Sink]:
-    """A sink for each of "tensorboard", "wandb", "trackio".
+    """A sink for each of "tensorboard", "wandb", "trackio". One that fails later, or cannot be reached, ends no run.
 
     Raises:
         RequestError: its package is missing.
     """
-    return [
-        {"tensorboard": TensorBoard, "wandb": Tracker, "trackio": Tracker}[name](name, path, config) for name in names
-    ]
+    kinds = {"tensorboard": TensorBoard, "wandb": Tracker, "trackio": Tracker}
+    return [Steady(name, lambda name=name: kinds[name](name, path, config)) for name in names]
+
+
+class Steady:
+    """A sink whose failures are said once, and then passed over: metrics.jsonl has everything.
+
+    Args:
+        make: opens it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self.name, self.failed = name, False
+        self.sink: Sink | None = None
+        try:
+            self.sink = make()
+        except RequestError:
+            raise
+        except Exception as error:  # whatever a tracker raises
+            self._say(error)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        if self.sink is not None:
+            try:
+                self.sink.log(metrics, step)
+            except Exception as error:
+                self._say(error)
+
+    def close(self) -> None:
+        if self.sink is not None:
+            try:
+                self.sink.close()
+            except Exception as error:
+                self._say(error)
+
+    def _say(self, error: Exception) -> None:
+        if not self.failed:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(f"understudy: {self.name} fails ({said}); the run goes on, metrics.jsonl is whole", file=sys.stderr)
+        self.failed = True
 
 
 class TensorBoard:

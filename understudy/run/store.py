@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
+from understudy.run.redact import redact
+from understudy.run.spikes import spikes
 
 try:
     import fcntl
@@ -47,6 +49,7 @@ class Run:
         self.lock = _locked(path / "lock")
 
     @classmethod
+        self.looked = 0  # lines of metrics in which spikes were looked for
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
         """Make the directory and write config.json. An existing run is never written over.
 
@@ -106,7 +109,7 @@ class Run:
         aside = self.path / "metrics.jsonl.part"
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         os.replace(aside, self.path / "metrics.jsonl")
-        self.metrics = kept
+        self.metrics, self.looked = kept, len(kept)
 
     def close(self) -> None:
         """Let another process have the run."""
@@ -145,6 +148,12 @@ class Run:
             self.refused = 0
         except (OSError, checkpoint.Damaged) as error:
             self.refused += 1
+        for spike in spikes(self.metrics, after=self.looked):
+            self.event("spike", **spike)
+        self.looked = len(self.metrics)
+        if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+            self.event("checkpoint_refused", name=name, error="a parameter is not finite")
+            return
             self.event("checkpoint_refused", name=name, error=str(error))
             print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
             if self.refused >= FAILURES:
