@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation supervise clean
+.PHONY: resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -31,6 +31,9 @@ oracles: .venv-oracles/done ## run the peers on stored inputs and rewrite tests/
 
 oracles-trl: .venv-oracles-trl-1.16.0/done .venv-oracles-trl-1.12.0/done ## run TRL on stored inputs and rewrite tests/oracles/trl_*.json
 	for version in 1.16.0 1.12.0; do .venv-oracles-trl-$$version/bin/python tests/oracles/record_trl.py || exit 1; done
+
+resume-peers: .venv/dev .venv-oracles/done .venv-oracles-trl-1.16.0/done ## peers killed and resumed, beside ours: docs/resume-peers.md
+	$(BIN)/python bench/resume_peers.py
 
 solve-time: .venv/dev ## seconds from process start until CartPole is solved, ten seeds
 	$(BIN)/python bench/solve_time.py
