@@ -45,11 +45,11 @@ class Run:
         self.startup_seconds = 0.0
         self.stopped: str | None = None
         self.refused = 0  # checkpoints in a row that could not be written
+        self.looked = 0  # lines of metrics in which spikes were looked for
         self.silent = False  # metrics or events that could not be written: said once
         self.lock = _locked(path / "lock")
 
     @classmethod
-        self.looked = 0  # lines of metrics in which spikes were looked for
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
         """Make the directory and write config.json. An existing run is never written over.
 
@@ -131,7 +131,8 @@ class Run:
     ) -> None:
         """Write model, optimizer and state under checkpoints/NAME, whole or not at all; the newest `keep` stay.
 
-        A disk that refuses is said and noted, and the run goes on; after three refusals in a row it ends.
+        Spikes since the last one are noted in events.jsonl. Parameters that are not finite are not written down. A disk that
+        refuses is said and noted, and the run goes on; after three refusals in a row it ends.
 
         Args:
             save: writes the model into the directory it is given.
@@ -143,17 +144,17 @@ class Run:
             save_file(tensors, aside / "optimizer.safetensors")
             checkpoint.save_state(aside, {"run": state, "optimizer": rest})
 
-        try:
-            checkpoint.write(self.path / "checkpoints", name, everything, keep=keep)
-            self.refused = 0
-        except (OSError, checkpoint.Damaged) as error:
-            self.refused += 1
         for spike in spikes(self.metrics, after=self.looked):
             self.event("spike", **spike)
         self.looked = len(self.metrics)
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
             self.event("checkpoint_refused", name=name, error="a parameter is not finite")
             return
+        try:
+            checkpoint.write(self.path / "checkpoints", name, everything, keep=keep)
+            self.refused = 0
+        except (OSError, checkpoint.Damaged) as error:
+            self.refused += 1
             self.event("checkpoint_refused", name=name, error=str(error))
             print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
             if self.refused >= FAILURES:
