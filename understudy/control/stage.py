@@ -32,8 +32,8 @@ from understudy.control.standing import Trail, Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
-from understudy.run.interrupt import Interrupt
 from understudy.run.guard import Guard, out_of_memory
+from understudy.run.interrupt import Interrupt
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
@@ -76,8 +76,8 @@ class Stage:
         found = [Constraint.parse(text) for text in cfg.constraint]
         self.bounds = Bounds(found, rate=cfg.constraint_rate, rollbacks=cfg.constraint_rollbacks) if found else None
         self.kept: dict[str, Any] = {}
-        self.iteration = self.episodes = self.saved = 0
         self.guard = Guard(self)
+        self.iteration = self.episodes = self.saved = 0
         self.stopped = False
         self.window: deque[Episode] = deque(maxlen=WINDOW)
         self.unlogged: list[dict[str, float]] = []

@@ -68,12 +68,12 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             if not run.on:
                 normalize(model, learned, cfg.normalize)
             if kept and (not run.on or run.due(cfg.evaluate_every)):
-                guard=run.guard,
                 found = examine(model, kept)
                 write_json(run.run.path / "evaluation.json", found)
                 metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}

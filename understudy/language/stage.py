@@ -24,8 +24,8 @@ from understudy.language.lora import ADAPTER
 from understudy.language.text import Preference
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
-from understudy.run.interrupt import Interrupt
 from understudy.run.guard import Guard, out_of_memory
+from understudy.run.interrupt import Interrupt
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
 from understudy.run.sinks import open_sinks
@@ -58,8 +58,8 @@ class Stage:
         self.cfg, self.run, self.model, self.optimizer, self.total = cfg, run, model, optimizer, total
         self.folder, self.progress, self.interrupt = folder, progress, interrupt
         self.kept: dict[str, Any] = {}
-        self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.guard = Guard(self)
+        self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.shuffle = generator(cfg.seed, "shuffle")
         self.bounds: Bounds | None = None
         self.iteration = self.steps = self.rows = self.saved = 0
@@ -222,20 +222,26 @@ def open_stage(
         except GeneratorExit:
             stage.finish()
             raise
+        except torch.OutOfMemoryError as error:
+            refusal = out_of_memory(error, run.path, _smaller(cfg))
+            run.event("failed", error=str(refusal), traceback=traceback.format_exc())
+            raise refusal from error
         except BaseException as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             run.event("failed", error=said, traceback=traceback.format_exc())
             raise
         else:
             stage.finish()
-        except torch.OutOfMemoryError as error:
-            refusal = out_of_memory(error, run.path, _smaller(cfg))
-            run.event("failed", error=str(refusal), traceback=traceback.format_exc())
-            raise refusal from error
         finally:
             for sink in stage.sinks:
                 sink.close()
             run.close()
+
+
+def _smaller(cfg: Config) -> str:
+    """What to ask less of where memory is short, dearest first."""
+    slots = f", slots (now {cfg.slots})" if isinstance(cfg, Rollouts) else ""
+    return f"lower micro (now {cfg.micro or 'all rows at once'}){slots}, or set checkpointing"
 
 
 def same_reference(run: Run, digest: str) -> None:
@@ -244,14 +250,7 @@ def same_reference(run: Run, digest: str) -> None:
     Raises:
         RequestError: a run that goes on would be held to another reference than it began with.
     """
-def _smaller(cfg: Config) -> str:
-    """What to ask less of where memory is short, dearest first."""
-    slots = f", slots (now {cfg.slots})" if isinstance(cfg, Rollouts) else ""
-    return f"lower micro (now {cfg.micro or 'all rows at once'}){slots}, or set checkpointing"
-
-
-    file = run.path / "lineage.json"
-    written = json.loads(file.read_text()).get("reference", digest) if file.exists() else digest
+    written = lineage.read_lineage(run.path).get("reference", digest)
     if written != digest:
         raise RequestError(
             f"reference has the digest {digest[:12]}..., the run began with {written[:12]}...: put back the model it had"

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
-from understudy.run.redact import redact
 from understudy.run.spikes import spikes
 
 try:
