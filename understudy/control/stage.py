@@ -359,13 +359,13 @@ def open_stage(
                 walker.forget()
                 stage.finish(interrupted=True)
                 raise
-            except BaseException as error:
-                said = f"{type(error).__name__}: {environment.first_sentence(error)}"
-                run.event("failed", error=said, traceback=traceback.format_exc())
             except torch.OutOfMemoryError as error:
                 refusal = out_of_memory(error, run.path, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
                 run.event("failed", error=str(refusal), traceback=traceback.format_exc())
                 raise refusal from error
+            except BaseException as error:
+                said = f"{type(error).__name__}: {environment.first_sentence(error)}"
+                run.event("failed", error=said, traceback=traceback.format_exc())
                 raise
             else:
                 stage.finish()

@@ -71,8 +71,8 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
                 epochs=1,
                 minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                guard=run.guard,
                 micro=cfg.micro or None,
+                guard=run.guard,
                 generator=run.shuffle,
             )
             if kept and (not run.on or run.due(cfg.evaluate_every)):
