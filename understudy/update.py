@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -137,8 +136,7 @@ def _left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any
 def _split(size: int, parts: int) -> list[slice]:
     """At most `parts` slices of `size` rows, none empty, their sizes differing by at most one."""
     parts = max(1, min(parts, size))
-    edges = [-(-size * i // parts) for i in range(parts + 1)]
-    return [slice(low, high) for low, high in itertools.pairwise(edges)]
+    return [slice(-(-size * i // parts), -(-size * (i + 1) // parts)) for i in range(parts)]
 
 
 def _pieces(size: int, micro: int) -> list[slice]:

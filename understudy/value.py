@@ -33,6 +33,5 @@ def next_value(value: Tensor, record: Trajectory) -> Tensor:
     chosen = torch.where(mask, column, steps)
     at_or_after = chosen.flip(1).cummin(dim=1).values.flip(1)
     following = torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=steps)
-    right = (column + 1).clamp(max=steps - 1).expand_as(chosen)
-    index = torch.where(record.ended | (following == steps), right, following)
+    index = torch.where(record.ended | (following == steps), (column + 1).clamp(max=steps - 1), following)
     return torch.where(mask, value.gather(1, index), 0.0)
