@@ -47,6 +47,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "update.py": ("test_update.py", OBJECTIVES, TWIN),
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
+    "study/overoptimise.py": ("test_overoptimise.py",),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py",),
