@@ -30,6 +30,7 @@ from understudy.run.seeds import derive
 from understudy.run.store import write_json
 
 LIMIT = 24  # tokens a completion may have
+COMMON = {"quiet": True, "learning_rate_schedule": "cosine", "warmup": 0.1}
 TEMPERATURE = 0.05  # of the made-up people's noisy preferences, in units of the true score
 Said = tuple[list[int], Completion, str]  # the prompt's ids, the completion, both as text
 
@@ -88,33 +89,16 @@ def rehearse(argv: list[str], sizes: Sizes = FULL) -> int:
 def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) -> dict[str, Any]:
     """All stages, each from the directory the one before it left; what came of them, as in OUT/rehearsal.json."""
     began = time.time()
-    torch.set_num_threads(1)
-    _write(out, seed, sizes)
-    common: dict[str, Any] = {"seed": seed, "quiet": True, "minibatch_rows": 64}
-    common |= {"learning_rate_schedule": "cosine", "warmup": 0.1}
-
-    def at(name: str) -> str:
-        return str(out / name)
-
-    say("1 pretraining a base model on the made-up language")
-    # 1e-2 would lower this loss by 0.005 more, and leave weights on which no reward model learns well
-    base = sft.Config(model=at("fresh"), data=at("texts.jsonl"), out=at("base"), learning_rate=3e-3, **common)
-    say(f"  loss {sft.train(base).metrics[-1]['evaluation_loss']:.3f} nats a token")
-
-    say("2 supervised fine-tuning on demonstrations")
-    data = at("demonstrations.jsonl")
-    tuned = sft.Config(model=at("base"), data=data, out=at("sft"), epochs=2, learning_rate=1e-3, **common)
-    say(f"  loss {sft.train(tuned).metrics[-1]['evaluation_loss']:.3f} nats a token")
+    policy = taught(out, seed, sizes, say=say)
 
     say("3 a reward model from noisy preferences between the policy's own sentences")
-    policy = load(out / "sft")
-    pairs = _pairs(policy, sizes.pairs, seed)
-    rows = rehearsal.preferences(pairs, temperature=TEMPERATURE, seed=seed)
+    drawn = pairs(policy, sizes.pairs, seed)
+    rows = rehearsal.preferences(drawn, temperature=TEMPERATURE, seed=seed)
     data = str(rehearsal.write_jsonl(rows, out / "preferences.jsonl"))
-    judged = {**common, "epochs": 2, "learning_rate": 3e-3, "minibatch_rows": 32, "held_out": 400}
-    preferred = reward_model.Config(model=at("sft"), data=data, out=at("reward_model"), **judged)
+    judged = {**COMMON, "seed": seed, "epochs": 2, "learning_rate": 3e-3, "minibatch_rows": 32, "held_out": 400}
+    preferred = reward_model.Config(model=str(out / "sft"), data=data, out=str(out / "reward_model"), **judged)
     accuracy = reward_model.train(preferred).metrics[-1]["evaluation_accuracy"]
-    ceiling = statistics.fmean(_certainty(*pair) for pair in pairs)
+    ceiling = statistics.fmean(_certainty(*pair) for pair in drawn)
     say(f"  accuracy {accuracy:.3f} on held-out pairs; the noise allows {ceiling:.3f}")
 
     say("4 PPO with a critic and a KL to the SFT policy")
@@ -129,6 +113,27 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) 
     found |= {"reward_model_accuracy": accuracy, "reward_model_ceiling": ceiling, "seconds": time.time() - began}
     write_json(out / "rehearsal.json", found)
     return found
+
+
+def taught(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) -> Policy:
+    """The policy after pretraining and fine-tuning, in OUT/sft; data and the fresh model are written first."""
+    torch.set_num_threads(1)
+    _write(out, seed, sizes)
+    common: dict[str, Any] = {**COMMON, "seed": seed, "minibatch_rows": 64}
+
+    def at(name: str) -> str:
+        return str(out / name)
+
+    say("1 pretraining a base model on the made-up language")
+    # 1e-2 would lower this loss by 0.005 more, and leave weights on which no reward model learns well
+    base = sft.Config(model=at("fresh"), data=at("texts.jsonl"), out=at("base"), learning_rate=3e-3, **common)
+    say(f"  loss {sft.train(base).metrics[-1]['evaluation_loss']:.3f} nats a token")
+
+    say("2 supervised fine-tuning on demonstrations")
+    data = at("demonstrations.jsonl")
+    tuned = sft.Config(model=at("base"), data=data, out=at("sft"), epochs=2, learning_rate=1e-3, **common)
+    say(f"  loss {sft.train(tuned).metrics[-1]['evaluation_loss']:.3f} nats a token")
+    return load(out / "sft")
 
 
 def reinforced(out: Path, seed: int, sizes: Sizes) -> ppo.Config:
@@ -199,6 +204,14 @@ def answers(policy: Policy, prompts: Sequence[str], first: int) -> list[Said]:
     return [(p, c, tokenizer.decode([*p, *c.ids])) for p, c in zip(ids, said, strict=True)]
 
 
+def pairs(policy: Policy, count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Openings with two completions each by the policy."""
+    openings = [row["prompt"] for row in rehearsal.prompts(count, derive(seed, "pairs"))]
+    said = answers(policy, [prompt for prompt in openings for _ in range(2)], derive(seed, "pairs") >> 1)
+    texts = [policy.tokenizer.decode(completion.ids) for _, completion, _ in said]
+    return list(zip(openings, texts[::2], texts[1::2], strict=True))
+
+
 def show(found: dict[str, Any]) -> None:
     """Samples and the table."""
     console = Console(highlight=False)
@@ -227,14 +240,6 @@ def _write(out: Path, seed: int, sizes: Sizes) -> None:
     rehearsal.write_jsonl(texts, out / "texts.jsonl")
     rehearsal.write_jsonl(rehearsal.demonstrations(sizes.demonstrations, seed), out / "demonstrations.jsonl")
     rehearsal.write_jsonl(rehearsal.prompts(sizes.openings, seed), out / "openings.jsonl")
-
-
-def _pairs(policy: Policy, count: int, seed: int) -> list[tuple[str, str, str]]:
-    """Openings with two completions each by the policy."""
-    openings = [row["prompt"] for row in rehearsal.prompts(count, derive(seed, "pairs"))]
-    said = answers(policy, [prompt for prompt in openings for _ in range(2)], derive(seed, "pairs") >> 1)
-    texts = [policy.tokenizer.decode(completion.ids) for _, completion, _ in said]
-    return list(zip(openings, texts[::2], texts[1::2], strict=True))
 
 
 def _certainty(prompt: str, first: str, second: str) -> float:
