@@ -50,7 +50,8 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "study/overoptimise.py": ("test_overoptimise.py",),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
-    "language/generate.py": ("test_generate.py",),
+    "language/generate.py": ("test_generate.py", "test_turns.py"),
+    "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
 }
@@ -412,6 +413,33 @@ HAND = [
     Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
     Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),
     Mutant("language/lora.py", "return set(targets) or names", "return names", "an adapter on every layer"),
+    Mutant("language/turns.py", "self.chosen += [False]", "self.chosen += [True]", "what others say is learned from"),
+    Mutant("language/turns.py", "len(ids) >= limit", "len(ids) > limit", "no room is left for the policy"),
+    Mutant("language/turns.py", "if turn < turns - 1 else []", "", "somebody is asked after the last turn"),
+    Mutant("language/turns.py", "starts=[len(row.ids)", "starts=[0", "every turn has the noise of the first"),
+    Mutant("language/turns.py", "            self.stopped = False\n", "", "a row without room counts as ended"),
+    Mutant(
+        "language/turns.py", "self.messages[:-1]], several)", "self.messages], several)", "a turn stands there twice"
+    ),
+    Mutant("language/turns.py", "if answer is not None and row", "if row", "None does not end a row"),
+    Mutant(
+        "language/turns.py", "seed for row in going]", "seed for row in rows[: len(going)]]", "rows take others' seeds"
+    ),
+    Mutant("language/generate.py", "torch.tensor(said.chosen)", "True", "what others say is learned from"),
+    Mutant(
+        "language/generate.py",
+        "torch.manual_seed(hash((seed, start)) if start else seed)",
+        "torch.manual_seed(seed)",
+        "a turn repeats the noise of the first",
+    ),
+    Mutant("language/generate.py", "attention_mask=torch.ones_like(ids),", "", "a pad id in a prompt is not read"),
+    Mutant("language/generate.py", "max_new_tokens=limit - start", "max_new_tokens=limit", "the limit begins anew"),
+    Mutant(
+        "language/generate.py",
+        "torch.tensor(starts, device=noise.device)",
+        "torch.zeros(len(starts), dtype=torch.long, device=noise.device)",
+        "every turn has the noise of the first",
+    ),
     Mutant(
         "language/generate.py",
         "seen = (column <= last)[:, None, None]",

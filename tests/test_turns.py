@@ -297,6 +297,14 @@ def test_messages_are_written_by_the_template_and_earlier_thoughts_stay():
     assert said.completions[0].ids == tokens("hm /think 3+4<|im_end|>" + between + "so 7<|im_end|>")
 
 
+def test_a_template_that_numbers_turns_counts_each_once():
+    template = "{% for m in messages %}{{ loop.index }}{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
+    tool = {"role": "tool", "content": "7"}
+    _, said = chatted(in_turn(tool, tool, None), "x<|im_end|>", "y<|im_end|>", "z<|im_end|>", template=template)
+
+    assert said.completions[0].ids == tokens("x<|im_end|>3t 7<|im_end|>y<|im_end|>5t 7<|im_end|>z<|im_end|>")
+
+
 def test_judges_are_shown_the_turns_of_a_chat_as_messages():
     _, said = chatted(in_turn([{"role": "user", "content": "and?"}], None), "hm<|im_end|>", "7<|im_end|>")
 

@@ -23,6 +23,7 @@ def resume(
     steps: int | None = None,
     env: Any = None,
     policy: Any = None,
+    engine: Any = None,
     **own: Any,
 ) -> Run:
     """Train a run on to its end. One that was interrupted anywhere ends with the bytes of one that was not (CPU, float32).
@@ -33,7 +34,8 @@ def resume(
             beginning where there is none.
         steps: a new total, for a run that is to go on further; schedules then follow it.
         env, policy: control, a user's own objects, where the run began with them; or the id of its environment.
-        own: fields of the config that name code of the user's: wrappers, reward, gold.
+        engine: language, who samples, where the run began with one.
+        own: fields of the config that name code of the user's: wrappers, reward, gold, reply.
 
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
@@ -42,7 +44,8 @@ def resume(
     world, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.{world}.{name.replace('-', '_')}")
     named = own | ({"env": env} if isinstance(env, str) else {})
-    objects = {key: x for key, x in (("env", env), ("policy", policy)) if x is not None and not isinstance(x, str)}
+    given = (("env", env), ("policy", policy), ("engine", engine))
+    objects = {key: x for key, x in given if x is not None and not isinstance(x, str)}
     config = recipe.Config(**fields_of(recipe.Config, fields | named, "config.json") | {"out": str(path)})
     if steps is not None and steps < config.steps:
         raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")

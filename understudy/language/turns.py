@@ -123,7 +123,7 @@ class _Row:
         return Completion(self.ids, self.logprob, self.stopped, self.version, chosen, chat)
 
     def _text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
-        return tokenizer.continued([*self.prompt.ids, *self.ids], ids)
+        return tokenizer.continued(self.prompt.ids, ids)
 
 
 def converse(
