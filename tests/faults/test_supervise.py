@@ -409,21 +409,23 @@ def test_when_the_trainer_is_killed_its_environments_end_even_one_that_hangs():
 
     def train():
         envs = Supervised([Faulty, partial(Faulty, hang)], step_timeout=None)
-        os.write(writer, json.dumps([*envs.call("pid"), envs._nursery.pid]).encode())
+        bystander = supervise._fork(partial(hang, None))  # it outlives the trainer, and holds copies of all its pipes
+        os.write(writer, json.dumps([*envs.call("pid"), envs._nursery.pid, bystander]).encode())
         envs.reset(seed=0)
         while True:
             envs.step(np.zeros(2, dtype=np.int64))
 
     trainer = supervise._fork(train)
-    pids = json.loads(os.read(reader, 1000))
+    *pids, bystander = json.loads(os.read(reader, 1000))
     time.sleep(0.3)  # by now row 1 hangs
     os.kill(trainer, signal.SIGKILL)
     os.waitpid(trainer, 0)
     os.close(reader)
     os.close(writer)
 
-    assert len(pids) == 3
-    assert all(gone(pid) for pid in pids)
+    ended = [gone(pid) for pid in pids]
+    os.kill(bystander, signal.SIGKILL)
+    assert ended == [True] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -485,9 +485,8 @@ def _lone(life: Callable[[], None]) -> tuple[int, IO[bytes]]:
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             return
-        os.setpgid(
-            0, 0
-        )  # a session of its own would be scheduled apart from the trainer (autogroup), at half the speed
+        # no session of its own: that would be scheduled apart from the trainer (Linux's autogroup), at half the speed
+        os.setpgid(0, 0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         faulthandler.enable(words, all_threads=False)
         faulthandler.register(signal.SIGUSR1, words, all_threads=False)
