@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ PEERS = {  # name -> the Python that has it, how it goes on
         "`save_steps`; `GRPOTrainer.train(resume_from_checkpoint=True)`",
     ),
 }
+PEERS["TRL, samples reused"] = PEERS["TRL"]
 TOTAL, SAVED, KILLED = 2048, 1024, 1536  # control: steps in all, at the checkpoint, when it is killed
 UPDATES, SAVED_AT, KILLED_AT = 8, 4, 6  # language: optimizer steps
 
@@ -100,7 +102,7 @@ def stable_baselines3(out: Path, job: str) -> str:
     return digest(model.policy.state_dict())
 
 
-def trl(out: Path, job: str) -> str:
+def trl(out: Path, job: str, **reuse: int) -> str:
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer
@@ -135,6 +137,7 @@ def trl(out: Path, job: str) -> str:
     config = GRPOConfig(
         output_dir=str(out), max_steps=UPDATES, save_steps=SAVED_AT, per_device_train_batch_size=8, num_generations=4,
         max_completion_length=8, seed=1, use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-3,
+        **reuse,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=model,
@@ -144,11 +147,21 @@ def trl(out: Path, job: str) -> str:
         processing_class=tokenizer,
         callbacks=[Killed()],
     )
+    before = digest(dict(model.state_dict()))
     trainer.train(resume_from_checkpoint=True if job == "resume" else None)
-    return digest(dict(model.state_dict()))
+    after = digest(dict(model.state_dict()))
+    assert before != after, "nothing was learned: the comparison would say nothing"
+    return after
 
 
-JOBS = {"Understudy": understudy, "Stable-Baselines3": stable_baselines3, "TRL": trl}
+JOBS = {
+    "Understudy": understudy,
+    "Stable-Baselines3": stable_baselines3,
+    "TRL": trl,
+    "TRL, samples reused": partial(
+        trl, num_iterations=2, steps_per_generation=3
+    ),  # six steps: the checkpoint is within
+}
 
 
 def ask(peer: str, out: Path, job: str) -> str:
@@ -180,8 +193,9 @@ def main() -> None:
         if not python.exists():
             rows.append({"peer": peer, "skipped": f"{python} is missing: `make oracles oracles-trl` makes it"})
             continue
-        packages = {"Understudy": "understudy", "Stable-Baselines3": "stable-baselines3", "TRL": "trl"}
-        version = f"from importlib.metadata import version; print(version({packages[peer]!r}), version('torch'))"
+        packages = {"Understudy": "understudy", "Stable-Baselines3": "stable-baselines3"}
+        package = packages.get(peer, "trl")
+        version = f"from importlib.metadata import version; print(version({package!r}), version('torch'))"
         versions = subprocess.run(
             [str(python), "-c", version], capture_output=True, text=True, check=True
         ).stdout.split()
@@ -210,7 +224,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "SIGKILL after a checkpoint and gone on with as its documentation says; one thread, CPU, float32, one seed. "
         f"Control: PPO on CartPole-v1, 2 copies, {TOTAL} steps, checkpoint at {SAVED}, killed at {KILLED}. TRL: GRPO on a "
         "one-layer Llama, "
-        f"{UPDATES} optimizer steps, checkpoint at {SAVED_AT}, killed after {KILLED_AT}. Ours for language: "
+        f"{UPDATES} optimizer steps, checkpoint at {SAVED_AT}, killed after {KILLED_AT}; once with fresh samples at every "
+        "step, once with samples that serve six steps (num_iterations 2, steps_per_generation 3). Ours checkpoints between "
+        "iterations only, so that no samples are ever half used. Ours for language: "
         "[reliability.md](reliability.md).",
         "",
         "| library | versions | how it goes on | repeats itself | resumed = never interrupted |",
