@@ -133,6 +133,8 @@ def check_action_space(space: gymnasium.Space) -> None:
             f"action_space is {space}, a Box of {space.dtype}, which is not supported: rounding would break the "
             "log-probs; use MultiDiscrete, or a Box of float32"
         )
+    if isinstance(space, spaces.Box) and 0 in space.shape:
+        raise ValueError(f"action_space is {space}, which has no number in it: there is nothing to choose")
     if not isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         raise ValueError(
             f"action_space is {type(space).__name__}, which is not supported: use Discrete, MultiDiscrete, MultiBinary, Box"

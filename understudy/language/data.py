@@ -84,6 +84,10 @@ def _check_text(name: str, cell: Any, chat: bool) -> None:
         raise RequestError(f"{name} is {cell!r}: must be text, or a list of messages")
     if isinstance(cell, list) and not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in cell):
         raise RequestError(f"{name} is {str(cell)[:60]}: each message must be an object with a role and a content")
+    try:
+        "".join([cell] if isinstance(cell, str) else [str(m["content"]) for m in cell]).encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} has half of a surrogate pair, which is no text: mend its encoding") from None
     if isinstance(cell, list) is not chat:
         here, first = ("text", "chat") if chat else ("chat", "text")
         raise RequestError(f"{name} is {here} where the data began with {first}: keep to one in a file")

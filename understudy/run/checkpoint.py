@@ -50,6 +50,8 @@ def write(folder: Path, name: str, save: Callable[[Path], None], *, keep: int) -
         os.rename(aside, final)
     except OSError:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # what it says of a full disk
+            raise OSError(" ".join(str(error).split())) from error
         raise
     sync(folder)
     for old in names(folder)[:-keep]:
