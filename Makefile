@@ -53,6 +53,9 @@ rehearse: .venv/dev ## the rehearsal over five seeds: bench/results/rehearse and
 stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
 	$(BIN)/python bench/stories.py
 
+faults: .venv/dev ## inject every fault of tests/faults/table.py; writes docs/reliability.md
+	$(BIN)/python -m tests.faults.report
+
 ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time limits
 	$(BIN)/python bench/ablation_truncation.py
 

@@ -57,7 +57,8 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "ppo-long-episodes": (  # older than two rollouts, held noise; an end at a rollout's last column: 200 is 25 times 8
         control_ppo,
-        {"env": "Pendulum-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 480, "exploration": "held"},
+        {"env": "Pendulum-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 480, "exploration": "held"}
+        | {"checkpoint_every": 5},
     ),
     "ppo-native": (
         control_ppo,
@@ -237,6 +238,8 @@ def moments(name: str, seed: int, syncs: int, renames: int, steps: int, iteratio
     chosen += [("renamed", n) for n in draw.sample(range(1, renames + 1), 2)]
     chosen += [("step", n) for n in draw.sample(range(2, steps + 1), 3)]
     chosen += [("iteration", n) for n in draw.sample(range(2, iterations + 1), 3)]
+    if name == "ppo-long-episodes":  # resumed 80 steps into an episode; resumed where one has just ended
+        chosen[-2:] = [("iteration", 13), ("iteration", 27)]
     return chosen
 
 

@@ -1,0 +1,318 @@
+"""Faults that are no environment's, no judge's and no update's: disks, clocks, trackers, spikes, odd spaces and prompts."""
+
+import itertools
+import json
+import resource
+import shutil
+import signal
+import sys
+import time
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+import understudy
+from tests.faults import killed, report, table
+from tests.rehearsed import furnish, ppo_config
+from understudy import update as room
+from understudy.control import ppo
+from understudy.language import ppo as language_ppo
+from understudy.run import checkpoint, sinks
+from understudy.run.config import RequestError
+from understudy.run.spikes import spikes
+
+SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
+
+
+def run_of(out, **fields) -> ppo.Config:
+    return ppo.Config(out=str(out), **SMALL | fields)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return furnish(tmp_path_factory.mktemp("home"))
+
+
+# the table itself
+
+
+def test_every_test_of_the_table_is_there():
+    for row in table.ROWS:
+        for test in row.tests:
+            file, name = test.split("::")
+            assert f"def {name}(" in (report.ROOT / file).read_text(), f"{row.name}: {test}"
+
+
+@pytest.mark.parametrize("name", killed.NAMES)
+def test_the_twenty_moments_are_of_the_kinds_that_they_are_said_to_be(name):
+    chosen = killed.moments(name, report.SEED, syncs=30, renames=4, steps=90, iterations=30)
+    kinds = [kind for kind, _ in chosen]
+
+    assert len(chosen) == 20
+    assert sum(kind in ("fsync", "fsynced", "rename", "renamed") for kind in kinds) >= 6
+    assert ("step", 1) in chosen  # before the first checkpoint
+    assert "restore" in kinds and "restored" in kinds
+
+
+def test_long_episodes_are_old_and_at_their_end_when_they_are_to_be(home, tmp_path):
+    """At checkpoint 10, 80 steps of 8 a rollout; at 25, 200 of 200. The kills at 13 and 27 resume there."""
+    recipe, config = killed.configured("ppo-long-episodes", home, tmp_path / "run")
+    lengths, iterations = {}, recipe.iterate(config)
+    for line in iterations:
+        lengths[line["iteration"]] = iterations.gi_frame.f_locals["run"].walker.lengths.tolist()
+
+    assert config.checkpoint_every == 5
+    assert lengths[10] == [80, 80] and lengths[25] == [0, 0]
+    assert {("iteration", 13), ("iteration", 27)} < set(killed.moments("ppo-long-episodes", 1, 30, 4, 90, 30))
+
+
+# the disk
+
+
+def test_files_that_may_not_grow_end_the_run_in_a_sentence_and_leave_no_part_of_a_checkpoint(tmp_path):
+    """A real refusal by the system, not a hook: files of this process may not have more than 5000 bytes."""
+
+    def small() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        try:
+            ppo.train(run_of(tmp_path / "run", checkpoint_every=1))
+        except OSError as error:
+            (tmp_path / "said").write_text(str(error))
+            sys.exit(3)
+
+    assert killed.in_fork(small) == 3
+    assert "3 checkpoints in a row could not be written" in (tmp_path / "said").read_text()
+    assert "understudy resume" in (tmp_path / "said").read_text()
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert killed.resumed(tmp_path / "run") == 0
+    assert checkpoint.names(tmp_path / "run/checkpoints")
+
+
+@pytest.mark.parametrize("where", ["a file", "under a file", "/proc"])
+def test_a_directory_that_cannot_be_made_is_refused_before_anything_is_learned(where, tmp_path):
+    (tmp_path / "file").write_text("")
+    out = {"a file": tmp_path / "file", "under a file": tmp_path / "file/run", "/proc": "/proc/run"}[where]
+
+    with pytest.raises(RequestError, match=r"out is .* which cannot be made"):
+        ppo.train(run_of(out))
+
+
+def test_a_directory_that_vanishes_is_made_again_at_the_next_checkpoint(tmp_path, capsys):
+    iterations = ppo.iterate(run_of(tmp_path / "run", checkpoint_every=3))
+    next(iterations)
+    shutil.rmtree(tmp_path / "run")
+    list(iterations)
+
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert found is not None and found.name == "000006" and not wrong
+    assert understudy.load(tmp_path / "run")
+
+
+# the clock
+
+
+@pytest.mark.parametrize("jump", [-86400.0, 86400.0])
+def test_a_clock_that_jumps_changes_no_byte(jump, tmp_path, monkeypatch):
+    ppo.train(run_of(tmp_path / "whole", checkpoint_every=2))
+    now, calls = time.time, 0
+
+    def jumping() -> float:
+        nonlocal calls
+        calls += 1
+        return now() + (jump if calls > 6 else 0.0)
+
+    monkeypatch.setattr(time, "time", jumping)
+    ppo.train(run_of(tmp_path / "run", checkpoint_every=2))
+
+    assert calls > 6
+    assert killed.digests(tmp_path / "run") == killed.digests(tmp_path / "whole")
+
+
+# trackers
+
+
+class Outage:
+    """A tracker that fails where it is told to."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.fail("opening")
+
+    def fail(self, where: str) -> None:
+        if where == self.where:
+            raise ConnectionError("503\nservice unavailable")
+
+    def log(self, metrics, step) -> None:
+        self.fail("logging")
+
+    def close(self) -> None:
+        self.fail("closing")
+
+
+@pytest.mark.parametrize("where", ["opening", "logging", "closing"])
+@pytest.mark.parametrize("world", ["control", "language"])
+def test_a_tracker_that_fails_is_said_once_and_ends_no_run(world, where, home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sinks, "Tracker", lambda name, path, config: Outage(where))
+    if world == "control":
+        run, plain = (ppo.train(run_of(tmp_path / n, log=x)) for n, x in (("run", ("wandb",)), ("plain", ())))
+    else:
+        configs = (ppo_config(home, tmp_path / n, log=x) for n, x in (("run", ("wandb",)), ("plain", ())))
+        run, plain = map(language_ppo.train, configs)
+
+    assert capsys.readouterr().err.count("wandb fails (ConnectionError: 503 service unavailable)") == 1
+    assert killed.digests(run.path) == killed.digests(plain.path)
+
+
+# spikes
+
+
+@pytest.mark.parametrize("metric", ["loss", "grad_norm"])
+@pytest.mark.parametrize("lasts", [1, 5])
+@pytest.mark.parametrize("at", [30, 150])
+def test_a_spike_is_found_in_every_line_it_lasts(metric, lasts, at):
+    draw = np.random.default_rng(0)
+    value = 1 + 0.1 * draw.standard_normal(200)
+    value[at : at + lasts] *= 100
+    lines = [{"iteration": i + 1, "loss": 1.0, "grad_norm": 1.0, metric: x} for i, x in enumerate(value.tolist())]
+
+    found = spikes(lines)
+
+    assert [(spike["iteration"], spike["metric"]) for spike in found] == [(at + 1 + i, metric) for i in range(lasts)]
+    assert all(spike["median"] == pytest.approx(1, abs=0.1) for spike in found)
+
+
+def test_a_spike_is_held_against_the_lines_before_it_alone():
+    # median 2 of 1, 2, 3 seven times over; deviations |x - 2| are 1, 0, 1: MAD 1; 2 + 10 * 1.4826 = 16.826
+    lines = [{"iteration": i, "loss": float(i % 3 + 1)} for i in range(21)]
+
+    assert spikes([*lines, {"iteration": 21, "loss": 16.8}]) == []
+    (found,) = spikes([*lines, {"iteration": 21, "loss": 16.9}])
+    assert found == {"iteration": 21, "metric": "loss", "value": 16.9, "median": 2, "deviation": pytest.approx(1.4826)}
+
+
+def test_before_twenty_lines_nothing_is_a_spike_and_what_is_missing_is_no_line():
+    lines = [{"iteration": i, "loss": 1.0 + i % 2} for i in range(19)] + [{"iteration": 19, "loss": None}]
+    lines += [{"iteration": 20, "loss": float("nan")}, {"iteration": 21}]
+
+    assert spikes([*lines, {"iteration": 22, "loss": 1e9}]) == []
+    assert len(spikes([*lines, {"iteration": 22, "loss": 1.0}, {"iteration": 23, "loss": 1e9}])) == 1
+
+
+@pytest.mark.parametrize("count", [90, 260, 5000])
+def test_lines_looked_at_in_pieces_give_what_they_give_at_once(count):
+    draw = np.random.default_rng(1)
+    value = draw.standard_normal(count) * (1 + 40 * (draw.random(count) > 0.97))
+    lines = [{"iteration": i, "loss": x} for i, x in enumerate(value.tolist())]
+    cuts = [0, 17, 31, 40, count // 2, count]
+
+    pieces = [spike for low, high in itertools.pairwise(cuts) for spike in spikes(lines[:high], after=low)]
+
+    assert pieces == spikes(lines) and len(pieces) > 0
+
+
+def test_spikes_of_a_run_are_events_and_change_nothing(tmp_path, monkeypatch):
+    clip, calls = room._clip, 0
+
+    def hundredfold(optimizer, bound):
+        nonlocal calls
+        calls += 1
+        if calls == 100:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad *= 1000
+        return clip(optimizer, bound)
+
+    monkeypatch.setattr(room, "_clip", hundredfold)
+    run = ppo.train(run_of(tmp_path / "run", steps=16 * 30, minibatches=4))
+
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [(e["iteration"], e["metric"]) for e in events if e["kind"] == "spike"] == [(25, "grad_norm")]
+    assert run.metrics[-1]["steps"] == 480
+
+
+# action spaces
+
+
+class Acts(gymnasium.Env):
+    """Episodes of five steps; whatever is done must be in its space."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, action_space) -> None:
+        self.action_space, self.now = action_space, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(np.asarray(action) if isinstance(self.action_space, spaces.Box) else action)
+        self.now += 1
+        return np.zeros(2, np.float32), 1.0, self.now == 5, False, {}
+
+
+EDGES = {
+    "Discrete from 3": (spaces.Discrete(4, start=3), True),
+    "Discrete below 0": (spaces.Discrete(2, start=-1), True),
+    "one action": (spaces.Discrete(1), True),
+    "MultiDiscrete": (spaces.MultiDiscrete([2, 5]), True),
+    "MultiDiscrete in a square": (spaces.MultiDiscrete([[2, 3], [4, 5]]), True),
+    "MultiBinary": (spaces.MultiBinary(3), True),
+    "an unbounded Box": (spaces.Box(-np.inf, np.inf, (2,)), True),
+    "a half-bounded Box": (spaces.Box(np.array([0, -1], np.float32), np.array([np.inf, 1], np.float32)), True),
+    "a Box of float64": (spaces.Box(-1, 1, (2, 2), np.float64), True),
+    "a Box of no dimension": (spaces.Box(-1, 1, ()), True),
+    "a Box of whole numbers": (spaces.Box(0, 5, (2,), np.int64), False),
+    "a Box of no number": (spaces.Box(-1, 1, (0,)), False),
+    "Dict": (spaces.Dict({"a": spaces.Discrete(2)}), False),
+    "Tuple": (spaces.Tuple([spaces.Discrete(2)]), False),
+    "Text": (spaces.Text(5), False),
+    "Sequence": (spaces.Sequence(spaces.Discrete(2)), False),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_an_action_space_at_the_edge_is_learned_in_or_refused_before_there_is_a_run(name, tmp_path):
+    space, learned = EDGES[name]
+    config = run_of(tmp_path / "run", env="acts", num_envs=1, steps=16)
+    if learned:
+        run = ppo.train(config, env=Acts(space))
+        assert run.metrics[-1]["optimizer_steps"] > 0
+        assert all(p.isfinite().all() for p in understudy.load(run.path).parameters())
+    else:
+        with pytest.raises((RequestError, ValueError), match="action_space is"):
+            ppo.train(config, env=Acts(space))
+        assert not (tmp_path / "run").exists()
+
+
+# prompts and completions
+
+
+ODD = {
+    "special tokens": ("<s> </s> the old", True),
+    "an unknown word": ("zzz", True),
+    "a null character": ("the \x00 old", True),
+    "words right to left": ("\u202ethe old", True),
+    "a lone surrogate": ("the \ud800 old", False),
+    "empty": ("", False),
+    "more than the context": ("the " * 2000, False),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_prompts_are_read_or_refused_with_their_row(kind, home, tmp_path):
+    prompt, read = ODD[kind]
+    rows = [{"prompt": "the old"}, {"prompt": prompt}] * 2
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = ppo_config(home, tmp_path / "run", data=str(tmp_path / "rows.jsonl"), steps=20, rows=4, evaluate_rows=1)
+    if read:
+        run = language_ppo.train(config)
+        assert run.metrics[-1]["optimizer_steps"] > 0
+    else:
+        with pytest.raises(RequestError, match="row 2"):
+            language_ppo.train(config)
