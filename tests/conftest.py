@@ -1,8 +1,10 @@
 """Every test runs on one thread and without a network: the same numbers everywhere, and no surprise downloads."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="understudy-state-")  # the key that tests sign with is no user's
 
 import torch
 

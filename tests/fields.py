@@ -82,6 +82,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             REWARD + "test_checkpointing_is_on_where_it_was_asked_for",
             PPO + READ,
         ),
+        "trust_remote_code": (
+            "faults/test_hostile.py::test_a_model_that_brings_code_is_refused",
+            "faults/test_hostile.py::test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_when_a_run_does",
+        ),
         "packing": (
             MODEL + "test_log_probs_are_the_models_own_on_rows_without_padding",
             PPO + READ,

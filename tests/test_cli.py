@@ -221,7 +221,10 @@ def test_evaluate_gives_the_same_returns_every_time(here, capsys):
 def test_evaluate_imports_no_code_that_only_the_run_names(here, capsys):
     flags = ["--env", "badly_behaved:Plain", "--steps", "32", "--out", "run", *SMALL]
     assert main(["control", "ppo", *flags]) == 0
+    assert main(["evaluate", "run", "--episodes", "2"]) == 0  # the user's own run, the code as it was
     capsys.readouterr()
+    lineage = Path("run/lineage.json")
+    lineage.write_text(lineage.read_text().replace('"signature": "', '"signature": "0'))  # somebody else's
 
     refused(capsys, ["evaluate", "run"], 2, "badly_behaved:Plain", "--env")
     assert main(["evaluate", "run", "--env", "badly_behaved:Plain", "--episodes", "2"]) == 0

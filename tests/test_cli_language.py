@@ -238,6 +238,8 @@ def test_a_reference_that_is_not_the_runs_is_refused(here, capsys):
 
 def test_code_that_only_the_run_names_is_not_run_by_evaluate(here, capsys):
     assert main(ppo("--out", "rl", "--held-out", "4", reward=("mine.py:ones",))) == 0
+    assert main(["evaluate", "rl", "--rows", "4"]) == 0  # the user's own run, the code as it was
+    Path("mine.py").write_text(Path("mine.py").read_text() + "\n")
     capsys.readouterr()
 
     refused(capsys, ["evaluate", "rl", "--rows", "4"], 2, "mine.py:ones", "--reward")

@@ -26,7 +26,7 @@ ANYTHING_SHARED = {*ROOMS, "run"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes
     "control/networks": {"distribution"},
     "control/collect": {"sample", "batch"},
-    "language/model": {"distribution", "batch", "run/config", "run/store"},
+    "language/model": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
     "language/generate": {"sample", "batch"},
 }
 HOUSES = {  # a folder or file -> the folders and files of ours that all of it may import
@@ -36,7 +36,7 @@ HOUSES = {  # a folder or file -> the folders and files of ours that all of it m
     "doctor": {"run"},
     "studio": {"run"},
     "study": {"run"},
-    "cli": {"__init__", "control", "language", "doctor", "studio", "study", "run"},
+    "cli": {"__init__", "control", "language", "resuming", "doctor", "studio", "study", "run"},
     "resuming": {"control", "language", "run"},
     "__init__": {*ANYTHING_SHARED, "control", "language", "resuming"},
     "__main__": {"cli"},

@@ -95,6 +95,7 @@ def test_a_completion_knows_its_own_tokens(two_turns):
 
     assert completion.ids == [4, STOP, 7, 8, 5, STOP]
     assert completion.own == [4, STOP, 5, STOP]
+    assert completion.messages is None  # that is for chat
     assert Completion([4, STOP], [0.0, 0.0], True, 0).own == [4, STOP]
 
 
@@ -298,11 +299,11 @@ def test_messages_are_written_by_the_template_and_earlier_thoughts_stay():
 
 
 def test_a_template_that_numbers_turns_counts_each_once():
-    template = "{% for m in messages %}{{ loop.index }}{{ m.role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
+    template = "{% for m in messages %}{{ loop.index }}{{ messages[1].role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
     tool = {"role": "tool", "content": "7"}
     _, said = chatted(in_turn(tool, tool, None), "x<|im_end|>", "y<|im_end|>", "z<|im_end|>", template=template)
 
-    assert said.completions[0].ids == tokens("x<|im_end|>3t 7<|im_end|>y<|im_end|>5t 7<|im_end|>z<|im_end|>")
+    assert said.completions[0].ids == tokens("x<|im_end|>3a 7<|im_end|>y<|im_end|>5a 7<|im_end|>z<|im_end|>")
 
 
 def test_judges_are_shown_the_turns_of_a_chat_as_messages():
@@ -489,6 +490,7 @@ def test_an_evaluation_names_the_reply_itself_and_has_its_turns(home, tmp_path, 
     fields = {"max_new": 24, "steps": 60, "stop": STOPS, "turns": 99, "reply": f"{tool}:silent"}
     tool.write_text(tool.read_text() + "def silent(prompts):\n    return [[] for _ in prompts]\n")
     ppo.train(ppo_config(home, path, **fields))
+    tool.write_text(tool.read_text() + "# not what the run began with\n")
 
     with pytest.raises(RequestError, match=r"names code as its reply .*: name it yourself with --reply"):
         evaluate_run([str(path)])

@@ -7,8 +7,10 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from understudy.run import lineage
 from understudy.run.config import RequestError, fields_of
 from understudy.run.store import Resume, Run, read_config, write_json
+from understudy.run.trust import permit
 
 RECIPES = {
     "control": ("reinforce", "actor-critic", "ppo"),
@@ -46,7 +48,10 @@ def resume(
     named = own | ({"env": env} if isinstance(env, str) else {})
     given = (("env", env), ("policy", policy), ("engine", engine))
     objects = {key: x for key, x in given if x is not None and not isinstance(x, str)}
-    config = recipe.Config(**fields_of(recipe.Config, fields | named, "config.json") | {"out": str(path)})
+    objects_too = {"env"} if env is not None else set()
+    for code in permit(path, fields, given={*named, *objects_too}):
+        importlib.import_module("understudy.control.environment").check_kind(code.field, code.name)
+    config = rebuilt(recipe.Config, fields | named | {"out": str(path)})
     if steps is not None and steps < config.steps:
         raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")
     opened, found = Run.reopen(path, checkpoint)
@@ -55,6 +60,8 @@ def resume(
         about |= {"extended": {"from": config.steps, "to": steps}}
         config = dataclasses.replace(config, steps=steps)
         write_json(path / "config.json", read_config(path) | {"config": fields | {"steps": steps}})
+        if (path / lineage.FILE).exists():
+            lineage.note(path, config=lineage.of_config(fields | {"steps": steps}))
     return recipe.train(config, resume=Resume(opened, found, about), **objects)
 
 
@@ -72,3 +79,15 @@ def described(path: Path) -> tuple[str, str, dict[str, Any]]:
             f"run is '{path}', whose config.json names no recipe of this version: give the directory of a run"
         )
     return world, name, fields
+
+
+def rebuilt(kind: Any, fields: dict[str, Any]) -> Any:
+    """The config that a run's config.json describes.
+
+    Raises:
+        RequestError: it lacks a field, or has one or a value that the recipe does not know.
+    """
+    try:
+        return kind(**fields_of(kind, fields, "config.json"))
+    except (TypeError, AttributeError) as error:
+        raise RequestError(f"config.json does not describe a {kind.__module__} run ({error}): give another") from error

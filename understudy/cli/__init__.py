@@ -24,11 +24,12 @@ One policy-gradient library for agents in environments and language models under
   understudy resume RUN                        go on where it stopped, to the bit; --steps M extends it
   understudy evaluate RUN                      fixed seeds, held-out prompts, intervals
   understudy generate RUN|DIR --prompt TEXT    let a language policy go on; --chat to talk to it
+  understudy lineage RUN                       where this policy comes from; --verify recomputes every digest
   understudy compare RUN RUN ...               interquartile mean, interval, probability of improvement
 
 Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
 """
-VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "compare")
+VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "lineage", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,17 +43,19 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     from understudy.run.config import RequestError
+    from understudy.run.redact import printable, redact
 
     try:
         return _run(argv[0], argv[1:])
     except RequestError as error:
-        print(f"understudy: {error}", file=sys.stderr)
+        print(f"understudy: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("understudy: stopped; `understudy resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
-        print(f"understudy: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        said = printable(redact(" ".join(str(error).split())))
+        print(f"understudy: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
 
 
@@ -83,6 +86,10 @@ def _run(verb: str, argv: list[str]) -> int:
         return _evaluate(argv)
     if verb == "compare":
         return _compare(argv)
+    if verb == "lineage":
+        from understudy.cli.lineage import show
+
+        return show(argv)
     raise RequestError(f"verb is {verb!r}: must be one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
 
 

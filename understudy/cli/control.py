@@ -12,10 +12,13 @@ from typing import Any
 
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
+from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.presets import settings
+from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, fields_of, nearest
-from understudy.run.store import process_seconds, read_config, write_json
+from understudy.run.store import process_seconds, write_json
+from understudy.run.trust import permit
 
 RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}
 
@@ -81,6 +84,7 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--episodes", type=int, default=100, help="episodes (default 100)")
     parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
+    parser.add_argument("--wrappers", nargs="*", help="wrappers, where the run's own name code")
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.parse_args(argv)
@@ -88,12 +92,13 @@ def evaluate_run(argv: list[str]) -> int:
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
     path = Path(args.run)
-    about = read_config(path)
-    recipe = importlib.import_module(f"understudy.control.{RECIPES[about['recipe'].split()[-1]]}")
-    fields = fields_of(recipe.Config, about["config"], "config.json")
-    if args.env is None and (":" in fields["env"] or any(":" in w.split()[0] for w in fields["wrappers"])):
-        raise RequestError(f"run '{path}' names code of its own ({fields['env']}): name it yourself with --env")
-    config = recipe.Config(**(fields | ({"env": args.env} if args.env else {})))
+    _, name, fields = described(path)
+    recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
+    own = {"env": args.env} if args.env else {}
+    own |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
+    for code in permit(path, fields, given=own):
+        check_kind(code.field, code.name)
+    config = rebuilt(recipe.Config, fields | own)
     policy = load(path)
     returns = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
     if args.video:

@@ -19,8 +19,12 @@ from understudy.language.generate import generate
 from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
 from understudy.language.text import Tokenizer
+from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
-from understudy.run.store import process_seconds, read_config, write_json
+from understudy.run.lineage import read_lineage
+from understudy.run.redact import printable
+from understudy.run.store import process_seconds, write_json
+from understudy.run.trust import permit
 
 RECIPES = {
     "sft": "sft",
@@ -124,7 +128,7 @@ def say(argv: list[str]) -> int:
     except RequestError:
         tokenizer = Tokenizer.load(source, fixed_length=True)
     for remark in policy.remarks:
-        print(f"understudy: {remark}", file=sys.stderr)
+        print(f"understudy: {printable(remark)}", file=sys.stderr)
 
     def answer(prompt: Any, seed: int, count: int) -> list[str]:
         ids = tokenizer.encode_prompt(prompt)
@@ -135,7 +139,7 @@ def say(argv: list[str]) -> int:
     if args.chat:
         return _talk(answer, args.seed)
     texts = answer(args.prompt, args.seed, args.count)
-    print(json.dumps({"prompt": args.prompt, "completions": texts}) if args.json else "\n".join(texts))
+    print(json.dumps({"prompt": args.prompt, "completions": texts}) if args.json else "\n".join(map(printable, texts)))
     return 0
 
 
@@ -149,7 +153,7 @@ def _talk(answer: Any, seed: int) -> int:
             return 0
         [said] = answer(turns, seed + len(turns), 1)
         turns.append({"role": "assistant", "content": said})
-        print(said, flush=True)
+        print(printable(said), flush=True)
 
 
 def evaluate_run(argv: list[str]) -> int:
@@ -159,37 +163,28 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--rows", type=int, default=256, help="completions to sample (default 256)")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides; the run's own by default")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
+    )
     parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.parse_args(argv)
     path = Path(args.run)
-    about = read_config(path)
-    recipe = about["recipe"].split()[-1]
+    _, recipe, fields = described(path)
     kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
-    names = {field.name for field in dataclasses.fields(kind)}
-    fields: dict[str, Any] = {
-        n: tuple(x) if isinstance(x, list) else x for n, x in about["config"].items() if n in names
-    }
+    own: dict[str, Any] = {name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None}
+    own |= {"reply": args.reply} if args.reply is not None else {}
+    own |= {"trust_remote_code": True} if args.trust_remote_code else {}
+    permit(path, fields, given=own)
+    own = {name: x for name, x in own.items() if name in kind.__dataclass_fields__}
     if recipe == "sft":
-        found = _held_out_loss(path, sft.Config(**fields))
+        found = _held_out_loss(path, rebuilt(sft.Config, fields | own))
     elif recipe == "reward-model":
-        found = _held_out_accuracy(path, reward_model.Config(**fields))
+        found = _held_out_accuracy(path, rebuilt(reward_model.Config, fields | own))
     elif recipe == "dpo":
-        found = _held_out_pairs(path, dpo.Config(**fields))
+        found = _held_out_pairs(path, rebuilt(dpo.Config, fields | own))
     else:
-        for name in ("reward", "gold"):
-            given = getattr(args, name)
-            if given is None and any(".py:" in spec or spec.startswith("function ") for spec in fields[name]):
-                raise RequestError(
-                    f"run '{path}' names code as its {name} ({fields[name][0]}): name it yourself with --{name}"
-                )
-            fields[name] = fields[name] if given is None else tuple(given)
-        if fields.get("reply") and args.reply is None:
-            raise RequestError(
-                f"run '{path}' names code as its reply ({fields['reply']}): name it yourself with --reply"
-            )
-        fields["reply"] = args.reply
-        found = _held_out_answers(path, kind(**fields), args.rows)
+        found = _held_out_answers(path, rebuilt(kind, fields | own), args.rows)
     write_json(path / "evaluation.json", found)
     samples = found.pop("samples", [])
     if args.json:
@@ -212,7 +207,10 @@ def _held_out_loss(path: Path, cfg: sft.Config) -> dict[str, Any]:
 
 
 def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
-    model = RewardModel.from_pretrained(path / "reward_model", stop=cfg.stop, template=cfg.template)
+    trust = cfg.trust_remote_code
+    model = RewardModel.from_pretrained(
+        path / "reward_model", stop=cfg.stop, template=cfg.template, trust_remote_code=trust
+    )
     _, kept = reward_model.split(model, cfg)
     return reward_model.examine(model, _some(kept, cfg))
 
@@ -228,10 +226,10 @@ def _held_out_pairs(path: Path, cfg: dpo.Config) -> dict[str, Any]:
 
 def _same(found: str, path: Path, cfg: Any) -> None:
     """Refuse a reference that is not the one whose digest the run wrote down."""
-    written = json.loads((path / "lineage.json").read_text())["reference"]
+    written = read_lineage(path).get("reference")
     if found != written:
         raise RequestError(
-            f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({written[:12]}...): "
+            f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({str(written)[:12]}...): "
             "put back the model that the run started from"
         )
 

@@ -20,10 +20,16 @@ def resume_run(argv: list[str]) -> int:
     parser.add_argument("--wrappers", nargs="+", help="wrappers, where the run's own name code")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides, where the run's own name code")
+    parser.add_argument("--reply", help="who speaks between turns, where the run's own names code")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
+    )
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.parse_args(argv)
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
+    own |= {"reply": args.reply} if args.reply else {}
+    own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)
     last = run.metrics[-1]
     if args.json:

@@ -130,6 +130,26 @@ def single(
     return build
 
 
+def check_kind(field: str, name: str) -> None:
+    """Refuse `module:NAME` that is neither an environment or wrapper nor a registered id. It is imported, never called.
+
+    For code that nobody but a run's config names: `os:system` is callable too.
+    """
+    module, _, attribute = name.rpartition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise RequestError(
+            f"{field} is {name!r}: module {module!r} cannot be imported ({error}); install it"
+        ) from error
+    if field == "env" and found is None and attribute in gymnasium.registry:
+        return
+    kinds = (gymnasium.Env, VectorEnv) if field == "env" else (gymnasium.Wrapper, VectorWrapper)
+    if not (isinstance(found, type) and issubclass(found, kinds)):
+        what = "no environment" if field == "env" else "no wrapper"
+        raise RequestError(f"{field} is {name!r}, which is {what}: name one yourself with --{field}")
+
+
 def threshold(envs: VectorEnv) -> float | None:
     """The return at which the environment counts as solved, where it says one."""
     spec = envs.spec or getattr(next(iter(getattr(envs.unwrapped, "envs", [])), None), "spec", None)

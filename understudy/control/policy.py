@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from understudy.control.config import Network
@@ -30,8 +30,12 @@ from understudy.control.spaces import (
     read,
     to_json,
 )
-from understudy.run.config import RequestError
+from understudy.run.checkpoint import Damaged, shapes_of, tensors_of
+from understudy.run.config import RequestError, check
+from understudy.run.store import SCHEMA, read_schema
 from understudy.sample import choose
+
+LAYERS, WIDEST = 64, 2**20  # of a network that a file describes
 
 
 class Policy(nn.Module):
@@ -163,6 +167,7 @@ class Policy(nn.Module):
         """Write `policy.json` and `policy.safetensors` into a directory."""
         path.mkdir(parents=True, exist_ok=True)
         about = {
+            "schema": SCHEMA,
             "world": "control",
             "observation_space": to_json(self.observation_space),
             "action_space": to_json(self.action_space),
@@ -181,39 +186,73 @@ class Policy(nn.Module):
         """Read what `save` wrote. A policy around a network of one's own needs that `network` again.
 
         Raises:
-            RequestError: that network is missing, or the weights do not fit.
+            RequestError: that network is missing, the weights do not fit, or what is there is no policy.
         """
-        about = json.loads((path / "policy.json").read_text())
-        observation_space, action_space = from_json(about["observation_space"]), from_json(about["action_space"])
-        scales = {"scale_obs": about["scale_obs"], "scale_reward": about["scale_reward"]}
-        if network is not None:
-            policy = cls(network, observation_space, action_space, squash=about["squash"], **scales)
-        elif about["network"] is None:
+        about = read_schema(path / "policy.json", f"policy is '{path}', which holds no readable policy.json")
+        if about.get("network") is None and network is None:
             raise RequestError(
                 f"network is missing: {path} holds weights of a network of your own, pass it as network=..."
             )
-        else:
-            made_of = Network(**(about["network"] | {"hidden": tuple(about["network"]["hidden"])}))
-            policy = cls.build(observation_space, action_space, made_of, seed=0, **scales)
+        weights = path / "policy.safetensors"
+        whose = "its policy.json" if network is None else "the network given"
         try:
-            load_weights(policy, load_file(path / "policy.safetensors"))
-        except ValueError as error:
-            whose = "its policy.json" if network is None else "the network given"
-            raise RequestError(f"{path / 'policy.safetensors'} does not fit {whose}: {error}; use its own") from error
+            given = {"scale_obs": bool(about["scale_obs"]), "scale_reward": about["scale_reward"]}
+            found = from_json(about["observation_space"]), from_json(about["action_space"])
+            if network is None:
+                made_of = _sizes(about["network"])
+                with torch.device("meta"):  # no file is believed about sizes that its own weights do not have
+                    same_shapes(shapes_of(weights), cls.build(*found, made_of, seed=0, **given))
+                policy = cls.build(*found, made_of, seed=0, **given)
+            else:
+                policy = cls(network, *found, squash=about["squash"], **given)
+                same_shapes(shapes_of(weights), policy)
+        except Damaged as error:
+            raise RequestError(f"policy is '{path}', and {error}: give the directory of a run") from error
+        except Unfit as error:
+            raise RequestError(f"{weights} does not fit {whose}: {error}; use its own") from error
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+            raise RequestError(
+                f"policy is '{path}', whose policy.json describes none ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:120]}): give the directory of a run"
+            ) from error
+        load_weights(policy, tensors_of(weights))
         return policy
+
+
+class Unfit(ValueError):
+    """Weights of other names or shapes than the policy's."""
+
+
+def _sizes(data: dict[str, Any]) -> Network:
+    """The network that a file describes, its values checked; how many layers it has, too."""
+    if len(data["hidden"]) > LAYERS:
+        raise ValueError(f"hidden has {len(data['hidden']):,} layers: at most {LAYERS} are read")
+    made_of = Network(**(data | {"hidden": tuple(data["hidden"])}))
+    check(made_of)
+    if max((*made_of.hidden, made_of.memory_size)) > WIDEST:
+        raise ValueError(f"hidden is {made_of.hidden}, memory_size {made_of.memory_size}: at most {WIDEST} is read")
+    return made_of
+
+
+def same_shapes(shapes: dict[str, tuple[int, ...]], policy: Policy) -> None:
+    """Refuse weights of these names and shapes where the policy's are others.
+
+    Raises:
+        Unfit: they are.
+    """
+    own = {name: tuple(x.shape) for name, x in policy.state_dict().items()}
+    apart = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
+    if apart:
+        raise Unfit(f"{', '.join(apart[:8])} differ")
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
     """Put weights into a policy.
 
     Raises:
-        ValueError: names or shapes differ.
+        Unfit: names or shapes differ.
     """
-    own = policy.state_dict()
-    apart = sorted(weights.keys() ^ own.keys())
-    apart += [name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-    if apart:
-        raise ValueError(f"{', '.join(apart)} differ")
+    same_shapes({name: tuple(x.shape) for name, x in weights.items()}, policy)
     policy.load_state_dict(weights)
 
 
@@ -224,6 +263,8 @@ def policy_path(path: Path, field: str) -> Path:
         RequestError: neither holds a policy.
     """
     for candidate in (path, path / "policy"):
+        if candidate != path and candidate.is_symlink():
+            raise RequestError(f"{field} is '{path}', whose policy is a link: name the directory it leads to")
         if (candidate / "policy.json").is_file() and (candidate / "policy.safetensors").is_file():
             return candidate
     raise RequestError(f"{field} is '{path}', which holds no policy: give the directory of a run, or its policy/")

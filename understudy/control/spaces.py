@@ -6,6 +6,8 @@ A plain observation space gives one Tensor, [B, ...]; Dict and Tuple spaces, nes
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,8 @@ from torch import Tensor
 
 MASK = "action_mask"
 PLAIN = "obs"
+LARGEST = 2**24
+"""Entries of a space that is read from a file, all its leaves together: sixteen megapixels."""
 
 
 def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnasium.Space]]:
@@ -182,13 +186,39 @@ def to_json(space: gymnasium.Space) -> dict[str, Any]:
 
 
 def from_json(data: dict[str, Any]) -> gymnasium.Space:
-    """The space that `to_json` wrote."""
+    """The space that `to_json` wrote.
+
+    Raises:
+        ValueError: it is none of ours, or too large to be one. Of what is no such data at all, KeyError or TypeError.
+    """
+    if (size := _size(data)) > LARGEST:
+        raise ValueError(f"a space of {size:,} entries is more than the {LARGEST:,} that are read")
+    return _from_json(data)
+
+
+def _size(data: dict[str, Any]) -> int:
+    """How many numbers a space holds, or how wide it is one-hot: told before anything of that size is made."""
+    kind = data["kind"]
+    if kind in ("Dict", "Tuple"):
+        inner = data["spaces"]
+        return len(inner) + sum(map(_size, inner.values() if kind == "Dict" else inner))
+    if kind == "Box":
+        return math.prod(map(operator.index, data["shape"]))
+    if kind == "Discrete":
+        return operator.index(data["n"])
+    if kind == "MultiDiscrete":
+        return int(np.sum(np.abs(np.array(data["nvec"], np.float64))))
+    sizes = data["n"]
+    return math.prod(sizes) if isinstance(sizes, list) else operator.index(sizes)
+
+
+def _from_json(data: dict[str, Any]) -> gymnasium.Space:
     kind = data["kind"]
     if kind == "Dict":
         # pairs, for Dict sorts a dict, and a space may not be sorted: its order is that of the weights
-        return spaces.Dict([(name, from_json(inner)) for name, inner in data["spaces"].items()])
+        return spaces.Dict([(name, _from_json(inner)) for name, inner in data["spaces"].items()])
     if kind == "Tuple":
-        return spaces.Tuple([from_json(inner) for inner in data["spaces"]])
+        return spaces.Tuple([_from_json(inner) for inner in data["spaces"]])
     if kind == "Box":
         dtype = np.dtype(data["dtype"])
         low, high = (np.broadcast_to(np.array(data[bound], dtype), data["shape"]) for bound in ("low", "high"))

@@ -30,6 +30,7 @@ from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
 from understudy.control.standing import Trail, Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
+from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
@@ -328,11 +329,13 @@ def open_stage(
     try:
         policy = cast(policy, cfg, envs).to(cfg.device)
         made = (optimizer or adam)(policy, cfg)
+        came = [] if cfg.init is None else [lineage.link("init", policy_path(Path(cfg.init), "init"))]
         if resume is None:
             description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
             run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description)
         else:
             run = resume.run
+        lineage.begin(run.path, f"control {recipe}", to_json(cfg), came if resume is None else [])
         walker = Walker(
             envs,
             seed_of=seed_of,

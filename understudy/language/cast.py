@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from understudy.batch import Batch, Text, Trajectory
 from understudy.constrain import Bounds, Constraint
 from understudy.language import preflight, stage
+from understudy.language.ancestry import as_declared
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Rollouts
 from understudy.language.evaluate import evaluate
@@ -30,7 +31,9 @@ from understudy.language.top import below
 from understudy.language.turns import Reply
 from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
 from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
+from understudy.run import lineage
 from understudy.run.config import RequestError
+from understudy.run.redact import printable, redact
 from understudy.run.store import Resume, write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
 
@@ -163,11 +166,18 @@ class Cast:
             lines.append(json.dumps(line, ensure_ascii=False))
         path = self.run.run.path / "samples" / f"{self.run.iteration + 1:06d}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        path.write_text(redact("\n".join(lines)) + "\n", encoding="utf-8")
 
     def _judge(self, specs: Sequence[str], field: str) -> Judge:
         def load(source: str) -> Part:
-            model = load_reward_model(home(source, "reward_model")).to(self.cfg.device).requires_grad_(False).eval()
+            trusted = {"trust_remote_code": self.cfg.trust_remote_code}
+            model = (
+                load_reward_model(home(source, "reward_model"), **trusted)
+                .to(self.cfg.device)
+                .requires_grad_(False)
+                .eval()
+            )
+            as_declared(home(source, "reward_model"), model.tokenizer)
             part = model.part(self.tokenizer)
             if field == "reward":
                 self.models[source] = model, part
@@ -218,6 +228,7 @@ class Cast:
             return Reference(self.policy, shared=self._never_learning())
         given = self.cfg.reference
         alike = {"dtype": self.policy.model.dtype, "packing": self.cfg.packing, "temperature": self.cfg.temperature}
+        alike["trust_remote_code"] = self.cfg.trust_remote_code
         try:
             other = Policy.from_pretrained(home(given, "policy"), **alike)
         except RequestError as error:
@@ -275,7 +286,7 @@ def open_cast(
     try:
         findings = preflight.check(cast) if cfg.preflight and resume is None else []
         for text in () if cfg.quiet else map(str, findings):
-            print(text, file=sys.stderr)
+            print(printable(text), file=sys.stderr)
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps, resume=resume) as run:
             cast.run, run.bounds = run, cast.bounds
             if cast.bounds is not None and "bounds" in run.kept:
@@ -284,8 +295,7 @@ def open_cast(
             stage.same_reference(run.run, cast.reference.digest)
             for finding in findings:
                 run.run.event("preflight", check=finding.check, text=str(finding))
-            digests = {f"reward {name}": model.digest for name, (model, _) in cast.models.items()}
-            write_json(run.run.path / "lineage.json", {"reference": cast.reference.digest, **digests})
+            lineage.note(run.run.path, **{f"reward {name}": model.digest for name, (model, _) in cast.models.items()})
             yield run, cast
     finally:
         close(cast)

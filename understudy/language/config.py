@@ -78,6 +78,8 @@ class Config:
     """Of parameters and activations; logits and losses are float32."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
+    trust_remote_code: bool = False
+    """Run code that comes with a model or tokenizer (auto_map); without it such a model is refused."""
     packing: bool = False
     """Read several rows as one, so that little is spent on padding."""
 

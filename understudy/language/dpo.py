@@ -57,7 +57,6 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     optimizer = stage.adamw(cfg, stage.all_of(policy))
     with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total, resume=resume) as run:
         stage.same_reference(run.run, began)
-        write_json(run.run.path / "lineage.json", {"reference": began})
         while run.on:
             rate = run.schedule()
             some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
@@ -107,7 +106,9 @@ def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config
     is the policy as it starts, there is no copy of that.
     """
     given = cfg.reference
-    reference = policy if given is None else Policy.from_pretrained(home(given, "policy")).to(cfg.device)
+    trust = cfg.trust_remote_code
+    other = None if given is None else Policy.from_pretrained(home(given, "policy"), trust_remote_code=trust)
+    reference = policy if other is None else other.to(cfg.device)
     return {name: refer(reference, some) for name, some in data.items()}, digest(reference.model)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError, nearest
 
 ADAPTER = "adapter"
@@ -98,7 +98,12 @@ def base_of(source: str | Path) -> str | None:
     file = Path(source) / CONFIG
     if not file.is_file():
         return None
-    about = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        about = read_json(file, links=True)
+    except Damaged as error:
+        raise RequestError(f"model is '{source}', and {error}: give an adapter in peft's layout") from error
+    if not isinstance(about, dict) or not (Path(source) / WEIGHTS).is_file():
+        raise RequestError(f"model is '{source}', an adapter without {WEIGHTS}, the one form that is read: convert it")
     if about.get("task_type") == "SEQ_CLS":
         raise RequestError(f"model is '{source}', an adapter of a classifier: name the merged model instead")
     base = about.get("base_model_name_or_path")

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
+from understudy.language.files import check_files, check_pickles, check_sizes
 from understudy.language.lora import ADAPTER, Adapter, base_of, merge
 from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
 from understudy.language.top import Top, below, make_top
+from understudy.run.checkpoint import Damaged, tensors_of
 from understudy.run.config import RequestError
-from understudy.run.store import write_json
+from understudy.run.store import SCHEMA, read_schema, write_json
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # a fresh score head is no news
@@ -96,6 +97,7 @@ class Policy(nn.Module):
         packing: bool = False,
         dtype: torch.dtype = torch.float32,
         checkpointing: bool = False,
+        trust_remote_code: bool = False,
     ) -> Policy:
         """The causal LM of a directory or a hub id. Where the directory holds an adapter, it is merged into its base.
 
@@ -105,11 +107,12 @@ class Policy(nn.Module):
             critic_init: the value head begins at 0, or at random with standard deviation 1/sqrt(H + 1).
             packing: put several rows into one when reading, so that little is spent on padding.
             checkpointing: recompute activations in the backward pass (slower, less memory).
+            trust_remote_code: run code that comes with the model. Without it such a model is refused.
 
         Raises:
             RequestError: there is no causal LM there.
         """
-        model = load_model(AutoModelForCausalLM, source, dtype=dtype)
+        model = load_model(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code)
         if checkpointing:
             recompute_activations(model)
         trunk = None
@@ -125,18 +128,25 @@ class Policy(nn.Module):
 
     @classmethod
     def load(cls, path: Path) -> Policy:
-        """What `save` wrote, critic and all."""
-        about = json.loads((path / "understudy.json").read_text())
-        policy = cls.from_pretrained(path, temperature=about["temperature"])
-        if about["critic"] != "none":
-            trunk = None
-            if about["critic"] == "separate":
-                trunk = load_model(AutoModel, path / "critic", dtype=torch.float32)
-            if about["critic"] == "top":
-                trunk = Top(policy.model.base_model, about["critic_layers"])
-                trunk.load_state_dict(load_file(path / "critic" / "top.safetensors"))
-            policy.critic = Critic(width_of(policy.model), trunk)
-            policy.critic.head.load_state_dict(load_file(path / "critic" / "head.safetensors"))
+        """What `save` wrote, critic and all.
+
+        Raises:
+            RequestError: what is there is none of it.
+        """
+        said = f"policy is '{path}', which holds no readable understudy.json"
+        about = read_schema(path / "understudy.json", said)
+        temperature, critic = about.get("temperature"), about.get("critic")
+        if not isinstance(temperature, int | float) or critic not in get_args(CriticKind):
+            raise RequestError(f"{said}: its temperature is {temperature!r}, its critic {critic!r}; give another")
+        policy = cls.from_pretrained(path, temperature=temperature)
+        try:
+            policy.critic = _load_critic(policy.model, critic, about.get("critic_layers", 1), path / "critic")
+        except (Damaged, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, RequestError):
+                raise
+            raise RequestError(
+                f"policy is '{path}', whose critic does not fit it ({' '.join(str(error).split())[:160]}): give another"
+            ) from error
         if (path / "tokenizer_config.json").is_file():
             policy.tokenizer = Tokenizer.load(path, fixed_length=policy.model.generation_config.eos_token_id is None)
         return policy
@@ -154,7 +164,12 @@ class Policy(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save(path)
         shutil.rmtree(path / "critic", ignore_errors=True)
-        about: dict[str, Any] = {"world": "language", "temperature": self.temperature, "critic": "none"}
+        about: dict[str, Any] = {
+            "schema": SCHEMA,
+            "world": "language",
+            "temperature": self.temperature,
+            "critic": "none",
+        }
         if self.critic is not None:
             (path / "critic").mkdir()
             about["critic"] = "shared"
@@ -294,22 +309,52 @@ def _read_packed(trunk: Callable[..., Any], ids: Tensor, needed: list[int]) -> T
     return torch.stack([nn.functional.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
 
 
-def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, **options: Any) -> Any:
+def _load_critic(model: Any, kind: CriticKind, layers: int, path: Path) -> Critic | None:
+    """The critic that `Policy.save` wrote."""
+    if kind == "none":
+        return None
+    trunk = None
+    if kind == "separate":
+        trunk = load_model(AutoModel, path, dtype=torch.float32)
+    if kind == "top":
+        trunk = Top(model.base_model, layers)
+        trunk.load_state_dict(tensors_of(path / "top.safetensors"))
+    critic = Critic(width_of(model), trunk)
+    critic.head.load_state_dict(tensors_of(path / "head.safetensors"))
+    return critic
+
+
+def load_model(
+    kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any
+) -> Any:
     """A model of a directory or hub id; where the directory holds an adapter, its base with that merged into it.
+
+    Weights are read from safetensors alone, and code that comes with the model is run only where that is asked for.
 
     Raises:
         RequestError: none can be loaded from there.
     """
+    check_files(source, trust_remote_code=trust_remote_code)
     if base := base_of(source):
-        model = load_model(kind, base, dtype=dtype, **options)
+        check_files(base, trust_remote_code=trust_remote_code)
+        if base_of(base):
+            raise RequestError(
+                f"model is '{source}', an adapter whose base '{base}' is an adapter too: merge that first"
+            )
+        model = load_model(kind, base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
         return (merge(model[0], source), *model[1:]) if isinstance(model, tuple) else merge(model, source)
+    check_pickles(source)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_sizes(config, source)
         # torch's fused attention knows no soft-cap inside (Gemma 2)
         fused = getattr(config.get_text_config(), "attn_logit_softcapping", None) is None
         options["attn_implementation"] = "sdpa" if fused else "eager"
+        options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
         return kind.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except RequestError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise RequestError(
             f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
             "id in Hugging Face layout"

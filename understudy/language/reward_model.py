@@ -45,7 +45,12 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     torch.manual_seed(cfg.seed)  # a fresh score head is drawn by torch's own generator
     source = home(cfg.model, "reward_model") if home(cfg.model, "policy") == cfg.model else home(cfg.model, "policy")
     model = RewardModel.from_pretrained(
-        source, stop=cfg.stop, template=cfg.template, packing=cfg.packing, checkpointing=cfg.checkpointing
+        source,
+        stop=cfg.stop,
+        template=cfg.template,
+        packing=cfg.packing,
+        checkpointing=cfg.checkpointing,
+        trust_remote_code=cfg.trust_remote_code,
     )
     model.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
     learned, kept = split(model, cfg)

@@ -57,6 +57,7 @@ class RewardModel(nn.Module):
         template: str | None = None,
         packing: bool = False,
         checkpointing: bool = False,
+        trust_remote_code: bool = False,
     ) -> RewardModel:
         """A reward model as saved; or one on the trunk of a causal LM, its score head drawn with std 1/sqrt(H + 1).
 
@@ -67,10 +68,11 @@ class RewardModel(nn.Module):
             RequestError: no model there, or one with more than one output.
         """
         options = {"num_labels": 1, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        options["trust_remote_code"] = trust_remote_code
         model, loading = load_model(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
         if loading["mismatched_keys"]:
             raise RequestError(f"model is '{source}', which gives a text several scores: name one that gives one")
-        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template)
+        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, trust_remote_code)
         if any(name.startswith("score") for name in loading["missing_keys"]):
             nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
             _pad_apart(tokenizer, model)
@@ -145,14 +147,14 @@ def _about(model: Any) -> dict[str, Any]:
     return getattr(model.config, "understudy", None) or {}
 
 
-def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None) -> Tokenizer:
+def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None, trust: bool) -> Tokenizer:
     """The tokenizer with these stop ids, or the model's own; with none where it names none, for plain text needs none."""
     try:
-        return Tokenizer.load(source, stop=tuple(stop), template=template)
+        return Tokenizer.load(source, stop=tuple(stop), template=template, trust_remote_code=trust)
     except RequestError:
         if stop:
             raise
-        return Tokenizer.load(source, fixed_length=True, template=template)
+        return Tokenizer.load(source, fixed_length=True, template=template, trust_remote_code=trust)
 
 
 def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:
@@ -164,13 +166,13 @@ def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:
     model.config.pad_token_id = model.config.get_text_config().pad_token_id = hf.pad_token_id
 
 
-def load_reward_model(source: str) -> RewardModel:
+def load_reward_model(source: str, *, trust_remote_code: bool = False) -> RewardModel:
     """A reward model's directory.
 
     Raises:
         RequestError: what is there is not one.
     """
-    model = RewardModel.from_pretrained(source)
+    model = RewardModel.from_pretrained(source, trust_remote_code=trust_remote_code)
     if getattr(model.model.config, "architectures", None) and not any(
         "SequenceClassification" in name for name in model.model.config.architectures
     ):

@@ -88,9 +88,16 @@ def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Poli
         packing=cfg.packing,
         dtype=getattr(torch, cfg.dtype),
         checkpointing=cfg.checkpointing,
+        trust_remote_code=cfg.trust_remote_code,
         **options,
     )
-    policy.tokenizer = Tokenizer.load(tokens_of(source), stop=cfg.stop, fixed_length=endless, template=cfg.template)
+    policy.tokenizer = Tokenizer.load(
+        tokens_of(source),
+        stop=cfg.stop,
+        fixed_length=endless,
+        template=cfg.template,
+        trust_remote_code=cfg.trust_remote_code,
+    )
     return policy.to(cfg.device)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -19,9 +18,11 @@ import torch
 from torch import nn
 
 from understudy.constrain import Bounds
+from understudy.language import ancestry
 from understudy.language.config import Config, Rollouts
 from understudy.language.lora import ADAPTER
 from understudy.language.text import Preference
+from understudy.run import lineage
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
@@ -206,6 +207,11 @@ def open_stage(
         run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
     else:
         run = resume.run
+    try:
+        ancestry.begin(run, recipe, cfg, model.tokenizer)
+    except RequestError:
+        run.close()
+        raise
     for remark in model.remarks:
         run.event("remark", text=remark)
         if not cfg.quiet:
@@ -250,12 +256,13 @@ def same_reference(run: Run, digest: str) -> None:
     Raises:
         RequestError: a run that goes on would be held to another reference than it began with.
     """
-    file = run.path / "lineage.json"
-    written = json.loads(file.read_text()).get("reference", digest) if file.exists() else digest
+    written = lineage.read_lineage(run.path).get("reference", digest)
     if written != digest:
         raise RequestError(
-            f"reference has the digest {digest[:12]}..., the run began with {written[:12]}...: put back the model it had"
+            f"reference has the digest {digest[:12]}..., the run began with {str(written)[:12]}...: "
+            "put back the model it had"
         )
+    lineage.note(run.path, reference=digest)
 
 
 def adamw(cfg: Config, *groups: dict[str, Any]) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from understudy.batch import Text
 from understudy.language.data import Row, column_names, each_row, finite
 from understudy.language.data import read as read
+from understudy.language.files import check_files
 from understudy.run.config import RequestError
 
 Messages = list[dict[str, Any]]
@@ -44,9 +45,15 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls, source: str | Path, *, stop: tuple[str, ...] = (), fixed_length: bool = False, template: str | None = None
+        cls,
+        source: str | Path,
+        *,
+        stop: tuple[str, ...] = (),
+        fixed_length: bool = False,
+        template: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Tokenizer:
-        """The tokenizer of a directory or hub id. No code that comes with it is run.
+        """The tokenizer of a directory or hub id. No code that comes with it is run, unless that is asked for.
 
         Args:
             stop: in place of the ids in generation_config.json, or else the tokenizer's EOS: each entry one token, as its
@@ -54,9 +61,10 @@ class Tokenizer:
             fixed_length: completions have no end, whatever the model says.
             template: a Jinja chat template or the path of one, in place of the tokenizer's own.
         """
+        check_files(source, trust_remote_code=trust_remote_code)
         try:
-            hf = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError):
+            hf = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise RequestError(f"model is {str(source)!r}: no tokenizer there; name a directory or hub id") from None
         if template is not None:
             hf.chat_template = _template(hf, template)

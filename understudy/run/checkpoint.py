@@ -7,17 +7,19 @@ It is there whole or not at all: its name is given to it last. Nothing in it is 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 SCHEMA = 1
@@ -48,7 +50,7 @@ def write(folder: Path, name: str, save: Callable[[Path], None], *, keep: int) -
         seal(aside)
         verify(aside)  # some file systems say that they wrote, and did not
         os.rename(aside, final)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, SafetensorError):  # what it says of a full disk
             raise OSError(" ".join(str(error).split())) from error
@@ -150,19 +152,30 @@ def load_state(path: Path) -> Any:
     """
     found = read_json(path / "state.json")
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise Damaged(f"'{path / 'state.json'}' is no state of schema {SCHEMA}")
-    return _unpack(found["state"], tensors_of(path / "state.safetensors"))
+        has = found.get("schema") if isinstance(found, dict) else None
+        raise Damaged(f"'{path / 'state.json'}' has schema {has!r}, this version reads {SCHEMA}")
+    tensors = tensors_of(path / "state.safetensors")
+    try:
+        return _unpack(found["state"], tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise Damaged(f"'{path / 'state.json'}' is no state that was written by a run") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *, most: int = LARGEST_JSON, links: bool = False) -> Any:
     """JSON of a file that may be anybody's.
 
+    Args:
+        most: bytes that are read; a file with more is none of ours.
+        links: whether the file may be a link, as in Hugging Face's cache.
+
     Raises:
-        Damaged: it is missing, too large, too deep or no JSON.
+        Damaged: it is missing, no plain file, too large, too deep or no JSON.
     """
     try:
-        if path.is_symlink() or path.stat().st_size > LARGEST_JSON:
-            raise Damaged(f"'{path}' is a link, or has more than {LARGEST_JSON >> 20} MiB: not read")
+        if not path.is_file():  # a pipe would be waited for
+            raise Damaged(f"'{path}' is missing, or is no plain file")
+        if (path.is_symlink() and not links) or path.stat().st_size > most:
+            raise Damaged(f"'{path}' is a link, or has more than {most / 2**20:g} MiB: not read")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, Damaged):
@@ -176,10 +189,41 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         Damaged: it is none.
     """
-    try:
+    with _safetensors(path):
         return load_file(path)
+
+
+def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes that the header of a safetensors file names; no tensor is read.
+
+    Raises:
+        Damaged: it is no such file, or its header does not fit what follows.
+    """
+    with _safetensors(path), safe_open(path, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[None]:
+    """Refuse what is no plain file; say what is wrong with one that is not safetensors."""
+    if path.is_symlink() or not path.is_file():
+        raise Damaged(f"'{path}' is missing, or is no plain file")
+    try:
+        yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise Damaged(f"'{path}' cannot be read as safetensors ({' '.join(str(error).split())[:100]})") from error
+
+
+def refuse_links(path: Path, folders: Iterable[str]) -> None:
+    """Refuse a directory with a link in it, or in these folders of it: what is written there would land elsewhere.
+
+    Raises:
+        Damaged: there is one.
+    """
+    inside = (found for name in folders for found in (path / name).rglob("*"))
+    for found in itertools.chain(path.iterdir(), inside):
+        if found.is_symlink():
+            raise Damaged(f"'{found}' is a link")
 
 
 def sha256(path: Path) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
+from understudy.run.redact import redact
 from understudy.run.spikes import spikes
 
 try:
@@ -24,6 +25,10 @@ except ImportError:  # Windows: two processes on one run are then not told apart
     fcntl = None
 
 _IMPORTED = time.monotonic()
+SCHEMA = 1
+"""Of config.json, policy.json, understudy.json and lineage.json. What has none is of 0, which had the same fields."""
+LARGEST = 8 * 2**20  # bytes of such a file
+FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
 FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
 
 
@@ -64,7 +69,7 @@ class Run:
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            write_json(path / "config.json", config)
+            write_json(path / "config.json", {"schema": SCHEMA} | config)
         except OSError as error:
             raise RequestError(f"out is '{path}', which cannot be made ({error.strerror}): choose another") from error
         return run
@@ -123,7 +128,7 @@ class Run:
 
     def event(self, kind: str, **about: Any) -> None:
         """Append a finding or happening to events.jsonl."""
-        self._append("events.jsonl", {"kind": kind, "time": time.time(), **about})
+        self._append("events.jsonl", plain({"kind": kind, "time": time.time(), **about}))
 
     def checkpoint(
         self, name: str, save: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: Any, *, keep: int
@@ -193,7 +198,15 @@ class Resume:
         if self.checkpoint is None:
             self.run.rewind(0)
         else:
-            stage.restore(self.checkpoint)
+            try:
+                stage.restore(self.checkpoint)
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+                if isinstance(error, RequestError):
+                    raise
+                raise RequestError(
+                    f"checkpoint is '{self.checkpoint}', which does not fit the run's config "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): name another with --checkpoint"
+                ) from error
         self.run.event("resumed", iteration=stage.iteration, **self.about)
 
 
@@ -222,22 +235,41 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
             yield json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's config.json.
+    """A run's config.json, which may be anybody's.
 
     Raises:
-        RequestError: there is none, or it is not JSON.
+        RequestError: there is none, it is not one, or the run has links where we write.
+    """
+    about = read_schema(run / "config.json", f"run is '{run}', which holds no readable config.json")
+    try:
+        checkpoint.refuse_links(run, FOLDERS)
+    except checkpoint.Damaged as error:
+        raise RequestError(f"run is '{run}', and {error}: a run's directory holds plain files only") from error
+    return about
+
+
+def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
+    """One of our JSON files with a version of its form, which may be anybody's.
+
+    Args:
+        otherwise: how the sentence begins that refuses it.
+
+    Raises:
+        RequestError: it is missing, is no JSON object, or has a later form than this version reads.
     """
     try:
-        return json.loads((run / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise RequestError(
-            f"run is '{run}', which holds no readable config.json: give the directory of a run"
-        ) from error
+        about = checkpoint.read_json(path, most=LARGEST)
+    except checkpoint.Damaged as error:
+        raise RequestError(f"{otherwise} ({error}): give the directory of a run") from error
+    if not isinstance(about, dict) or about.get("schema", 0) not in range(SCHEMA + 1):
+        has = about.get("schema") if isinstance(about, dict) else None
+        raise RequestError(f"{otherwise}: it has schema {has!r}, this version reads 0 to {SCHEMA}; use a newer version")
+    return about
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
@@ -252,20 +284,26 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str,
 def write_json(path: Path, data: Any) -> None:
     """Write aside, then rename: a reader sees the old file or the new one."""
     aside = path.with_name(path.name + ".part")
+    aside.unlink(missing_ok=True)  # of a process that was killed in here; never written through, should it be a link
     aside.write_text(json.dumps(plain(data), indent=2) + "\n")
     checkpoint.sync(aside)
     os.replace(aside, path)
 
 
 def plain(data: Any) -> Any:
-    """The same with what JSON cannot hold mended: a float that is not finite is null, a path is its text."""
+    """The same with what JSON cannot hold mended: a float that is not finite is null, a path is its text.
+
+    Secrets are taken out: everything that a run writes of itself goes through here.
+    """
     if isinstance(data, dict):
-        return {str(key): plain(value) for key, value in data.items()}
+        return {redact(str(key)): plain(value) for key, value in data.items()}
+    if isinstance(data, str):
+        return redact(data)
     if isinstance(data, list | tuple):
         return [plain(value) for value in data]
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
-    return str(data) if isinstance(data, Path) else data
+    return redact(str(data)) if isinstance(data, Path) else data
 
 
 def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

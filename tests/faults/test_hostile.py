@@ -1,0 +1,457 @@
+"""Hostile files and directories: nothing in them is executed, each is refused in a sentence and within a second.
+
+Everything here would leave a canary behind if any of its code ran.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import struct
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import understudy
+from tests.rehearsed import furnish, ppo_config
+from understudy.cli import main
+from understudy.control import ppo
+from understudy.language import ppo as language_ppo
+from understudy.language.cast import Cast
+from understudy.language.model import Policy
+from understudy.language.text import Tokenizer
+from understudy.run import checkpoint, trust
+from understudy.run.config import RequestError
+from understudy.run.store import read_config
+
+SECONDS = 1.0
+EVIL = "import pathlib\npathlib.Path({canary!r}).write_text('ran')\n"
+FILES = {
+    "own_tool": "import gymnasium\nfrom gymnasium.envs.classic_control import CartPoleEnv\n"
+    "class Own(CartPoleEnv):\n    pass\n"
+}
+
+
+class Bomb:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, canary: str) -> None:
+        self.canary = canary
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.canary}",)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A control run, and what a language run needs; copied before anything is done to them."""
+    home = tmp_path_factory.mktemp("made")
+    config = {"num_envs": 2, "rollout": 8, "epochs": 1, "steps": 48, "quiet": True, "checkpoint_every": 1}
+    ppo.train(ppo.Config(env="CartPole-v1", out=str(home / "control"), **config))
+    furnish(home / "model") if (home / "model").mkdir() is None else None
+    language_ppo.train(ppo_config(home / "model", home / "language", steps=40))
+    return home
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """Where it all happens: copies of the runs, the working directory, first on the path; a canary that must not appear."""
+    for name in ("control", "language", "model"):
+        shutil.copytree(made / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    assert not (tmp_path / "canary").exists(), "something of it was executed"
+    for name in ("evil", "modeling_evil", "own_tool"):
+        sys.modules.pop(name, None)
+
+
+def evil(place: Path) -> str:
+    return EVIL.format(canary=str(place / "canary"))
+
+
+def bomb(place: Path) -> bytes:
+    return pickle.dumps(Bomb(str(place / "canary")))
+
+
+def refused(call, says: str) -> None:
+    """In one sentence, within a second."""
+    began = time.perf_counter()
+    with pytest.raises(RequestError, match=says) as found:
+        call()
+    assert time.perf_counter() - began < SECONDS
+    assert "\n" not in str(found.value)
+
+
+def rewrite(file: Path, **fields) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def reconfigure(run: Path, **fields) -> None:
+    about = json.loads((run / "config.json").read_text())
+    rewrite(run / "config.json", config=about["config"] | fields)
+
+
+def bombs_of_weights(place: Path, file: Path) -> list[bytes]:
+    """Contents that are no safetensors: a pickle, a pickle in a zip, a header of 2^62 bytes, one of more than there is."""
+    with zipfile.ZipFile(place / "zip", "w") as archive:
+        archive.writestr("archive/data.pkl", bomb(place))
+    torch.save({"w": torch.zeros(2)}, place / "pt")
+    long_header = b'{"w":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4000000000]}}'
+    return [
+        bomb(place),
+        (place / "zip").read_bytes(),
+        (place / "pt").read_bytes(),
+        struct.pack("<Q", 2**62) + b"{}",
+        struct.pack("<Q", len(long_header)) + long_header,
+        struct.pack("<Q", 64 * 2**20) + b"[" * 10,
+        b"",
+    ]
+
+
+@pytest.mark.parametrize("which", range(7))
+def test_weights_that_are_no_safetensors_are_refused(place, which):
+    file = place / "control/policy/policy.safetensors"
+    file.write_bytes(bombs_of_weights(place, file)[which])
+    refused(lambda: understudy.load(place / "control"), "does not fit|cannot be read as safetensors")
+
+    file = place / "language/policy/model.safetensors"
+    file.write_bytes(bombs_of_weights(place, file)[which])
+    refused(lambda: understudy.load(place / "language"), "cannot be loaded")
+
+
+JSON = {
+    "huge": "[" + "0," * (9 * 2**20) + "0]",
+    "deep": "[" * 200_000,
+    "a list": "[1, 2]",
+    "another schema": '{"schema": 99}',
+    "no JSON": "import os",
+}
+
+
+@pytest.mark.parametrize("text", JSON.values(), ids=JSON)
+def test_json_that_is_none_of_ours_is_refused(place, text):
+    (place / "control/policy/policy.json").write_text(text)
+    refused(lambda: understudy.load(place / "control"), "policy")
+
+    (place / "control/config.json").write_text(text)
+    for verb in (["evaluate"], ["resume"], ["lineage"]):
+        assert main([*verb, str(place / "control")]) == 2 or verb == ["lineage"]
+    refused(lambda: understudy.resume(place / "control"), "config.json")
+
+    (place / "language/policy/understudy.json").write_text(text)
+    refused(lambda: understudy.load(place / "language"), "understudy.json")
+
+    (place / "model/config.json").write_text(text.replace("a list", ""))
+    refused(lambda: Policy.from_pretrained(place / "model"), "model is")
+
+
+SIZES = {
+    "a layer 10^9 wide": {"network": {"hidden": [10**9]}},
+    "a million layers": {"network": {"hidden": [1] * 1_000_000}},
+    "a width below": {"network": {"hidden": [-4]}},
+    "a memory 10^9 wide": {"network": {"memory": "gru", "memory_size": 10**9}},
+    "a layer of a million": {"network": {"hidden": [1_000_000, 1_000_000]}},
+    "a Box of 10^9": {"observation_space": {"kind": "Box", "shape": [10**9], "dtype": "float32", "low": 0, "high": 1}},
+    "a Discrete of 10^9": {"action_space": {"kind": "Discrete", "n": 10**9, "start": 0, "dtype": "int64"}},
+    "a MultiDiscrete of 10^9": {"action_space": {"kind": "MultiDiscrete", "nvec": [10**9], "start": [0]}},
+    "a MultiBinary of 10^9": {"action_space": {"kind": "MultiBinary", "n": [10**5, 10**4]}},
+    "a space of no kind": {"action_space": {"kind": "os.system", "n": 2}},
+    "a network of no kind": {"network": "os.system"},
+    "a dtype of objects": {"observation_space": {"kind": "Box", "shape": [4], "dtype": "O", "low": 0, "high": 1}},
+}
+
+
+@pytest.mark.parametrize("about", SIZES.values(), ids=SIZES)
+def test_sizes_are_not_believed(place, about):
+    file = place / "control/policy/policy.json"
+    network = about.get("network")
+    if isinstance(network, dict):
+        about = {"network": json.loads(file.read_text())["network"] | network}
+    rewrite(file, **about)
+
+    refused(lambda: understudy.load(place / "control"), "describes none|does not fit")
+
+
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "vocab_size"])
+def test_sizes_of_a_language_model_are_not_believed(place, field):
+    rewrite(place / "model/config.json", **{field: 10**9})
+
+    refused(lambda: Policy.from_pretrained(place / "model"), f"{field} is 1000000000")
+
+
+def checkpoint_of(place: Path) -> Path:
+    return sorted((place / "control/checkpoints").iterdir())[-1]
+
+
+def outside(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    target = path.parents[1] / "config.json"
+    manifest["files"]["../../config.json"] = {"bytes": target.stat().st_size, "sha256": checkpoint.sha256(target)}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def link(path: Path) -> None:
+    (path / "state.json").rename(path.parents[2] / "state.json")
+    (path / "state.json").symlink_to(path.parents[2] / "state.json")
+
+
+def digest(path: Path) -> None:
+    (path / "state.json").write_text((path / "state.json").read_text().replace('"iteration"', '"Iteration"'))
+
+
+def script(path: Path) -> None:
+    (path / "sitecustomize.py").write_text(evil(path.parents[2]))
+
+
+def objects(path: Path) -> None:
+    """Digests that are right, and a state that asks for an array of Python objects."""
+    (path / "state.json").write_text(
+        json.dumps({"schema": 1, "state": {"$array": "0", "dtype": "O", "shape": [10**9]}})
+    )
+    (path / "manifest.json").unlink()
+    checkpoint.seal(path)
+
+
+@pytest.mark.parametrize("spoil", [outside, link, digest, script, objects], ids=lambda f: f.__name__)
+def test_a_checkpoint_that_is_not_what_it_says_is_refused(place, spoil):
+    path = checkpoint_of(place)
+    spoil(path)
+
+    refused(lambda: understudy.resume(place / "control", checkpoint=path.name), "checkpoint is|is a link")
+
+
+def test_links_in_a_run_are_refused_before_anything_is_written_through_them(place):
+    mine = place / "mine.txt"
+    mine.write_text("mine")
+    for name in ("events.jsonl", "metrics.jsonl", "evaluation.json.part", "policy/policy.json", "samples"):
+        shutil.rmtree(place / "run", ignore_errors=True)
+        shutil.copytree(place / "control", place / "run")
+        (place / "run" / name).unlink(missing_ok=True)
+        (place / "run" / name).symlink_to(mine)
+
+        assert main(["evaluate", str(place / "run"), "--episodes", "1"]) == 2
+        assert main(["resume", str(place / "run"), "--steps", "96"]) == 2
+        assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["control/policy", "control/policy/policy.json", "control/policy/policy.safetensors"])
+def test_a_policy_behind_a_link_is_refused(place, name):
+    (place / name).rename(place / "elsewhere")
+    (place / name).symlink_to(place / "elsewhere")
+
+    refused(lambda: understudy.load(place / "control"), "link|no plain file")
+
+
+def test_a_pipe_is_not_waited_for(place):
+    os.remove(place / "control/policy/policy.json")
+    os.mkfifo(place / "control/policy/policy.json")
+    refused(lambda: understudy.load(place / "control"), "no policy")
+
+    os.remove(place / "model/tokenizer_config.json")
+    os.mkfifo(place / "model/tokenizer_config.json")
+    refused(lambda: Policy.from_pretrained(place / "model"), "no plain file")
+
+
+CODE = {
+    "an id of a module": {"env": "evil:X-v0"},
+    "a class": {"env": "evil:X"},
+    "os.system": {"env": "os:system", "env_options": {"command": "touch canary"}},
+    "Popen": {"env": "subprocess:Popen", "env_options": {"args": ["touch", "canary"]}},
+    "a function of a package": {"env": "torch.hub:load", "env_options": {"repo_or_dir": ".", "source": "local"}},
+    "a submodule": {"env": "evil.inside.it:X"},
+    "a path": {"env": "../evil:X"},
+    "the program itself": {"env": "pip.__main__:X"},
+    "a wrapper": {"wrappers": ["evil:Wrapper"]},
+    "a wrapper that is none": {"wrappers": ["os:system command=touch"]},
+    "a native one": {"env": "evil:X", "vectorization": "native"},
+}
+
+
+@pytest.mark.parametrize("fields", CODE.values(), ids=CODE)
+def test_an_environment_that_only_a_config_names_is_not_imported(place, fields):
+    (place / "evil.py").write_text(evil(place))
+    (place / "control/evil.py").write_text(evil(place))
+    reconfigure(place / "control", **fields)
+
+    refused(lambda: understudy.resume(place / "control"), r"names code as its|env is|wrappers is")
+    assert main(["evaluate", str(place / "control"), "--episodes", "1"]) == 2
+
+
+def test_code_in_the_run_itself_is_refused_even_with_a_right_signature(place, monkeypatch):
+    monkeypatch.syspath_prepend(str(place / "control"))
+    (place / "control/evil.py").write_text(evil(place))
+    reconfigure(place / "control", env="evil:X")
+    rewrite(place / "control/lineage.json", vouched=trust.vouch({"env": "evil:X"}))
+
+    refused(lambda: understudy.resume(place / "control"), "is inside the run itself")
+
+
+def test_a_digest_that_somebody_else_wrote_down_vouches_for_nothing(place):
+    (place / "evil.py").write_text(evil(place))
+    reconfigure(place / "control", env="evil:X")
+    vouched = trust.vouch({"env": "evil:X"})
+    assert vouched is not None
+    for signature in (None, "0" * 64, "", 3):
+        rewrite(place / "control/lineage.json", vouched=vouched | {"signature": signature})
+
+        refused(lambda: understudy.resume(place / "control"), "not what a run of yours began with")
+
+
+def own_run(place: Path) -> Path:
+    (place / "own_tool.py").write_text(FILES["own_tool"])
+    config = {"num_envs": 2, "rollout": 8, "epochs": 1, "steps": 32, "quiet": True}
+    ppo.train(ppo.Config(env="own_tool:Own", out=str(place / "own"), **config))
+    return place / "own"
+
+
+def test_the_users_own_run_goes_on_with_the_code_it_began_with(place):
+    own = own_run(place)
+
+    assert main(["evaluate", str(own), "--episodes", "1"]) == 0
+    assert understudy.resume(own, steps=64).metrics[-1]["steps"] == 64
+
+
+def test_code_that_has_changed_since_the_run_began_is_refused_until_it_is_named(place):
+    own = own_run(place)
+    (place / "own_tool.py").write_text(FILES["own_tool"] + "# otherwise\n")
+
+    refused(lambda: understudy.resume(own, steps=64), "not what a run of yours began with.*--env")
+    assert understudy.resume(own, steps=64, env="own_tool:Own").metrics[-1]["steps"] == 64
+
+
+@pytest.mark.parametrize("field", ["reward", "gold", "reply"])
+def test_a_function_of_a_file_inside_a_run_is_refused(place, field):
+    file = place / "language/evil.py"
+    file.write_text(evil(place) + "def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    spec = f"{file}:score"
+    reconfigure(place / "language", **{field: spec if field == "reply" else [spec + ("*2" if field == "gold" else "")]})
+    rewrite(place / "language/lineage.json", vouched=trust.vouch({field: spec}))
+
+    refused(lambda: understudy.resume(place / "language"), f"names code as its {field}.*inside the run itself")
+    assert main(["evaluate", str(place / "language"), "--rows", "4"]) == 2
+
+
+def test_a_function_of_an_installed_file_is_refused_too(place):
+    """A function of anybody's, called with columns of anybody's data, is as good as code of anybody's."""
+    reconfigure(place / "language", reward=[f"{torch.hub.__file__}:load", f"{shutil.__file__}:rmtree"])
+
+    refused(lambda: understudy.resume(place / "language"), "names code as its reward")
+
+
+@pytest.mark.parametrize("name", ["control os", "os system", "language __init__", "language ../evil", "", 3, None])
+def test_a_recipe_that_is_none_is_not_imported(place, name):
+    (place / "evil.py").write_text(evil(place))
+    for run in ("control", "language"):
+        rewrite(place / run / "config.json", recipe=name)
+
+        refused(lambda run=run: understudy.resume(place / run), "names no recipe")
+        assert main(["evaluate", str(place / run)]) == 2
+
+
+def test_a_config_that_lacks_fields_is_refused(place):
+    rewrite(place / "control/config.json", config={})
+    refused(lambda: understudy.resume(place / "control"), "config.json does not describe")
+    assert main(["evaluate", str(place / "control")]) == 2
+
+
+def test_an_archive_of_another_library_is_refused(place):
+    with zipfile.ZipFile(place / "sb3.zip", "w") as archive:
+        archive.writestr("data", json.dumps({"policy_class": {":serialized:": "gASV"}}))
+        archive.writestr("policy.pth", bomb(place))
+    for path in (place / "sb3.zip", place / "pt"):
+        refused(lambda path=path: understudy.load(path), "holds no policy")
+    assert main(["evaluate", str(place / "sb3.zip")]) == 2
+    assert main(["resume", str(place / "sb3.zip")]) == 2
+    assert main(["generate", str(place / "sb3.zip"), "--prompt", "x"]) == 2
+
+
+def remote(place: Path, name: str, **fields) -> None:
+    (place / "model/modeling_evil.py").write_text(evil(place) + "class Evil:\n    pass\n")
+    rewrite(place / "model" / name, **fields)
+
+
+CLASSES = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+
+
+@pytest.mark.parametrize("kind", [{}, {"model_type": "evil"}], ids=["of a known model", "of an unknown one"])
+def test_a_model_that_brings_code_is_refused(place, kind):
+    remote(place, "config.json", auto_map=CLASSES, **kind)
+
+    refused(lambda: Policy.from_pretrained(place / "model"), "auto_map")
+    assert main(["generate", str(place / "model"), "--prompt", "the"]) == 2
+
+
+def test_a_tokenizer_that_brings_code_is_refused(place):
+    remote(place, "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]})
+
+    refused(lambda: Tokenizer.load(place / "model"), "auto_map")
+    assert main(["generate", str(place / "model"), "--prompt", "the"]) == 2
+
+
+def test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_when_a_run_does(place):
+    reconfigure(place / "language", trust_remote_code=True)
+    refused(lambda: understudy.resume(place / "language"), "names code as its trust_remote_code.*--trust-remote-code")
+
+    remote(place, "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
+    refused(lambda: Cast(ppo_config(place / "model", place / "out")), "auto_map")
+    assert not (place / "canary").exists()
+    with pytest.raises(RequestError, match="'Evil' has no attribute"):  # it is imported, and is no model
+        Cast(ppo_config(place / "model", place / "out", trust_remote_code=True))
+    (place / "canary").unlink()  # the control of every other test here: this is what it looks like when code is run
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.pth"])
+def test_a_model_whose_weights_are_a_pickle_is_refused(place, name):
+    (place / "model/model.safetensors").unlink()
+    (place / "model" / name).write_bytes(bomb(place))
+
+    refused(lambda: Policy.from_pretrained(place / "model"), "a pickle runs code")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "../../weights.safetensors", "/etc/passwd"])
+def test_an_index_that_names_other_files_than_safetensors_beside_it_is_refused(place, name):
+    (place / "model" / "pytorch_model.bin").write_bytes(bomb(place))
+    (place / "model/model.safetensors").rename(place / "model/part.safetensors")
+    (place / "model/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+
+    refused(lambda: Policy.from_pretrained(place / "model"), "no safetensors file beside it")
+
+
+def test_an_adapter_that_is_a_pickle_or_names_a_module_or_itself_is_refused(place):
+    adapter = place / "adapter"
+    adapter.mkdir()
+    (place / "evil.py").write_text(evil(place))
+    about = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(place / "model")}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    (adapter / "adapter_model.bin").write_bytes(bomb(place))
+    refused(lambda: Policy.from_pretrained(adapter), "without adapter_model.safetensors")
+
+    save_file({"w": torch.zeros(2)}, adapter / "adapter_model.safetensors")
+    rewrite(adapter / "adapter_config.json", megatron_config={"a": 1}, megatron_core="evil")
+    refused(lambda: Policy.from_pretrained(adapter), "names a module to be imported")
+
+    rewrite(adapter / "adapter_config.json", megatron_config=None, base_model_name_or_path=str(adapter))
+    refused(lambda: Policy.from_pretrained(adapter), "an adapter whose base .* is an adapter too")
+
+
+def test_earlier_forms_are_read_and_later_ones_refused_by_number(place):
+    files = [*(place / "control").glob("*.json"), place / "control/policy/policy.json"]
+    files += [place / "language/policy/understudy.json", place / "language/config.json"]
+    for file in files:
+        about = json.loads(file.read_text())
+        assert about.pop("schema") == 1, file
+        file.write_text(json.dumps(about))  # as releases before it had a number wrote it
+    understudy.load(place / "control")
+    understudy.load(place / "language")
+    assert read_config(place / "control")["recipe"] == "control ppo"
+
+    rewrite(place / "control/policy/policy.json", schema=2)
+    refused(lambda: understudy.load(place / "control"), "schema 2, this version reads 0 to 1")

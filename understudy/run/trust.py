@@ -1,0 +1,182 @@
+"""Whose code may be run because a run's config names it: the one rule, for both worlds, `evaluate` and `resume`.
+
+A run may be anybody's. What its config names as code is imported only where it is an installed package (and then it must
+be an environment or a wrapper: the caller checks that), or where the user's own run wrote down, at its start and under a
+key that only the user has, that it is the same name and the same files, none of them in the run's directory. Whatever the
+user names on the command line is the user's. Nothing is imported to find this out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import importlib.machinery
+import importlib.util
+import json
+import os
+import secrets
+import site
+import sysconfig
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from understudy.run.checkpoint import Damaged, read_json, sha256
+from understudy.run.config import RequestError
+
+
+class Code(NamedTuple):
+    """Code that a config names: in this field, under this name, run out of these files."""
+
+    field: str
+    name: str
+    files: tuple[Path, ...]
+    """Its packages' own first; () where it is not found."""
+    module: bool
+    """A module's attribute; else a file's function."""
+
+
+def named(fields: dict[str, Any]) -> list[Code]:
+    """All code that the fields of a config name: module:NAME as env or wrapper, file.py:function as reward or reply."""
+    found = []
+    for field in ("env", "wrappers"):
+        given = fields.get(field) or ()
+        for text in (given,) if isinstance(given, str) else given:
+            words = str(text).split()
+            module, colon, _ = (words[0] if words else "").rpartition(":")
+            if colon:
+                found.append(Code(field, words[0], files_of(module), True))
+    for field in ("reward", "gold", "reply"):
+        given = fields.get(field) or ()
+        for text in (given,) if isinstance(given, str) else given:
+            file, _, function = str(text).rpartition(":")
+            if str(text).startswith("function "):
+                found.append(Code(field, str(text), (), False))  # an object of a process that is gone
+            elif file.endswith(".py") and Path(file).is_file():
+                found.append(Code(field, f"{Path(file).resolve()}:{function.partition('*')[0]}", (Path(file),), False))
+    if fields.get("trust_remote_code"):
+        found.append(Code("trust_remote_code", "whatever comes with its models", (), False))
+    return found
+
+
+def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) -> list[Code]:
+    """Refuse code that a run's config names and that nobody vouches for.
+
+    Args:
+        run: the run's directory.  fields: its config's.  given: fields that the user names now, whatever they hold.
+
+    Returns:
+        What is an installed package's: it may be imported, to see whether it is an environment or a wrapper.
+
+    Raises:
+        RequestError: code is in the run's directory, or is neither installed nor what the user's own run wrote down.
+    """
+    installed, own = [], _vouched(run)
+    for code in named(fields):
+        if code.field in given:
+            continue
+        files = [file.resolve() for file in code.files]
+        if not files:
+            why = "which is not found here"
+        elif any(file.is_relative_to(run.resolve()) for file in files):
+            why = "which is inside the run itself"
+        elif code.module and all(_is_installed(file) for file in files):
+            installed.append(code)
+            continue
+        elif own.get(f"{code.field} {code.name}") == _digests(code):
+            continue
+        else:
+            why = "which is no installed package's, and not what a run of yours began with"
+        raise RequestError(
+            f"run '{run}' names code as its {code.field} ({code.name!r}), {why}: "
+            f"name it yourself with --{code.field.replace('_', '-')}"
+        )
+    return installed
+
+
+def vouch(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """What a run writes down at its start of the code that its config names, signed with the user's key.
+
+    None where there is no such code. Without a key, which needs a directory that can be written to, nothing is signed.
+    """
+    codes = {f"{code.field} {code.name}": _digests(code) for code in named(fields) if code.files}
+    if not codes:
+        return None
+    key = _key(make=True)
+    return {"code": codes, "signature": None if key is None else _sign(key, codes)}
+
+
+def files_of(module: str) -> tuple[Path, ...]:
+    """The files that importing a module runs, its packages' first, found without importing anything; () where not found."""
+    parts = module.split(".")
+    if not all(part.isidentifier() and part != "__main__" for part in parts):
+        return ()
+    found: list[Path] = []
+    places: list[str] | None = None
+    for number in range(len(parts)):
+        name = ".".join(parts[: number + 1])
+        try:
+            # of a top name this imports nothing; of one further down it would import its packages
+            find = importlib.machinery.PathFinder.find_spec
+            spec = find(name, places) if number else importlib.util.find_spec(name)
+        except (ImportError, AttributeError, ValueError):
+            return ()
+        if spec is None or (spec.origin in ("built-in", "frozen")):
+            return ()
+        places = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+        if spec.origin is not None:
+            if not Path(spec.origin).is_file():
+                return ()
+            found.append(Path(spec.origin))
+        if number + 1 < len(parts) and places is None:
+            return ()
+    return tuple(found)
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether a file lies where packages are installed. The standard library has no environments, and does not count."""
+    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    places |= {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
+    return any(file.is_relative_to(Path(place).resolve()) for place in places)
+
+
+def _digests(code: Code) -> dict[str, str]:
+    return {str(file.resolve()): sha256(file) for file in code.files}
+
+
+def _vouched(run: Path) -> dict[str, Any]:
+    """The code that lineage.json says the run began with, where its signature is the user's."""
+    try:
+        about = read_json(run / "lineage.json")["vouched"]
+        codes, signature, key = about["code"], about["signature"], _key(make=False)
+        if key is not None and hmac.compare_digest(_sign(key, codes).encode(), str(signature).encode()):
+            return codes
+    except (Damaged, KeyError, TypeError):
+        pass
+    return {}
+
+
+def _sign(key: bytes, codes: dict[str, Any]) -> str:
+    return hmac.new(key, json.dumps(codes, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+
+
+def _key(*, make: bool) -> bytes | None:
+    """The user's own key, in a file that only the user reads; None where there is none, and none can be made."""
+    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    file = Path(home) / "understudy" / "key"
+    try:
+        if make and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            aside = file.with_name(f"key.{os.getpid()}")
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+                out.write(secrets.token_bytes(32))
+            try:
+                os.link(aside, file)  # the first of two processes wins
+            except FileExistsError:
+                pass
+            finally:
+                aside.unlink()
+        key = file.read_bytes()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
+        return None
+    return key if len(key) == 32 else None
