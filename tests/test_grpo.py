@@ -14,6 +14,7 @@ from understudy.language.cast import Cast
 from understudy.language.generate import Completion
 from understudy.language.model import Policy
 from understudy.language.sft import load_policy
+from understudy.language.stage import hold_out
 from understudy.language.text import Preference
 from understudy.objective import cispo, gspo
 
@@ -282,6 +283,12 @@ def test_dpo_keeps_the_pairs_of_a_prompt_together(home, tmp_path):
     assert {pair.prompt for pair in learned}.isdisjoint(pair.prompt for pair in kept)
 
 
+def test_a_prompt_of_more_than_a_quarter_of_the_rows_is_learned_from():
+    rows = [["one"]] * 20 + [["two"]] * 20 + [["three"]] * 20 + [[f"prompt {i}"] for i in range(8)]
+
+    assert hold_out(rows, 10) == (list(range(60)), list(range(60, 68)))  # 20 of 68 rows are more than 17
+
+
 def test_dpo_examines_pairs_piece_by_piece_as_it_does_at_once(home, tmp_path, monkeypatch):
     cfg = dpo_config(home, tmp_path)
     policy = load_policy(cfg)
@@ -293,6 +300,12 @@ def test_dpo_examines_pairs_piece_by_piece_as_it_does_at_once(home, tmp_path, mo
 
     assert len(data) % 3
     assert dpo.examine(policy, data, referred, dpo.loss(cfg)) == pytest.approx(at_once, abs=1e-5)
+
+
+def test_dpo_says_how_many_rows_were_too_long(home, tmp_path):
+    run = dpo.train(dpo_config(home, tmp_path / "run", too_long="skip", max_length=14))
+
+    assert "left out as too long" in (run.path / "events.jsonl").read_text()
 
 
 def test_a_reference_of_its_own_is_where_dpo_measures_from(home, tmp_path):

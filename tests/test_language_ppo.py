@@ -642,6 +642,13 @@ def test_pretraining_text_comes_in_turn_beside_the_rows(cast, home):
         assert opened.tokenizer.decode(row.tolist()).startswith(sentence)
 
 
+def test_pretraining_texts_that_are_too_long_are_left_out_and_counted(cast, home):
+    opened = cast(pretraining=str(home / "texts.jsonl"), too_long="skip", max_length=12)
+
+    assert max(len(example.ids) for example in opened.texts) <= 12
+    assert f"{64 - len(opened.texts)} left out as too long: {len(opened.texts)} are read" in opened.policy.remarks[-1]
+
+
 def test_pretraining_text_pulls_the_policy_towards_it(go, home, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "my dog smiled near the river ."}\n')
     ids = torch.tensor([rehearsal.tokenizer().encode("my dog smiled near the river .")])

@@ -519,6 +519,13 @@ def test_the_prompt_of_two_chats_is_the_turns_before_the_last():
     assert json.loads(pair.prompt) == CHAT[:1]
 
 
+def test_a_chat_that_goes_on_where_the_other_ends_is_asked_what_that_one_answers():
+    longer = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]
+    (pair,) = text.preferences([{"chosen": CHAT, "rejected": longer}], made(TURN_END, template=CHATML), max_length=999)
+
+    assert json.loads(pair.prompt) == CHAT[:1]
+
+
 # rows that are too long
 
 LONG_PAIRS = [
@@ -559,6 +566,14 @@ def test_an_example_loses_what_comes_before_its_completion():
 
     assert found == [Example((BOS, *tokens("o yo"), EOS), 3, 1)]
     assert (found.cut, found.skipped) == (1, 0)
+
+
+def test_an_example_is_left_out_where_its_completion_alone_fills_the_context():
+    rows = [{"prompt": "hi ", "completion": "hello"}]  # 1 + 3 + 5 + 1 tokens; of the first four one must stay
+
+    assert len(text.examples(rows, made(), max_length=7, too_long="cut")) == 1
+    with pytest.raises(RequestError, match="leaves no row"):
+        text.examples(rows, made(), max_length=6, too_long="cut")
 
 
 def test_without_a_bos_the_beginning_that_is_lost_is_the_first_token():
