@@ -596,6 +596,13 @@ def test_a_run_goes_on_over_faults_and_writes_each_down(name, tmp_path):
     assert returns == {28.0} or "wrappers" in fields  # 1 + ... + 7: what a fault cut short is in no mean
 
 
+def test_faults_are_written_down_while_the_run_goes_on(tmp_path):
+    config = ppo.Config(env=f"{HERE}:Wild", out=str(tmp_path / "run"), rollout=16, epochs=1, **FIELDS)
+    written = [(tmp_path / "run" / "events.jsonl").exists() for _ in ppo.iterate(config)]
+
+    assert any(written)
+
+
 def test_a_run_without_faults_learns_to_the_bit_what_one_of_sync_environments_does(tmp_path):
     wild = {"env": f"{HERE}:Wild", "env_options": {"calm": True}, "rollout": 16, "epochs": 1}
     policies = []
