@@ -1,0 +1,225 @@
+"""Lineage: every digest is written down at the start, leads back to the base model, and is held to; secrets are not."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import understudy
+from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
+from understudy.cli import main
+from understudy.control import ppo
+from understudy.language import ppo as language_ppo
+from understudy.language import reward_model, sft
+from understudy.run import lineage
+from understudy.run.config import RequestError
+from understudy.run.redact import printable, redact
+
+CONTROL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 32, "quiet": True}
+CANARY = "hf_canarycanarycanary"
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """base -> sft -> reward model on it; ppo from sft, judged by the reward model."""
+    home = tmp_path / "base"
+    home.mkdir()
+    furnish(home)
+    sft.train(sft_config(home, tmp_path / "sft"))
+    reward_model.train(reward_config(home, tmp_path / "rm", model=str(tmp_path / "sft")))
+    language_ppo.train(judged(tmp_path, "ppo"))
+    return tmp_path
+
+
+def judged(runs: Path, out: str, **fields) -> language_ppo.Config:
+    given = {"model": str(runs / "sft"), "reward": str(runs / "rm" / "reward_model")}
+    return ppo_config(runs / "base", runs / out, **given | fields)
+
+
+def states(capsys, run: Path) -> list[str]:
+    """What `lineage --verify` names, `state what`, without digests."""
+    capsys.readouterr()
+    main(["lineage", str(run), "--verify"])
+    said = capsys.readouterr().out
+    return re.findall(r"^((?:differs|gone|unknown)  [^:(]*)", said, flags=re.M)
+
+
+def test_the_chain_leads_back_to_the_base_model(runs, capsys):
+    assert main(["lineage", str(runs / "ppo"), "--verify"]) == 0
+
+    said = capsys.readouterr().out
+    lines = [line.split("  ") for line in said.splitlines()]
+    links = [(len(words) - len("  ".join(words).lstrip().split("  ")), "  ".join(words).split()[:2]) for words in lines]
+    named = [(depth, role, Path(path).relative_to(runs).as_posix()) for depth, (role, path) in links if role[-1] == ":"]
+    model = [(3, "model:", "base"), (3, "data:", "base/demonstrations.jsonl")]
+    assert named == [
+        (1, "model:", "sft/policy"),
+        *model,
+        (1, "data:", "base/prompts.jsonl"),
+        (1, "reward:", "rm/reward_model"),
+        (3, "model:", "sft/policy"),
+        *[(depth + 2, role, path) for depth, role, path in model],
+        (3, "data:", "base/preferences.jsonl"),
+    ]
+    assert " 0 differs, 0 gone, 0 unknown." in said
+
+
+def test_what_has_changed_or_gone_since_is_named(runs, capsys):
+    (runs / "base/prompts.jsonl").write_text("changed\n")
+    (runs / "base/demonstrations.jsonl").unlink()
+    weights = runs / "rm/reward_model/model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"0")
+    (runs / "rm/lineage.json").write_text((runs / "rm/lineage.json").read_text() + " ")
+
+    assert main(["lineage", str(runs / "ppo"), "--verify"]) == 1
+    named = [line.strip().replace(str(runs) + "/", "") for line in states(capsys, runs / "ppo")]
+    assert sorted(set(named)) == [
+        "differs  data base/prompts.jsonl",
+        "differs  lineage of rm",
+        "differs  reward rm/reward_model/model.safetensors",
+        "gone  data base/demonstrations.jsonl/demonstrations.jsonl",
+    ]
+
+
+def test_a_config_that_was_edited_differs(runs, capsys):
+    config = runs / "sft/config.json"
+    config.write_text(config.read_text().replace('"epochs": 1', '"epochs": 2'))
+
+    assert [line.strip() for line in states(capsys, runs / "sft")] == ["differs  config"]
+
+
+def test_lineage_as_json_holds_every_check(runs, capsys):
+    assert main(["lineage", str(runs / "ppo"), "--verify", "--json"]) == 0
+
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {check["state"] for check in found["checks"]} == {"same"}
+    assert found["links"][0]["from"]["recipe"] == "language sft"
+    assert {"python", "torch", "transformers", "gymnasium", "numpy"} <= found["packages"].keys()
+    assert found["code"]["sha256"] == lineage.code()["sha256"]
+
+
+def test_a_chain_that_leads_back_to_itself_ends(runs, capsys):
+    about = json.loads((runs / "sft/lineage.json").read_text())
+    about["links"][0] |= {"run": str(runs / "ppo"), "lineage": "0"}
+    (runs / "sft/lineage.json").write_text(json.dumps(about))
+
+    assert main(["lineage", str(runs / "ppo")]) == 0
+    assert capsys.readouterr().out.count("(its run is gone)") == 2  # below sft, in both branches
+
+
+def test_ppo_is_refused_where_the_reward_models_data_have_changed(runs):
+    data = runs / "base/preferences.jsonl"
+    was = lineage.sha256(data)[:12]
+    data.write_text(data.read_text() + "\n")
+
+    with pytest.raises(RequestError, match=rf"data .*{lineage.sha256(data)[:12]}.*trained on {was}") as found:
+        language_ppo.train(judged(runs, "other"))
+    assert "reward is" in str(found.value)
+    assert not (runs / "other").exists()  # before step 1
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "template"])
+def test_ppo_is_refused_where_the_reward_models_tokenizer_or_template_is_another(runs, what):
+    folder = runs / "rm/reward_model"
+    if what == "template":
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+    else:
+        text = (folder / "tokenizer.json").read_text()
+        (folder / "tokenizer.json").write_text(text.replace('"child"', '"chjld"'))
+
+    with pytest.raises(RequestError, match=rf"its {what} has the digest \w{{12}}.*trained with \w+") as found:
+        language_ppo.train(judged(runs, "other"))
+    assert not (runs / "other").exists()
+    assert "put back" in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["base/prompts.jsonl", "sft/policy/config.json"])
+def test_a_run_does_not_go_on_with_other_data_or_another_model(runs, name):
+    (runs / name).write_text((runs / name).read_text() + "\n")
+
+    with pytest.raises(RequestError, match=r"whose digest is \w+\.\.\., the run began with \w+"):
+        understudy.resume(runs / "ppo", steps=90)
+
+
+def test_an_extended_run_has_the_digest_of_its_new_config(tmp_path, capsys):
+    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONTROL))
+    understudy.resume(run.path, steps=64)
+
+    assert main(["lineage", str(run.path), "--verify"]) == 0
+
+
+def test_a_control_run_leads_to_the_policy_it_began_with(tmp_path, capsys):
+    first = ppo.train(ppo.Config(out=str(tmp_path / "first"), **CONTROL))
+    ppo.train(ppo.Config(out=str(tmp_path / "second"), init=str(first.path), **CONTROL))
+
+    assert main(["lineage", str(tmp_path / "second"), "--verify"]) == 0
+    assert re.search(rf"init: {first.path}/policy  \w+\n +{first.path}  control ppo", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MY_SECRET", "db_password"])
+def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch, name):
+    monkeypatch.setenv(name, CANARY)
+    out = tmp_path / "run"
+    options = {"render_mode": f"{CANARY}"}
+
+    with pytest.raises(RequestError, match="env is"):
+        ppo.train(ppo.Config(out=str(tmp_path / "refused"), env_options={CANARY: 1}, **CONTROL))
+    iterations = ppo.iterate(ppo.Config(out=str(out), log_every=1, **CONTROL | {"init": None}))
+    next(iterations)
+    with pytest.raises(RuntimeError, match=CANARY):
+        iterations.throw(RuntimeError(f"{options} https://me:{CANARY}@example.org"))
+
+    written = {file.name: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    assert b"traceback" in written["events.jsonl"]
+    assert not [file for file, data in written.items() if CANARY.encode() in data]
+
+
+def test_a_secret_in_a_config_is_in_no_file_of_a_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    home = tmp_path / CANARY  # in the path of everything that is read
+    home.mkdir()
+    furnish(home)
+
+    language_ppo.train(ppo_config(home, tmp_path / "run", samples=2, reward=f"contains:{CANARY}"))
+
+    written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert {"config.json", "lineage.json", "000001.jsonl"} <= {file.name for file in written}
+    assert not [file for file in written if CANARY.encode() in file.read_bytes()]
+
+
+def test_credentials_of_a_url_are_taken_out_and_nothing_else():
+    assert redact("s3://key:secret@host/x and https://host/a@b") == "s3://[redacted]@host/x and https://host/a@b"
+
+
+def test_an_error_on_the_command_line_shows_no_secret_and_steers_no_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+
+    assert main(["evaluate", f"{CANARY}\x1b[2J\u202e"]) == 2
+    said = capsys.readouterr().err
+    assert CANARY not in said and "\x1b" not in said and "\u202e" not in said
+
+
+STEERING = {"a\x1b[31mred": r"a\x1b[31mred", "\x9b2J": r"\x9b2J", "\x1b]0;t\x07": r"\x1b]0;t\x07", "a\rb": r"a\rb"}
+STEERING |= {"\u202eevil": r"\u202eevil", "\u2066x\u2069": r"\u2066x\u2069", "a\u200bb": r"a\u200bb", "\x00": r"\x00"}
+STEERING |= {"line\nnext\ttab": "line\nnext\ttab", "Grüße 你好 🙂": "Grüße 你好 🙂"}
+
+
+@pytest.mark.parametrize("text", STEERING)
+def test_what_steers_a_terminal_is_written_out(text):
+    assert printable(text) == STEERING[text]
+
+
+def test_what_a_model_says_cannot_steer_the_terminal(tmp_path, capsys):
+    """Every word of its vocabulary is an escape; whatever it samples, none reaches the terminal."""
+    home = tmp_path / "base"
+    home.mkdir()
+    furnish(home)
+    file = home / "tokenizer.json"
+    about = json.loads(file.read_text())
+    about["model"]["vocab"] = {f"\x1b[{i}m" if i > 5 else word: i for word, i in about["model"]["vocab"].items()}
+    file.write_text(json.dumps(about))
+
+    assert main(["generate", str(home), "--prompt", "", "--max-new", "8", "--count", "4"]) == 0
+    said = capsys.readouterr().out
+    assert r"\x1b[" in said and "\x1b" not in said
