@@ -108,7 +108,7 @@ def test_the_newest_checkpoints_stay_and_older_ones_go(tmp_path):
     assert checkpoint.names(run.path / "checkpoints") == ["000005", "000006"]
 
 
-def test_without_a_word_there_are_ten_checkpoints_over_a_run(tmp_path, monkeypatch):
+def test_without_a_word_there_are_five_checkpoints_over_a_run(tmp_path, monkeypatch):
     written = []
     write = checkpoint.write
 
@@ -119,7 +119,7 @@ def test_without_a_word_there_are_ten_checkpoints_over_a_run(tmp_path, monkeypat
     monkeypatch.setattr(checkpoint, "write", counted)
     ppo.train(run_of(tmp_path / "run", steps=16 * 30))
 
-    assert written == [f"{n:06d}" for n in range(3, 31, 3)]
+    assert written == [f"{n:06d}" for n in range(6, 31, 6)]
 
 
 def files_of(path: Path) -> list[str]:

@@ -92,7 +92,7 @@ class Config(Network):
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics also go."""
     checkpoint_every: Whole = 0
-    """Iterations between checkpoints; 0 for ten over the run. A run can go on from each to the bit."""
+    """Iterations between checkpoints; 0 for five over the run. A run can go on from each to the bit."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints stay."""
     evaluate_every: Whole = 0

@@ -101,7 +101,7 @@ class Config:
     evaluate_every: Whole = 0
     """Iterations between evaluations on held-out rows; 0 for one at the end."""
     checkpoint_every: Whole = 0
-    """Iterations between checkpoints; 0 for ten over the run. A run can go on from each to the bit."""
+    """Iterations between checkpoints; 0 for five over the run. A run can go on from each to the bit."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints stay."""
     log_every: Count = 1

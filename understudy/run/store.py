@@ -213,10 +213,10 @@ class Resume:
 def due(every: int, iteration: int, since: int, total: int) -> bool:
     """Whether this iteration, `since` steps after what was saved last, is one to save.
 
-    >>> due(3, 6, since=1, total=1000), due(0, 6, since=99, total=1000), due(0, 6, since=100, total=1000)
+    >>> due(3, 6, since=1, total=1000), due(0, 6, since=199, total=1000), due(0, 6, since=200, total=1000)
     (True, False, True)
     """
-    return iteration % every == 0 if every else since * 10 >= total
+    return iteration % every == 0 if every else since * 5 >= total
 
 
 def process_seconds() -> float:
