@@ -299,7 +299,8 @@ def test_messages_are_written_by_the_template_and_earlier_thoughts_stay():
 
 
 def test_a_template_that_numbers_turns_counts_each_once():
-    template = "{% for m in messages %}{{ loop.index }}{{ messages[1].role[0] }} {{ m.content }}<|im_end|>{% endfor %}"
+    one = "{{ loop.index }}{{ (messages[1:] or messages)[0].role[0] }} {{ m.content }}<|im_end|>"
+    template = "{% for m in messages %}" + one + "{% endfor %}"
     tool = {"role": "tool", "content": "7"}
     _, said = chatted(in_turn(tool, tool, None), "x<|im_end|>", "y<|im_end|>", "z<|im_end|>", template=template)
 
