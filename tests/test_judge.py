@@ -95,9 +95,15 @@ def test_parts_are_reported_unweighted_by_name():
 
 
 def test_a_row_with_a_missing_part_is_missing_and_never_zero():
+    verdict = Judge([("a", 1.0, said(1, 3)), ("b", 0.5, said(NAN, 2))])(sampled("x", "y"))
+
+    same(verdict.score, NAN, 4)
+
+
+def test_a_part_that_is_only_measured_may_be_missing():
     verdict = Judge([("a", 1.0, said(1, 3)), ("b", 0.0, said(NAN, 2))])(sampled("x", "y"))
 
-    same(verdict.score, NAN, 3)
+    same(verdict.score, 1, 3)
 
 
 def test_an_infinite_score_is_missing():
