@@ -16,11 +16,12 @@ from tests.models import FAMILIES, tiny
 from tests.rehearsed import PPO, furnish, ppo_config, sft_config
 from tests.test_model import ROWS, padded
 from understudy.batch import Text
-from understudy.cli.language import evaluate_run
+from understudy.cli.language import evaluate_run, say
 from understudy.language import dpo, grpo, ppo, preflight, rehearsal, reinforce, sft
 from understudy.language.cast import Cast
 from understudy.language.generate import check_cache
 from understudy.language.model import Policy
+from understudy.language.scorer import RewardModel
 from understudy.objective import imitate
 from understudy.resuming import resume
 from understudy.run.config import RequestError
@@ -386,7 +387,28 @@ def test_a_policy_that_arrives_with_an_adapter_is_merged_and_then_its_own_refere
     text = Text(padded().ids, padded().mask)
     merged = logprob(Policy.load(first.path / "policy"), text)
     assert_close(cast.reference(text).log_prob(text.action), merged, atol=2e-5, rtol=1e-5)
-    assert len(cast.tokenizer.hf) == len(Cast(ppo_config(home, tmp_path / "run")).tokenizer.hf)
+    own = Cast(ppo_config(home, tmp_path / "run")).tokenizer
+    assert cast.tokenizer.stops == own.stops and cast.tokenizer.hf.get_vocab() == own.hf.get_vocab()
+
+
+def test_a_reward_model_begins_from_an_adapter_and_its_base(home, tmp_path):
+    first = sft.train(sft_config(home, tmp_path / "sft", lora=2, learning_rate=1e-2))
+    adapter, merged = (RewardModel.from_pretrained(first.path / name) for name in ("adapter", "policy"))
+
+    ids = padded(ROWS[:1]).ids
+    hidden = [model.model.base_model(ids).last_hidden_state for model in (adapter, merged)]
+    assert_close(*hidden, atol=1e-4, rtol=1e-4)  # float32, merged in another order
+
+
+def test_an_adapters_directory_can_be_talked_to(home, tmp_path, capsys):
+    run = sft.train(sft_config(home, tmp_path / "sft", lora=2))
+
+    said = [
+        say([str(run.path / name), "--prompt", "the", "--greedy", "--max-new", "5"]) for name in ("adapter", "policy")
+    ]
+
+    one, other = capsys.readouterr().out.splitlines()
+    assert said == [0, 0] and one == other
 
 
 # ---- what the reference copies ----------------------------------------------------------------------------------------

@@ -112,6 +112,12 @@ def base_of(source: str | Path) -> str | None:
     return base
 
 
+def tokenizer_of(source: str | Path) -> str | Path:
+    """Where a model's tokenizer is: in its directory, or with the base of the adapter that lies there."""
+    base = base_of(source)
+    return source if base is None or (Path(source) / "tokenizer_config.json").is_file() else base
+
+
 def merge(model: Any, source: str | Path) -> Any:
     """A base model with the adapter of a directory added to its weights.
 
@@ -119,12 +125,14 @@ def merge(model: Any, source: str | Path) -> Any:
         RequestError: peft is not installed, or the adapter does not fit the model.
     """
     need_peft("model", source)
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     try:
+        config = PeftConfig.from_pretrained(str(source))
+        config.task_type = None  # what is merged need not be what it was learned as: a reward model may begin from it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
-            merged: Any = PeftModel.from_pretrained(model, str(source)).merge_and_unload()
+            merged: Any = PeftModel.from_pretrained(model, str(source), config=config).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
         raise RequestError(
             f"model is '{source}', an adapter that does not go on its base ({' '.join(str(error).split())[:160]}): put the "

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from understudy.language import config, stage
-from understudy.language.lora import base_of
 from understudy.language.model import Policy, home
 from understudy.language.stage import Iterations
 from understudy.language.text import Example, Tokenizer, examples, pad, read
@@ -92,7 +90,7 @@ def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Poli
         **options,
     )
     policy.tokenizer = Tokenizer.load(
-        tokens_of(source),
+        source,
         stop=cfg.stop,
         fixed_length=endless,
         template=cfg.template,
@@ -108,12 +106,6 @@ def limit_learning(policy: Policy, cfg: config.Tuning) -> None:
         policy.adapt(rank=cfg.lora, alpha=cfg.lora_alpha, targets=cfg.lora_targets, seed=seed)
     if cfg.train_layers:
         policy.train_top(cfg.train_layers)
-
-
-def tokens_of(source: str) -> str:
-    """Where a model's tokenizer is: with an adapter, or else with its base."""
-    base = base_of(source)
-    return source if base is None or (Path(source) / "tokenizer_config.json").is_file() else base
 
 
 def context(policy: Policy, wanted: int) -> int:

@@ -17,6 +17,7 @@ from understudy.batch import Text
 from understudy.language.data import Row, column_names, each_row, finite
 from understudy.language.data import read as read
 from understudy.language.files import check_files
+from understudy.language.lora import base_of, tokenizer_of
 from understudy.run.config import RequestError
 
 Messages = list[dict[str, Any]]
@@ -63,14 +64,14 @@ class Tokenizer:
         """
         check_files(source, trust_remote_code=trust_remote_code)
         try:
-            hf = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            hf = AutoTokenizer.from_pretrained(tokenizer_of(source), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             raise RequestError(f"model is {str(source)!r}: no tokenizer there; name a directory or hub id") from None
         if template is not None:
             hf.chat_template = _template(hf, template)
         if fixed_length:
             return cls(hf, frozenset())
-        stops = frozenset(_token_id(hf, entry) for entry in stop) or _own_stops(hf, source)
+        stops = frozenset(_token_id(hf, entry) for entry in stop) or _own_stops(hf, base_of(source) or source)
         if not stops:
             raise RequestError(
                 f"model is {str(source)!r}: it names no stop id; give one with --stop, or --fixed-length N"
