@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse stories solve-time ablation supervise clean
+.PHONY: resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -49,6 +49,9 @@ methods: .venv/dev ## every method on CartPole over five seeds
 
 rehearse: .venv/dev ## the rehearsal over five seeds: bench/results/rehearse and docs/rehearse.md
 	$(BIN)/python bench/rehearse.py
+
+over-optimisation: .venv/dev ## best-of-n and PPO away from proxies of three data sizes: docs/over-optimisation.md and its picture
+	$(BIN)/python bench/over_optimisation.py
 
 stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
 	$(BIN)/python bench/stories.py
