@@ -121,6 +121,20 @@ class WearsOut(Faulty):
         return super().step(action)
 
 
+class HangsOnce(Faulty):
+    """At its fifth step, if no copy of it has before."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.file = Path(file)
+
+    def step(self, action):
+        if self.count == AT - 1 and not self.file.exists():
+            self.file.touch()
+            hang(self)
+        return super().step(action)
+
+
 class HangsAtOnce(Faulty):
     def step(self, action):
         return hang(self)

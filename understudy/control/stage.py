@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,6 @@ class Stage:
         keep, state = self.cfg.keep_checkpoints, self._state()
         self.run.checkpoint(name, self.policy.save, self.optimizer, state, keep=keep)
         if self.way == "renew" and self.renew is not None and self.on:
-            self.note_faults()
             self.walker.envs.close()
             self.walker.envs = self.renew(self.iteration)
 
@@ -313,13 +312,11 @@ def open_stage(
         )
         return priced(made)
 
-    forgetful = True  # of a user's own environment nothing is tried out
+    forgetful = True  # of a user's own or a supervised environment nothing is tried out: on resuming, a digest tells
     if env is None and cfg.vectorization == "supervised":
         single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
         patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
         apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
-        with suppress(RequestError):  # one that fails at this or is slow: a digest tells, when the run is resumed
-            forgetful = apart(lambda: forgets(single(), seed), f"env {cfg.env!r}", seconds=START_SECONDS)
     if env is None and cfg.vectorization in ("sync", "async"):
         single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
         check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
