@@ -83,10 +83,10 @@ def bomb(place: Path) -> bytes:
 
 def refused(call, says: str) -> None:
     """In one sentence, within a second."""
-    began = time.perf_counter()
+    began = time.process_time()  # wall time depends on who else is running
     with pytest.raises(RequestError, match=says) as found:
         call()
-    assert time.perf_counter() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert "\n" not in str(found.value)
 
 
@@ -265,7 +265,10 @@ CODE = {
     "a class": {"env": "evil:X"},
     "os.system": {"env": "os:system", "env_options": {"command": "touch canary"}},
     "Popen": {"env": "subprocess:Popen", "env_options": {"args": ["touch", "canary"]}},
-    "a function of a package": {"env": "torch.hub:load", "env_options": {"repo_or_dir": ".", "source": "local"}},
+    "a function of a package": {  # called, it imports hubconfig.py of the working directory
+        "env": "torch.hub:load",
+        "env_options": {"repo_or_dir": ".", "source": "local", "model": "x"},
+    },
     "a submodule": {"env": "evil.inside.it:X"},
     "a path": {"env": "../evil:X"},
     "the program itself": {"env": "pip.__main__:X"},
@@ -277,8 +280,8 @@ CODE = {
 
 @pytest.mark.parametrize("fields", CODE.values(), ids=CODE)
 def test_an_environment_that_only_a_config_names_is_not_imported(place, fields):
-    (place / "evil.py").write_text(evil(place))
-    (place / "control/evil.py").write_text(evil(place))
+    for name in ("evil.py", "hubconfig.py", "control/evil.py"):
+        (place / name).write_text(evil(place))
     reconfigure(place / "control", **fields)
 
     refused(lambda: understudy.resume(place / "control"), r"names code as its|env is|wrappers is")
@@ -339,9 +342,10 @@ def test_a_function_of_a_file_inside_a_run_is_refused(place, field):
     assert main(["evaluate", str(place / "language"), "--rows", "4"]) == 2
 
 
-def test_a_function_of_an_installed_file_is_refused_too(place):
+@pytest.mark.parametrize("spec", [f"{torch.hub.__file__}:load", f"{shutil.__file__}:rmtree"])
+def test_a_function_of_an_installed_file_is_refused_too(place, spec):
     """A function of anybody's, called with columns of anybody's data, is as good as code of anybody's."""
-    reconfigure(place / "language", reward=[f"{torch.hub.__file__}:load", f"{shutil.__file__}:rmtree"])
+    reconfigure(place / "language", reward=[spec])
 
     refused(lambda: understudy.resume(place / "language"), "names code as its reward")
 

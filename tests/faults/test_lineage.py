@@ -188,6 +188,20 @@ def test_a_secret_in_a_config_is_in_no_file_of_a_run(tmp_path, monkeypatch):
     assert not [file for file in written if CANARY.encode() in file.read_bytes()]
 
 
+def test_a_secret_that_is_in_the_data_is_not_in_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "cheerful")
+    home = tmp_path / "base"
+    home.mkdir()
+    furnish(home)
+    (home / "prompts.jsonl").write_text('{"prompt": "many cheerful horses"}\n')
+
+    run = language_ppo.train(ppo_config(home, tmp_path / "run", samples=2))
+
+    written = [file.read_text() for file in (run.path / "samples").iterdir()]
+    assert "many [MY_SECRET] horses" in "".join(written)
+    assert "cheerful" not in "".join(written)
+
+
 def test_credentials_of_a_url_are_taken_out_and_nothing_else():
     assert redact("s3://key:secret@host/x and https://host/a@b") == "s3://[redacted]@host/x and https://host/a@b"
 
