@@ -227,7 +227,8 @@ def _sizes(data: dict[str, Any]) -> Network:
     """The network that a file describes, its values checked; how many layers it has, too."""
     if len(data["hidden"]) > LAYERS:
         raise ValueError(f"hidden has {len(data['hidden']):,} layers: at most {LAYERS} are read")
-    made_of = Network(**(data | {"hidden": tuple(data["hidden"])}))
+    fields: dict[str, Any] = data | {"hidden": tuple(data["hidden"])}
+    made_of = Network(**fields)
     check(made_of)
     if max((*made_of.hidden, made_of.memory_size)) > WIDEST:
         raise ValueError(f"hidden is {made_of.hidden}, memory_size {made_of.memory_size}: at most {WIDEST} is read")

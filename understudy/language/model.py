@@ -135,7 +135,7 @@ class Policy(nn.Module):
         """
         said = f"policy is '{path}', which holds no readable understudy.json"
         about = read_schema(path / "understudy.json", said)
-        temperature, critic = about.get("temperature"), about.get("critic")
+        temperature, critic = about.get("temperature"), str(about.get("critic"))
         if not isinstance(temperature, int | float) or critic not in get_args(CriticKind):
             raise RequestError(f"{said}: its temperature is {temperature!r}, its critic {critic!r}; give another")
         policy = cls.from_pretrained(path, temperature=temperature)
@@ -309,7 +309,7 @@ def _read_packed(trunk: Callable[..., Any], ids: Tensor, needed: list[int]) -> T
     return torch.stack([nn.functional.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
 
 
-def _load_critic(model: Any, kind: CriticKind, layers: int, path: Path) -> Critic | None:
+def _load_critic(model: Any, kind: str, layers: int, path: Path) -> Critic | None:
     """The critic that `Policy.save` wrote."""
     if kind == "none":
         return None
