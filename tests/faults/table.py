@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_supervise.py"
 RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("supervised_records", "update_guard", "hostile"))
-MORE = "tests/faults/test_more_faults.py"
+MORE, LINEAGE = "tests/faults/test_more_faults.py", "tests/faults/test_lineage.py"
 JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("judge", "collect", "spaces", "text"))
 DATA, REFUSALS, GENERATE = (f"tests/test_{name}.py" for name in ("data", "language_data_refusals", "generate"))
+PREFLIGHT = "tests/test_language_preflight.py"
 
 
 class Row(NamedTuple):
@@ -92,8 +93,43 @@ ROWS = (
             f"{MORE}::test_a_clock_that_jumps_changes_no_byte": 1,
         },
     ),
-    Row("F10", "hostile files", "nothing executed, refused in a sentence", {}),
-    Row("F11", "a model that brings code along", "refused without a flag", {}),
+    Row(
+        "F10",
+        "hostile files",
+        "nothing executed, refused in a sentence within a second",
+        {
+            f"{HOSTILE}::test_weights_that_are_no_safetensors_are_refused": 1,
+            f"{HOSTILE}::test_json_that_is_none_of_ours_is_refused": 1,
+            f"{HOSTILE}::test_sizes_are_not_believed": 1,
+            f"{HOSTILE}::test_sizes_of_a_language_model_are_not_believed": 1,
+            f"{HOSTILE}::test_a_checkpoint_that_is_not_what_it_says_is_refused": 1,
+            f"{HOSTILE}::test_links_in_a_run_are_refused_before_anything_is_written_through_them": 5,
+            f"{HOSTILE}::test_a_policy_behind_a_link_is_refused": 1,
+            f"{HOSTILE}::test_a_pipe_is_not_waited_for": 2,
+            f"{HOSTILE}::test_an_environment_that_only_a_config_names_is_not_imported": 1,
+            f"{HOSTILE}::test_code_in_the_run_itself_is_refused_even_with_a_right_signature": 1,
+            f"{HOSTILE}::test_a_digest_that_somebody_else_wrote_down_vouches_for_nothing": 4,
+            f"{HOSTILE}::test_code_that_has_changed_since_the_run_began_is_refused_until_it_is_named": 1,
+            f"{HOSTILE}::test_a_function_of_a_file_inside_a_run_is_refused": 1,
+            f"{HOSTILE}::test_a_function_of_an_installed_file_is_refused_too": 1,
+            f"{HOSTILE}::test_a_recipe_that_is_none_is_not_imported": 1,
+            f"{HOSTILE}::test_a_config_that_lacks_fields_is_refused": 1,
+            f"{HOSTILE}::test_an_archive_of_another_library_is_refused": 2,
+            f"{HOSTILE}::test_a_model_whose_weights_are_a_pickle_is_refused": 1,
+            f"{HOSTILE}::test_an_index_that_names_other_files_than_safetensors_beside_it_is_refused": 1,
+            f"{HOSTILE}::test_an_adapter_that_is_a_pickle_or_names_a_module_or_itself_is_refused": 3,
+        },
+    ),
+    Row(
+        "F11",
+        "a model that brings code along",
+        "refused without a flag",
+        {
+            f"{HOSTILE}::test_a_model_that_brings_code_is_refused": 1,
+            f"{HOSTILE}::test_a_tokenizer_that_brings_code_is_refused": 1,
+            f"{HOSTILE}::test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_when_a_run_does": 1,
+        },
+    ),
     Row(
         "F12",
         "an environment raises, once or always",
@@ -233,20 +269,68 @@ ROWS = (
             f"{REFUSALS}::test_a_row_longer_than_the_context_is_named_with_its_length": 1,
         },
     ),
-    Row("F26", "tokenizer, template and model that do not go together", "refused before the first step", {}),
+    Row(
+        "F26",
+        "tokenizer, template and model that do not go together",
+        "refused before the first step, with both digests where there are two",
+        {
+            f"{LINEAGE}::test_ppo_is_refused_where_the_reward_models_tokenizer_or_template_is_another": 1,
+            f"{LINEAGE}::test_ppo_is_refused_where_the_reward_models_data_have_changed": 1,
+            f"{LINEAGE}::test_a_run_does_not_go_on_with_other_data_or_another_model": 1,
+            f"{PREFLIGHT}::test_a_tokenizer_with_more_ids_than_the_model_is_caught": 1,
+            f"{PREFLIGHT}::test_a_stop_that_is_read_as_padding_is_caught": 1,
+            f"{REFUSALS}::test_a_reference_of_another_vocabulary_is_refused": 1,
+            f"{REFUSALS}::test_chat_without_a_template_is_refused": 1,
+            f"{REFUSALS}::test_an_unknown_template_is_refused": 1,
+            f"{REFUSALS}::test_a_model_without_a_stop_id_is_refused": 1,
+            f"{REFUSALS}::test_an_unknown_stop_is_refused": 1,
+            f"{TEXT}::test_a_template_with_broken_grammar_is_refused": 1,
+            f"{TEXT}::test_a_template_that_refuses_a_row_is_reported_with_its_row": 1,
+            f"{TEXT}::test_a_template_that_hides_an_assistants_turn_is_refused": 1,
+            f"{TEXT}::test_a_template_that_writes_the_prompt_by_what_the_answer_says_is_refused": 1,
+            f"{TEXT}::test_a_stop_id_outside_the_vocabulary_is_refused": 1,
+        },
+    ),
     Row(
         "F28",
         "no memory left, in a pass or in sampling",
         "one sentence with what to lower; the last checkpoint named; resumed to the same bytes",
         {f"{GUARD}::test_out_of_memory_stops_with_advice_and_harms_nothing": 1},
     ),
-    Row("F31", "secrets in what is written", "not there", {}),
-    Row("F32", "terminal escapes in completions", "shown harmless", {}),
+    Row(
+        "F31",
+        "secrets: in variables, tracebacks, urls, paths, specs, data, the command line",
+        "not there in what is written or shown",
+        {
+            f"{LINEAGE}::test_a_secret_is_in_no_file_of_a_run": 2,
+            f"{LINEAGE}::test_a_secret_in_a_config_is_in_no_file_of_a_run": 2,
+            f"{LINEAGE}::test_a_secret_that_is_in_the_data_is_not_in_the_samples": 1,
+            f"{LINEAGE}::test_credentials_of_a_url_are_taken_out_and_nothing_else": 1,
+            f"{LINEAGE}::test_an_error_on_the_command_line_shows_no_secret_and_steers_no_terminal": 1,
+        },
+    ),
+    Row(
+        "F32",
+        "terminal escapes and changes of direction in completions",
+        "shown in their written form",
+        {
+            f"{LINEAGE}::test_what_steers_a_terminal_is_written_out": 1,
+            f"{LINEAGE}::test_what_a_model_says_cannot_steer_the_terminal": 1,
+        },
+    ),
     Row(
         "F34",
         "a tracker cannot be reached, or fails later",
         "said once; the run and metrics.jsonl are as without it",
         {f"{MORE}::test_a_tracker_that_fails_is_said_once_and_ends_no_run": 1},
     ),
-    Row("F35", "a run of an older form, or of a newer one", "read, or refused with its number", {}),
+    Row(
+        "F35",
+        "a run of an older form, or of a newer one",
+        "read, or refused with its number",
+        {
+            f"{HOSTILE}::test_earlier_forms_are_read_and_later_ones_refused_by_number": 2,
+            f"{RESUME}::test_another_schema_is_refused_by_its_number": 1,
+        },
+    ),
 )
