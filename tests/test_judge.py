@@ -66,6 +66,22 @@ def write(tmp_path):
     return write
 
 
+def gone(pid, within=5.0):
+    """Whether a process is over, or a zombie that nobody collects, within some seconds."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
 def every_row(line):
     """A file whose function loops over completions, `line` being the loop's body."""
     loop = f"    out = []\n    for c in completions:\n        {line}\n    return out\n"
@@ -360,6 +376,45 @@ def test_a_text_is_no_score(place, write):
         assert "a score is the text '1.0': must be a number or None" in one.last_error
 
 
+NO_SCORES = {  # what a function gives for its rows, and what is said of it
+    "'55'": "the scores are a str",
+    "b'55'": "the scores are a bytes",
+    "{5: 1, 6: 2}": "the scores are a dict",
+    "{5, 6}": "the scores are a set",
+    "None": "TypeError: 'NoneType' object is not iterable",
+    "5.0": "TypeError: 'float' object is not iterable",
+    "[[5.0], [5.0]]": "not 'list'",
+    "[[torch.tensor(5.0)], [torch.tensor(5.0)]]": "not 'list'",
+    "torch.ones(2, 3)": "ValueError: ",
+    "torch.ones(2, device='meta')": "meta",  # a device that this process cannot read, as a GPU that is lost
+    "[1j, 1j]": "not 'complex'",
+    "[10**400] * 2": "OverflowError: ",
+}
+
+
+@pytest.mark.parametrize("given", NO_SCORES)
+def test_what_is_no_list_of_numbers_is_no_score(given):
+    one = judge(eval(f"lambda completions: {given}", {"torch": torch}))
+
+    same(one(sampled("a", "b")).score, NAN, NAN)
+    assert one.failures["raised"] == 2 and NO_SCORES[given] in one.last_error
+
+
+def test_a_file_that_gives_no_list_of_numbers_gives_no_score(write):
+    with judge(write("def score(completions):\n    return {i: 5.0 for i in range(len(completions))}\n")) as one:
+        same(one(sampled("a", "b")).score, NAN, NAN)
+        assert "the scores are a dict: must be a list with a number or None a row" in one.last_error
+
+
+TENSORS = ["torch.tensor([1.0, 2.0])", "[torch.tensor(1), torch.tensor([2.0])]", "torch.tensor([[1.0], [2.0]])"]
+TENSORS += ["torch.tensor([1.0, 2.0], requires_grad=True)", "torch.tensor([1, 2], dtype=torch.bfloat16)"]
+
+
+@pytest.mark.parametrize("given", TENSORS)
+def test_tensors_of_a_number_a_row_are_scores(given):
+    same(judge(eval(f"lambda completions: {given}", {"torch": torch}))(sampled("a", "b")).score, 1, 2)
+
+
 @IN_BOTH
 def test_a_wrong_number_of_scores_is_asked_again_row_by_row(place, write):
     with make(place, every_row("out += [len(c)] if c else []"), write) as one:
@@ -425,6 +480,11 @@ def test_an_interrupt_is_not_taken_for_a_bad_row():
         judge(score)(sampled("a"))
 
 
+def test_a_function_of_this_process_that_exits_ends_it():
+    with pytest.raises(SystemExit, match="4"):
+        judge(lambda completions: sys.exit(4))(sampled("a"))
+
+
 def test_a_row_that_hangs_is_ended_and_the_others_are_scored(write):
     with judge(write(every_row("time.sleep(60 * (c == 'hang')); " + LENGTHS)), timeout=0.8) as one:
         same(one(sampled("ab", "hang", "abc")).score, 2, NAN, 3)
@@ -471,6 +531,30 @@ def test_what_a_late_function_started_ends_with_it(write, tmp_path):
         same(one(sampled("a")).score, NAN)
 
     assert gone(int(log.read_text()))
+
+
+CHILDREN = {  # what a child that a function forks does
+    "answers too": "",
+    "ends": "os._exit(0)",
+    "ends as programs do": "sys.exit(0)",
+    "stays": "time.sleep(60)",
+}
+
+
+@needs_proc
+@pytest.mark.parametrize("what", CHILDREN)
+def test_a_function_that_forks_is_answered_for_by_its_parent_alone(write, tmp_path, what):
+    body = (
+        "import os, sys, time\ndef score(completions):\n    parent, child = os.getpid(), os.fork()\n"
+        f"    if not child:\n        {CHILDREN[what] or 'return [-1.0] * len(completions)'}\n"
+        f"    open({str(tmp_path / 'pid')!r}, 'w').write(str(child))\n"
+        "    return [len(c) for c in completions]\n"
+    )
+    with judge(write(body), timeout=5.0) as one:
+        same(one(sampled("a", "abc")).score, 1, 3)
+        same(one(sampled("ab", "")).score, 2, 0)
+
+    assert gone(int((tmp_path / "pid").read_text()))
 
 
 @pytest.mark.parametrize("end, why", [("os._exit(9)", "exit code 9"), ("os.kill(os.getpid(), 9)", "exit code -9")])
@@ -528,22 +612,6 @@ def test_a_large_batch_passes_through_the_pipe(write):
 
 
 # --- the worker's end ---
-
-
-def gone(pid, within=5.0):
-    """Whether a process is over, or a zombie that nobody collects, within some seconds."""
-    end = time.monotonic() + within
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
 
 @needs_proc

@@ -140,7 +140,12 @@ def wants(function: Callable[..., Any]) -> dict[str, Any]:
 
 def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[float | None]:
     """What a function says, as floats: booleans, NumPy scalars and one-element tensors are numbers, text is none."""
-    return [None if score is None else _number(score) for score in function(**given)]
+    found = function(**given)
+    if isinstance(
+        found, str | bytes | dict | set | frozenset
+    ):  # they can be iterated over, and mean no scores in a row
+        raise TypeError(f"the scores are a {type(found).__name__}: must be a list with a number or None a row")
+    return [None if score is None else _number(score) for score in found]
 
 
 def reply(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[Any]:
@@ -174,21 +179,28 @@ def read(pipe: IO[bytes]) -> Any:
 def serve(file: str, name: str, parent: str, says: str) -> None:
     """The other end: import the function, say what it wants, and answer until nobody asks."""
     _die_with(int(parent))
+    own = os.getpid()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints goes to standard error
     sys.argv, sys.path[0] = [file], str(Path(file).parent)
+
+    def say(message: dict[str, Any]) -> None:
+        if os.getpid() != own:  # a child that the function forked, and that came back from it: its parent answers
+            os._exit(0)
+        write(replies, message)
+
     try:
         function = _load(file, name)
-        write(replies, {"answer": wants(function)})
+        say({"answer": wants(function)})
     except BaseException as error:  # SystemExit too
-        return write(replies, {"error": describe(error)})
+        return say({"error": describe(error)})
     while (given := read(requests)) is not None:
         try:
             found = {"answer": (answer if says == "scores" else reply)(function, given)}
         except BaseException as error:
             found = {"error": describe(error)}
-        write(replies, found)
+        say(found)
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
