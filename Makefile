@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories solve-time ablation supervise clean
+.PHONY: bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -34,6 +34,9 @@ oracles-trl: .venv-oracles-trl-1.16.0/done .venv-oracles-trl-1.12.0/done ## run 
 
 resume-peers: .venv/dev .venv-oracles/done .venv-oracles-trl-1.16.0/done ## peers killed and resumed, beside ours: docs/resume-peers.md
 	$(BIN)/python bench/resume_peers.py
+
+bench-language: .venv/dev .venv-oracles-trl-1.16.0/done .venv-oracles-trl-1.12.0/done ## ours beside TRL and Hugging Face: the language part of docs/performance.md
+	$(BIN)/python bench/language.py
 
 solve-time: .venv/dev ## seconds from process start until CartPole is solved, ten seeds
 	$(BIN)/python bench/solve_time.py
