@@ -2,9 +2,9 @@
 
     python bench/checkpoint_cost.py
 
-Default settings: `understudy control ppo --env CartPole-v1`, and every stage of `understudy rehearse`. Time inside
-`Run.checkpoint`, and inside the copy that `update` makes, over the seconds from a run's first step to its last line of
-metrics plus its final checkpoint. Writes bench/results/checkpoint_cost.json, which docs/reliability.md shows.
+Default settings: `understudy control ppo --env CartPole-v1`, and every stage of `understudy rehearse`. Time that a run
+spends writing checkpoints or waiting for the disk to have them, and inside the copy that `update` makes, over the seconds
+from its first step until it is closed. Writes bench/results/checkpoint_cost.json, which docs/reliability.md shows.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ import torch
 
 from understudy import update as room
 from understudy.cli import main
+from understudy.control import stage as control_stage
+from understudy.language import stage as language_stage
 from understudy.run.store import Run
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
 
 
 class Clock:
-    """Seconds and calls spent inside a function."""
+    """Seconds spent inside some functions, of which one may call another, and calls of the first of them."""
 
-    def __init__(self, owner: Any, name: str) -> None:
-        self.seconds, self.calls = 0.0, 0
-        self.owner, self.name, self.own = owner, name, getattr(owner, name)
-        setattr(owner, name, self.wrap(self.own))
+    def __init__(self, *functions: tuple[Any, str]) -> None:
+        self.seconds, self.calls, self.depth = 0.0, 0, 0
+        for number, (owner, name) in enumerate(functions):
+            setattr(owner, name, self.wrap(getattr(owner, name), counts=number == 0))
 
-    def wrap(self, own: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(self, own: Callable[..., Any], *, counts: bool) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             began = time.perf_counter()
+            self.depth += 1
             try:
                 return own(*args, **options)
             finally:
-                self.seconds += time.perf_counter() - began
-                self.calls += 1
+                self.depth -= 1
+                self.calls += counts
+                if not self.depth:
+                    self.seconds += time.perf_counter() - began
 
         return call
 
@@ -64,26 +69,27 @@ class Copies:
 def measure() -> dict[str, dict[str, float]]:
     """By run: train seconds, and the seconds and shares of checkpoints and copies."""
     found: dict[str, dict[str, float]] = {}
-    checkpoints, room.copy = Clock(Run, "checkpoint"), Copies()
-    copies = Clock(room.copy, "deepcopy")
+    stages = [(stage.Stage, "checkpoint") for stage in (control_stage, language_stage)]
+    checkpoints, room.copy = Clock((Run, "checkpoint"), (Run, "settle"), *stages), Copies()
+    copies = Clock((room.copy, "deepcopy"))
     log = Run.log
 
-    def logged(run: Run, metrics: dict[str, Any]) -> None:
-        log(run, metrics)
-        last[run.path] = metrics
+    def logged(self: Run, metrics: dict[str, Any]) -> None:
+        log(self, metrics)
+        last[self.path] = metrics | {"at": time.perf_counter()}
 
     last: dict[Path, dict[str, Any]] = {}
     Run.log = logged
     close = Run.close
 
-    def closed(run: Run) -> None:
-        close(run)
+    def closed(self: Run) -> None:
+        close(self)
         (written, count), (copied, kept) = checkpoints.take(), copies.take()
-        train = last[run.path]["seconds"]
-        size = sum(file.stat().st_size for file in sorted((run.path / "checkpoints").iterdir())[-1].rglob("*"))
-        found[run.path.name] = {
+        train = last[self.path]["seconds"] + time.perf_counter() - last[self.path]["at"]
+        size = sum(file.stat().st_size for file in sorted((self.path / "checkpoints").iterdir())[-1].rglob("*"))
+        found[self.path.name] = {
             "train_seconds": train,
-            "iterations": last[run.path]["iteration"],
+            "iterations": last[self.path]["iteration"],
             "checkpoints": count,
             "checkpoint_bytes": size,
             "checkpoint_seconds": written,
@@ -92,7 +98,7 @@ def measure() -> dict[str, dict[str, float]]:
             "copy_seconds": copied,
             "copy_share": copied / train,
         }
-        print(run.path.name, json.dumps(found[run.path.name]), flush=True)
+        print(self.path.name, json.dumps(found[self.path.name]), flush=True)
 
     Run.close = closed
     with tempfile.TemporaryDirectory() as folder:

@@ -142,8 +142,9 @@ def costs(found: dict[str, Any]) -> list[str]:
     lines = [
         "## What it costs",
         "",
-        "`python bench/checkpoint_cost.py`, default settings: time spent writing checkpoints, synced and read back, and",
-        "copying the state before an update so that it can come back, as shares of the run's time.",
+        "`python bench/checkpoint_cost.py`, default settings: time a run spends writing checkpoints and waiting until they",
+        "are synced and read back, which a thread does while it goes on, and copying the state before an update so that it",
+        "can come back, as shares of the run's time.",
         "",
         "| run | seconds | checkpoints | bytes each | checkpoints' share | copies' share |",
         "|---|---|---|---|---|---|",

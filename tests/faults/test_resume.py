@@ -112,9 +112,9 @@ def test_without_a_word_there_are_five_checkpoints_over_a_run(tmp_path, monkeypa
     written = []
     write = checkpoint.write
 
-    def counted(folder, name, save, *, keep):
+    def counted(folder, name, save):
         written.append(name)
-        return write(folder, name, save, keep=keep)
+        return write(folder, name, save)
 
     monkeypatch.setattr(checkpoint, "write", counted)
     ppo.train(run_of(tmp_path / "run", steps=16 * 30))

@@ -197,7 +197,7 @@ class Stage:
     def checkpoint(self) -> None:
         """Write everything that the coming iterations depend on under checkpoints/ITERATION, once."""
         name = f"{self.iteration:06d}"
-        if (self.run.path / "checkpoints" / name).exists():
+        if name in self.run.checkpoints():
             return
         self.saved = self.walker.steps
         keep, state = self.cfg.keep_checkpoints, self._state()
@@ -269,6 +269,7 @@ class Stage:
         learning_curve(self.run.metrics, self.run.path / "curve.png", title=title, goal=self.threshold)
         if self.cfg.video and not interrupted:
             evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video")
+        self.run.settle()
 
 
 @contextmanager
@@ -360,7 +361,7 @@ def open_stage(
                 stage.finish(interrupted=True)
                 raise
             except torch.OutOfMemoryError as error:
-                refusal = out_of_memory(error, run.path, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
+                refusal = out_of_memory(error, run, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
                 run.event("failed", error=str(refusal), traceback=traceback.format_exc())
                 raise refusal from error
             except BaseException as error:

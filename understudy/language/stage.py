@@ -144,7 +144,7 @@ class Stage:
         written as it is, since a model in Hugging Face's layout may hold it otherwise (merged, say).
         """
         name = f"{self.iteration:06d}"
-        if (self.run.path / "checkpoints" / name).exists():
+        if name in self.run.checkpoints():
             return
         self.saved = self.steps
         state = {name: getattr(self, name) for name in GOES_ON} | {
@@ -182,6 +182,7 @@ class Stage:
         if (adapter := folder / ADAPTER).is_dir():
             shutil.rmtree(self.run.path / ADAPTER, ignore_errors=True)
             adapter.rename(self.run.path / ADAPTER)  # what is in `folder` is whole without it
+        self.run.settle()
 
     def _learning(self) -> list[torch.Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -229,7 +230,7 @@ def open_stage(
             stage.finish()
             raise
         except torch.OutOfMemoryError as error:
-            refusal = out_of_memory(error, run.path, _smaller(cfg))
+            refusal = out_of_memory(error, run, _smaller(cfg))
             run.event("failed", error=str(refusal), traceback=traceback.format_exc())
             raise refusal from error
         except BaseException as error:

@@ -32,33 +32,46 @@ class Damaged(ValueError):
     """A checkpoint that is not what its manifest says: one sentence with the file and what is wrong."""
 
 
-def write(folder: Path, name: str, save: Callable[[Path], None], *, keep: int) -> Path:
-    """Make the checkpoint `folder/name` out of what `save` puts into the directory it is given; then drop old ones.
+def write(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
+    """Put what is to be the checkpoint `folder/name` into a directory beside it: `save` fills the one it is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".{name}.part"
+    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed in here
+    aside.mkdir()
+    with _removed_on_error(aside):
+        save(aside)
+    return aside
 
-    The order is: files, their sync, the manifest, its sync, the directory's sync, the rename, the parent's sync. Killed
+
+def settle(aside: Path, name: str, *, keep: int) -> None:
+    """Make a checkpoint of what `write` gave, then drop old ones. It is mostly waiting for the disk.
+
+    The order is: the files' sync, the manifest, its sync, the directory's sync, the rename, the parent's sync. Killed
     anywhere, the process leaves either no checkpoint of that name or a whole one.
 
     Args:
         keep: how many of the newest stay.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    aside, final = folder / f".{name}.part", folder / name
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed in here
-    aside.mkdir()
-    try:
-        save(aside)
+    folder = aside.parent
+    with _removed_on_error(aside):
         seal(aside)
         verify(aside)  # some file systems say that they wrote, and did not
-        os.rename(aside, final)
+        os.rename(aside, folder / name)
+    sync(folder)
+    for old in names(folder)[:-keep]:
+        shutil.rmtree(folder / old, ignore_errors=True)
+
+
+@contextmanager
+def _removed_on_error(aside: Path) -> Iterator[None]:
+    """Leave nothing of a directory that could not be filled."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, SafetensorError):  # what it says of a full disk
             raise OSError(" ".join(str(error).split())) from error
         raise
-    sync(folder)
-    for old in names(folder)[:-keep]:
-        shutil.rmtree(folder / old, ignore_errors=True)
-    return final
 
 
 def seal(path: Path) -> None:

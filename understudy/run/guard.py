@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
-from understudy.run import checkpoint
 from understudy.run.config import RequestError
+from understudy.run.store import Run
 
 IN_A_ROW = 3
 """Updates left out one after another that end a run."""
@@ -36,26 +35,25 @@ class Guard:
         run.event("update_skipped", iteration=number, reason=str(error))
         if last == [*range(number - IN_A_ROW + 1, number + 1)]:
             raise FloatingPointError(
-                f"{IN_A_ROW} updates in a row were left out, the last because {error}; {whole(run.path)}"
+                f"{IN_A_ROW} updates in a row were left out, the last because {error}; {whole(run)}"
             ) from error
         if not self.stage.cfg.quiet:
             print(f"understudy: update {number} is left out: {error}", file=sys.stderr)
 
 
-def out_of_memory(error: BaseException, path: Path, mend: str) -> RequestError:
+def out_of_memory(error: BaseException, run: Run, mend: str) -> RequestError:
     """The refusal of a run that does not fit into memory.
 
     Args:
         mend: the fields that need less, with their values.
     """
-    return RequestError(f"memory ran out ({' '.join(str(error).split())[:120]}): {mend}; {whole(path)}")
+    return RequestError(f"memory ran out ({' '.join(str(error).split())[:120]}): {mend}; {whole(run)}")
 
 
-def whole(path: Path) -> str:
+def whole(run: Run) -> str:
     """Which checkpoint of a run is the last good one, and how to go on from it."""
-    names = checkpoint.names(path / "checkpoints")
+    names = run.checkpoints()
     if not names:
-        return f"there is no checkpoint under '{path}' yet: start again with another out"
-    return (
-        f"the last good checkpoint is '{path / 'checkpoints' / names[-1]}': `understudy resume {path}` goes on from it"
-    )
+        return f"there is no checkpoint under '{run.path}' yet: start again with another out"
+    last = run.path / "checkpoints" / names[-1]
+    return f"the last good checkpoint is '{last}': `understudy resume {run.path}` goes on from it"

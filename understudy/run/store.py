@@ -8,6 +8,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ class Run:
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
         self.stopped: str | None = None
+        self.settling: tuple[str, Future[None]] | None = None  # the checkpoint that is on its way to the disk
         self.refused = 0  # checkpoints in a row that could not be written
         self.looked = 0  # lines of metrics in which spikes were looked for
         self.silent = False  # metrics or events that could not be written: said once
@@ -116,7 +119,9 @@ class Run:
         self.metrics, self.looked = kept, len(kept)
 
     def close(self) -> None:
-        """Let another process have the run."""
+        """Let another process have the run, when its last checkpoint is whole."""
+        with suppress(OSError):  # said and noted; `settle` raises it to a run that can still fail
+            self.settle()
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
@@ -135,8 +140,9 @@ class Run:
     ) -> None:
         """Write model, optimizer and state under checkpoints/NAME, whole or not at all; the newest `keep` stay.
 
-        Spikes since the last one are noted in events.jsonl. Parameters that are not finite are not written down. A disk that
-        refuses is said and noted, and the run goes on; after three refusals in a row it ends.
+        The files are written when this returns; they are synced and get their name in a thread of their own, until
+        `settle`. Spikes since the last one are noted in events.jsonl. Parameters that are not finite are not written down. A
+        disk that refuses is said and noted, and the run goes on; after three refusals in a row it ends.
 
         Args:
             save: writes the model into the directory it is given.
@@ -148,6 +154,7 @@ class Run:
             save_file(tensors, aside / "optimizer.safetensors")
             checkpoint.save_state(aside, {"run": state, "optimizer": rest})
 
+        self.settle()
         for spike in spikes(self.metrics, after=self.looked):
             self.event("spike", **spike)
         self.looked = len(self.metrics)
@@ -155,17 +162,40 @@ class Run:
             self.event("checkpoint_refused", name=name, error="a parameter is not finite")
             return
         try:
-            checkpoint.write(self.path / "checkpoints", name, everything, keep=keep)
+            aside = checkpoint.write(self.path / "checkpoints", name, everything)
+        except OSError as error:
+            self._refused(name, error)
+        else:
+            thread = ThreadPoolExecutor(1)
+            self.settling = name, thread.submit(checkpoint.settle, aside, name, keep=keep)
+            thread.shutdown(wait=False)
+
+    def checkpoints(self) -> list[str]:
+        """The names of the checkpoints that are whole, oldest first."""
+        self.settle()
+        return checkpoint.names(self.path / "checkpoints")
+
+    def settle(self) -> None:
+        """Wait until the checkpoint that was written last is whole on the disk, if the disk takes it."""
+        if self.settling is None:
+            return
+        (name, found), self.settling = self.settling, None
+        try:
+            found.result()
             self.refused = 0
         except (OSError, checkpoint.Damaged) as error:
-            self.refused += 1
-            self.event("checkpoint_refused", name=name, error=str(error))
-            print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
-            if self.refused >= FAILURES:
-                raise OSError(
-                    f"{FAILURES} checkpoints in a row could not be written under '{self.path}' ({error}): free the disk, "
-                    f"then `understudy resume {self.path}`"
-                ) from error
+            self._refused(name, error)
+
+    def _refused(self, name: str, error: Exception) -> None:
+        """Note a checkpoint that the disk did not take; end the run at the third in a row."""
+        self.refused += 1
+        self.event("checkpoint_refused", name=name, error=str(error))
+        print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
+        if self.refused >= FAILURES:
+            raise OSError(
+                f"{FAILURES} checkpoints in a row could not be written under '{self.path}' ({error}): free the disk, "
+                f"then `understudy resume {self.path}`"
+            ) from error
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
