@@ -16,8 +16,8 @@ check: .venv/dev ## what CI checks before the tests: format, lint, types, layout
 	$(BIN)/pyright
 	$(BIN)/pytest -q tests/test_layout.py
 
-test: .venv/dev ## every test
-	$(BIN)/pytest
+test: .venv/dev ## every test, a file at a time on every core
+	$(BIN)/pytest -n auto --dist loadfile
 
 format: .venv/dev
 	$(BIN)/ruff format .
