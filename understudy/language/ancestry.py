@@ -72,6 +72,32 @@ def as_declared(source: str, tokenizer: Tokenizer) -> None:
             )
 
 
+def check_reference(given: str, reference: Any, policy: Any) -> None:
+    """Refuse a reference to whom the ids that a policy says mean other tokens, or none. One without a tokenizer has no say.
+
+    Args:
+        given: as the config names it.  reference, policy: each a `Policy`; the latter with its tokenizer.
+
+    Raises:
+        RequestError: with the two sizes, or the two digests.
+    """
+    size, other = (model.model.get_input_embeddings().num_embeddings for model in (policy, reference))
+    if size != other:
+        raise RequestError(
+            f"reference is {given!r}, whose vocabulary has {other} tokens, the policy's {size}: name a model of the same"
+        )
+    try:
+        there = Tokenizer.load(home(given, "policy"), fixed_length=True)
+    except RequestError:
+        return
+    own, theirs = ({i: token for token, i in each.hf.get_vocab().items()} for each in (policy.tokenizer, there))
+    if any(theirs.get(i, token) != token for i, token in own.items()):
+        raise RequestError(
+            f"reference is {given!r}, whose tokenizer has the digest {digest(there)[:12]}..., the policy's "
+            f"{digest(policy.tokenizer)[:12]}...: one id means two tokens; name a model with the policy's tokenizer"
+        )
+
+
 def digest(tokenizer: Tokenizer) -> str:
     """A tokenizer by what it does: how it splits, its vocabulary and its special tokens; its template apart."""
     hf: Any = tokenizer.hf

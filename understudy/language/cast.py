@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from understudy.batch import Batch, Text, Trajectory
 from understudy.constrain import Bounds, Constraint
 from understudy.language import preflight, stage
-from understudy.language.ancestry import as_declared
+from understudy.language.ancestry import as_declared, check_reference
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Rollouts
 from understudy.language.evaluate import evaluate
@@ -25,7 +25,7 @@ from understudy.language.model import Policy, Reference, home
 from understudy.language.scorer import RewardModel, load_reward_model
 from understudy.language.sft import context, limit_learning, load_policy, pad_examples
 from understudy.language.stage import Stage
-from understudy.language.text import Example, Tokenizer, examples, prompts, read
+from understudy.language.text import Example, Tokenizer, check_ids, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
 from understudy.language.top import below
 from understudy.language.turns import Reply
@@ -102,10 +102,11 @@ class Cast:
     def evaluate(self) -> dict[str, float]:
         """Held-out prompts and seeds of their own; written to evaluation.json, samples and all."""
         found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=self.cfg.evaluate_rows)
-        path = self.run.run.path
-        write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": self.run.iteration + 1})
-        (path / "samples").mkdir(exist_ok=True)
-        write_json(path / "samples" / f"evaluation-{self.run.iteration + 1:06d}.json", found["samples"])
+        path, number = self.run.run.path, self.run.iteration + 1
+        with self._spared():
+            write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": number})
+            (path / "samples").mkdir(exist_ok=True)
+            write_json(path / "samples" / f"evaluation-{number:06d}.json", found["samples"])
         return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
 
     @torch.no_grad()
@@ -165,8 +166,19 @@ class Cast:
             }
             lines.append(json.dumps(line, ensure_ascii=False))
         path = self.run.run.path / "samples" / f"{self.run.iteration + 1:06d}.jsonl"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(redact("\n".join(lines)) + "\n", encoding="utf-8")
+        with self._spared():
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(redact("\n".join(lines)) + "\n", encoding="utf-8")
+
+    @contextmanager
+    def _spared(self) -> Generator[None]:
+        """A disk that refuses what a run does not go on from is said, once, and the run goes on."""
+        try:
+            yield
+        except OSError as error:
+            if not self.run.run.silent:
+                print(f"understudy: samples cannot be written ({error}); the run goes on", file=sys.stderr)
+            self.run.run.silent = True
 
     def _judge(self, specs: Sequence[str], field: str) -> Judge:
         def load(source: str) -> Part:
@@ -233,11 +245,7 @@ class Cast:
             other = Policy.from_pretrained(home(given, "policy"), **alike)
         except RequestError as error:
             raise RequestError(f"reference is {given!r}: {error}") from None
-        own, theirs = (policy.model.get_input_embeddings().num_embeddings for policy in (self.policy, other))
-        if own != theirs:
-            raise RequestError(
-                f"reference is {given!r}, whose vocabulary has {theirs} tokens, the policy's {own}: name a model of the same"
-            )
+        check_reference(given, other, self.policy)
         return Reference(other.to(self.cfg.device))
 
     def _never_learning(self) -> list[nn.Parameter]:
@@ -258,6 +266,7 @@ class Cast:
         room = context(self.policy, self.cfg.max_length)
         try:
             found = examples(read(self.cfg.pretraining), self.tokenizer, max_length=room, too_long=self.cfg.too_long)
+            check_ids(found, self.policy.model)
         except RequestError as error:
             raise RequestError(f"pretraining is {self.cfg.pretraining!r}: {error}") from None
         self.policy.remarks += found.remark(self.cfg.pretraining)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from understudy.batch import Pairs, Text
 from understudy.language import config, stage
+from understudy.language.ancestry import check_reference
 from understudy.language.model import Policy, digest, home
 from understudy.language.sft import context, limit_learning, load_policy
 from understudy.language.stage import Iterations
-from understudy.language.text import Preference, common, pad, preferences, read
+from understudy.language.text import Preference, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import mean_interval
 from understudy.run.config import Count, Positive, Unit
@@ -96,6 +97,7 @@ def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preferenc
     """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
     rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
     data = preferences(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    check_ids(data, policy.model)
     policy.remarks += data.remark(cfg.data)
     learned, kept = stage.hold_out(list(map(stage.asked, data)), cfg.held_out)
     return [data[i] for i in learned], [data[i] for i in kept]
@@ -108,6 +110,8 @@ def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config
     given = cfg.reference
     trust = cfg.trust_remote_code
     other = None if given is None else Policy.from_pretrained(home(given, "policy"), trust_remote_code=trust)
+    if given is not None:
+        check_reference(given, other, policy)
     reference = policy if other is None else other.to(cfg.device)
     return {name: refer(reference, some) for name, some in data.items()}, digest(reference.model)
 

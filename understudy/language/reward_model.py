@@ -101,6 +101,7 @@ def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
     model.form = "text" if "label" in rows[0] else "completion"
     kind: Any = text.labelled if model.form == "text" else text.preferences
     data = kind(rows, model.tokenizer, max_length=min(limit, cfg.max_length), too_long=cfg.too_long)
+    text.check_ids(data, model.model)
     model.remarks += data.remark(cfg.data)
     keys = [(row.ids, row.label) if model.form == "text" else stage.asked(row) for row in data]
     learned, kept = stage.hold_out(keys, cfg.held_out)

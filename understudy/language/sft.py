@@ -11,7 +11,7 @@ import torch
 from understudy.language import config, stage
 from understudy.language.model import Policy, home
 from understudy.language.stage import Iterations
-from understudy.language.text import Example, Tokenizer, examples, pad, read
+from understudy.language.text import Example, Tokenizer, check_ids, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive
 from understudy.run.seeds import derive
@@ -73,6 +73,7 @@ def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
     rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
     data = examples(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    check_ids(data, policy.model)
     policy.remarks += data.remark(cfg.data)
     learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
     return [data[i] for i in learned], [data[i] for i in kept]

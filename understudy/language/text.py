@@ -372,6 +372,18 @@ def labelled(
     return room.those_of(each_row(rows, one, texts=("text",), others=("label",)))
 
 
+def check_ids(data: Sequence[Example | Preference | Labelled], model: Any) -> None:
+    """Refuse rows with an id that a model has no embedding for: its tokenizer is not the one it was trained with."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    for record in data:
+        rows = (record.chosen, record.rejected) if isinstance(record, Preference) else (record.ids,)
+        if (highest := max(max(ids, default=0) for ids in rows)) >= vocabulary:
+            raise RequestError(
+                f"row {record.row}: it has id {highest}, the model has ids from 0 to {vocabulary - 1}: give the model the "
+                "tokenizer it was trained with"
+            )
+
+
 def common(one: Sequence[Any], other: Sequence[Any]) -> int:
     """How many tokens, letters or messages both begin with."""
     matches = (a == b for a, b in zip(one, other, strict=False))
