@@ -3,7 +3,8 @@
 A prompt is a start node, a completion the nodes from there to the goal. Its score is the shortest path's length over its
 own; a path that uses an edge which is not there, or does not arrive, scores 0. The optimum, found by search, is 1. SFT
 imitates random walks; PPO and GRPO start from it. The final policy is sampled, 64 times from every start node.
-Results are saved as they come under bench/results/random_walks/; a seed found there is not run again.
+Results are saved as they come under bench/results/random_walks/; a seed found there is not run again. Seeds 1 to 5 there
+are of the first settings, which the page still shows.
 """
 
 from __future__ import annotations
@@ -24,6 +25,15 @@ GOAL = "a"
 LONGEST = 10  # nodes a walk may have after its start
 WALKS = 1000
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+SEEDS, FIRST_SEEDS = [11, 12, 13, 14, 15], [1, 2, 3, 4, 5]
+TRIED = """\
+All on seeds 100 to 107. Learning rate 2e-3 with 4 passes collapsed on seed 100 (0.25, 0.35). With 60,000 tokens, rate 5e-4
+and GAE's lambda 0.95, seeds 1 to 5 were run and recorded first; PPO missed on seed 1, and that table stands below. With
+120,000 tokens: rate 5e-4 gave PPO 0.947 0.998 0.998 on seeds 100 to 102; an entropy bonus of 0.01 did not help seed 100
+(0.948); rate 3e-4 gave 0.946 to 0.998 on seeds 100 to 106, its worst on seed 104, where one start node's answer stayed
+wrong. Lambda 1, which leaves the critic's early errors out of the advantage, gave 0.986 to 0.997 on seeds 100 to 107 (0.995
+on seed 104); a KL coefficient of 0.01 instead also mended seed 104 (0.997). GRPO at rate 3e-4: 0.990 to 0.995 on seeds 100
+to 107. Then seeds 11 to 15 were run, once."""
 
 
 def graph(seed: int) -> dict[str, list[str]]:
@@ -144,8 +154,8 @@ def run(seed: int, **changes: object) -> dict[str, float]:
             "rows": 160,
             "slots": 160,
             "max_new": LONGEST + 1,
-            "steps": 60_000,
-            "learning_rate": 5e-4,
+            "steps": 120_000,
+            "learning_rate": 3e-4,
             "epochs": 2,
             "minibatches": 4,
             "kl_reference_coef": 0.0,
@@ -153,7 +163,7 @@ def run(seed: int, **changes: object) -> dict[str, float]:
             "samples": 0,
         }
         for name, recipe, own in (
-            ("ppo", ppo, {"critic": "shared", "value_coef": 0.5, "lam": 0.95}),
+            ("ppo", ppo, {"critic": "shared", "value_coef": 0.5, "lam": 1.0}),
             ("grpo", grpo, {"group": 8, "aggregate": "step"}),
         ):
             began = time.process_time()
@@ -164,7 +174,7 @@ def run(seed: int, **changes: object) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -174,6 +184,14 @@ def main() -> None:
             path.write_text(json.dumps(run(seed)) + "\n")
         rows.append(json.loads(path.read_text()))
         print(rows[-1], flush=True)
+    if args.seeds == SEEDS:
+        text = page(rows, [json.loads((RESULTS / f"{seed}.json").read_text()) for seed in FIRST_SEEDS])
+        print(text)
+        (Path(__file__).parents[1] / "docs" / "random-walks.md").write_text(text)
+
+
+def page(rows: list[dict[str, float]], first: list[dict[str, float]]) -> str:
+    """docs/random-walks.md."""
     import torch
 
     lines = [
@@ -181,24 +199,33 @@ def main() -> None:
         "",
         "`python bench/random_walks.py`: 21 nodes, one of them the goal; mean optimality (shortest length over own length, "
         "0 for a path that is none) over all 20 start nodes, 64 samples each, of the final policy. PPO and GRPO with the "
-        "same 60,000 tokens and settings but for what only one of them has. Every seed is another graph. Seconds are of the "
-        "processor. Settings were chosen on seed 100: learning rate 2e-3 with 4 passes collapsed there (0.25, 0.35).",
-        f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread.",
+        "same 120,000 tokens and settings but for what only one of them has. Every seed is another graph. Seconds are of "
+        f"the processor. Python {platform.python_version()}, torch {torch.__version__}, 1 thread.",
         "",
-        "| seed | SFT | PPO | GRPO | PPO s | GRPO s |",
-        "|---|---|---|---|---|---|",
+        *table(rows),
+        "",
+        f"Wanted: SFT 0.8 or less, PPO and GRPO 0.95 or more. Here: {sum(map(reached, rows))} of {len(rows)} seeds.",
+        "",
+        "## What was tried",
+        "",
+        TRIED,
+        "",
+        *table(first),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def reached(row: dict[str, float]) -> bool:
+    return row["sft"] <= 0.8 and min(row["ppo"], row["grpo"]) >= 0.95
+
+
+def table(rows: list[dict[str, float]]) -> list[str]:
+    lines = ["| seed | SFT | PPO | GRPO | PPO s | GRPO s |", "|---|---|---|---|---|---|"]
     for r in rows:
-        cells = [
-            *(f"{r[name]:.3f}" for name in ("sft", "ppo", "grpo")),
-            f"{r['ppo_seconds']:.0f}",
-            f"{r['grpo_seconds']:.0f}",
-        ]
-        lines.append(f"| {r['seed']} | {' | '.join(cells)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.seeds == [1, 2, 3, 4, 5]:
-        (Path(__file__).parents[1] / "docs" / "random-walks.md").write_text(text)
+        scores = [f"{r[name]:.3f}" for name in ("sft", "ppo", "grpo")]
+        seconds = [f"{r[name]:.0f}" for name in ("ppo_seconds", "grpo_seconds")]
+        lines.append(f"| {r['seed']} | {' | '.join(scores + seconds)} |")
+    return lines
 
 
 if __name__ == "__main__":
