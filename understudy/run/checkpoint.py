@@ -58,6 +58,11 @@ def settle(aside: Path, name: str, *, keep: int) -> None:
         verify(aside)  # some file systems say that they wrote, and did not
         os.rename(aside, folder / name)
     sync(folder)
+    drop(folder, keep=keep)
+
+
+def drop(folder: Path, *, keep: int) -> None:
+    """Remove all checkpoints but the newest `keep`."""
     for old in names(folder)[:-keep]:
         shutil.rmtree(folder / old, ignore_errors=True)
 

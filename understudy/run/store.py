@@ -237,6 +237,7 @@ class Resume:
                     f"checkpoint is '{self.checkpoint}', which does not fit the run's config "
                     f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): name another with --checkpoint"
                 ) from error
+            checkpoint.drop(self.checkpoint.parent, keep=stage.cfg.keep_checkpoints)  # what a kill left undone
         self.run.event("resumed", iteration=stage.iteration, **self.about)
 
 
