@@ -78,10 +78,12 @@ ROWS = (
     ),
     Row(
         "F8",
-        "the run's directory cannot be made, or vanishes",
+        "the run's directory cannot be made or written to, vanishes, or keeps other bytes than were written",
         "refused in a sentence; or said, made again, and gone on",
         {
             f"{MORE}::test_a_directory_that_cannot_be_made_is_refused_before_anything_is_learned": 1,
+            f"{MORE}::test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence": 1,
+            f"{MORE}::test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back": 1,
             f"{MORE}::test_a_directory_that_vanishes_is_made_again_at_the_next_checkpoint": 1,
         },
     ),
@@ -116,6 +118,8 @@ ROWS = (
             f"{HOSTILE}::test_a_recipe_that_is_none_is_not_imported": 1,
             f"{HOSTILE}::test_a_config_that_lacks_fields_is_refused": 1,
             f"{HOSTILE}::test_an_archive_of_another_library_is_refused": 2,
+            f"{HOSTILE}::test_a_checkpoint_of_torch_distributed_is_refused": 1,
+            f"{HOSTILE}::test_an_archive_whose_entries_lead_elsewhere_is_not_unpacked": 1,
             f"{HOSTILE}::test_a_model_whose_weights_are_a_pickle_is_refused": 1,
             f"{HOSTILE}::test_an_index_that_names_other_files_than_safetensors_beside_it_is_refused": 1,
             f"{HOSTILE}::test_an_adapter_that_is_a_pickle_or_names_a_module_or_itself_is_refused": 3,
@@ -128,6 +132,7 @@ ROWS = (
         {
             f"{HOSTILE}::test_a_model_that_brings_code_is_refused": 1,
             f"{HOSTILE}::test_a_tokenizer_that_brings_code_is_refused": 1,
+            f"{HOSTILE}::test_a_judge_or_reference_that_brings_code_is_refused": 1,
             f"{HOSTILE}::test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_when_a_run_does": 1,
         },
     ),
@@ -145,8 +150,9 @@ ROWS = (
     Row(
         "F13",
         "an environment's process is killed",
-        "restarted alone, its step masked",
+        "restarted alone within five seconds, its step masked",
         {
+            f"{SUPERVISE}::test_a_killed_environment_is_back_within_five_seconds_and_its_row_alone_is_cut": 1,
             f"{SUPERVISE}::test_the_loss_of_the_nursery_is_survived": 1,
             f"{RECORDS}::test_the_step_before_a_fault_is_truncated_and_what_was_last_seen_stands_masked_after_it": 1,
             f"{SUPERVISE}::test_when_the_trainer_is_killed_its_environments_end_even_one_that_hangs": 1,
@@ -169,6 +175,7 @@ ROWS = (
         {
             f"{SUPERVISE}::test_an_environment_that_cannot_be_made_is_refused_at_once": 1,
             f"{SUPERVISE}::test_an_environment_that_cannot_be_made_again_spends_the_restarts": 1,
+            f"{SUPERVISE}::test_what_takes_too_long_apart_is_refused_and_where_it_hung_is_known": 1,
         },
     ),
     Row(
@@ -177,6 +184,8 @@ ROWS = (
         "caught at the step they happen; masked, or refused with their place",
         {
             f"{SUPERVISE}::test_a_fault_ends_its_own_episode_at_its_last_observation_and_no_other": 1,
+            f"{SUPERVISE}::test_a_broken_number_where_the_space_is_of_whole_ones_is_a_fault": 1,
+            f"{MORE}::test_what_is_no_observation_reward_end_or_info_ends_the_run_at_its_step": 1,
             f"{COLLECT}::test_a_reward_that_is_no_number_is_refused_and_its_place_named": 1,
             f"{COLLECT}::test_an_observation_that_is_no_number_is_refused_and_its_place_named": 1,
         },

@@ -377,6 +377,29 @@ def test_an_archive_of_another_library_is_refused(place):
     assert main(["generate", str(place / "sb3.zip"), "--prompt", "x"]) == 2
 
 
+def test_a_checkpoint_of_torch_distributed_is_refused(place):
+    """Its `.metadata` is a pickle, and so is what stands in its parts."""
+    for name in ("control/policy", "language/policy", "model"):
+        (place / name / ".metadata").write_bytes(bomb(place))
+        (place / name / "__0_0.distcp").write_bytes(bomb(place))
+        for file in [*(place / name).glob("*.safetensors"), *(place / name).glob("policy.json")]:
+            file.unlink()
+
+    refused(lambda: understudy.load(place / "control"), "no policy")
+    refused(lambda: understudy.load(place / "language"), "cannot be loaded|no policy")
+    refused(lambda: Policy.from_pretrained(place / "model"), "cannot be loaded|safetensors")
+
+
+@pytest.mark.parametrize("name", ["../../canary", "/{place}/canary", "..\\..\\canary"])
+def test_an_archive_whose_entries_lead_elsewhere_is_not_unpacked(place, name):
+    with zipfile.ZipFile(place / "slip.zip", "w") as archive:
+        archive.writestr(name.format(place=place), "written")
+    for verb in (["evaluate"], ["resume"], ["generate", "--prompt", "x"], ["lineage"]):
+        assert main([verb[0], str(place / "slip.zip"), *verb[1:]]) == 2
+    shutil.copy(place / "slip.zip", place / "model/model.safetensors")
+    refused(lambda: Policy.from_pretrained(place / "model"), "cannot be loaded")
+
+
 def remote(place: Path, name: str, **fields) -> None:
     (place / "model/modeling_evil.py").write_text(evil(place) + "class Evil:\n    pass\n")
     rewrite(place / "model" / name, **fields)
@@ -398,6 +421,23 @@ def test_a_tokenizer_that_brings_code_is_refused(place):
 
     refused(lambda: Tokenizer.load(place / "model"), "auto_map")
     assert main(["generate", str(place / "model"), "--prompt", "the"]) == 2
+
+
+@pytest.mark.parametrize("field", ["reward", "gold", "reference"])
+def test_a_judge_or_reference_that_brings_code_is_refused(place, field):
+    shutil.copytree(place / "model", place / "other")
+    (place / "other/modeling_evil.py").write_text(evil(place) + "class Evil:\n    pass\n")
+    rewrite(
+        place / "other/config.json", auto_map=CLASSES | {"AutoModelForSequenceClassification": "modeling_evil.Evil"}
+    )
+    given = str(place / "other")
+
+    refused(
+        lambda: Cast(
+            ppo_config(place / "model", place / "out", **{field: given if field == "reference" else (given,)})
+        ),
+        f"{field} is .*auto_map",
+    )
 
 
 def test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_when_a_run_does(place):

@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import os
 import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -110,6 +113,123 @@ def test_a_directory_that_vanishes_is_made_again_at_the_next_checkpoint(tmp_path
     found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
     assert found is not None and found.name == "000006" and not wrong
     assert understudy.load(tmp_path / "run")
+
+
+@pytest.fixture
+def everybodys():
+    """A directory that other users can come to, as that of pytest is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("when", ["from the start", "later"])
+def test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence(when, everybodys):
+    """By a user who is not root, whom no permission stops."""
+
+    def confined() -> None:
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            if when == "from the start":
+                (everybodys / "closed").mkdir(mode=0o500)
+                ppo.train(run_of(everybodys / "closed/run"))
+            else:
+                iterations = ppo.iterate(run_of(everybodys / "run", checkpoint_every=1))
+                next(iterations)
+                next(iterations)
+                (everybodys / "run/checkpoints").chmod(0o500)
+                list(iterations)
+        except (RequestError, OSError) as error:
+            (everybodys / "said").write_text(f"{type(error).__name__}: {error}")
+            sys.exit(3)
+
+    assert killed.in_fork(confined) == 3
+    said = (everybodys / "said").read_text()
+    if when == "from the start":
+        assert said.startswith("RequestError: out is ") and "which cannot be made (Permission denied)" in said
+    else:
+        assert "3 checkpoints in a row could not be written" in said and "Permission denied" in said
+        found, wrong = checkpoint.newest(everybodys / "run/checkpoints")
+        assert found is not None and not wrong
+
+
+def test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back(tmp_path, monkeypatch, capsys):
+    seal, calls = checkpoint.seal, 0
+
+    def lying(path):
+        nonlocal calls
+        calls += 1
+        seal(path)
+        if calls == 2:
+            file = path / "state.json"
+            file.write_text(file.read_text().replace("0", "1", 1))
+
+    monkeypatch.setattr(checkpoint, "seal", lying)
+    run = ppo.train(run_of(tmp_path / "run", checkpoint_every=2, keep_checkpoints=9))
+
+    assert checkpoint.names(run.path / "checkpoints") == ["000002", "000006"]
+    assert "checkpoint 000004 could not be written" in capsys.readouterr().err
+
+
+# what environments give, in a vector env of Gymnasium's
+
+
+class Odd(gymnasium.Env):
+    """Episodes of nine steps; the sixth gives what it should not."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, wrong) -> None:
+        self.wrong, self.now = wrong, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.now += 1
+        given = {"obs": np.zeros(2, np.float32), "reward": 1.0, "over": self.now == 9, "cut": False, "info": {}}
+        given |= self.wrong if self.now == 6 else {}
+        return tuple(given.values())
+
+
+STOPS = {
+    "an observation of nan": {"obs": np.array([np.nan, 0])},
+    "an infinite observation": {"obs": np.array([0, np.inf])},
+    "an observation of objects": {"obs": np.array([None, 0])},
+    "complex numbers": {"obs": np.array([1j, 0])},
+    "three numbers for two": {"obs": np.zeros(3)},
+    "one number for two": {"obs": np.float32(0)},
+    "a batch of one": {"obs": np.zeros((1, 2))},
+    "text for an observation": {"obs": "nothing"},
+    "no observation": {"obs": None},
+    "a reward of nan": {"reward": np.nan},
+    "an infinite reward": {"reward": -np.inf},
+    "no reward": {"reward": None},
+    "an array of one for a reward": {"reward": np.array([1.0])},
+    "a complex reward": {"reward": 1j},
+    "an array for an end": {"over": np.array([True, False])},
+    "a list for an info": {"info": []},
+    "no info": {"info": None},
+}
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_what_is_no_observation_reward_end_or_info_ends_the_run_at_its_step(name, tmp_path):
+    """Without supervision there is nobody to mask it; what was learned before is whole."""
+    iterations = ppo.iterate(run_of(tmp_path / "run", rollout=5, checkpoint_every=1), env=Odd(STOPS[name]))
+    next(iterations)  # five steps
+    with pytest.raises((FloatingPointError, ValueError, TypeError, AttributeError)):
+        next(iterations)
+
+    stage = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in stage] == ["failed"]
+    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    assert found is not None and found.name == "000001" and not wrong
+    assert all(x.isfinite().all() for x in checkpoint.tensors_of(found / "policy.safetensors").values())
 
 
 # the clock

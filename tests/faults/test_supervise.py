@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -52,13 +53,20 @@ MORE = {
     "sees infinity": (returns(obs=np.array([np.inf, 0])), "broke"),
     "sees text": (returns(obs="nothing"), "broke"),
     "sees None": (returns(obs=None), "broke"),
+    "sees objects": (returns(obs=np.array([1, None])), "broke"),
+    "sees complex numbers": (returns(obs=np.array([1j, 0])), "broke"),
+    "sees one number": (returns(obs=np.float64(1)), "broke"),
     "pays infinity": (returns(reward=np.inf), "broke"),
     "pays None": (returns(reward=None), "broke"),
     "pays text": (returns(reward="1"), "broke"),
     "pays a list": (returns(reward=np.array([1.0])), "broke"),
+    "pays a complex number": (returns(reward=1j), "broke"),
     "ends with a number": (returns(terminated=1), "broke"),
     "is cut with None": (returns(truncated=None), "broke"),
+    "ends with text": (returns(terminated="no"), "broke"),
+    "ends with an array": (returns(terminated=np.array([True, False])), "broke"),
     "says a list": (returns(info=[]), "broke"),
+    "says None": (returns(info=None), "broke"),
     "says what cannot be sent": (returns(info={"f": lambda: 0}), "raised"),
     "leaves something out": (returns(short=True), "raised"),
 }
@@ -473,6 +481,58 @@ def test_the_loss_of_the_nursery_is_survived():
 
         assert obs[:, 1].tolist() == [0, 0, 0]
         assert [fault.what for fault in envs.faults] == ["crashed"] * 3
+
+
+@pytest.mark.parametrize("when", ["between two steps", "within a step"])
+def test_a_killed_environment_is_back_within_five_seconds_and_its_row_alone_is_cut(when):
+    class Slow(Faulty):
+        def step(self, action):
+            time.sleep(0.5)
+            return super().step(action)
+
+    envs = Supervised([Faulty, Slow, Faulty], step_timeout=PATIENCE)
+    zeros = np.zeros(3, dtype=np.int64)
+    try:
+        envs.reset(seed=0)
+        envs.step(zeros)
+        pid = envs.call("pid")[1]
+        timer = threading.Timer(0.1 if when == "within a step" else 0.0, os.kill, (pid, signal.SIGKILL))
+        timer.start()
+        if when == "between two steps":
+            assert gone(pid)
+        since = time.monotonic()
+        obs, reward, _, truncated, info = envs.step(zeros)
+        new, *_ = envs.step(zeros)
+        took = time.monotonic() - since
+        timer.join()
+    finally:
+        envs.close()
+
+    assert obs.tolist() == [[0, 2], [1, 1], [2, 2]] and reward.tolist() == [2, 0, 2]
+    assert truncated.tolist() == [False, True, False]
+    assert info["fault"][1].message == "its process ended with signal SIGKILL"
+    assert new[:, 1].tolist() == [3, 0, 3] and new[1, 0] not in (0, 1, 2)
+    assert took < 5
+
+
+def test_a_broken_number_where_the_space_is_of_whole_ones_is_a_fault():
+    class Counts(Faulty):
+        observation_space = gymnasium.spaces.Box(0, 1000, (2,), np.int64)
+
+        def obs(self):
+            return np.array([self.seed, self.count], dtype=np.int64)
+
+    makes = [partial(Counts, returns(obs=np.array([1.5, 2.0])))]
+    envs = Supervised(makes, step_timeout=PATIENCE)
+    try:
+        envs.reset(seed=BAD)
+        while not envs.faults:
+            envs.step(np.zeros(1, dtype=np.int64))
+    finally:
+        envs.close()
+
+    assert envs.faults[0].message == "observation is of float64, the space of int64"
+    assert envs.faults[0].step == AT - 1
 
 
 def test_rows_are_processes_of_their_own_and_answer_calls():

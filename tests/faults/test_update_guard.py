@@ -44,9 +44,13 @@ def at(tensor, value):
 
 
 def not_finite_only_backwards(policy, batch, **how):
-    """A loss of its own value whose gradient is not a number: 0 * sqrt(0)."""
+    """A loss of its own value whose gradient is no number, 0 * sqrt(0), or infinite, sqrt(0)."""
     loss, metrics = clipped(policy, batch, **how)
-    return loss + (0 * policy.values.sum()).sqrt() if (batch.advantage == 7).any() else loss, metrics
+    if (batch.advantage == 7).any():
+        loss = loss + (0 * policy.values.sum()).sqrt()
+    if (batch.advantage == 8).any():
+        loss = loss + (policy.values - policy.values.detach()).sum().sqrt()
+    return loss, metrics
 
 
 FAULTS = {  # fields of the record, by kind
@@ -58,6 +62,7 @@ FAULTS = {  # fields of the record, by kind
     "a log-prob of -inf": lambda b: {"logprob": at(b.logprob, -torch.inf)},
     "a log-prob that is nan": lambda b: {"logprob": at(b.logprob, torch.nan)},
     "a gradient that is nan, of a finite loss": lambda b: {"advantage": at(b.advantage, 7)},
+    "an infinite gradient, of a finite loss": lambda b: {"advantage": at(b.advantage, 8)},
 }
 
 
