@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories solve-time ablation supervise clean
+.PHONY: bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -58,6 +58,9 @@ over-optimisation: .venv/dev ## best-of-n and PPO away from proxies of three dat
 
 stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
 	$(BIN)/python bench/stories.py
+
+real-data: .venv/dev ## reward model and DPO on human preferences, GRPO on GSM8K: docs/real-data.md (needs ../shared/data)
+	$(BIN)/python bench/real_data.py
 
 faults: .venv/dev ## inject every fault of tests/faults/table.py; writes docs/reliability.md
 	$(BIN)/python -m tests.faults.report
