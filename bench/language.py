@@ -20,6 +20,7 @@ import random
 import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -165,7 +166,13 @@ def main() -> None:
     for name in [] if args.profile else args.rows:
         row = ROWS[name]
         repeats = min(args.repeats, GROWTH_REPEATS) if row.growth else args.repeats
-        measure(name, row, repeats, args.device)
+        try:
+            measure(name, row, repeats, args.device)
+        except (
+            RuntimeError,
+            subprocess.TimeoutExpired,
+        ) as error:  # what was measured until then is saved; on to the next
+            print(f"{name}: {error}", file=sys.stderr)
     write_page(RESULTS)
 
 
