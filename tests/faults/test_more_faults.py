@@ -138,6 +138,7 @@ def test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence(when,
                 iterations = ppo.iterate(run_of(everybodys / "run", checkpoint_every=1))
                 next(iterations)
                 next(iterations)
+                iterations.gi_frame.f_locals["run"].run.settle()  # the first checkpoint, whole
                 (everybodys / "run/checkpoints").chmod(0o500)
                 list(iterations)
         except (RequestError, OSError) as error:
