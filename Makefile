@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise clean
+.PHONY: bench-control bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -37,6 +37,9 @@ resume-peers: .venv/dev .venv-oracles/done .venv-oracles-trl-1.16.0/done ## peer
 
 bench-language: .venv/dev .venv-oracles-trl-1.16.0/done .venv-oracles-trl-1.12.0/done ## ours beside TRL and Hugging Face: the language part of docs/performance.md
 	$(BIN)/python bench/language.py
+
+bench-control: .venv/dev .venv-peers-sb3/done .venv-peers-cleanrl/done .venv-peers-purejaxrl/done ## ours beside SB3, SBX, CleanRL, PureJaxRL: the control part of docs/performance.md (CLEANRL=, PUREJAXRL= paths to checkouts; ROWS=)
+	$(BIN)/python bench/control.py $(if $(ROWS),--rows $(ROWS)) $(if $(CLEANRL),--cleanrl $(CLEANRL)) $(if $(PUREJAXRL),--purejaxrl $(PUREJAXRL))
 
 solve-time: .venv/dev ## seconds from process start until CartPole is solved, ten seeds
 	$(BIN)/python bench/solve_time.py
@@ -72,7 +75,7 @@ supervise: .venv/dev ## supervised environments beside AsyncVectorEnv: bench/res
 	$(BIN)/python bench/supervise.py
 
 clean:
-	rm -rf .venv .venv-oracles .venv-oracles-trl-* build *.egg-info
+	rm -rf .venv .venv-oracles .venv-oracles-trl-* .venv-peers-* build *.egg-info
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -94,4 +97,10 @@ clean:
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r tests/oracles/requirements-trl.txt trl==$*
+	touch $@
+
+.venv-peers-%/done: bench/peers/requirements-%.txt
+	$(PYTHON) -m venv $(@D)
+	! grep -q '^torch' $< || $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
