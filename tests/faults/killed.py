@@ -32,6 +32,8 @@ from understudy.language import stage as language_stage
 Moment = tuple[str, int]
 LATE = 6
 """An iteration that every run here comes to, checkpoints behind it."""
+OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop)
+"""A subclass first: torch gives it a `step` of its own once one was made, so that its base's does not reach it."""
 CLOCK = {"seconds", "steps_per_second", "seconds_left"}
 QUICK: dict[str, Any] = {"quiet": True, "checkpoint_every": 2, "hidden": (16,)}
 CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -201,7 +203,7 @@ def watch_for(moment: Moment | None) -> None:
     elif name in ("fsynced", "renamed"):
         around(os, name[:5] if name == "fsynced" else "rename", before=False)
     elif name == "step":
-        for kind in (torch.optim.Adam, torch.optim.RMSprop):
+        for kind in OPTIMIZERS:
             around(kind, "step", before=True)
     elif name == "iteration":
         for kind in (control_stage.Stage, language_stage.Stage):
@@ -261,7 +263,7 @@ def counts(name: str, home: Path, out: Path) -> dict[str, int]:
         recipe, config = configured(name, home, out)
         count(os, "fsync", "syncs")
         count(os, "rename", "renames")
-        for kind in (torch.optim.Adam, torch.optim.RMSprop):
+        for kind in OPTIMIZERS:
             count(kind, "step", "steps")
         for kind in (control_stage.Stage, language_stage.Stage):
             count(kind, "report", "iterations")
