@@ -34,6 +34,7 @@ PATIENCE = 5, 10  # processor seconds for one mutant: times what its unbroken fi
 WALL_SECONDS = 900  # for one that waits without working
 ENOUGH = 0.9  # of the mechanical mutants
 
+GUARD, FAULTS, RESUME = (f"faults/test_{name}.py" for name in ("update_guard", "more_faults", "resume"))
 ESTIMATORS, OBJECTIVES, TWIN = "invariants/test_estimators.py", "invariants/test_objectives.py", "worlds/test_twin.py"
 TESTS = {  # file -> the tests that must notice, the likeliest first
     "batch.py": ("test_batch.py", TWIN),
@@ -44,10 +45,43 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "value.py": ("test_value.py", ESTIMATORS, TWIN),
     "advantage.py": ("test_advantage.py", ESTIMATORS, TWIN),
     "objective.py": ("test_objective.py", OBJECTIVES, TWIN),
-    "update.py": ("test_update.py", OBJECTIVES, TWIN),
+    "update.py": (
+        "test_update.py",
+        OBJECTIVES,
+        TWIN,
+        f"{GUARD}::test_an_update_that_is_not_finite_leaves_no_trace",
+        f"{GUARD}::test_a_step_size_that_was_steered_comes_back",
+        f"{GUARD}::test_a_record_in_which_nothing_was_chosen_is_no_fault",
+    ),
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
     "study/overoptimise.py": ("test_overoptimise.py",),
+    "run/guard.py": (GUARD,),
+    "run/spikes.py": tuple(
+        f"{FAULTS}::test_{name}"
+        for name in (
+            "a_spike_is_found_in_every_line_it_lasts",
+            "a_spike_is_held_against_the_lines_before_it_alone",
+            "before_twenty_lines_nothing_is_a_spike_and_what_is_missing_is_no_line",
+            "what_hardly_moves_has_no_spikes_and_what_falls_is_none",
+            "lines_looked_at_in_pieces_give_what_they_give_at_once",
+        )
+    ),
+    "run/checkpoint.py": (
+        f"{RESUME}::test_state_of_every_kind_comes_back",
+        f"{FAULTS}::test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk",
+        f"{FAULTS}::test_what_a_killed_write_left_behind_is_no_part_of_the_next",
+        f"{FAULTS}::test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back",
+        f"{FAULTS}::test_files_that_may_not_grow_end_the_run_in_a_sentence_and_leave_no_part_of_a_checkpoint",
+        f"{RESUME}::test_the_newest_checkpoints_stay_and_older_ones_go",
+        f"{RESUME}::test_another_schema_is_refused_by_its_number",
+        f"{RESUME}::test_where_all_are_damaged_nothing_is_begun_anew",
+        f"{RESUME}::test_a_checkpoint_that_is_named_is_the_one_used_or_none",
+        f"{RESUME}::test_a_damaged_checkpoint_is_put_away_and_the_one_before_is_used",
+        "faults/test_hostile.py::test_a_checkpoint_that_is_not_what_it_says_is_refused",
+        "faults/test_hostile.py::test_json_that_is_none_of_ours_is_refused",
+        "faults/test_hostile.py::test_a_pipe_is_not_waited_for",
+    ),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
@@ -55,7 +89,9 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
 }
-HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping
+HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
+    "run/guard.py",
+    "run/checkpoint.py",
     "language/model.py",
     "language/generate.py",
     "language/top.py",
@@ -267,11 +303,11 @@ HAND = [
     ),
     Mutant("update.py", "else record.steps()", "else record", "padding is shuffled in"),
     Mutant(
-        "update.py", "if not minibatch.mask.any():\n                continue", "", "an empty minibatch makes a step"
+        "update.py", "if not minibatch.mask.any():\n                    continue", "", "an empty minibatch makes a step"
     ),
     Mutant("update.py", "if prepare is None else prepare(shuffled[rows])", "", "advantages are not standardised"),
     Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
-    Mutant("update.py", "zero_grad(set_to_none=True)", "step()", "gradients pile up"),
+    Mutant("update.py", "zero_grad(set_to_none=True)\n    totals", "step()\n    totals", "gradients pile up"),
     Mutant(
         "update.py",
         "(loss * weight[rows]).sum()",
@@ -526,6 +562,95 @@ HAND = [
         "/ batch.mask.sum(dim=1, keepdim=True).clamp(min=1)\n    gap = gap.expand_as",
         "\n    gap = gap.expand_as",
         "a row's ratio is a product",
+    ),
+    Mutant("update.py", "parameter.copy_(value)", "parameter.copy_(parameter)", "parameters stay where they got to"),
+    Mutant("update.py", "buffer.copy_(value)", "buffer.copy_(buffer)", "buffers stay where they got to"),
+    Mutant("update.py", "optimizer.load_state_dict(twin.state_dict())", "twin", "moments stay where they got to"),
+    Mutant(
+        "update.py",
+        "optimizer.zero_grad(set_to_none=True)\n    guard(error)",
+        "guard(error)",
+        "what is not finite stays in the gradients",
+    ),
+    Mutant("update.py", "if not torch.isfinite(norm):", "if norm.isnan():", "an infinite gradient is stepped with"),
+    Mutant("update.py", "if not torch.isfinite(norm):", "if norm.isinf():", "a gradient of nan is stepped with"),
+    Mutant("update.py", "epochs * minibatches > 1 else", "epochs > 1 else", "no way back within one epoch"),
+    Mutant("update.py", "epochs * minibatches > 1 else", "minibatches > 1 else", "no way back between epochs"),
+    Mutant(
+        "update.py",
+        "copy.deepcopy((optimizer, [*policy.buffers()]))",
+        "(optimizer, [*policy.buffers()])",
+        "what was before is what is now",
+    ),
+    Mutant("run/guard.py", "IN_A_ROW = 3", "IN_A_ROW = 2", "ends a run at the second"),
+    Mutant("run/guard.py", "IN_A_ROW = 3", "IN_A_ROW = 4", "lets three pass"),
+    Mutant("run/guard.py", "self.stage.iteration + 1", "self.stage.iteration", "notes the update before"),
+    Mutant(
+        "run/guard.py",
+        "last == [*range(number - IN_A_ROW + 1, number + 1)]",
+        "len(last) == IN_A_ROW",
+        "three anywhere in a run end it",
+    ),
+    Mutant("run/guard.py", 'self.stage.kept.get("skipped", ())', "()", "each is the first"),
+    Mutant(
+        "run/guard.py",
+        'last = self.stage.kept["skipped"] = [*self.stage.kept.get("skipped", ()), number]',
+        'last = self.skipped = [*getattr(self, "skipped", ()), number]',
+        "a resumed run begins to count anew",
+    ),
+    Mutant("run/guard.py", 'run.event("update_skipped"', 'dict(kind="update_skipped"', "not written down"),
+    Mutant("run/guard.py", "if not self.stage.cfg.quiet", "if self.stage.cfg.quiet", "said where it should not be"),
+    Mutant("run/guard.py", "names[-1]", "names[0]", "names the oldest checkpoint"),
+    Mutant("run/guard.py", "if not names:", "if names:", "a run without a checkpoint has one"),
+    Mutant("run/guard.py", "{mend}; {whole(run)}", "{whole(run)}", "does not say what to lower"),
+    Mutant("run/spikes.py", "1.4826 * np.median", "np.median", "a MAD is no standard deviation"),
+    Mutant("run/spikes.py", "FAR = 10.0", "FAR = 9.0", "nearer"),
+    Mutant("run/spikes.py", "FAR = 10.0", "FAR = 11.0", "farther"),
+    Mutant("run/spikes.py", "WINDOW, LEAST = 100, 20", "WINDOW, LEAST = 100, 10", "says something of ten lines"),
+    Mutant("run/spikes.py", "[late - WINDOW])", "[late - WINDOW + 1])", "a line is held against itself"),
+    Mutant("run/spikes.py", "value[:place][None]", "value[: place + 1][None]", "an early line is held against itself"),
+    Mutant("run/spikes.py", "max(0, after - 2 * WINDOW)", "after", "forgets what was before when asked in pieces"),
+    Mutant("run/spikes.py", "0.01 * np.abs(middle)", "0.01 * middle", "a negative median has no least deviation"),
+    Mutant("run/spikes.py", "np.maximum(spread, 0.01 * np.abs(middle))", "spread", "whatever hardly moves is a spike"),
+    Mutant("run/spikes.py", "return value is not None and", "return value is not None or", "nan is a value"),
+    Mutant("run/checkpoint.py", "        sync(file)\n", "", "a file that is not on the disk"),
+    Mutant("run/checkpoint.py", "    sync(manifest)\n", "", "a manifest that is not on the disk"),
+    Mutant("run/checkpoint.py", "    sync(folder)\n", "", "a name that is not on the disk"),
+    Mutant("run/checkpoint.py", "        sync(directory)\n", "        pass\n", "names inside that are not on the disk"),
+    Mutant("run/checkpoint.py", "        verify(aside)  #", "        #", "a disk is believed"),
+    Mutant(
+        "run/checkpoint.py",
+        "    shutil.rmtree(aside, ignore_errors=True)  # of a process",
+        "    # of a process",
+        "what was left behind is in the way",
+    ),
+    Mutant(
+        "run/checkpoint.py",
+        "        shutil.rmtree(aside, ignore_errors=True)\n        if isinstance",
+        "        if isinstance",
+        "what could not be written stays",
+    ),
+    Mutant("run/checkpoint.py", "names(folder)[:-keep]", "names(folder)[:-1]", "keeps one"),
+    Mutant("run/checkpoint.py", "names(folder)[:-keep]", "names(folder)[keep:]", "keeps the oldest"),
+    Mutant("run/checkpoint.py", 'manifest.get("schema") != SCHEMA', "False", "any form of a manifest is read"),
+    Mutant(
+        "run/checkpoint.py",
+        'not isinstance(found, dict) or found.get("schema") != SCHEMA',
+        "not isinstance(found, dict)",
+        "any form of a state is read",
+    ),
+    Mutant("run/checkpoint.py", 'or sha256(file) != about.get("sha256")', "", "sizes are enough"),
+    Mutant("run/checkpoint.py", "sorted(found ^ (", "sorted(found - (", "what is missing is not missed"),
+    Mutant("run/checkpoint.py", "sorted(found ^ (", "sorted((", "what is too much is let be"),
+    Mutant("run/checkpoint.py", "reversed(names(folder))", "names(folder)", "goes on from the oldest"),
+    Mutant("run/checkpoint.py", "            _quarantine(folder, name, str(error))\n", "", "what is damaged stays"),
+    Mutant("run/checkpoint.py", "if p.name.isdigit() and p.is_dir()", "if p.is_dir()", "any directory is a checkpoint"),
+    Mutant("run/checkpoint.py", "path.stat().st_size > most", "False", "JSON of any size is read"),
+    Mutant(
+        "run/checkpoint.py",
+        "ValueError, RecursionError) as error:\n        if",
+        "ValueError) as error:\n        if",
+        "depth",
     ),
 ]
 

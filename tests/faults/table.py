@@ -243,8 +243,11 @@ ROWS = (
         {
             f"{GUARD}::test_an_update_that_is_not_finite_leaves_no_trace": 1,
             f"{GUARD}::test_a_record_in_which_nothing_was_chosen_is_no_fault": 1,
+            f"{GUARD}::test_what_comes_after_is_what_comes_without_the_update_that_was_left_out": 1,
             f"{GUARD}::test_every_recipe_goes_on_after_an_update_that_was_left_out": 1,
             f"{GUARD}::test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint": 1,
+            f"{GUARD}::test_before_there_is_a_checkpoint_three_in_a_row_say_so": 1,
+            f"{GUARD}::test_a_resumed_run_counts_on": 1,
             f"{GUARD}::test_parameters_that_are_not_finite_are_in_no_checkpoint_and_end_the_run": 1,
             "tests/test_advantage.py::test_equal_scores_have_no_advantage_whatever_their_rounding": 1,
         },

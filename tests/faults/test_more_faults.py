@@ -173,6 +173,42 @@ def test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back
     assert "checkpoint 000004 could not be written" in capsys.readouterr().err
 
 
+def test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk(tmp_path, monkeypatch):
+    done, sync, rename = [], checkpoint.sync, os.rename
+
+    def syncing(path):
+        done.append(path.relative_to(tmp_path).as_posix())
+        sync(path)
+
+    def renaming(old, new):
+        done.append("rename")
+        rename(old, new)
+
+    monkeypatch.setattr(checkpoint, "sync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+
+    def save(path):
+        (path / "inside").mkdir()
+        for name in ("a", "inside/b"):
+            (path / name).write_text(name)
+
+    aside = checkpoint.write(tmp_path, "000001", save)
+    checkpoint.settle(aside, "000001", keep=1)
+
+    part = ".000001.part"
+    assert done[:3] == [f"{part}/a", f"{part}/inside/b", f"{part}/manifest.json"]
+    assert set(done[3:5]) == {part, f"{part}/inside"}
+    assert done[5:] == ["rename", "."]
+
+
+def test_what_a_killed_write_left_behind_is_no_part_of_the_next(tmp_path):
+    (tmp_path / ".000001.part/old").mkdir(parents=True)
+
+    aside = checkpoint.write(tmp_path, "000001", lambda path: (path / "new").touch())
+
+    assert [path.name for path in aside.iterdir()] == ["new"]
+
+
 # what environments give, in a vector env of Gymnasium's
 
 
@@ -321,6 +357,18 @@ def test_before_twenty_lines_nothing_is_a_spike_and_what_is_missing_is_no_line()
 
     assert spikes([*lines, {"iteration": 22, "loss": 1e9}]) == []
     assert len(spikes([*lines, {"iteration": 22, "loss": 1.0}, {"iteration": 23, "loss": 1e9}])) == 1
+
+
+def test_what_hardly_moves_has_no_spikes_and_what_falls_is_none():
+    # median 5, MAD 0: the deviation is taken to be 5 / 100, so that a spike is above 5 + 10 * 0.05 = 5.5
+    lines = [{"iteration": i, "loss": 5.0} for i in range(21)]
+
+    assert spikes([*lines, {"iteration": 21, "loss": 5.4}]) == []
+    assert len(spikes([*lines, {"iteration": 21, "loss": 5.6}])) == 1
+    assert spikes([*lines, {"iteration": 21, "loss": -500.0}]) == []
+    # of a negative median too: -5 + 0.5
+    negative = [{"iteration": i, "loss": -5.0} for i in range(21)]
+    assert spikes([*negative, {"iteration": 21, "loss": -4.6}]) == []
 
 
 @pytest.mark.parametrize("count", [90, 260, 5000])

@@ -37,7 +37,7 @@ class Scaled(Table):
 
 
 def at(tensor, value):
-    """The same with its entry in row 3 another number: that row is in some minibatch, seldom in the first."""
+    """The same with its entry in row 3 another number: that row is in some minibatch."""
     changed = tensor.clone()
     changed[3, 1] = value
     return changed
@@ -75,24 +75,30 @@ def state_of(policy, optimizer):
     return copy.deepcopy((policy.state_dict(), optimizer.state_dict()))
 
 
+LATE = 0
+"""A seed that shuffles row 3 into the last of four minibatches: three steps are made before what is wrong is met."""
+
+
 def learn(policy, optimizer, batch, *, epochs=2, minibatches=4, told=None):
     objective = partial(not_finite_only_backwards, clip=0.2, value_coef=0.5, entropy_coef=0.01)
     sizes = {"epochs": epochs, "minibatches": minibatches, "max_grad_norm": 0.5}
-    return update(policy, optimizer, batch, objective, **sizes, guard=told, generator=seeded(1))
+    return update(policy, optimizer, batch, objective, **sizes, guard=told, generator=seeded(LATE))
 
 
 @pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("steps", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("steps", [(1, 1), (1, 4), (2, 1), (2, 4)])
 def test_an_update_that_is_not_finite_leaves_no_trace(kind, steps):
     batch, told = whole_record(), []
     policy = Scaled()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
     learn(policy, optimizer, batch)
     before, buffer_before = state_of(policy, optimizer), policy.passes.item()
-    bad = Batch.of(batch, **FAULTS[kind](batch))
+    bad, made = Batch.of(batch, **FAULTS[kind](batch)), []
+    optimizer.register_step_post_hook(lambda *_: made.append(1))
 
     metrics = learn(policy, optimizer, bad, epochs=steps[0], minibatches=steps[1], told=told.append)
 
+    assert len(made) == steps[1] - 1  # or there is nothing to undo
     assert metrics == {"updates_skipped": 1, "optimizer_steps": 0, "epochs": 0}
     assert len(told) == 1 and isinstance(told[0], FloatingPointError)
     if steps != (1, 1):
@@ -121,19 +127,21 @@ def test_what_comes_after_is_what_comes_without_the_update_that_was_left_out():
 
 
 def test_a_step_size_that_was_steered_comes_back():
-    batch = whole_record()
+    batch, steered = whole_record(), []
     policy = Table()
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
 
     def steer(metrics):
         optimizer.param_groups[0]["lr"] *= 0.5
+        steered.append(metrics)
         return False
 
     bad = Batch.of(batch, advantage=at(batch.advantage, torch.nan))
     objective = partial(clipped, clip=0.2, value_coef=0.5, entropy_coef=0.0)
     sizes = {"epochs": 2, "minibatches": 4, "max_grad_norm": 0.5}
-    update(policy, optimizer, bad, objective, **sizes, steer=steer, guard=lambda error: None, generator=seeded(1))
+    update(policy, optimizer, bad, objective, **sizes, steer=steer, guard=lambda error: None, generator=seeded(LATE))
 
+    assert len(steered) == 3
     assert optimizer.param_groups[0]["lr"] == 0.01
 
 
@@ -231,6 +239,25 @@ def test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path, 
         checkpoint.tensors_of(tmp_path / f"run/checkpoints/{name}/policy.safetensors") for name in ("000003", "000005")
     ]
     assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_before_there_is_a_checkpoint_three_in_a_row_say_so(tmp_path, monkeypatch):
+    nan_in_gradients(monkeypatch, {1, 2, 3})
+
+    with pytest.raises(
+        FloatingPointError, match=r"3 updates in a row .* no checkpoint under .*start again with another"
+    ):
+        ppo.train(ppo.Config(**SMALL, out=str(tmp_path / "run"), checkpoint_every=100))
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_an_update_that_was_left_out_is_said_unless_the_run_is_quiet(quiet, tmp_path, monkeypatch, capsys):
+    nan_in_gradients(monkeypatch, {9})
+
+    ppo.train(ppo.Config(**SMALL | {"quiet": quiet}, out=str(tmp_path / "run")))
+
+    said = "understudy: update 2 is left out: the gradient's norm is nan" in capsys.readouterr().err
+    assert said is not quiet
 
 
 def test_two_in_a_row_and_two_in_a_row_do_not(tmp_path, monkeypatch):
