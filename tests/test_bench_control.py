@@ -106,14 +106,15 @@ def test_the_page_is_made_from_what_is_stored_and_leaves_the_rest_of_it_alone(pa
     for name, found in {"cartpole": speeds, "solve": solve, "growth-1": grown[0], "growth-4": grown[1]}.items():
         (tmp_path / f"control-{name}.json").write_text(json.dumps(found))
     written = tmp_path / "performance.md"
-    written.write_text("# Performance\n\n<!-- language -->\nwords\n<!-- /language -->\n")
+    written.write_text("# Performance\n\n<!-- control -->\nold\n<!-- /control -->\n\nbelow\n")
 
     page.write_page(tmp_path, written)
     once = written.read_text()
     page.write_page(tmp_path, written)
 
     assert written.read_text() == once
-    assert "<!-- language -->\nwords\n<!-- /language -->" in once
+    assert "old" not in once
+    assert once.startswith("# Performance\n\n<!-- control -->") and once.endswith("<!-- /control -->\n\nbelow\n")
     # whole: 1000 / 4 = 250 against 1000 / 12 = 83.3 steps a second, 3 times
     cells = "| Stable-Baselines3 | 500 | 12.0 | 300 | **10.00** (10.00 to 10.00) | **3.00** (3.00 to 3.00) |"
     assert f"{cells} 5 (10): reached |" in once
