@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -39,7 +38,7 @@ MODEL, PAIRS, PROBLEMS = DATA / "stories260K", DATA / "hh-harmless", DATA / "gsm
 RESULTS = HERE / "results" / "real_data"
 RUNS = HERE.parent / "runs" / "real_data"
 PAGE = HERE.parent / "docs" / "real-data.md"
-SEEDS, TUNING_SEED = [1, 2, 3, 4, 5], 100
+SEEDS, TUNING_SEED = [1, 2, 3], 100
 TOKENS = 192
 SHARE = 5  # one pair of so many is held out
 READ = {"max_length": TOKENS, "too_long": "cut"}
@@ -61,6 +60,7 @@ SWEEP: dict[str, list[dict[str, Any]]] = {
     ],
 }
 CHOSEN: dict[str, dict[str, Any]] = {"reward-model": SWEEP["reward-model"][0], "dpo": SWEEP["dpo"][0]}
+READ_PROBLEMS = ["--columns", "prompt=question", "--reward", "number", "--too-long", "skip", "--stop", "<s>"]
 GRPO = ["--rows", "64", "--group", "8", "--max-new", "64", "--steps", f"{5 * 64 * 64}", "--learning-rate", "1e-4"]
 
 TRIED = """\
@@ -71,7 +71,7 @@ more. Chosen is the first of each recipe, of the highest accuracy.
 Before that, with sides of up to 512 tokens and too few runs to choose by: a reward model on 440 pairs with learning rates
 1e-3 and 3e-4 got 0.464 and 0.473 of 110 others right (lengths alone: 0.500), DPO with 1e-3 and 1e-4 and a KL coefficient of
 0.1 got 0.527 and 0.500; its loss with 1e-3, 1.21, was far above that of a coin. Longer sides cost more than twice the time
-for a third more pairs; 192 tokens leave room for five runs of each recipe in ten minutes."""
+for a third more pairs, and what these runs may cost is bounded: three seeds, for the same reason."""
 
 
 def main() -> None:
@@ -237,21 +237,11 @@ def solve_problems() -> dict[str, Any]:
     out = RUNS / "gsm8k"
     shutil.rmtree(out, ignore_errors=True)
     command = ["understudy", "language", "grpo", "--model", str(MODEL), "--data", str(PROBLEMS)]
-    command += [
-        "--columns",
-        "prompt=question",
-        "--reward",
-        "number",
-        "--too-long",
-        "skip",
-        "--stop",
-        "<s>",
-        "--seed",
-        "1",
-    ]
-    command += [*GRPO, "--out", str(out), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *command], check=True, env=environment)
+    command += [*READ_PROBLEMS, *GRPO, "--seed", "1", "--out", str(out), "--quiet"]
+    asked = subprocess.run([sys.executable, "-m", *command], text=True, stderr=subprocess.PIPE, check=False)
+    shutil.rmtree(out, ignore_errors=True)
+    command.append("--no-preflight")
+    subprocess.run([sys.executable, "-m", *command], check=True)
     history, events = (
         [json.loads(line) for line in (out / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         for name in ("metrics", "events")
@@ -259,6 +249,7 @@ def solve_problems() -> dict[str, Any]:
     said = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     names = ("score_mean", "groups_equal", "length_mean", "stopped", "grad_norm")
     return {
+        "preflight": {"exit": asked.returncode, "said": asked.stderr.strip().splitlines()[-1:]},
         "command": " ".join(command).replace(str(DATA), "../shared/data").replace(str(out), "RUN"),
         "remarks": [
             event["text"].replace(str(DATA), "../shared/data") for event in events if event["kind"] == "remark"
@@ -371,6 +362,13 @@ def grpo_lines(problems: dict[str, Any]) -> list[str]:
     said = problems["evaluation"]
     return [
         "## Problems with a number for an answer: GSM8K",
+        "",
+        f"Without `--no-preflight` the command below ends before the first step with exit code "
+        f"{problems['preflight']['exit']}:",
+        "",
+        *(f"> {line}" for line in problems["preflight"]["said"]),
+        "",
+        "That is the right answer for this model; it is overruled here to show that the rest works.",
         "",
         "```",
         problems["command"],
