@@ -219,12 +219,12 @@ def job_of(row: Row, side: str, device: str) -> dict[str, Any]:
     return job
 
 
-def run(python: Path, script: Path, job: dict[str, Any], *before: str) -> dict[str, Any]:
+def run(python: Path, script: Path, job: dict[str, Any]) -> dict[str, Any]:
     """One process; what its last line says."""
     with tempfile.TemporaryDirectory() as folder:
         job = {**job, "out": f"{folder}/run", "spawned": time.time()}
         done = subprocess.run(
-            [str(python), *before, str(script), json.dumps(job)],
+            [str(python), str(script), json.dumps(job)],
             capture_output=True,
             text=True,
             cwd=folder,
@@ -275,13 +275,11 @@ def profiled(row: Row, device: str) -> dict[str, Any]:
     The profiler slows Python down, not torch: shares lean towards what calls much.
     """
     with tempfile.TemporaryDirectory() as folder:
-        stored = f"{folder}/profile"
-        job = job_of(row, "ours", device)
-        found = run(*OURS, job, "-m", "cProfile", "-o", stored)
-        stats: Any = pstats.Stats(stored)
-    counted = found["seconds"][1:]  # the first begins with loading
-    share = len(counted) / len(found["seconds"])
-    steps = {name: share * sum(cumulative(stats.stats, *one) for one in ones) for name, ones in STEPS.items()}
+        job = job_of(row, "ours", device) | {"profile": f"{folder}/profile"}
+        found = run(*OURS, job)
+        stats: Any = pstats.Stats(job["profile"])
+    counted = found["seconds"][row.warmup :]
+    steps = {name: sum(cumulative(stats.stats, *one) for one in ones) for name, ones in STEPS.items()}
     told = [(own, calls, f"{Path(file).name}:{name}") for (file, _, name), (_, calls, own, *_) in stats.stats.items()]
     top = [{"seconds": s, "calls": calls, "function": name} for s, calls, name in sorted(told, reverse=True)[:25]]
     return {"seconds": sum(counted), "iterations": len(counted), "steps": steps, "functions": top}

@@ -5,6 +5,7 @@ A worker is a script that gets one job as JSON, does it in its own process and p
 
 from __future__ import annotations
 
+import cProfile
 import json
 import os
 import random
@@ -52,6 +53,7 @@ class Clock:
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.ends, self.tokens = job, [], []
         self.imported = resident()
+        self.profiler = cProfile.Profile() if "profile" in job else None  # of what comes after the warm-up
 
     def start(self) -> None:
         """The loop begins: imports, loading and setting up are over."""
@@ -61,6 +63,11 @@ class Clock:
         """An iteration ended, in which so many tokens were sampled."""
         self.ends.append(time.time())
         self.tokens.append(tokens)
+        if self.profiler is not None and len(self.tokens) == self.job["warmup"]:
+            self.profiler.enable()
+        if self.profiler is not None and self.done:
+            self.profiler.disable()
+            self.profiler.dump_stats(self.job["profile"])
 
     @property
     def done(self) -> bool:
