@@ -64,6 +64,8 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
             "a_spike_is_held_against_the_lines_before_it_alone",
             "before_twenty_lines_nothing_is_a_spike_and_what_is_missing_is_no_line",
             "what_hardly_moves_has_no_spikes_and_what_falls_is_none",
+            "the_line_itself_is_none_of_those_it_is_held_against",
+            "what_is_zero_throughout_has_no_spikes",
             "lines_looked_at_in_pieces_give_what_they_give_at_once",
         )
     ),
@@ -71,6 +73,9 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
         f"{RESUME}::test_state_of_every_kind_comes_back",
         f"{FAULTS}::test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk",
         f"{FAULTS}::test_what_a_killed_write_left_behind_is_no_part_of_the_next",
+        f"{FAULTS}::test_a_file_that_is_missing_is_said_to_be",
+        f"{FAULTS}::test_a_state_of_another_form_is_refused_by_its_number",
+        f"{FAULTS}::test_json_with_more_bytes_than_are_read_is_refused",
         f"{FAULTS}::test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back",
         f"{FAULTS}::test_files_that_may_not_grow_end_the_run_in_a_sentence_and_leave_no_part_of_a_checkpoint",
         f"{RESUME}::test_the_newest_checkpoints_stay_and_older_ones_go",

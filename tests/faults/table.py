@@ -369,6 +369,7 @@ ROWS = (
         {
             f"{HOSTILE}::test_earlier_forms_are_read_and_later_ones_refused_by_number": 2,
             f"{RESUME}::test_another_schema_is_refused_by_its_number": 1,
+            f"{MORE}::test_a_state_of_another_form_is_refused_by_its_number": 1,
         },
     ),
 )

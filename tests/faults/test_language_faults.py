@@ -71,12 +71,13 @@ def test_a_token_that_the_model_has_not_is_refused_with_its_row(name, other, tmp
     tokenizer = rehearsal.tokenizer()
     tokenizer.add_tokens(["zebra"])  # the model's ids end below it
     tokenizer.save_pretrained(other)
-    fine = ZEBRA | {"prompt": "the dog"}
+    fine, last = ZEBRA | {"prompt": "the dog"}, {"rejected": " sat zebra ."}
+    odd = ZEBRA if name in ("sft", "ppo") else fine | last  # on either side of a pair
 
     with pytest.raises(
         RequestError, match=r"row \d+:? .*has id 177, the model has ids from 0 to 176.*tokenizer it was"
     ):
-        recipe.train(config(other, tmp_path / "run", data=written(tmp_path / "rows.jsonl", [fine, ZEBRA] * 8)))
+        recipe.train(config(other, tmp_path / "run", data=written(tmp_path / "rows.jsonl", [fine, odd] * 8)))
     assert not (tmp_path / "run").exists()
 
 

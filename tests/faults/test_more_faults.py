@@ -201,6 +201,32 @@ def test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk(tmp_pa
     assert done[5:] == ["rename", "."]
 
 
+def test_a_file_that_is_missing_is_said_to_be(tmp_path):
+    checkpoint.save_state(tmp_path, {"iteration": 3})
+    checkpoint.seal(tmp_path)
+    (tmp_path / "state.safetensors").unlink()
+
+    with pytest.raises(checkpoint.Damaged, match=r"state.safetensors' is missing"):
+        checkpoint.verify(tmp_path)
+
+
+def test_a_state_of_another_form_is_refused_by_its_number(tmp_path):
+    checkpoint.save_state(tmp_path, {"iteration": 3})
+    file = tmp_path / "state.json"
+    file.write_text(file.read_text().replace('"schema": 1', '"schema": 2'))
+
+    with pytest.raises(checkpoint.Damaged, match="has schema 2, this version reads 1"):
+        checkpoint.load_state(tmp_path)
+
+
+def test_json_with_more_bytes_than_are_read_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("[1, 2, 3]")
+
+    assert checkpoint.read_json(tmp_path / "a.json", most=9) == [1, 2, 3]
+    with pytest.raises(checkpoint.Damaged, match="has more than"):
+        checkpoint.read_json(tmp_path / "a.json", most=8)
+
+
 def test_what_a_killed_write_left_behind_is_no_part_of_the_next(tmp_path):
     (tmp_path / ".000001.part/old").mkdir(parents=True)
 
@@ -369,6 +395,20 @@ def test_what_hardly_moves_has_no_spikes_and_what_falls_is_none():
     # of a negative median too: -5 + 0.5
     negative = [{"iteration": i, "loss": -5.0} for i in range(21)]
     assert spikes([*negative, {"iteration": 21, "loss": -4.6}]) == []
+
+
+@pytest.mark.parametrize("before", [20, 100])
+def test_the_line_itself_is_none_of_those_it_is_held_against(before):
+    # half of them 1, half of them 3: the median is 2, and would be 3 with the spike among them, or without the first
+    lines = [{"iteration": i, "loss": 1.0 if i % 2 == 0 else 3.0} for i in range(before)]
+
+    *_, found = spikes([*lines, {"iteration": before, "loss": 100.0}])
+
+    assert (found["iteration"], found["median"]) == (before, 2)
+
+
+def test_what_is_zero_throughout_has_no_spikes():
+    assert spikes([{"iteration": i, "grad_norm": 0.0} for i in range(30)]) == []
 
 
 @pytest.mark.parametrize("count", [90, 260, 5000])
