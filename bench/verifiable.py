@@ -175,9 +175,12 @@ def imitate_in_part(task: Task, examples: list[Row], others: list[Row], out: Pat
         **SFT,
     )
     for line in sft.iterate(cfg):
-        done = line["iteration"] - 1  # its checkpoint is there; the line itself is of the step after
+        done = line["iteration"] - 1  # its checkpoint is begun; the line itself is of the step after
         if done and done % LOOK_EVERY == 0:
-            right = correct(out / "sft" / "checkpoints" / f"{done:06d}", others[:LOOKED_AT], task)
+            written = out / "sft" / "checkpoints" / f"{done:06d}"
+            while not written.exists():  # a thread writes it, and it gets this name when it is on the disk
+                time.sleep(0.01)
+            right = correct(written, others[:LOOKED_AT], task)
             if right.mean() >= task.stop_at:
                 return line["iteration"]
     raise RuntimeError(f"SFT never answered {task.stop_at} of GRPO's prompts right: train it longer")
