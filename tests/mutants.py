@@ -90,6 +90,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
+    "language/lean.py": ("test_generate.py",),
     "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
@@ -99,6 +100,7 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "run/checkpoint.py",
     "language/model.py",
     "language/generate.py",
+    "language/lean.py",
     "language/top.py",
     "language/lora.py",
 }
@@ -412,8 +414,8 @@ HAND = [
     ),
     Mutant(
         "language/tokens.py",
-        "return logits / self.temperature",
-        "return logits",
+        "else logits / self.temperature",
+        "else logits",
         "scores at another temperature than it samples",
     ),
     Mutant("language/tokens.py", "right=True", "right=False", "a token of probability 0 can be drawn"),
@@ -483,21 +485,44 @@ HAND = [
     ),
     Mutant(
         "language/generate.py",
-        "seen = (column <= last)[:, None, None]",
-        "seen = (column < last)[:, None, None]",
+        "        self.mask[:, self.column] = 0.0\n",
+        "",
         "does not see its own last token",
     ),
     Mutant(
         "language/generate.py",
-        "column > last - self.window",
-        "column >= last - self.window",
+        "behind < self.window",
+        "behind <= self.window",
         "a window too wide by one",
     ),
     Mutant(
         "language/generate.py",
-        "position_ids=last,",
-        "position_ids=torch.zeros_like(last),",
+        "position_ids=self.length[:, None],",
+        "position_ids=torch.zeros_like(self.length)[:, None],",
         "every new token at position 0",
+    ),
+    Mutant("language/generate.py", "behind < length[:, None]", "behind <= length[:, None]", "sees what is not its own"),
+    Mutant(
+        "language/generate.py",
+        "first + self.place[:width]) % capacity",
+        "self.place[:width] + 0 * first) % capacity",
+        "prompts lie at the left",
+    ),
+    Mutant("language/lean.py", "turned.roll(self.width // 2, dims=-1)", "turned", "nothing is turned"),
+    Mutant("language/lean.py", "(-sin[0, :, :half]", "(sin[0, :, :half]", "turned the wrong way"),
+    Mutant("language/lean.py", ", alpha=self.scale", "", "scores are not scaled"),
+    Mutant("language/lean.py", "windowed if layer.sliding else seen", "seen", "a window is not kept"),
+    Mutant(
+        "language/lean.py", "torch.addmm(x, heard", "torch.addmm(0 * x, heard", "what went around attention is lost"
+    ),
+    Mutant(
+        "language/lean.py",
+        "m._forward_hooks or m._forward_pre_hooks or ",
+        "",
+        "who watches a trunk sees nothing",
+    ),
+    Mutant(
+        "language/lean.py", 'any(word in getattr(trunk.rotary_emb, "rope_type", "")', 'any(word in ""', "positions grow"
     ),
     Mutant(
         "language/generate.py", "owner[idle], grid.length[idle] = -1, 0", "owner[idle] = -1", "a freed slot grows on"
@@ -667,8 +692,8 @@ EQUIVALENT = {
     ): "where nothing was chosen both sides are the sampler's own log-prob",
     (
         "language/tokens.py",
-        "total = logp.double().exp().cumsum(dim=-1)",
-        "total = logp.double().exp().cumsum(dim=(1))",
+        "total = logp.exp().cumsum(dim=-1)",
+        "total = logp.exp().cumsum(dim=(1))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",

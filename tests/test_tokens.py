@@ -8,7 +8,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from understudy.language import tokens
-from understudy.language.tokens import Head, SampledTokens, TokenDistribution
+from understudy.language.tokens import Head, SampledTokens, TokenDistribution, pick
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
 
@@ -56,6 +56,13 @@ def test_a_token_without_probability_is_never_drawn():
 
     for noise in (0.0, 0.5, 1 - 2**-24):
         assert int(never.at(torch.tensor([[noise]]))) == 1
+
+
+def test_the_largest_noise_takes_the_last_token_that_has_a_probability():
+    # 4095 tokens whose float32 probabilities do not add up to 1, and one that is impossible
+    many = torch.cat([torch.full((4095,), 1 / 4095), torch.zeros(1)]).log()
+
+    assert int(pick(many[None], torch.tensor([1 - 2**-24]))) == 4094
 
 
 def test_samples_come_as_often_as_their_probability_says():

@@ -16,8 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from understudy.batch import Text, Trajectory
+from understudy.language.lean import lean
 from understudy.language.model import Policy
-from understudy.language.tokens import TokenDistribution
+from understudy.language.tokens import pick
 
 
 @dataclass(frozen=True)
@@ -63,98 +64,132 @@ class Engine(Protocol):
 
 
 class Slots(DynamicLayer):
-    """One layer's keys and values for all slots, pre-allocated: [slots, heads, capacity, D]."""
+    """One layer's keys and values for all slots, pre-allocated: [slots, heads, D, capacity], [slots, heads, capacity, D].
+
+    Keys lie as the product with a query wants them.
+    """
 
     keys: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
     values: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]
 
-    def __init__(self, grid: Grid, capacity: int) -> None:
+    def __init__(self, grid: Grid) -> None:
         super().__init__()
-        self.grid, self.capacity = grid, capacity
+        self.grid = grid
 
-    def put(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Read prompts take their slots: keys, values [n, heads, P, D]."""
+    def put(self, slots: Tensor, columns: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Read prompts take their slots: columns [n, P]; keys, values [n, heads, P, D]."""
         if not self.is_initialized:
-            shape = (self.grid.slots, keys.shape[1], self.capacity)
-            self.keys = keys.new_zeros(*shape, keys.shape[3])
-            self.values = values.new_zeros(*shape, values.shape[3])
+            slot_count, capacity = self.grid.mask.shape
+            self.keys = keys.new_zeros(slot_count, keys.shape[1], keys.shape[3], capacity)
+            self.values = values.new_zeros(slot_count, values.shape[1], capacity, values.shape[3])
             self.is_initialized = True
-        self.keys[slots, :, : keys.shape[2]] = keys
-        self.values[slots, :, : values.shape[2]] = values
+        self.keys[slots[:, None], :, :, columns] = keys.transpose(1, 2)
+        self.values[slots[:, None], :, columns] = values.transpose(1, 2)
 
     def keep(self, slots: Tensor) -> None:
         self.keys, self.values = self.keys[slots], self.values[slots]
 
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one new column, [slots, heads, D]; the columns in use."""
+        self.keys[..., self.grid.column] = keys
+        self.values[:, :, self.grid.column] = values
+        return self.keys[..., : self.grid.width], self.values[:, :, : self.grid.width]
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write one new column a slot, each at its own length; the columns in use."""
-        rows, at = self.grid.rows, self.grid.length
-        self.keys[rows, :, at] = key_states[:, :, 0]
-        self.values[rows, :, at] = value_states[:, :, 0]
-        return self.keys[:, :, : self.grid.width], self.values[:, :, : self.grid.width]
+        """The same as Hugging Face's modules ask for it: [slots, heads, 1, D]."""
+        keys, values = self.write(key_states[:, :, 0], value_states[:, :, 0])
+        return keys.transpose(2, 3), values
 
     def get_seq_length(self) -> int:
         return self.grid.width
 
 
 class Grid:
-    """The cache of all layers, and each slot's length."""
+    """The cache of all layers. What is read at one time stands in one column for all slots, so it is written in one piece.
 
-    def __init__(self, policy: Policy, slots: int, capacity: int) -> None:
-        config = policy.model.config.get_text_config()
-        self.trunk, self.slots, self.width = policy.model.base_model, slots, 0
-        self.layers = [Slots(self, capacity) for _ in range(config.num_hidden_layers)]
+    Columns are a ring: a prompt is put behind the column that comes next, and what a slot sees are its last `length` ones.
+    No row is longer than the ring, so what is written over belongs to nobody.
+
+    Args:
+        capacity: the longest that a row may become.
+        longest: prompt that is ever read.
+    """
+
+    def __init__(self, policy: Policy, slots: int, capacity: int, longest: int) -> None:
+        config, dtype = policy.model.config.get_text_config(), policy.model.dtype
+        self.trunk = policy.model.base_model
+        self.lean = lean(self.trunk, capacity)
+        self.layers = [Slots(self) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
+        self.time, self.column, self.width = longest, longest, longest  # columns so far; the last one; those in use
         self.length = torch.zeros(slots, dtype=torch.long, device=policy.device)
-        self.rows = torch.arange(slots, device=policy.device)
-        self.column = torch.arange(capacity, device=policy.device)
+        self.hidden = torch.finfo(dtype).min / 2  # what is added to the score of a column that is not seen
+        self.mask = torch.full((slots, capacity), self.hidden, dtype=dtype, device=policy.device)
+        self.place = torch.arange(capacity, device=policy.device)
         kinds = getattr(config, "layer_types", None) or []
         self.window = getattr(config, "sliding_window", None)
         self.mixed = "sliding_attention" in kinds
 
     def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Read prompts into slots, equal ones once; the hidden state at each prompt's last token, [n, 1, H]."""
+        """Read prompts into slots, equal ones once; the hidden state at each prompt's last token, [n, H]."""
         unique = list(dict.fromkeys(map(tuple, prompts)))
-        index = torch.tensor([unique.index(tuple(p)) for p in prompts], device=self.rows.device)
-        width = max(map(len, unique))
-        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in unique], device=self.rows.device)
+        number = {prompt: i for i, prompt in enumerate(unique)}
+        device, width = self.length.device, max(map(len, unique))
+        index = torch.tensor([number[tuple(p)] for p in prompts], device=device)
+        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in unique], device=device)
         seen = Cache(layer_class_to_replicate=DynamicLayer)
         hidden = self.trunk(input_ids=ids, past_key_values=seen, use_cache=True).last_hidden_state
-        where = torch.tensor(slots, device=self.rows.device)
+        where, length = torch.tensor(slots, device=device), torch.tensor([len(p) for p in prompts], device=device)
+        capacity = len(self.place)
+        first = self.time - length[:, None]
+        columns = (first + self.place[:width]) % capacity  # of padding too: it is written over before it is seen
         layers: list[Any] = seen.layers
         for own, layer in zip(self.layers, layers, strict=True):
-            own.put(where, layer.keys[index], layer.values[index])
-        self.length[where] = torch.tensor([len(p) for p in prompts], device=self.rows.device)
-        return hidden[index, self.length[where] - 1][:, None]
+            own.put(where, columns, layer.keys[index], layer.values[index])
+        self.width = capacity if int(first.max()) + width > capacity else self.width
+        self.length[where] = length
+        behind = (self.time - 1 - self.place) % capacity  # how long ago a column was written
+        self.mask[where] = self.mask.new_zeros(()).where(behind < length[:, None], self.hidden)
+        return hidden[index, length - 1]
 
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token more in every slot: [slots] -> hidden states [slots, 1, H]."""
-        self.width = int(self.length.max()) + 1
-        column, last = self.column[: self.width], self.length[:, None]
-        seen = (column <= last)[:, None, None]
-        mask: Any = _additive(seen) if self.trunk.config._attn_implementation == "eager" else seen
+        """Read one token more in every slot: [slots] -> hidden states [slots, H]."""
+        capacity = len(self.place)
+        self.column = self.time % capacity
+        self.time += 1
+        self.width = max(self.width, min(self.time, capacity))
+        self.mask[:, self.column] = 0.0
+        far = near = self.mask[:, : self.width]
         if self.window is not None:
-            near = seen & (column > last - self.window)[:, None, None]
-            near = _additive(near) if self.trunk.config._attn_implementation == "eager" else near
-            mask = {"full_attention": mask, "sliding_attention": near} if self.mixed else near
+            behind = (self.column - self.place[: self.width]) % capacity
+            near = far.where(behind < self.window, self.hidden)
+        if self.lean is not None:
+            with torch.inference_mode():
+                hidden = self.lean(tokens, self.length, self.layers, far, near)
+        else:
+            hidden = self._by_modules(tokens, far, near)
+        self.length += 1
+        return hidden
+
+    def _by_modules(self, tokens: Tensor, far: Tensor, near: Tensor) -> Tensor:
+        """`step` by the trunk's own modules."""
+        sees: Any = near[:, None, None] if self.window is not None else far[:, None, None]
+        if self.mixed:
+            sees = {"full_attention": far[:, None, None], "sliding_attention": near[:, None, None]}
         out = self.trunk(
             input_ids=tokens[:, None],
-            position_ids=last,
-            attention_mask=mask,
+            position_ids=self.length[:, None],
+            attention_mask=sees,
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.length = self.length + 1
-        return out.last_hidden_state
+        return out.last_hidden_state[:, 0]
 
     def keep(self, slots: Tensor) -> None:
         """Go on with some slots alone."""
         for layer in self.layers:
             layer.keep(slots)
-        self.length, self.rows, self.slots = self.length[slots], self.rows[: len(slots)], len(slots)
-
-
-def _additive(seen: Tensor) -> Tensor:
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        self.length, self.mask = self.length[slots], self.mask[slots]
 
 
 @torch.no_grad()
@@ -212,14 +247,17 @@ def _generate_in_slots(
     noise = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     desk = _Desk(policy, noise.to(policy.device), stops, starts, limit, sample)
     slots = min(slots, len(prompts))
-    grid = Grid(policy, slots, max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit)
+    capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
+    grid = Grid(policy, slots, capacity, max(map(len, prompts)))
     owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
+    busy = owner.nonzero()[:0, 0]
     tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
     waiting = deque(range(len(prompts)))
     while True:
-        busy, free = (owner >= 0).nonzero()[:, 0], (owner < 0).nonzero()[:, 0]
-        if waiting and len(free) >= max(1, len(owner) // 4):  # reading some prompts together is cheaper than one by one
-            fresh = free[: len(waiting)]
+        if waiting and len(owner) - len(busy) >= max(
+            1, len(owner) // 4
+        ):  # some prompts together are cheaper than one by one
+            fresh = (owner < 0).nonzero()[: len(waiting), 0]
             rows = [waiting.popleft() for _ in fresh]
             hidden = grid.read(fresh.tolist(), [prompts[row] for row in rows])
             owner[fresh] = torch.tensor(rows, device=owner.device)
@@ -230,11 +268,16 @@ def _generate_in_slots(
             if not waiting and len(busy) <= len(owner) // 2:  # half the slots idle for good
                 grid.keep(busy)
                 owner, tokens, busy = owner[busy], tokens[busy], torch.arange(len(busy), device=owner.device)
-            hidden = grid.step(tokens)[busy]
+            hidden = grid.step(tokens)
+            hidden = hidden if len(busy) == len(owner) else hidden[busy]
             working = busy
         tokens[working], ended = desk.choose(owner[working], hidden)
-        idle = working[ended]
-        owner[idle], grid.length[idle] = -1, 0
+        some = bool(ended.any())
+        if some:
+            idle = working[ended]
+            owner[idle], grid.length[idle] = -1, 0
+        if some or working is not busy:
+            busy = (owner >= 0).nonzero()[:, 0]
 
 
 class _Desk:
@@ -257,15 +300,17 @@ class _Desk:
         self.stopped = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
 
     def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [n], hidden [n, 1, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
-        chosen = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        distribution = TokenDistribution(hidden, chosen, self.head)
+        """rows [n], hidden [n, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
+        logp = self.head(hidden).log_softmax(dim=-1)
         at = self.count[rows]
-        action = distribution.at(self.noise[rows, at][:, None]) if self.sample else distribution.mode()
-        self.ids[rows, at], self.logprob[rows, at] = action[:, 0], distribution.log_prob(action)[:, 0]
+        token = pick(logp, self.noise[rows, at]) if self.sample else logp.argmax(dim=-1)
+        self.ids[rows, at], self.logprob[rows, at] = token, logp.gather(-1, token[:, None])[:, 0]
         self.count[rows] = at + 1
-        self.stopped[rows] = torch.isin(action[:, 0], self.stops)
-        return action[:, 0], self.stopped[rows] | (at + 1 == self.limit)
+        last = at + 1 == self.limit
+        if len(self.stops):
+            self.stopped[rows] = stopped = torch.isin(token, self.stops)
+            last |= stopped
+        return token, last
 
     def completions(self) -> list[Completion]:
         ids, logprob, count, stopped = (x.tolist() for x in (self.ids, self.logprob, self.count, self.stopped))

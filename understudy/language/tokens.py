@@ -28,10 +28,13 @@ class Head:
     """Sampling temperature. It is part of the policy: what samples also scores."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.project(hidden).float() * self.scale
+        logits = self.project(hidden).float()
+        logits = (
+            logits if self.scale == 1.0 else logits * self.scale
+        )  # a pass over all of them, saved where it does nothing
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.temperature
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
     def frozen(self) -> Head:
         """The same head with a copy of its weights, which no update reaches."""
@@ -57,13 +60,7 @@ class TokenDistribution:
         return torch.rand(self.mask.shape, generator=generator, device=self.mask.device)
 
     def at(self, noise: Tensor) -> Tensor:
-        """The token of given noise: the first whose cumulative probability is above it. int64 [B, T]."""
-
-        def pick(logp: Tensor, u: Tensor) -> Tensor:
-            total = logp.double().exp().cumsum(dim=-1)
-            u = u.double() * total[:, -1]
-            return torch.searchsorted(total, u[:, None], right=True)[:, 0]
-
+        """The token of given noise, int64 [B, T]: see `pick`."""
         return self._each(pick, noise)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
@@ -120,6 +117,15 @@ class TokenDistribution:
             pieces = zip(self._chosen.split(rows), *(other.split(rows) for other in picked), strict=True)
             found = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])  # pyright: ignore
         return torch.zeros(self.mask.shape, dtype=found.dtype, device=found.device).masked_scatter(self.mask, found)
+
+
+def pick(logp: Tensor, noise: Tensor) -> Tensor:
+    """The first token whose cumulative probability is above the noise. logp [N, V], noise [N] in [0, 1) -> int64 [N]."""
+    total = logp.exp().cumsum(dim=-1)
+    below = torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))  # so that there is always one above
+    return torch.searchsorted(total, torch.minimum(noise[:, None].to(total.dtype) * total[:, -1:], below), right=True)[
+        :, 0
+    ]
 
 
 @dataclass(frozen=True)
