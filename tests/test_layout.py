@@ -20,6 +20,7 @@ ROOMS = {  # each loads in a bare torch install
     "value": {"sample", "batch"},
     "objective": {"batch"},
     "update": {"batch", "reduce"},
+    "compiled": {"batch", "reduce", "update"},
     "constrain": {"run/config"},
 }
 ANYTHING_SHARED = {*ROOMS, "run"}
@@ -50,6 +51,7 @@ ONLY_IN = {  # a package of others -> where alone it may be imported
 }
 LAZY = ("cli/__init__", "__init__")
 EXTRAS = {"envpool", "matplotlib", "moviepy", "peft", "tensorboard", "trackio", "wandb"}  # may be absent or slow
+COMPILER = {"torch.fx.experimental.proxy_tensor", "torch._inductor"}  # slow, and only for runs that compile
 NOT_NAMES = {"utils", "common", "base", "core", "misc"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
 UNSAFE_CALLS |= {f"yaml.{name}" for name in ("load", "load_all", "unsafe_load", "full_load", "unsafe_load_all")}
@@ -132,7 +134,9 @@ def test_imports_stand_at_the_top_but_where_loading_is_lazy(path):
         imports(node, here) for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)
     ]
 
-    assert [names for names in inside if not {name.split(".")[0] for name in names} <= EXTRAS] == []
+    assert [
+        names for names in inside if not {name.split(".")[0] for name in names} <= EXTRAS and not set(names) <= COMPILER
+    ] == []
 
 
 @EVERY_FILE

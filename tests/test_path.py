@@ -3,18 +3,24 @@
 import ast
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import understudy
-from understudy.control import ppo
+from understudy.control import collect, ppo
+from understudy.sample import choose
 
 PACKAGE = Path(understudy.__file__).parent
 LINES, FILES = 500, 17
 
 
-def entered_in_one_iteration(tmp_path) -> set[tuple[Path, int]]:
-    """(file, first line) of each function of ours entered between the second iteration's start and its end."""
+def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
+    """(file, first line) of each function of ours entered between the second iteration's start and its end.
+
+    Plain: what runs faster says the same (`tests/test_quick.py`, `tests/test_compiled.py`), and is read apart.
+    """
     config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
+    monkeypatch.setattr(collect, "chooser", lambda policy, walker: partial(choose, policy, generator=walker.generator))
     iterations = ppo.iterate(config)
     next(iterations)
     found: set[tuple[Path, int]] = set()
@@ -78,9 +84,9 @@ def _first(node: ast.FunctionDef | ast.Lambda) -> int:
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
-def test_one_ppo_update_reads_in_under_500_lines(tmp_path, capsys):
+def test_one_ppo_update_reads_in_under_500_lines(tmp_path, monkeypatch, capsys):
     by_file: dict[Path, set[int]] = {}
-    for path, first in entered_in_one_iteration(tmp_path):
+    for path, first in entered_in_one_iteration(tmp_path, monkeypatch):
         by_file.setdefault(path, set()).add(first)
     counted = {path.relative_to(PACKAGE): len(lines) for path, lines in read_in(by_file).items()}
 

@@ -79,9 +79,8 @@ def standardize(x: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
 
     A single element has no spread to speak of and is left as it is. `eps` only guards the division.
     """
-    if mask.sum() < 2:
-        return torch.where(mask, x, 0.0)
-    return _centred(x, mask) / (masked_var(x, mask).sqrt() + eps)
+    scaled = _centred(x, mask) / (masked_var(x, mask).sqrt() + eps)
+    return torch.where(mask.sum() < 2, torch.where(mask, x, 0.0), scaled)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor
 from understudy.batch import Batch
 from understudy.reduce import per_step
 
+LOSS, NORM = "look at rewards, advantages and targets", "lower learning_rate or max_grad_norm"  # what mends them
+
 
 def update(
     policy: Any,
@@ -72,20 +74,20 @@ def update(
             if reshuffle or order is None:
                 order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
             shuffled, seen = batch[order], []
-            for rows in _split(len(batch), minibatches):
+            for rows in split(len(batch), minibatches):
                 minibatch = shuffled[rows] if prepare is None else prepare(shuffled[rows])
                 if not minibatch.mask.any():
                     continue
                 metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
-                if steer is not None and steer(_mean([metrics])):
-                    return _mean(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
+                if steer is not None and steer(mean_of([metrics])):
+                    return mean_of(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
                 metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
                 optimizer.step()
                 taken += 1
                 seen.append(metrics)
-        return _mean(seen) | {"optimizer_steps": taken, "epochs": epoch}
+        return mean_of(seen) | {"optimizer_steps": taken, "epochs": epoch}
     except FloatingPointError as error:
-        return _left_out(error, guard, policy, optimizer, before)
+        return left_out(error, guard, policy, optimizer, before)
 
 
 def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
@@ -95,9 +97,7 @@ def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: in
     for rows in [slice(None)] if micro is None else _pieces(len(minibatch), micro):
         loss, metrics = objective(policy, minibatch[rows])
         total = (loss * weight[rows]).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is {total.item()}: look at rewards, advantages and targets")
-        total.backward()
+        finite("loss", total, LOSS).backward()
         if metrics:  # all in one pass
             means = (torch.stack(list(metrics.values())) * weight[rows]).sum(dim=(1, 2))
             totals = {name: totals.get(name, 0.0) + mean for name, mean in zip(metrics, means, strict=True)}
@@ -110,13 +110,18 @@ def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tens
     limits = [(g["params"], own) for g in optimizer.param_groups if (own := g.get("max_grad_norm")) is not None]
     limits += [(joint, math.inf if max_grad_norm is None else max_grad_norm)] if joint else []
     norm = torch.stack([torch.nn.utils.clip_grad_norm_(*limit) for limit in limits]).norm()
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"the gradient's norm is {float(norm)}: lower learning_rate or max_grad_norm")
-    return norm
+    return finite("gradient's norm", norm, NORM)
+
+
+def finite(what: str, value: Tensor, mend: str) -> Tensor:
+    """An update's loss or gradient; refused where it is not finite."""
+    if not math.isfinite(value.item()):
+        raise FloatingPointError(f"the {what} is {value.item()}: {mend}")
+    return value
 
 
 @torch.no_grad()
-def _left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
+def left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
     """Undo an update that met what is not finite, as the guard wants it: back to `before`, where steps were made since."""
     if guard is None:
         raise error
@@ -133,7 +138,7 @@ def _left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any
     return {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0}
 
 
-def _split(size: int, parts: int) -> list[slice]:
+def split(size: int, parts: int) -> list[slice]:
     """At most `parts` slices of `size` rows, none empty, their sizes differing by at most one."""
     parts = max(1, min(parts, size))
     return [slice(-(-size * i // parts), -(-size * (i + 1) // parts)) for i in range(parts)]
@@ -143,6 +148,6 @@ def _pieces(size: int, micro: int) -> list[slice]:
     return [slice(low, low + micro) for low in range(0, size, micro)]
 
 
-def _mean(seen: list[dict[str, Tensor]]) -> dict[str, float]:
+def mean_of(seen: list[dict[str, Tensor]]) -> dict[str, float]:
     """Each metric's mean over minibatches."""
     return {name: float(torch.stack([metrics[name] for metrics in seen]).mean()) for name in (seen[0] if seen else ())}

@@ -32,7 +32,7 @@ from understudy.run.store import Run
 FEW = {  # by name of the run, moments that differ in kind from one to the next
     "reinforce": [
         ("step", 3),
-        ("renamed", 5),
+        ("renamed", 4),
     ],  # the last of its checkpoints has its name, older ones are not dropped yet
     "actor-critic": [("renamed", 2)],
     "ppo": [("restore", 1), ("fsync", 12)],

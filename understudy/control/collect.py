@@ -19,10 +19,11 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
+from understudy.control.quick import chooser
 from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader
 from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
 from understudy.control.supervise import Supervised
-from understudy.sample import choose
+from understudy.sample import Choice, choose
 
 
 class Episode(NamedTuple):
@@ -87,6 +88,7 @@ class Walker:
         self.noise: Tensor | None = None
         self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
         self.now: Tree = None
+        self.choose: Callable[..., Choice]  # the policy of this record, or its quick form
         self.chosen: list[np.ndarray] = []  # which rows chose, in each call of the last record
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
@@ -110,7 +112,7 @@ class Walker:
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
-        return self._walk(policy, lambda calls, _: len(calls) < steps)
+        return self._walk(policy, lambda calls, _: np.full(self.rows, len(calls) < steps))
 
     def collect_episodes(self, policy: Any, episodes: int) -> Trajectory:
         """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
@@ -121,6 +123,7 @@ class Walker:
         """Play `episodes` whole, fresh episodes in every row without keeping a record."""
         self.reset()
         self.state = policy.initial_state(self.rows)
+        self.choose = chooser(policy, self)
         ended = np.zeros(self.rows, dtype=np.int64)
         while (ended < episodes).any():
             call = self._step(policy, ended < episodes)
@@ -204,14 +207,15 @@ class Walker:
         same = len(came) == len(was) and all(torch.equal(a, b) for a, b in zip(came, was, strict=True))
         return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
 
-    def _walk(self, policy: Any, wanted: Callable[..., Any], *, whole: bool = False) -> Trajectory:
+    def _walk(self, policy: Any, wanted: Callable[..., np.ndarray], *, whole: bool = False) -> Trajectory:
         """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
         if self.now is None:
             self.reset()
         self.state = policy.initial_state(self.rows) if self.state is None else self.state
+        self.choose = chooser(policy, self)
         before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
-        while np.any(wanted(calls, ended)):
-            calls.append(self._step(policy, np.broadcast_to(wanted(calls, ended), self.rows)))
+        while (rows := wanted(calls, ended)).any():
+            calls.append(self._step(policy, rows))
             if self.unanswered.any():
                 before = self._cut(calls, before, whole)
             ended += calls[-1].terminated | calls[-1].truncated
@@ -244,19 +248,18 @@ class Walker:
         obs, pending = self.now, self.pending
         seen = map_tensors(lambda x: x[:, None].to(self.device), obs)
         held = self.noise if self.calls % self.hold else None
-        how = {"generator": self.generator, "noise": held, "sample": self.sample}
-        action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
+        action, logprob, self.state, self.noise = self.choose(seen, self.state, self.start, noise=held)
         executed = policy.executable(action)
         found, reward, terminated, truncated, info = self.envs.step(executed)
         # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
-        terminated = np.array(terminated, dtype=bool) & ~pending
-        truncated = np.array(truncated, dtype=bool) & ~pending & ~terminated
+        terminated = np.asarray(terminated, dtype=bool) & ~pending
+        truncated = np.asarray(truncated, dtype=bool) & ~pending & ~terminated
         self.unanswered = info.get("_fault", False) & ~pending & self.supervised  # the choice met a fault
         over, chosen = terminated | truncated, ~pending & wanted & ~self.unanswered
-        reward = np.where(pending, 0.0, reward).astype(np.float64)
+        reward = np.where(pending, 0.0, reward).astype(np.float64, copy=False)
         if not np.isfinite(reward).all():
             raise self._no_number("reward", reward)
-        self.calls, self.steps = self.calls + 1, self.steps + int(chosen.sum())
+        self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(chosen))
         self.returns, self.lengths = self.returns + reward, self.lengths + ~pending
         if self.trail is not None:
             self.trail.calls.append((executed, obs, reward, over))
@@ -308,7 +311,7 @@ class Walker:
         if isinstance(tree, dict) or self.masked or MASK in info:
             tree = self._with_mask(tree, info, choosing)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
-            if leaf.is_floating_point() and not torch.isfinite(leaf).all():
+            if leaf.is_floating_point() and not np.isfinite(leaf.numpy()).all():
                 raise self._no_number(f"observation {path!r}", leaf.numpy())
         return tree
 
@@ -379,28 +382,27 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
     Args:
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
     """
-    seen, after, action, logprob, chosen, reward, terminated, truncated = zip(*calls, strict=True)
+    seen, after, action, logprob, chosen, reward, died, cut = zip(*calls, strict=True)
     rows, slots = len(chosen[0]), 2 * len(calls) + 1
     keep = np.zeros((rows, slots), dtype=bool)
-    made = torch.from_numpy(np.stack(chosen))
+    made = torch.from_numpy(np.concatenate(chosen).reshape(-1, rows))
     keep[:, :-1:2] = made.T
-    keep[:, 1::2] = np.stack(terminated, axis=1) | np.stack(truncated, axis=1)
+    keep[:, 1::2] = np.stack(died, axis=1) | np.stack(cut, axis=1)
     keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
     slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()])
     row = torch.arange(rows)[:, None]
 
-    def lay(values: Sequence[Any]) -> Tensor:
-        by_call = torch.stack([torch.as_tensor(value) for value in values])
+    def up(values: Sequence[Any]) -> Tensor:
+        by_call = torch.from_numpy(np.concatenate(values).reshape(len(calls), *values[0].shape))
         by_call[~made] = 0
         spread = by_call.new_zeros(slots, *by_call.shape[1:])
         spread[:-1:2] = by_call
         return spread[slot, row]
 
-    def lay_obs(trees: list[Tree]) -> Tree:
+    def up_obs(trees: list[Tree]) -> Tree:
         if isinstance(last, dict):
             return {name: torch.stack([tree[name] for tree in trees])[slot, row] for name in last}
         return torch.stack(trees)[slot, row]
 
-    obs = lay_obs([tree for pair in zip(seen, after, strict=True) for tree in pair] + [last])
-    ends = lay(terminated), lay(truncated)
-    return Trajectory(obs, lay(action), lay(logprob), lay(chosen), lay(reward).float(), *ends, state)
+    obs = up_obs([tree for pair in zip(seen, after, strict=True) for tree in pair] + [last])
+    return Trajectory(obs, up(action), up(logprob), up(chosen), up(reward).float(), up(died), up(cut), state)

@@ -53,7 +53,8 @@ def make(
     elif vectorization == "native":
         envs = _native(env, num_envs, options, wrappers)
     else:
-        kinds = {"sync": SyncVectorEnv, "async": AsyncVectorEnv}
+        kinds: dict[str, Any] = {"sync": partial(SyncVectorEnv, copy=False)}  # a walker copies what it keeps
+        kinds["async"] = AsyncVectorEnv
         kinds["supervised"] = partial(Supervised, step_timeout=step_timeout)
         envs = kinds[vectorization]([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     try:

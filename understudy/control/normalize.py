@@ -6,6 +6,7 @@ frozen, so a record means one thing from the first minibatch to the last. Record
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -58,10 +59,15 @@ class ObsScale(nn.Module):
     def forward(self, obs: Tree) -> Tree:
         """obs: a Tensor [B, T, ...], or a dict of them -> the same."""
         scaled = dict(_named(obs))
-        for name, seen in zip(self.names, self.seen, strict=True):
-            std = (seen.var + 1e-8).sqrt()
-            scaled[name] = ((scaled[name] - seen.mean.float()) / std.float()).clamp(-CLIP, CLIP)
+        for i, name in enumerate(self.names):
+            shift, width = self.shift_and_width(i)
+            scaled[name] = ((scaled[name] - shift) / width).clamp(-CLIP, CLIP)
         return scaled if isinstance(obs, dict) else scaled[PLAIN]
+
+    def shift_and_width(self, entry: int) -> tuple[Tensor, Tensor]:
+        """What is taken from an entry, and what the rest is divided by, float32."""
+        seen = self.seen[entry]
+        return seen.mean.float(), (seen.var + 1e-8).sqrt().float()
 
     def gather(self, record: Trajectory) -> None:
         """Add the observations at the chosen steps."""
@@ -90,13 +96,14 @@ class RewardScale(nn.Module):
         """Add the chosen steps' running returns; rows go on from the record before, [B, T]."""
         if len(self.running) != len(record):
             self.running = torch.zeros(len(record), dtype=torch.float64)
-        mask, reward, ended = (x.cpu() for x in (record.mask, record.reward, record.ended))
-        returns = torch.zeros(mask.shape, dtype=torch.float64)
-        for t in range(mask.shape[1]):
-            self.running = torch.where(mask[:, t], self.gamma * self.running + reward[:, t], self.running)
-            returns[:, t] = self.running
-            self.running = torch.where(ended[:, t], 0.0, self.running)
-        self.moments.add(returns[mask])
+        mask, reward, ended = (x.cpu().numpy().T for x in (record.mask, record.reward, record.ended))
+        decay, paid, goes_on = np.where(mask, self.gamma, 1.0), np.where(mask, reward, 0.0), np.where(ended, 0.0, 1.0)
+        returns, running = np.empty(mask.shape), self.running.numpy()
+        for t in range(len(mask)):
+            returns[t] = running = running * decay[t] + paid[t]
+            running = running * goes_on[t]
+        self.running = torch.from_numpy(running)
+        self.moments.add(torch.from_numpy(returns.T[mask.T]))
 
 
 def _named(obs: Tree) -> dict[str, Tensor]:

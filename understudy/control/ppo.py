@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -10,15 +11,19 @@ import torch
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
+from understudy.compiled import Compiled, available
 from understudy.control import config, stage
 from understudy.control.policy import Policy
 from understudy.control.stage import Begun, Env, Iterations, Net, Stage
 from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
-from understudy.run.config import Count, NonNegative, Positive, Unit
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit
 from understudy.run.store import Run
 from understudy.update import update
 from understudy.value import estimate, next_value
+
+PAYS = 12_000
+"""Optimizer steps from which compiling them is faster, from the start of the process (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +62,13 @@ class Config(config.Config):
     """Draw a new order for every epoch, instead of one an iteration."""
     clip_grad_apart: bool = False
     """Bound the gradients of actor and critic each by max_grad_norm, instead of jointly."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the optimizer step, which takes some seconds once; auto: where the run is long enough to win them back."""
 
 
 def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
+    cfg, learn = settled(cfg, own=policy is not None)
     with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer, resume=resume) as run:
         while run.on:
             kl_coef = run.kept.setdefault("kl_coef", cfg.kl_coef)
@@ -71,7 +79,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
             paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
-            metrics = update(  # 5 update
+            metrics = learn(  # 5 update
                 run.policy,
                 run.optimizer,
                 batch,
@@ -97,6 +105,38 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
 def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
     return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
+
+
+def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
+    """The config with `compile` as on or off, and `update` or its compiled form.
+
+    A function of the config, of whether the policy is the user's own, and of whether there is a compiler. On, where the
+    optimizer steps to come are worth it (`python bench/compile_pays.py`).
+
+    Raises:
+        RequestError: on, with what cannot be compiled.
+    """
+    cannot = {
+        "memory": cfg.memory != "none",
+        "exploration": cfg.exploration == "gsde",
+        "refresh": cfg.refresh,
+        "stop_kl": cfg.stop_kl > 0,
+        "adapt_learning_rate": cfg.adapt_learning_rate > 0,
+        "clip_grad_apart": cfg.clip_grad_apart,
+        "device": not cfg.device.startswith("cpu"),
+    }
+    why = next((f"{name} is {getattr(cfg, name)!r}" for name, found in cannot.items() if found), None)
+    if cfg.compile == "on" and (own or why):
+        raise RequestError(
+            f"compile is 'on', but {why or 'the policy is your own'}, which only runs uncompiled: leave it auto"
+        )
+    if cfg.compile == "on" and not available():
+        raise RequestError("compile is 'on', and there is no C++ compiler: install g++, or start with compile off")
+    optimizer_steps = math.ceil(cfg.steps / (cfg.num_envs * cfg.rollout)) * cfg.epochs * cfg.minibatches
+    pays = optimizer_steps >= PAYS and not own and why is None and available()
+    if cfg.compile == "on" or (cfg.compile == "auto" and pays):
+        return replace(cfg, compile="on"), Compiled(cfg.rollout, varying=("clip", "kl_coef")).update
+    return replace(cfg, compile="off"), update
 
 
 def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:

@@ -240,7 +240,7 @@ def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
         # float64: bounds as wide as float32 goes are further apart than float32 goes
         low, high = (np.where(bounded, x.astype(np.float64), 0.0) for x in (space.low, space.high))
         value = np.where(bounded, low + (np.tanh(value) + 1) * 0.5 * (high - low), value)
-    return np.clip(value, space.low, space.high).astype(space.dtype)
+    return np.minimum(np.maximum(value, space.low), space.high).astype(space.dtype)
 
 
 def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:

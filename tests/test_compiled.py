@@ -1,0 +1,110 @@
+"""Step 5: a compiled optimizer step is the plain one."""
+
+import copy
+import shutil
+from dataclasses import replace
+from functools import partial
+
+import gymnasium
+import pytest
+import torch
+from gymnasium import spaces
+from torch.testing import assert_close
+
+from tests.records import seeded
+from understudy.batch import Batch, Trajectory, map_tensors
+from understudy.compiled import Compiled
+from understudy.control.config import Network
+from understudy.control.policy import Policy
+from understudy.control.ppo import standardized
+from understudy.objective import ppo, ppo_penalty
+from understudy.update import update
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+BOX = spaces.Box(-float("inf"), float("inf"), (3,))
+CLIP = partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.01, value_clip=0.2)
+PENALTY = partial(ppo_penalty, kl_coef=0.7, value_coef=0.5, entropy_coef=0.0)
+
+
+def policy_for(action: gymnasium.Space, **made_of) -> Policy:
+    return Policy.build(BOX, action, Network(hidden=(8,), **made_of), seed=3, scale_obs=True).double()
+
+
+def record_for(policy: Policy, *, steps: int, seed: int = 0) -> Batch:
+    """Chosen steps of this policy, their advantages and targets drawn; one in five columns is masked."""
+    draw = seeded(seed)
+    obs = torch.randn(2, steps, 3, generator=draw, dtype=torch.float64)
+    with torch.no_grad():
+        found, value = policy(obs)
+        action = found.sample(draw)
+        logprob = found.log_prob(action) + 0.3 * torch.randn(2, steps, generator=draw, dtype=torch.float64)
+    mask = torch.rand(2, steps, generator=draw) > 0.2
+    blank = torch.zeros(2, steps, dtype=torch.float64)
+    record = Trajectory(obs, action, logprob, mask, blank, blank > 0, blank > 0)
+    advantage, target = (torch.randn(2, steps, generator=draw, dtype=torch.float64) for _ in "ab")
+    old = map_tensors(torch.Tensor.detach, found)
+    return Batch.of(record, value=value, advantage=advantage, target=target, old=old)
+
+
+def learn(policy, objectives, records, *, compiled=None, learning_rate=1e-2, **options):
+    """Two updates or more of a copy of the policy; its weights, its optimizer's state and the metrics of the last."""
+    learner = copy.deepcopy(policy)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=learning_rate, eps=1e-5)
+    step = update if compiled is None else compiled.update
+    draw, fixed = seeded(1), {"epochs": 2, "minibatches": 3, "max_grad_norm": 0.5, "prepare": standardized} | options
+    for objective, record in zip(objectives, records, strict=True):
+        metrics = step(learner, optimizer, record, objective, generator=draw, **fixed)
+    return dict(learner.named_parameters()), optimizer.state_dict()["state"], metrics
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Compiled:
+    """For one choice of three, and CLIP: compiled once for all tests here."""
+    return Compiled(20, varying=("clip",))
+
+
+def test_weights_moments_and_metrics_are_those_of_plain_updates(compiled):
+    policy = policy_for(spaces.Discrete(3))
+    records = [record_for(policy, steps=20, seed=0), record_for(policy, steps=14, seed=1)]  # and a smaller one
+
+    plain = learn(policy, [CLIP] * 2, records)
+
+    assert_close(learn(policy, [CLIP] * 2, records, compiled=compiled), plain, rtol=1e-9, atol=1e-11)
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(plain[0].values(), policy.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("squash", "objective"), [("tanh", CLIP), ("clip", PENALTY)])
+def test_numbers_are_learned_from_alike_by_either_objective(squash, objective):
+    policy = policy_for(spaces.Box(-1, 1, (2,)), squash=squash)
+    records = [record_for(policy, steps=20)]
+
+    fast = learn(policy, [objective], records, compiled=Compiled(20, varying=("clip", "kl_coef")))
+
+    assert_close(fast, learn(policy, [objective], records), rtol=1e-9, atol=1e-11)
+
+
+def test_a_number_that_varies_takes_effect_without_another_compilation(compiled):
+    policy = policy_for(spaces.Discrete(3))
+    record = record_for(policy, steps=20)
+    objectives = [CLIP, partial(CLIP, clip=0.01)]
+
+    fast = learn(policy, objectives, [record] * 2, compiled=compiled)
+
+    assert len(compiled.traced) == 1
+    assert_close(fast, learn(policy, objectives, [record] * 2), rtol=1e-9, atol=1e-11)
+    assert fast[2]["clip_fraction"] != learn(policy, [CLIP] * 2, [record] * 2)[2]["clip_fraction"]
+
+
+def test_what_is_not_finite_leaves_policy_and_optimizer_as_they_were(compiled):
+    policy = policy_for(spaces.Discrete(3))
+    good = record_for(policy, steps=20)
+    bad = replace(good, target=good.target.index_fill(1, torch.tensor([3]), float("inf")))
+    said = []
+
+    once = learn(policy, [CLIP], [good], compiled=compiled)
+    then = learn(policy, [CLIP] * 2, [good, bad], compiled=compiled, guard=said.append)
+
+    assert "the loss is" in str(said[0])
+    assert then[2] == {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0}
+    assert_close(then[:2], once[:2], rtol=0, atol=0)
