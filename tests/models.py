@@ -10,6 +10,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -70,6 +72,27 @@ FAMILIES = {
         )
     ),
 }
+
+
+WINDOWED = {
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)),
+    "qwen2, one layer windowed": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
+    ),
+}
+LEAN = ("llama", "qwen2", "qwen3", *WINDOWED)  # of those `lean` knows
+
+
+def tiny_lean(family: str, seed: int = 0):
+    """A model that `lean` knows, the weights of norms and biases at random too."""
+    torch.manual_seed(seed)
+    model = WINDOWED[family]() if family in WINDOWED else tiny(family, seed=seed)
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+        if getattr(module, "bias", None) is not None:
+            torch.nn.init.normal_(module.bias)
+    return model.eval()
 
 
 def tiny(family: str, *, tied: bool = False, seed: int = 0):

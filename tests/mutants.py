@@ -90,7 +90,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
-    "language/lean.py": ("test_generate.py",),
+    "language/lean.py": ("test_lean.py", "test_generate.py"),
     "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
@@ -508,12 +508,27 @@ HAND = [
         "self.place[:width] + 0 * first) % capacity",
         "prompts lie at the left",
     ),
-    Mutant("language/lean.py", "turned.roll(self.width // 2, dims=-1)", "turned", "nothing is turned"),
-    Mutant("language/lean.py", "(-sin[0, :, :half]", "(sin[0, :, :half]", "turned the wrong way"),
-    Mutant("language/lean.py", ", alpha=self.scale", "", "scores are not scaled"),
+    Mutant("language/lean.py", "turned.roll(self.width // 2, dims=-1)", "turned", "a new token is not turned"),
+    Mutant("language/lean.py", "(-sin[..., :half]", "(sin[..., :half]", "turned the wrong way"),
+    Mutant("language/lean.py", "[self.width**-0.5] * self.queries", "[1.0] * self.queries", "scores are not scaled"),
+    Mutant("language/lean.py", "(turned * sin).roll(", "(turned * -sin).roll(", "a gradient is turned the same way"),
+    Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),
+    Mutant("language/lean.py", "behind < self.window", "behind <= self.window", "a window too wide by one"),
+    Mutant(
+        "language/lean.py", "(gated.up_proj.weight * after)", "gated.up_proj.weight", "a norm's weights are left out"
+    ),
+    Mutant(
+        "language/lean.py", "again or trunk.dtype.itemsize < 4", "again", "half precision is read in half precision"
+    ),
+    Mutant(
+        "language/lean.py", 'any(getattr(module, "gradient_checkpointing", False)', "any(False", "activations are kept"
+    ),
     Mutant("language/lean.py", "windowed if layer.sliding else seen", "seen", "a window is not kept"),
     Mutant(
-        "language/lean.py", "torch.addmm(x, heard", "torch.addmm(0 * x, heard", "what went around attention is lost"
+        "language/lean.py",
+        "torch.addmm(x, heard.view",
+        "torch.addmm(0 * x, heard.view",
+        "what went around attention is lost",
     ),
     Mutant(
         "language/lean.py",

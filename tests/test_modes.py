@@ -205,7 +205,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(family, tied, tm
 
     policy.adapt(rank=2, alpha=4)
 
-    assert torch.equal(logprob(policy), before)
+    assert_close(logprob(policy), before, atol=2e-5, rtol=0)  # through its modules now: another order of sums
     names = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
     assert names and all(".lora_" in name for name in names) and len(policy.actor_parameters()) == len(names)
     # every linear layer of a layer has an A and a B: 7 of them, in GPT-2 4

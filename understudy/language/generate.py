@@ -118,7 +118,8 @@ class Grid:
     def __init__(self, policy: Policy, slots: int, capacity: int, longest: int) -> None:
         config, dtype = policy.model.config.get_text_config(), policy.model.dtype
         self.trunk = policy.model.base_model
-        self.lean = lean(self.trunk, capacity)
+        self.lean = lean(self.trunk)
+        self.turning = None if self.lean is None else self.lean.turning(capacity)
         self.layers = [Slots(self) for _ in range(config.num_hidden_layers)]
         self.cache = Cache(layers=list(self.layers))
         self.time, self.column, self.width = longest, longest, longest  # columns so far; the last one; those in use
@@ -163,9 +164,10 @@ class Grid:
         if self.window is not None:
             behind = (self.column - self.place[: self.width]) % capacity
             near = far.where(behind < self.window, self.hidden)
-        if self.lean is not None:
+        if self.lean is not None and self.turning is not None:
             with torch.inference_mode():
-                hidden = self.lean(tokens, self.length, self.layers, far, near)
+                turn = self.turning[0][self.length], self.turning[1][self.length]
+                hidden = self.lean.step(tokens, turn, self.layers, far, near)
         else:
             hidden = self._by_modules(tokens, far, near)
         self.length += 1

@@ -1,23 +1,26 @@
-"""Step 1, sample: one token more through a Llama-like trunk, in few operations a layer.
+"""Llama-like trunks in few operations a layer: one token a row for the sampler, whole rows for whoever scores or learns.
 
-Hugging Face says what a model is. Read token by token, though, its small ones cost their calls and not their arithmetic,
-and torch's fused attention takes three times what two batched products take for a single query. So where a trunk is one of
-`KNOWN`, with nothing put into it or hung on it, this is the same function on the same weights: tests/test_generate.py holds
-the two side by side, and preflight compares what was sampled with what the trainer reads.
+Hugging Face says what a model is. On a CPU, though, its small models cost their calls and their passes over memory as much
+as their products, padding costs what tokens cost, and torch's fused attention takes three times what batched products take
+for one query, twice for short rows. So where a trunk is one of `KNOWN`, with nothing put into it or hung on it, this is the
+same function of the same parameters: tests/test_lean.py holds the two side by side, `Policy.settle` compares before a run.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, rms_norm
+from torch.autograd import Function
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 GROWING = ("dynamic", "longrope")  # rotary positions that depend on how long a row has become
+SHORT = 2**22  # attention weights of a layer that are kept, 16 MiB; more than that are made again in the backward pass
 
 
 class Store(Protocol):
@@ -28,40 +31,39 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's weights as they are multiplied with; N: queries of a key-value head."""
+    """A layer's weights as they are multiplied with. Q: queries of a key-value head."""
 
     joint: Tensor
-    """[H, heads (N + 2) D]: a head's queries, its key and its value side by side."""
+    """[H, heads (Q + 2) D]: a head's queries, its key and its value side by side; the norm before them in it."""
     offset: Tensor
-    """What is added to that, [heads (N + 2) D]; or one 0."""
+    """What is added to that, [heads (Q + 2) D]; or one 0."""
     turned_norm: Tensor | None
-    """Weights of the norms of queries and key, [N + 1, D] (Qwen3)."""
+    """Weights of the norms of queries and key, [Q + 1, D] (Qwen3)."""
     out: Tensor
     gate: Tensor
     up: Tensor
+    """[H, I], as `gate`: the norm before them in them."""
     down: Tensor
     act: Callable[[Tensor], Tensor]
-    norms: tuple[Tensor, Tensor]
-    """Before attention, and before the gated part."""
     sliding: bool
     """It sees a window only."""
 
 
 class Lean:
-    """A trunk of `KNOWN` for one token a row: see `lean`."""
+    """A trunk of `KNOWN` with its weights laid out anew; for as long as they do not change."""
 
-    def __init__(self, trunk: Any, places: int) -> None:
-        config = trunk.config
-        self.heads, self.width = config.num_key_value_heads, trunk.layers[0].self_attn.head_dim
-        self.scale, self.eps = self.width**-0.5, config.rms_norm_eps
-        kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(trunk.layers)
-        if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
-            kinds = ["sliding_attention"] * len(trunk.layers)
-        self.words, self.norm = trunk.embed_tokens.weight, trunk.norm.weight
+    def __init__(self, trunk: Any) -> None:
+        config, attention = trunk.config, trunk.layers[0].self_attn
+        self.heads, self.queries, self.width = (
+            config.num_key_value_heads,
+            attention.num_key_value_groups,
+            attention.head_dim,
+        )
+        self.eps, self.window = config.rms_norm_eps, getattr(config, "sliding_window", None) or 0
+        kinds = getattr(config, "layer_types", None)
+        kinds = kinds or ["full_attention" if not self.window else "sliding_attention"] * len(trunk.layers)
+        self.words, self.norm, self.rotary = trunk.embed_tokens, trunk.norm.weight, trunk.rotary_emb
         self.layers = [self._layer(layer, kind) for layer, kind in zip(trunk.layers, kinds, strict=True)]
-        cos, sin = trunk.rotary_emb(self.words[:1, None], torch.arange(places, device=self.words.device)[None])
-        half = self.width // 2
-        self.cos, self.sin = cos[0], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)
 
     def _layer(self, layer: Any, kind: str) -> Layer:
         attention, gated = layer.self_attn, layer.mlp
@@ -72,26 +74,44 @@ class Lean:
             offset = torch.cat([p.bias.view(self.heads, -1) for p in parts], dim=1).flatten()
         turned_norm = None
         if hasattr(attention, "q_norm"):
-            queries = attention.num_key_value_groups
-            turned_norm = torch.stack([*[attention.q_norm.weight] * queries, attention.k_norm.weight])
+            turned_norm = torch.stack([*[attention.q_norm.weight] * self.queries, attention.k_norm.weight])
+        after = layer.post_attention_layernorm.weight
         return Layer(
-            joint.t(),
+            (joint * layer.input_layernorm.weight).t(),
             offset,
             turned_norm,
             attention.o_proj.weight.t(),
-            gated.gate_proj.weight.t(),
-            gated.up_proj.weight.t(),
+            (gated.gate_proj.weight * after).t(),
+            (gated.up_proj.weight * after).t(),
             gated.down_proj.weight.t(),
             gated.act_fn,
-            (layer.input_layernorm.weight, layer.post_attention_layernorm.weight),
             kind == "sliding_attention",
         )
 
-    def __call__(self, tokens: Tensor, place: Tensor, cache: Sequence[Store], far: Tensor, near: Tensor) -> Tensor:
-        """The last hidden states after one token more.
+    def turning(self, places: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions below `places` as a head's queries and key take them, [places, Q + 1, D].
+
+        The sines' first half is negative; the queries' are scaled by 1 / sqrt(D).
+        """
+        cos, sin = self.rotary(self.norm, torch.arange(places, device=self.norm.device)[None])
+        half = self.width // 2
+        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        scale = cos.new_tensor([self.width**-0.5] * self.queries + [1.0])[:, None]
+        return cos[0][:, None] * scale, sin[0][:, None] * scale
+
+    def step(
+        self,
+        tokens: Tensor,
+        turn: tuple[Tensor, Tensor],
+        cache: Sequence[Store],
+        far: Tensor,
+        near: Tensor,
+    ) -> Tensor:
+        """The last hidden states after one token more a row.
 
         Args:
-            tokens: [slots].  place: each token's position, [slots].
+            tokens: [slots].
+            turn: `turning` of each one's position, twice [slots, Q + 1, D].
             cache: of every layer; it takes the new key and value and gives all in use.
             far: what is added to a score, [slots, columns]: 0 where it is seen, else very negative.
             near: the same for layers that see a window only.
@@ -100,39 +120,89 @@ class Lean:
             [slots, H].
         """
         seen, windowed = (mask.repeat_interleave(self.heads, dim=0)[:, None] for mask in (far, near))
-        cos, sin = (table[place][:, None, None] for table in (self.cos, self.sin))
-        x = embedding(tokens, self.words)
+        cos, sin = (part[:, None] for part in turn)
+        x = embedding(tokens, self.words.weight)
         for layer, store in zip(self.layers, cache, strict=True):
-            joint = torch.addmm(layer.offset, self._normed(x, layer.norms[0]), layer.joint)
-            joint = joint.view(len(x), self.heads, -1, self.width)
+            joint = self._joint(x, layer)
             turned = joint[:, :, :-1]
-            if layer.turned_norm is not None:
-                turned = rms_norm(turned, (self.width,), eps=self.eps) * layer.turned_norm
             turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, dims=-1), sin)
             keys, values = store.write(turned[:, :, -1], joint[:, :, -1])
-            mask = windowed if layer.sliding else seen
-            heard = self._attend(turned[:, :, :-1].flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask)
-            x = torch.addmm(x, heard.view(len(x), -1), layer.out)
-            y = self._normed(x, layer.norms[1])
-            x = torch.addmm(x, layer.act(y @ layer.gate) * (y @ layer.up), layer.down)
-        return self._normed(x, self.norm)
+            queries, mask = turned[:, :, :-1].flatten(0, 1), windowed if layer.sliding else seen
+            heard = _by_products(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
+            x = self._gated(torch.addmm(x, heard.view(len(x), -1), layer.out), layer)
+        return rms_norm(x, self.norm.shape, self.norm, self.eps)
 
-    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-        """queries [n, N, D], keys [n, D, columns], values [n, columns, D], mask [n, 1, columns] -> [n, N, D]."""
-        score = torch.baddbmm(mask, queries, keys, alpha=self.scale)
-        weight = score.softmax(dim=-1, dtype=torch.promote_types(score.dtype, torch.float32))
-        return torch.bmm(weight.to(values.dtype), values)
+    def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
+        """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
 
-    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        return rms_norm(x, weight.shape, weight, self.eps)
+        Padding costs nothing but its place in attention.
+
+        Args:
+            ids: [B, T].
+            needed: how many columns of a row are read, [B].
+            wanted: bool [B, T]: where something is asked; within what is needed.
+        """
+        length = ids.shape[1]
+        row, column = (torch.arange(length, device=ids.device) < needed[:, None]).nonzero(as_tuple=True)
+        asked = wanted[row, column].nonzero()[:, 0]
+        shape = len(ids), self.heads, self.queries + 2, length
+        laid, heard_at = _places(row, column, shape), _places(row, column, (*shape[:2], self.queries, length))
+        taken = laid.new_zeros(math.prod(shape)).index_copy_(0, laid, torch.arange(len(laid), device=ids.device))
+        cos, sin = (table.transpose(0, 1).contiguous() for table in self.turning(length))
+        masks = {sliding: self._mask(length, sliding) for sliding in {layer.sliding for layer in self.layers}}
+        x = self.words(ids[row, column])
+        for layer in self.layers:
+            turned = _Turned.apply(self._joint(x, layer), taken, laid, cos, sin)
+            heard = self._attend(turned, masks[layer.sliding])
+            if layer is self.layers[-1]:  # of its tokens, only those that are asked about
+                x, heard_at = x[asked], heard_at.view(len(row), -1)[asked].flatten()
+            heard = heard.reshape(-1, self.width)[heard_at].view(len(x), len(layer.out))
+            x = self._gated(torch.addmm(x, heard, layer.out), layer)
+        x = _normed(x, self.eps) * self.norm
+        return x.new_zeros(*ids.shape, x.shape[-1]).index_put((row[asked], column[asked]), x)
+
+    def _joint(self, x: Tensor, layer: Layer) -> Tensor:
+        """Queries, key and value of each token and head, not turned yet: [N, heads, Q + 2, D]."""
+        joint = torch.addmm(layer.offset, _normed(x, self.eps), layer.joint)
+        joint = joint.view(len(x), self.heads, self.queries + 2, self.width)
+        if layer.turned_norm is None:
+            return joint
+        normed = rms_norm(joint[:, :, :-1], (self.width,), eps=self.eps) * layer.turned_norm
+        return torch.cat((normed, joint[:, :, -1:]), dim=2)
+
+    def _gated(self, x: Tensor, layer: Layer) -> Tensor:
+        """[N, H] -> [N, H]: the part of a layer behind attention."""
+        y = _normed(x, self.eps)
+        return torch.addmm(x, layer.act(y @ layer.gate) * (y @ layer.up), layer.down)
+
+    def _mask(self, length: int, sliding: bool) -> Tensor:
+        """What is added to the scores of a row, [Q length, length]; queries of one head stand below each other."""
+        column = torch.arange(length, device=self.norm.device)
+        behind = column[:, None] - column
+        seen = (behind >= 0) & (behind < self.window) if sliding else behind >= 0
+        mask = self.norm.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(self.norm.dtype).min / 2)
+        return mask.repeat(self.queries, 1)
+
+    def _attend(self, turned: Tensor, mask: Tensor) -> Tensor:
+        """turned [n, Q + 2, T, D], mask [Q T, T] -> what each query hears, [n, Q, T, D]."""
+        queries, keys, values = turned.split((self.queries, 1, 1), dim=1)
+        if len(turned) * mask.numel() <= SHORT:
+            heard = _by_products(queries.flatten(1, 2), keys[:, 0].transpose(1, 2), values[:, 0], mask)
+            return heard.view_as(queries)
+        keys, values = keys.expand_as(queries), values.expand_as(queries)
+        return scaled_dot_product_attention(queries, keys, values, mask[: turned.shape[2]], scale=1.0)
 
 
-def lean(trunk: Any, places: int) -> Lean | None:
-    """A trunk that reads one token a row at positions below `places`; None where it is not known to be this simple.
+def lean(trunk: Any, *, whole: bool = False) -> Lean | None:
+    """A trunk as its parameters now are, in part copied; None where it is not known to be this simple.
 
-    It holds copies of attention's projections, so it is made anew once parameters have changed.
+    Args:
+        whole: for whole rows: not in half precision, and not where activations are to be made again in the backward pass.
     """
-    return Lean(trunk, places) if _known(trunk) else None
+    if not _known(trunk):
+        return None
+    again = any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules())
+    return None if whole and (again or trunk.dtype.itemsize < 4) else Lean(trunk)
 
 
 def _known(trunk: Any) -> bool:
@@ -142,11 +212,84 @@ def _known(trunk: Any) -> bool:
         return False  # somebody watches or changes what it does
     if any(word in getattr(trunk.rotary_emb, "rope_type", "") for word in GROWING):
         return False
-    linear = [part for layer in trunk.layers for block in (layer.self_attn, layer.mlp) for part in block.children()]
-    linear = [part for part in linear if hasattr(part, "in_features")]
+    blocks = [block for layer in trunk.layers for block in (layer.self_attn, layer.mlp)]
+    if len(trunk.layers) != trunk.config.num_hidden_layers or type(trunk.embed_tokens) is not nn.Embedding:
+        return False
+    linear = [part for block in blocks for part in block.children() if hasattr(part, "in_features")]
     plain = [part for layer in trunk.layers for part in (layer.self_attn.o_proj, *layer.mlp.children())]
     return (
         all(type(part) is nn.Linear for part in linear)  # no adapter, no quantised weights
         and all(getattr(part, "bias", None) is None for part in plain)
         and trunk.rotary_emb.inv_freq.numel() * 2 == trunk.layers[0].self_attn.head_dim
     )
+
+
+def _by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """queries [n, Q, D], keys [n, D, T], values [n, T, D], mask [n or 1, Q, T] or [Q, T] -> [n, Q, D]."""
+    score = torch.baddbmm(mask, queries, keys)
+    weight = score.softmax(dim=-1, dtype=torch.promote_types(score.dtype, torch.float32))
+    return torch.bmm(weight.to(values.dtype), values)
+
+
+def _places(row: Tensor, column: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    """Where tokens at these rows and columns stand in [rows, heads, parts, length], flat: [N heads parts], in that order."""
+    _, heads, parts, length = shape
+    part = torch.arange(heads * parts, device=row.device)
+    return ((row[:, None] * heads * parts + part) * length + column[:, None]).flatten()
+
+
+class _Turned(Function):
+    """Tokens' queries, keys and values laid out in rows, queries and keys turned (Su et al. 2021, eq. 34).
+
+    Padding is some token or other: nobody attends to it, for it only follows.
+
+    joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands;
+    cos, sin [Q + 1, T, D] -> [rows heads, Q + 2, T, D].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(laid, cos, sin)
+        ctx.shape = joint.shape
+        rows = joint.reshape(-1, joint.shape[-1]).index_select(0, taken)
+        rows = rows.view(-1, joint.shape[2], cos.shape[1], joint.shape[3])
+        turned = rows[:, :-1]
+        across = turned.roll(joint.shape[3] // 2, dims=-1)
+        turned.mul_(cos).addcmul_(across, sin)
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        laid, cos, sin = ctx.saved_tensors
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        turned = grad[:, :-1]
+        across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
+        turned.mul_(cos).add_(across)
+        return grad.view(-1, grad.shape[-1]).index_select(0, laid).view(ctx.shape), None, None, None, None
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean x^2 + eps) over the last dimension, [N, H] (Zhang & Sennrich 2019, eq. 4), without weights."""
+    return _Normed.apply(x, eps) if torch.is_grad_enabled() else (x * _inverse(x, eps)).to(x.dtype)
+
+
+def _inverse(x: Tensor, eps: float) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_() / x.shape[-1]).add_(eps).rsqrt_()
+
+
+class _Normed(Function):
+    """`_normed`, in three passes backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        inverse = _inverse(x, eps)
+        normed = x * inverse
+        ctx.save_for_backward(normed, inverse)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        normed, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, normed)[:, None] / -normed.shape[-1]
+        return torch.addcmul(grad, normed, along).mul_(inverse), None

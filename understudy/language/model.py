@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
 from understudy.language.files import check_files, check_pickles, check_sizes
+from understudy.language.lean import lean
 from understudy.language.lora import ADAPTER, Adapter, base_of, merge
 from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
@@ -235,7 +236,9 @@ class Policy(nn.Module):
             return
         ids = torch.tensor([list(prompts[0])], device=self.device)
         own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
-        ours = self.head(self.model.base_model(ids, use_cache=False).last_hidden_state).log_softmax(dim=-1)
+        ours = self.head(read(self.model.base_model, Text(ids, torch.ones_like(ids, dtype=torch.bool)))).log_softmax(
+            dim=-1
+        )
         gap = float((ours - own).abs().max())
         if not gap <= TOLERANCE[self.model.dtype]:
             self.fast = self.cached = False
@@ -276,11 +279,17 @@ class Reference(nn.Module):
 def read(trunk: Callable[..., Any], text: Text, *, packing: bool = False) -> Tensor:
     """The trunk's last hidden states, [B, T, H]; 0 at columns that nothing needs.
 
-    Needed are a row's columns up to the one after its last choice, from which a cut row is bootstrapped.
+    Needed are a row's columns from its first choice to the one after its last, from which a cut row is bootstrapped.
     """
     column = torch.arange(text.ids.shape[1], device=text.ids.device)
     needed = (torch.where(text.mask, column, -1).amax(dim=1) + 2).clamp(max=text.ids.shape[1])
     width = int(needed.max())
+    if (simple := lean(trunk, whole=True)) is not None:
+        wanted = (column >= torch.where(text.mask, column, len(column)).amin(dim=1)[:, None]) & (
+            column < needed[:, None]
+        )
+        hidden = simple.read(text.ids[:, :width], needed, wanted[:, :width])
+        return nn.functional.pad(hidden, (0, 0, 0, len(column) - width))
     if packing and len(text) > 1 and int(needed.sum()) < 0.9 * len(text) * width:
         return _read_packed(trunk, text.ids, needed.tolist())
     hidden = trunk(input_ids=text.ids[:, :width], use_cache=False).last_hidden_state

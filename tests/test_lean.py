@@ -1,0 +1,127 @@
+"""Llama-like trunks in few operations: the same function as Hugging Face's modules, forwards and backwards."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.models import LEAN, V, tiny, tiny_lean
+from understudy.batch import Text
+from understudy.language import lean as lean_module
+from understudy.language.lean import _Normed, _places, _Turned, lean
+from understudy.language.model import Policy, read, recompute_activations
+
+
+def rows(T: int = 13) -> Text:
+    """Rows of many lengths, pad ids among them; one is chosen in with a gap, one at its end alone."""
+    mask = torch.zeros(5, T, dtype=torch.bool)
+    mask[0, 2:9] = mask[1, 2:5] = mask[1, 7:10] = mask[2, : T - 1] = mask[3, 2:3] = mask[4, T - 1] = True
+    return Text(torch.randint(V, mask.shape, generator=torch.Generator().manual_seed(3)), mask)
+
+
+def read_and_pulled(trunk, text: Text) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Hidden states at the chosen columns, and every parameter's gradient of a sum over them with random weights."""
+    trunk.zero_grad()
+    hidden = read(trunk, text)[text.mask]
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(4))
+    (hidden * weight).sum().backward()
+    return hidden.detach(), {name: p.grad.clone() for name, p in trunk.named_parameters()}
+
+
+@pytest.mark.parametrize("family", LEAN)
+@pytest.mark.parametrize("short", [lean_module.SHORT, 0])
+def test_rows_are_read_and_learned_from_as_by_the_modules(family, short, monkeypatch):
+    monkeypatch.setattr(lean_module, "SHORT", short)  # 0: attention by torch's fused function
+    trunk, seen = tiny_lean(family).base_model, []
+    ours, our_pull = read_and_pulled(trunk, rows())
+    trunk.layers[0].register_forward_hook(lambda *_: seen.append(1))  # who watches gets to see
+    theirs, their_pull = read_and_pulled(trunk, rows())
+
+    assert seen == [1]  # the second time alone
+    assert_close(ours, theirs, atol=2e-5, rtol=1e-5)  # float32, another order of sums
+    for name, pull in their_pull.items():
+        near = 1e-4 + 1e-5 * float(pull.abs().max())  # the key's bias has a gradient of rounding alone
+        assert_close(our_pull[name], pull, atol=near, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_what_nobody_asks_about_is_zero():
+    text = rows()
+    hidden = read(tiny_lean("llama").base_model, text)
+
+    asked = torch.zeros_like(text.mask)
+    asked[0, 2:10] = asked[1, 2:11] = asked[2] = asked[3, 2:4] = asked[4, -1] = (
+        True  # one column beyond the last choice
+    )
+    assert (hidden.abs().sum(dim=-1) > 0).equal(asked)
+
+
+def test_rows_of_which_nothing_is_asked_are_no_trouble():
+    text = rows()
+    nothing = Text(text.ids, torch.zeros_like(text.mask))
+
+    assert not read(tiny_lean("llama").base_model, nothing).any()
+
+
+def test_what_is_not_known_to_be_simple_goes_through_its_modules():
+    def changed(change):
+        trunk = tiny("llama").base_model
+        change(trunk)
+        return lean(trunk)
+
+    class Adapted(torch.nn.Linear): ...
+
+    assert all(lean(tiny(family).base_model) is None for family in ("gpt2", "gemma2", "gemma3"))
+    assert changed(lambda trunk: setattr(trunk.layers[1].mlp, "up_proj", Adapted(16, 24, bias=False))) is None
+    assert changed(lambda trunk: setattr(trunk.layers[1].mlp, "up_proj", torch.nn.Linear(16, 24))) is None  # a bias
+    assert changed(lambda trunk: setattr(trunk.layers[0], "forward", trunk.layers[1].forward)) is None
+    assert changed(lambda trunk: setattr(trunk.rotary_emb, "rope_type", "dynamic")) is None
+    assert changed(lambda trunk: setattr(trunk, "layers", trunk.layers[:1])) is None
+    assert changed(lambda trunk: setattr(trunk, "embed_tokens", Adapted(16, V))) is None
+    assert changed(lambda trunk: None) is not None
+
+
+def test_half_precision_and_recomputed_activations_go_through_the_modules():
+    model = tiny("llama")
+    trunk = model.base_model
+
+    assert lean(trunk, whole=True) is not None
+    trunk.bfloat16()
+    assert lean(trunk) is not None  # token by token it is all the same
+    assert lean(trunk, whole=True) is None
+    recompute_activations(model.float())
+    assert lean(trunk, whole=True) is None
+
+
+def test_a_trunk_that_is_read_wrongly_is_found_out_before_a_run(monkeypatch):
+    monkeypatch.setattr(lean_module, "_by_products", lambda queries, keys, values, mask: queries)
+    policy = Policy(tiny_lean("llama"))
+    policy.settle([[1, 5, 9]])
+
+    assert not policy.fast and not policy.cached
+    assert "nats from this model's own log-probs" in policy.remarks[0]
+
+
+def test_the_gradients_by_hand_are_those_by_differences():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    joint = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    cos, sin = (torch.randn(2, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    laid = _places(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]), (2, 2, 3, 5))
+    taken = torch.zeros(60, dtype=torch.long).index_copy_(0, laid, torch.arange(18))
+    there = torch.zeros(60, 1).index_fill_(0, laid, 1.0).double().view(4, 3, 5, 1)  # nothing is asked of padding
+
+    assert torch.autograd.gradcheck(lambda x: _Normed.apply(x, 0.1), x)
+    assert torch.autograd.gradcheck(lambda j: _Turned.apply(j, taken, laid, cos, sin) * there, joint)
+
+
+def test_a_token_is_turned_by_its_place_in_its_row():
+    # one token of one head, one query, D = 2, at column 1 of 2, by 90 degrees: (3, 4) -> (-4, 3); the value stays
+    joint = torch.tensor([[[[3.0, 4.0], [1.0, 0.0], [5.0, 6.0]]]])
+    cos = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]] * 2)
+    sin = torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]] * 2)
+
+    laid = _places(torch.tensor([0]), torch.tensor([1]), (1, 1, 3, 2))
+
+    found = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, cos, sin)
+
+    assert laid.tolist() == [1, 3, 5]
+    assert found[0, :, 1].tolist() == [[-4.0, 3.0], [0.0, 1.0], [5.0, 6.0]]
