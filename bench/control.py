@@ -1,6 +1,7 @@
 """Control beside its peers on the same work: `make bench-control CLEANRL=DIR PUREJAXRL=DIR`.
 
-    python bench/control.py [--rows NAME ...] [--repeats N] [--steps N] [--device cuda] [--cleanrl DIR] [--purejaxrl DIR]
+    python bench/control.py [--rows NAME ...] [--repeats N] [--steps N] [--device cuda] [--profile NAME ...]
+        [--cleanrl DIR] [--purejaxrl DIR]
 
 Each measurement is a process of its own, timed from outside: a side says on standard output when an iteration is over, and
 the moment at which that is read counts. Ours (A) and the peers (B, C) alternate A B C C B A, so that a machine that warms
@@ -95,7 +96,7 @@ def native(envs: int) -> dict[str, dict[str, Any]]:
     """Both sides of CartPole as a vector env of its own, value clipping on, for PureJaxRL cannot turn it off."""
     # tiny tensors are fastest with one thread
     threads = {} if envs >= 64 else {"threads": 1}
-    ours = ours_a(num_envs=envs, vectorization="native", value_clip=0.2) | threads
+    ours = ours_a(num_envs=envs, vectorization="native", value_clip=0.2, compile="on") | threads
     return {OURS: ours, PUREJAXRL: {"NUM_ENVS": envs}}
 
 
@@ -126,7 +127,7 @@ CHEETAH_FLAGS = (
 NATIVE_NOTE = (
     "`--vectorization native`: Gymnasium's `CartPoleVectorEnv`; PureJaxRL steps gymnax's CartPole inside its compiled loop. "
     "4 epochs of 4 minibatches, recipe A with value clipping. PureJaxRL's steady speed is its whole run after compilation, "
-    "ours leaves out warm-up."
+    "ours leaves out warm-up, and is compiled, however short the run (`--compile on`)."
 )
 GROWTH = {1: 320, 4: 200, 16: 120, 64: 60, 256: 24, 1024: 12, 4096: 8}  # environments -> iterations
 
@@ -236,6 +237,7 @@ def main() -> None:
     )
     parser.add_argument("--cleanrl", type=Path, metavar="DIR", help="a checkout of CleanRL")
     parser.add_argument("--purejaxrl", type=Path, metavar="DIR", help="a checkout of PureJaxRL")
+    parser.add_argument("--profile", nargs="+", choices=ROWS, default=[], metavar="NAME", help="where our time goes")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where results are kept")
     args = parser.parse_args()
     names = [row for name in args.rows for row in (sorted_growth() if name == "growth" else [name])]
@@ -244,11 +246,29 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     page = PAGE if args.results == RESULTS else args.results / "performance.md"
     setting = Setting(args.device, *(path and path.resolve() for path in (args.cleanrl, args.purejaxrl)))
-    for name in names:
+    for name in args.profile:
+        profile(name, ROWS[name], args.steps, setting, args.results)
+    for name in [] if args.profile else names:
         measure(name, ROWS[name], args.repeats or ROWS[name].repeats, args.steps, setting, args.results)
         write_page(args.results, page)
     write_page(args.results, page)
     print(f"{page} is written")
+
+
+def profile(name: str, row: Row, steps: int | None, setting: Setting, folder: Path) -> None:
+    """Run our side alone and save what an iteration's parts cost."""
+    cores = sorted(os.sched_getaffinity(0))
+    allowed = cores[-1:] if row.cores == "one" else cores
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as out:
+        job = {"steps": steps or row.steps, "seed": 1, "device": setting.device, "threads": len(allowed)}
+        job |= {"out": f"{out}/run", "profile": True}
+        call = command(OURS, row.sides[OURS], job, setting)
+        timed(call, lambda line: said.append(line) or json_reader(line), folder=Path(out), cores=allowed,
+              device=setting.device, reached=None)  # fmt: skip
+    found = {"title": row.title, "threads": len(allowed), "seconds": json.loads(said[-1])}
+    (folder / f"profile-control-{name}.json").write_text(json.dumps(found) + "\n")
+    print(name, {part: f"{seconds / found['seconds']['whole']:.0%}" for part, seconds in found["seconds"].items()})
 
 
 def sorted_growth() -> list[str]:

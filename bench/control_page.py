@@ -77,10 +77,12 @@ def write_page(folder: Path, page: Path) -> None:
     if BEGIN not in text:
         text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
     head, rest = text.split(BEGIN, 1)
-    page.write_text(f"{head}{BEGIN}\n{part(rows, page)}{END}{rest.split(END, 1)[1]}")
+    page.write_text(
+        f"{head}{BEGIN}\n{part(rows, page, sorted(folder.glob('profile-control-*.json')))}{END}{rest.split(END, 1)[1]}"
+    )
 
 
-def part(rows: dict[str, Found], page: Path) -> str:
+def part(rows: dict[str, Found], page: Path, profiled: list[Path]) -> str:
     """The control half of the page."""
     lines = [
         "## Control",
@@ -101,7 +103,21 @@ def part(rows: dict[str, Found], page: Path) -> str:
     for device in dict.fromkeys(row["device"] for row in sizes.values()):
         some = {name: row for name, row in sizes.items() if row["device"] == device}
         lines += growth_lines(some, picture(draw_growth, some, page, f"control-growth-{device.replace(':', '')}"))
-    return "\n".join(lines)
+    profiles = {path.stem.removeprefix("profile-control-"): json.loads(path.read_text()) for path in profiled}
+    return "\n".join(lines + (profile_lines(profiles) if profiles else []))
+
+
+def profile_lines(profiles: dict[str, Found]) -> list[str]:
+    """Milliseconds of an iteration by step, and its share."""
+    lines = ["### Where an iteration's time goes", "", "`python bench/control.py --profile NAME`: our side alone.", ""]
+    parts = [name for name in next(iter(profiles.values()))["seconds"] if name != "whole"]
+    lines += [f"| | iteration, ms | {' | '.join(parts)} | rest |", "|" + "---|" * (len(parts) + 3)]
+    for name, found in profiles.items():
+        spent = found["seconds"]
+        rest = spent["whole"] - sum(spent[part] for part in parts if not part.startswith("of it"))
+        shares = [f"{seconds / spent['whole']:.0%}" for seconds in [*(spent[part] for part in parts), rest]]
+        lines.append(f"| {name} | {1e3 * spent['whole']:,.1f} | {' | '.join(shares)} |")
+    return [*lines, ""]
 
 
 def row_lines(name: str, row: Found) -> list[str]:
