@@ -109,7 +109,9 @@ def test_the_gradients_by_hand_are_those_by_differences():
     there = torch.zeros(60, 1).index_fill_(0, laid, 1.0).double().view(4, 3, 5, 1)  # nothing is asked of padding
 
     assert torch.autograd.gradcheck(lambda x: _Normed.apply(x, 0.1), x)
-    assert torch.autograd.gradcheck(lambda j: _Turned.apply(j, taken, laid, cos, sin) * there, joint)
+    assert torch.autograd.gradcheck(
+        lambda j: torch.cat([x.reshape(4, -1, 5, 4) for x in _Turned.apply(j, taken, laid, cos, sin)], 1) * there, joint
+    )
 
 
 def test_a_token_is_turned_by_its_place_in_its_row():
@@ -120,7 +122,8 @@ def test_a_token_is_turned_by_its_place_in_its_row():
 
     laid = _places(torch.tensor([0]), torch.tensor([1]), (1, 1, 3, 2))
 
-    found = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, cos, sin)
+    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, cos, sin)
 
     assert laid.tolist() == [1, 3, 5]
-    assert found[0, :, 1].tolist() == [[-4.0, 3.0], [0.0, 1.0], [5.0, 6.0]]
+    assert query[0, :, 1].tolist() == [[-4.0, 3.0]]
+    assert (key[0, 1].tolist(), value[0, 1].tolist()) == ([0.0, 1.0], [5.0, 6.0])

@@ -215,5 +215,14 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
         assert_close(recomputed, kept, atol=1e-4, rtol=1e-4)  # through the modules: another order of sums
 
 
+@pytest.mark.parametrize("critic", ["none", "shared", "separate", "top"])
+def test_v_alone_is_v_beside_the_distribution(tmp_path, critic):
+    tiny("llama").save_pretrained(tmp_path)
+    policy = Policy.from_pretrained(tmp_path, critic=critic, critic_init="normal")
+    text = padded()
+
+    assert torch.equal(policy.value(text), policy(text)[1])
+
+
 def test_vocabulary_size_is_what_the_head_gives():
     assert Policy(tiny("llama")).head(torch.zeros(1, H)).shape == (1, V)

@@ -114,7 +114,9 @@ class Cast:
         self, said: Said, verdict: Verdict, batch: Batch, reward: Tensor, referred: TokenDistribution
     ) -> dict[str, float]:
         """An iteration in numbers; some of its completions, token by token, go to samples/."""
-        kl = torch.where(batch.mask, batch.logprob - referred.log_prob(batch.action), 0.0)
+        known = isinstance(batch.reference, Tensor)  # else the whole distribution is kept there
+        theirs = batch.reference if known else referred.log_prob(batch.action)
+        kl = torch.where(batch.mask, batch.logprob - theirs, 0.0)
         rows = batch.mask.any(dim=1)
         ids = [completion.own for completion in said.completions]
         metrics = {
@@ -381,9 +383,11 @@ def reference_charge(coef: float, cfg: Rollouts) -> Charge | None:
 
 @torch.no_grad()
 def in_pieces(model: Any, text: Text, micro: int) -> Any:
-    """What a policy or a reference says of many rows, read some at a time."""
+    """What a policy, its critic or a reference says of many rows, read some at a time."""
     size = micro or PIECE
     found = [model(text[at : at + size]) for at in range(0, len(text), size)]
+    if isinstance(found[0], Tensor):
+        return torch.cat(found)
     if isinstance(found[0], tuple):
         distributions, values = zip(*found, strict=True)
         return _joined(distributions), torch.cat(values)

@@ -153,7 +153,7 @@ class Lean:
         x = self.words(ids[row, column])
         for layer in self.layers:
             turned = _Turned.apply(self._joint(x, layer), taken, laid, cos, sin)
-            heard = self._attend(turned, masks[layer.sliding])
+            heard = self._attend(*turned, masks[layer.sliding])
             if layer is self.layers[-1]:  # of its tokens, only those that are asked about
                 x, heard_at = x[asked], heard_at.view(len(row), -1)[asked].flatten()
             heard = heard.reshape(-1, self.width)[heard_at].view(len(x), len(layer.out))
@@ -183,14 +183,12 @@ class Lean:
         mask = self.norm.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(self.norm.dtype).min / 2)
         return mask.repeat(self.queries, 1)
 
-    def _attend(self, turned: Tensor, mask: Tensor) -> Tensor:
-        """turned [n, Q + 2, T, D], mask [Q T, T] -> what each query hears, [n, Q, T, D]."""
-        queries, keys, values = turned.split((self.queries, 1, 1), dim=1)
-        if len(turned) * mask.numel() <= SHORT:
-            heard = _by_products(queries.flatten(1, 2), keys[:, 0].transpose(1, 2), values[:, 0], mask)
-            return heard.view_as(queries)
-        keys, values = keys.expand_as(queries), values.expand_as(queries)
-        return scaled_dot_product_attention(queries, keys, values, mask[: turned.shape[2]], scale=1.0)
+    def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        """queries [n, Q, T, D], keys, values [n, T, D], mask [Q T, T] -> what each query hears, [n, Q, T, D]."""
+        if len(queries) * mask.numel() <= SHORT:
+            return _by_products(queries.flatten(1, 2), keys.transpose(1, 2), values, mask).view_as(queries)
+        keys, values = (part[:, None].expand_as(queries) for part in (keys, values))
+        return scaled_dot_product_attention(queries, keys, values, mask[: queries.shape[2]], scale=1.0)
 
 
 def lean(trunk: Any, *, whole: bool = False) -> Lean | None:
@@ -244,11 +242,11 @@ class _Turned(Function):
     Padding is some token or other: nobody attends to it, for it only follows.
 
     joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands;
-    cos, sin [Q + 1, T, D] -> [rows heads, Q + 2, T, D].
+    cos, sin [Q + 1, T, D] -> queries [rows heads, Q, T, D]; keys, values [rows heads, T, D].
     """
 
     @staticmethod
-    def forward(ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(laid, cos, sin)
         ctx.shape = joint.shape
         rows = joint.reshape(-1, joint.shape[-1]).index_select(0, taken)
@@ -256,12 +254,12 @@ class _Turned(Function):
         turned = rows[:, :-1]
         across = turned.roll(joint.shape[3] // 2, dims=-1)
         turned.mul_(cos).addcmul_(across, sin)
-        return rows
+        return rows[:, :-2], rows[:, -2], rows[:, -1]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor, None, None, None, None]:
         laid, cos, sin = ctx.saved_tensors
-        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad = torch.cat((pulls[0], pulls[1][:, None], pulls[2][:, None]), dim=1)
         turned = grad[:, :-1]
         across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
         turned.mul_(cos).add_(across)

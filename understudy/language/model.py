@@ -229,6 +229,12 @@ class Policy(nn.Module):
         value = torch.zeros(text.ids.shape, device=hidden.device) if self.critic is None else self.critic(seen)
         return TokenDistribution(hidden, text.mask, self.head), value
 
+    def value(self, text: Text) -> Tensor:
+        """V alone, [B, T], of a critic that is separate: the policy itself is not read."""
+        if self.critic is None or self.critic.trunk is None or isinstance(self.critic.trunk, Top):
+            return self(text)[1]
+        return self.critic(read(self.critic.trunk, text, packing=self.packing))
+
     @torch.no_grad()
     def settle(self, prompts: Sequence[Sequence[int]]) -> None:
         """Take the fast path only where it gives the model's own log-probs on these prompts; a remark where it does not."""

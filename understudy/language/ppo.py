@@ -137,11 +137,11 @@ def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = 
 
 def look(policy: Policy, record: Trajectory, cfg: Config) -> tuple[Any, Tensor]:
     """What is kept of the policy that sampled, and V at every column."""
-    with torch.no_grad():
-        distribution, value = in_pieces(policy, record.obs, cfg.micro)
-    if cfg.objective == "penalty":
-        return distribution.frozen(), value
-    return SampledTokens(record.action, record.logprob), value
+    sampled = SampledTokens(record.action, record.logprob)
+    if cfg.objective == "clip" and cfg.critic == "separate":  # what the policy says is known, and V needs none of it
+        return sampled, in_pieces(policy.value, record.obs, cfg.micro)
+    distribution, value = in_pieces(policy, record.obs, cfg.micro)
+    return distribution.frozen() if cfg.objective == "penalty" else sampled, value
 
 
 def weigh_up(
