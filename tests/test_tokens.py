@@ -110,7 +110,8 @@ def measured(distribution: TokenDistribution, other: TokenDistribution) -> list[
 
 def test_logits_made_in_pieces_give_the_same_numbers_and_gradients(monkeypatch):
     whole = measured(at_random(), at_random(seed=1))
-    monkeypatch.setattr(tokens, "WHOLE", 11)  # one row of logits at a time
+    monkeypatch.setattr(tokens, "WHOLE", 11)
+    monkeypatch.setattr(tokens, "PIECE", 11)  # one row of logits at a time
 
     pieces = measured(at_random(), at_random(seed=1))
 

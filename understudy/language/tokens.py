@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 WHOLE = 2**24  # logits kept whole, 64 MiB of float32; more than that are made, used and forgotten chunk by chunk
+PIECE = (
+    2**22
+)  # logits of a chunk, 16 MiB: memory of that size is used again, where more is asked of the system each time
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class TokenDistribution:
         if self._logp is not None:
             found = function(self._logp, *picked)
         else:
-            rows = max(1, WHOLE // self._width)
+            rows = max(1, PIECE // self._width)
 
             def chunk(hidden: Tensor, *rest: Tensor) -> Tensor:
                 return function(self.head(hidden).log_softmax(dim=-1), *rest)
