@@ -207,6 +207,7 @@ RECIPES = {"ppo": ppo, "actor-critic": actor_critic, "reinforce": reinforce}
 def train(path, *constraint, recipe=ppo, env=Fixed, steps=96, mode=DISABLED, **fields):
     common = {"env": "Fixed", "out": str(path), "quiet": True, "num_envs": 4, "hidden": (4,), "steps": steps}
     sizes = {} if recipe is reinforce else {"rollout": 6}
+    sizes |= {"compile": "off"} if recipe is ppo else {}  # a long run would be, and a short one it is held against not
     cfg = recipe.Config(**{**common, **sizes, **fields, "constraint": constraint})
     return recipe.train(cfg, env=SyncVectorEnv([env] * 4, autoreset_mode=mode))
 

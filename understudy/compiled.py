@@ -136,7 +136,9 @@ class Compiled:
         )  # fmt: skip
         graph = make_fx(learn)(*(x.clone() for x in given))
         with torch.no_grad():
-            return compile_graph(graph, [*given]), [*names, "grad_norm"]  # pyright: ignore[reportReturnType]
+            # in this process: workers would stay beside the run, and keep it from ending at once
+            run: Any = compile_graph(graph, [*given], options={"compile_threads": 1})
+        return run, [*names, "grad_norm"]
 
 
 def available() -> bool:

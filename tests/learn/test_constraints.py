@@ -53,12 +53,13 @@ class Places(gymnasium.Env):
 
 ENTROPY, LIMIT = 0.2, 0.75
 FEW = {"num_envs": 16, "hidden": (16,), "entropy_coef": ENTROPY, "learning_rate": 0.02, "quiet": True}
+GENTLE = {"max_grad_norm": 10.0, "learning_rate": 0.006, "constraint_rate": 0.01, "steps": 24_000}
 RECIPES = {
     "ppo": (ppo, {"rollout": 16, "epochs": 4, "minibatches": 2, "standardize": "none", "steps": 12_000}),
-    "actor-critic": (actor_critic, {"rollout": 4, "max_grad_norm": 10.0, "constraint_rate": 0.02, "steps": 24_000}),
+    "actor-critic": (actor_critic, {"rollout": 4, **GENTLE}),
     "reinforce": (
         reinforce,
-        {"episodes": 4, "baseline": "value", "max_grad_norm": 10.0, "constraint_rate": 0.02, "steps": 24_000},
+        {"episodes": 4, "baseline": "value", **GENTLE},
     ),
 }
 

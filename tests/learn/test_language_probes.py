@@ -85,7 +85,7 @@ def test_the_word_that_is_paid_for_is_said(taught):
 def test_control_noise_does_not_teach_it(model, tmp_path):
     run = learn(model, tmp_path / "noise", noise)
 
-    assert abs(said_share(Policy.load(run.path / "policy")) - CHANCE) < 0.1
+    assert said_share(Policy.load(run.path / "policy")) < 0.25  # a drift without a direction; what is paid for gets 0.8
 
 
 def test_the_value_of_each_prompt_is_the_mean_score_after_it(taught):
