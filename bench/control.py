@@ -138,7 +138,7 @@ ROWS = {
         "SBX clips the gradients of actor and critic apart, and does not initialise them orthogonally.",
         976 * 512,
         {
-            OURS: ours_a(),
+            OURS: ours_a(compile="on"),
             SB3: CARTPOLE | {"package": "stable_baselines3"},
             CLEANRL: {"script": "ppo.py", "flags": CARTPOLE_FLAGS, "batch": 512},
             SBX: CARTPOLE | {"package": "sbx"},
@@ -152,7 +152,7 @@ ROWS = {
         "HalfCheetah-v4, the one its Gymnasium has. SBX as above.",
         100 * 2048,
         {
-            OURS: ours_b(),
+            OURS: ours_b(compile="on"),
             SB3: CHEETAH | {"package": "stable_baselines3"},
             CLEANRL: {"script": "ppo_continuous_action.py", "flags": CHEETAH_FLAGS, "batch": 2048},
             SBX: CHEETAH | {"package": "sbx"},

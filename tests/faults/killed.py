@@ -47,6 +47,11 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
         {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "normalize_obs": True}
         | {"normalize_reward": True, "learning_rate_schedule": "linear", "evaluate_every": 3, "evaluate_episodes": 2},
     ),
+    "ppo-compiled": (
+        control_ppo,
+        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "normalize_obs": True}
+        | {"compile": "on", "clip_schedule": "linear", "normalize_reward": True},
+    ),
     "ppo-kl-penalty": (
         control_ppo,
         {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "objective": "penalty"}
@@ -238,7 +243,10 @@ def moments(name: str, seed: int, syncs: int, renames: int, steps: int, iteratio
     chosen += [("fsynced", n) for n in draw.sample(range(1, syncs + 1), 3)]
     chosen += [("rename", n) for n in draw.sample(range(1, renames + 1), 2)]
     chosen += [("renamed", n) for n in draw.sample(range(1, renames + 1), 2)]
-    chosen += [("step", n) for n in draw.sample(range(2, steps + 1), 3)]
+    within = [("step", n) for n in range(2, steps + 1)] or [
+        ("iteration", n) for n in range(2, iterations + 1)
+    ]  # compiled
+    chosen += draw.sample(within, 3)
     chosen += [("iteration", n) for n in draw.sample(range(2, iterations + 1), 3)]
     if name == "ppo-long-episodes":  # resumed 80 steps into an episode; resumed where one has just ended
         chosen[-2:] = [("iteration", 13), ("iteration", 27)]

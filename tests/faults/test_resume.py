@@ -36,6 +36,7 @@ FEW = {  # by name of the run, moments that differ in kind from one to the next
     ],  # the last of its checkpoints has its name, older ones are not dropped yet
     "actor-critic": [("renamed", 2)],
     "ppo": [("restore", 1), ("fsync", 12)],
+    "ppo-compiled": [("iteration", 6)],
     "ppo-kl-penalty": [("iteration", 6)],
     "ppo-recurrent": [("step", 30)],
     "ppo-long-episodes": [("step", 80), ("iteration", 27)],
