@@ -21,11 +21,12 @@ ROOMS = {  # each loads in a bare torch install
     "objective": {"batch"},
     "update": {"batch", "reduce"},
     "compiled": {"batch", "reduce", "update"},
+    "products": set(),
     "constrain": {"run/config"},
 }
 ANYTHING_SHARED = {*ROOMS, "run"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes
-    "control/networks": {"distribution"},
+    "control/networks": {"distribution", "products"},
     "control/collect": {"sample", "batch"},
     "language/model": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
     "language/generate": {"sample", "batch"},

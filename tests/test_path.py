@@ -3,12 +3,12 @@
 import ast
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
+import torch
+
 import understudy
-from understudy.control import collect, ppo
-from understudy.sample import choose
+from understudy.control import collect, networks, ppo
 
 PACKAGE = Path(understudy.__file__).parent
 LINES, FILES = 500, 17
@@ -17,10 +17,12 @@ LINES, FILES = 500, 17
 def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
     """(file, first line) of each function of ours entered between the second iteration's start and its end.
 
-    Plain: what runs faster says the same (`tests/test_quick.py`, `tests/test_compiled.py`), and is read apart.
+    Plain: what runs faster says the same (`tests/test_quick.py`, `test_products.py`, `test_compiled.py`), and is read apart.
     """
     config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
-    monkeypatch.setattr(collect, "chooser", lambda policy, walker: partial(choose, policy, generator=walker.generator))
+    monkeypatch.setattr(collect, "quick_form", lambda policy, walker: None)
+    monkeypatch.setattr(networks, "Linear", torch.nn.Linear)
+    monkeypatch.setitem(networks.ACTIVATIONS, "tanh", torch.nn.Tanh)
     iterations = ppo.iterate(config)
     next(iterations)
     found: set[tuple[Path, int]] = set()

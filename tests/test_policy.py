@@ -101,7 +101,7 @@ def test_a_state_is_carried_from_one_act_to_the_next(memory):
         actions.append(action)
     distribution, _, after = own(torch.as_tensor(obs)[None], own.initial_state(1), torch.zeros(1, 3).bool())
 
-    assert_close(np.stack(actions), own.executable(distribution.mean[0].detach()))
+    assert_close(np.stack(actions), own.executable(distribution.mean[0].detach().numpy()))
     assert_close(state, after)
 
 
@@ -423,7 +423,7 @@ def test_a_policy_of_ones_own_keeps_its_spaces_and_squash():
 
     # -1 + (tanh + 1) / 2 * 2 and 0 + (tanh + 1) / 2 * 3
     tanh = math.tanh(0.5)
-    assert_close(own.executable(action), np.array([[tanh, 1.5 * (tanh + 1)]], np.float32))
+    assert_close(own.executable(action.numpy()), np.array([[tanh, 1.5 * (tanh + 1)]], np.float32))
 
 
 def test_a_directory_without_a_policy_is_refused(tmp_path):

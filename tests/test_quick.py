@@ -1,5 +1,7 @@
 """Step 1: a policy in NumPy chooses what the policy chooses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,16 @@ from torch.testing import assert_close
 from tests.records import seeded
 from understudy.control.config import Network
 from understudy.control.policy import Policy
-from understudy.control.quick import quick_form
+from understudy.control.quick import Quick
+from understudy.control.quick import quick_form as quick_form_for
 
 BOX = spaces.Box(-float("inf"), float("inf"), (3,))
 NUMBERS = spaces.Box(-1, 1, (2,))
+
+
+def quick_form(policy: Policy, rows: int, generator: torch.Generator | None = None) -> Quick | None:
+    walker = SimpleNamespace(rows=rows, hold=1, masked=False, generator=generator, sample=generator is not None)
+    return quick_form_for(policy, walker)
 
 
 def policy_for(action, **made_of) -> Policy:
@@ -31,21 +39,22 @@ def test_actions_have_the_log_probs_that_the_policy_gives_them(action, activatio
     policy = policy_for(action, activation=activation)
     obs = 5 * torch.randn(200, 3, generator=seeded(2))
 
-    found, logprob, *_ = quick_form(policy, 200)(obs[:, None], generator=seeded(3))
+    quick = quick_form(policy, 200, seeded(3))
+    found, said = map(torch.from_numpy, quick(obs))
 
     with torch.no_grad():
         distribution, _ = policy(obs[:, None])
         expected = distribution.log_prob(found[:, None])[:, 0]
-    assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
+    assert_close(quick.log_prob(said, found), expected, rtol=1e-5, atol=1e-5)
     assert len(found.unique(dim=0)) > 3
 
 
 def test_one_choice_is_drawn_as_often_as_it_is_likely():
     policy = policy_for(spaces.Discrete(4))
     obs = torch.ones(200, 3)
-    quick, draw = quick_form(policy, 200), seeded(4)
+    quick = quick_form(policy, 200, seeded(4))
 
-    drawn = torch.cat([quick(obs[:, None], generator=draw).action for _ in range(200)])
+    drawn = torch.from_numpy(np.concatenate([quick(obs)[0] for _ in range(200)]))
 
     with torch.no_grad():
         likely = policy(obs[:1, None])[0].logp.exp()[0, 0]
@@ -56,9 +65,9 @@ def test_one_choice_is_drawn_as_often_as_it_is_likely():
 def test_numbers_are_drawn_with_the_mean_and_spread_of_the_policy():
     policy = policy_for(NUMBERS, log_std=-0.5)
     obs = torch.ones(200, 3)
-    quick, draw = quick_form(policy, 200), seeded(4)
+    quick = quick_form(policy, 200, seeded(4))
 
-    drawn = torch.cat([quick(obs[:, None], generator=draw).action for _ in range(200)])
+    drawn = torch.from_numpy(np.concatenate([quick(obs)[0] for _ in range(200)]))
 
     with torch.no_grad():
         distribution = policy(obs[:1, None])[0]
@@ -72,10 +81,10 @@ def test_without_sampling_it_is_the_mode(action):
     policy = policy_for(action)
     obs = torch.randn(50, 3, generator=seeded(2))
 
-    found = quick_form(policy, 50)(obs[:, None], sample=False).action
+    found, _ = quick_form(policy, 50)(obs)
 
     with torch.no_grad():
-        assert_close(found, policy(obs[:, None])[0].mode()[:, 0], rtol=1e-5, atol=1e-5)
+        assert_close(torch.from_numpy(found), policy(obs[:, None])[0].mode()[:, 0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,10 @@ class Compiled:
             _learn, self.policy, list(self.buffers), self.batch, self.objective, self.varying, self.prepare, self.limit,
             self.settings, names,
         )  # fmt: skip
-        graph = make_fx(learn)(*(x.clone() for x in given))
+        graph = make_fx(learn, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
         with torch.no_grad():
-            # in this process: workers would stay beside the run, and keep it from ending at once
-            run: Any = compile_graph(graph, [*given], options={"compile_threads": 1})
+            # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
+            run: Any = compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True})
         return run, [*names, "grad_norm"]
 
 

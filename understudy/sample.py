@@ -43,8 +43,7 @@ def choose(policy: Policy, obs: Any, state=None, start=None, *, generator=None, 
         sample: without it, the distribution's mode.
     """
     distribution, _, *after = policy(obs) if state is None else policy(obs, state, start)
-    if sample and noise is None:
-        noise = distribution.noise(generator)
+    noise = distribution.noise(generator) if sample and noise is None else noise
     # detached, since no_grad lets a view of a parameter through: a policy that looks at nothing returns one
     action = (distribution.at(noise) if sample else distribution.mode()).detach()
     return Choice(action[:, 0], distribution.log_prob(action)[:, 0], after[0] if after else None, noise)

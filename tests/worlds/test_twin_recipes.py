@@ -76,7 +76,7 @@ class Player(Table):
         return None
 
     def executable(self, action):
-        return action.numpy()
+        return action
 
 
 class Exact(Head):

@@ -8,7 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
-from understudy.control.quick import chooser
-from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader
+from understudy.control.quick import Quick, quick_form
+from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader, stacked
 from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
 from understudy.control.supervise import Supervised
-from understudy.sample import Choice, choose
+from understudy.sample import choose
 
 
 class Episode(NamedTuple):
@@ -37,12 +37,15 @@ class Episode(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """One call of `step`, everything [rows, ...]: where it was made, what it led to, and which rows chose in it."""
+    """One call of `step`, everything [rows, ...]: where it was made, what it led to, and which rows chose in it.
+
+    `after` is None where no row ended in it. `said` is the log-prob of the action, or what its `Quick` makes that of.
+    """
 
     obs: Tree
     after: Tree
-    action: Tensor
-    logprob: Tensor
+    action: np.ndarray
+    said: np.ndarray
     chosen: np.ndarray
     reward: np.ndarray
     terminated: np.ndarray
@@ -88,7 +91,8 @@ class Walker:
         self.noise: Tensor | None = None
         self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
         self.now: Tree = None
-        self.choose: Callable[..., Choice]  # the policy of this record, or its quick form
+        self.quick: Quick | None = None  # the form in which the policy of this record chooses, where it has one
+        self.unanswered = np.zeros(self.rows, dtype=bool)  # rows whose choice met a fault
         self.chosen: list[np.ndarray] = []  # which rows chose, in each call of the last record
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
@@ -123,7 +127,7 @@ class Walker:
         """Play `episodes` whole, fresh episodes in every row without keeping a record."""
         self.reset()
         self.state = policy.initial_state(self.rows)
-        self.choose = chooser(policy, self)
+        self.quick = quick_form(policy, self)
         ended = np.zeros(self.rows, dtype=np.int64)
         while (ended < episodes).any():
             call = self._step(policy, ended < episodes)
@@ -182,7 +186,8 @@ class Walker:
         obs, info = self.envs.reset(seed=seeds)
         self.now = self._see(obs, info, choosing=rows)
         seen_at = map_tensors(lambda x: x[:, None].to(self.device), now)
-        spare = policy.executable(choose(policy, seen_at, self.state, self.start, sample=False).action)
+        spare = choose(policy, seen_at, self.state, self.start, sample=False).action
+        spare = policy.executable(spare.cpu().numpy())
         before = np.zeros(self.rows, dtype=bool)
         schedule = waiting([len(done) for done in actions])
         for call, begun in enumerate(schedule):
@@ -212,17 +217,17 @@ class Walker:
         if self.now is None:
             self.reset()
         self.state = policy.initial_state(self.rows) if self.state is None else self.state
-        self.choose = chooser(policy, self)
+        self.quick = quick_form(policy, self)
         before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
-        while (rows := wanted(calls, ended)).any():
+        while np.count_nonzero(rows := wanted(calls, ended)):
             calls.append(self._step(policy, rows))
-            if self.unanswered.any():
+            if np.count_nonzero(self.unanswered):
                 before = self._cut(calls, before, whole)
             ended += calls[-1].terminated | calls[-1].truncated
         if self.trail is not None and len(self.trail.calls) >= FOLD:
             self.trail.fold()
         self.chosen = [call.chosen for call in calls]
-        return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before))
+        return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before, self.quick))
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
         """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.
@@ -239,53 +244,58 @@ class Walker:
         if len(calls) > 1:
             last = calls[-2]
             last.truncated[:] |= self.unanswered & last.chosen & ~last.terminated
+            calls[-2] = last._replace(after=calls[-1].obs if last.after is None else last.after)
         elif before is not None:
             before = torch.where(torch.from_numpy(self.unanswered).to(self.device)[:, None], 0.0, before)
         return before
 
     def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
-        obs, pending = self.now, self.pending
-        seen = map_tensors(lambda x: x[:, None].to(self.device), obs)
-        held = self.noise if self.calls % self.hold else None
-        action, logprob, self.state, self.noise = self.choose(seen, self.state, self.start, noise=held)
+        obs, pending, heard = self.now, self.pending, ~self.pending
+        action, said = self.quick(obs) if self.quick else self._choose(policy, obs)
         executed = policy.executable(action)
         found, reward, terminated, truncated, info = self.envs.step(executed)
         # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
-        terminated = np.asarray(terminated, dtype=bool) & ~pending
-        truncated = np.asarray(truncated, dtype=bool) & ~pending & ~terminated
-        self.unanswered = info.get("_fault", False) & ~pending & self.supervised  # the choice met a fault
-        over, chosen = terminated | truncated, ~pending & wanted & ~self.unanswered
+        terminated = np.asarray(terminated, dtype=bool) & heard
+        truncated = np.asarray(truncated, dtype=bool) & heard & ~terminated
+        if self.supervised:
+            self.unanswered = info.get("_fault", False) & heard
+        over, chosen = terminated | truncated, wanted & heard & ~self.unanswered
         reward = np.where(pending, 0.0, reward).astype(np.float64, copy=False)
         if not np.isfinite(reward).all():
             raise self._no_number("reward", reward)
         self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(chosen))
-        self.returns, self.lengths = self.returns + reward, self.lengths + ~pending
+        self.returns, self.lengths = self.returns + reward, self.lengths + heard
         if self.trail is not None:
             self.trail.calls.append((executed, obs, reward, over))
-        if over.any() or pending.any():
-            after = self._turn(found, info, over, chosen, truncated)
-        else:
-            after = self.now = self._see(found, info, choosing=~over)
-        return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)
+        turns = np.count_nonzero(over | pending)
+        after, found, info = self._turn(found, info, over, chosen, truncated) if turns else (None, found, info)
+        self.now = self._see(found, info, choosing=~self.pending)
+        return _Call(obs, after, action, said, chosen, reward, terminated & chosen, truncated & chosen)
 
-    def _turn(self, found: Any, info: Any, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> Tree:
-        """Episodes end or begin: the observations they led to; we stand where the next choices are made."""
-        after, begun = None, self.pending if self.mode is AutoresetMode.NEXT_STEP else over
-        if over.any():  # the true last observations; nothing is chosen there
-            last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP else found
-            after = self._see(last, info, choosing=np.zeros_like(over))
-        columns = self.returns, self.lengths, np.arange(self.rows), self.episode, truncated
-        self.finished.extend(Episode(*(x[row].item() for x in columns)) for row in np.flatnonzero(over & chosen))
+    def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
+        """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""
+        seen, held = map_tensors(lambda x: x[:, None].to(self.device), obs), self.calls % self.hold
+        how = {"generator": self.generator, "noise": self.noise if held else None, "sample": self.sample}
+        action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
+        return action.cpu().numpy(), logprob.cpu().numpy()
+
+    def _turn(self, found, info, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> tuple[Tree, Any, Any]:
+        """Episodes end or begin: the observations they led to; what is seen where the next choices are made."""
+        # the true last observations; nothing is chosen there
+        last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
+        after = self._see(last, info, choosing=np.zeros_like(over))
+        rows = np.flatnonzero(over & chosen)
+        columns = self.returns[rows], self.lengths[rows], rows, self.episode[rows], truncated[rows]
+        self.finished.extend(map(Episode._make, zip(*(x.tolist() for x in columns), strict=True)))
         self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
-        self.episode = self.episode + begun
+        self.episode = self.episode + (self.pending if self.mode is AutoresetMode.NEXT_STEP else over)
         if self.mode is AutoresetMode.DISABLED:
             found, info = self._reset_rows(over, info)
         self.pending = over & (self.mode is AutoresetMode.NEXT_STEP)
-        self.now = self._see(found, info, choosing=~self.pending)
-        return self.now if after is None else after
+        return after, found, info
 
     def _final_obs(self, info: Any, over: np.ndarray) -> Any:
         """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
@@ -373,7 +383,7 @@ def _leaves(tree: Tree) -> Iterator[Tensor]:
     yield from tree.values() if isinstance(tree, dict) else [tree]
 
 
-def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
+def lay_out(calls: list[_Call], last: Tree, state: Tensor | None, quick: Quick | None) -> Trajectory:
     """Lay calls, last observations of episodes, and the observation after it all, out as one record [rows, T].
 
     Every call has two slots, the choice and what it led to; one more holds `last`. Kept are the choices that were made,
@@ -381,28 +391,28 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None) -> Trajectory:
 
     Args:
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
+        quick: what made log-probs out of what was said; None where that is what was said.
     """
-    seen, after, action, logprob, chosen, reward, died, cut = zip(*calls, strict=True)
-    rows, slots = len(chosen[0]), 2 * len(calls) + 1
-    keep = np.zeros((rows, slots), dtype=bool)
-    made = torch.from_numpy(np.concatenate(chosen).reshape(-1, rows))
-    keep[:, :-1:2] = made.T
-    keep[:, 1::2] = np.stack(died, axis=1) | np.stack(cut, axis=1)
+    seen, after, *columns = zip(*calls, strict=True)
+    action, said, chosen, reward, died, cut = (torch.from_numpy(stacked(column)) for column in columns)
+    row, slots = torch.arange(chosen.shape[1])[:, None], 2 * len(calls) + 1
+    keep = np.zeros((len(row), slots), dtype=bool)
+    keep[:, :-1:2] = chosen.T
+    keep[:, 1::2] = (died | cut).T
     keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
     slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()])
-    row = torch.arange(rows)[:, None]
 
-    def up(values: Sequence[Any]) -> Tensor:
-        by_call = torch.from_numpy(np.concatenate(values).reshape(len(calls), *values[0].shape))
-        by_call[~made] = 0
+    def up(by_call: Tensor) -> Tensor:
         spread = by_call.new_zeros(slots, *by_call.shape[1:])
-        spread[:-1:2] = by_call
+        spread[:-1:2][chosen] = by_call[chosen]
         return spread[slot, row]
 
     def up_obs(trees: list[Tree]) -> Tree:
-        if isinstance(last, dict):
-            return {name: torch.stack([tree[name] for tree in trees])[slot, row] for name in last}
-        return torch.stack(trees)[slot, row]
+        if isinstance(trees[0], dict):
+            return {name: up_obs([tree[name] for tree in trees]) for name in trees[0]}
+        return torch.from_numpy(stacked([tree.numpy() for tree in trees]))[slot, row]
 
-    obs = up_obs([tree for pair in zip(seen, after, strict=True) for tree in pair] + [last])
+    # what a call led to is read only where an episode ended in it
+    obs = up_obs([tree for a, b in zip(seen, after, strict=True) for tree in (a, a if b is None else b)] + [last])
+    logprob = said if quick is None else quick.log_prob(said, action)
     return Trajectory(obs, up(action), up(logprob), up(chosen), up(reward).float(), up(died), up(cut), state)

@@ -22,8 +22,9 @@ from understudy.distribution import (
     SquashedGaussian,
     StateNoiseGaussian,
 )
+from understudy.products import Linear, Tanh
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU}
+ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 
 
 class ActorCritic(nn.Module):
@@ -228,7 +229,7 @@ def head_for(space: gymnasium.Space, width: int, network: Network) -> nn.Module:
 
 
 def _linear(inputs: int, outputs: int, *, gain: float, orthogonal: bool) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer = Linear(inputs, outputs)
     if orthogonal:
         nn.init.orthogonal_(layer.weight, gain)
         nn.init.zeros_(layer.bias)

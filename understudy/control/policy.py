@@ -114,7 +114,7 @@ class Policy(nn.Module):
         for scale in filter(None, (self.obs_scale, self.reward_scale)):
             scale.gather(record)
 
-    def executable(self, action: Tensor) -> np.ndarray:
+    def executable(self, action: np.ndarray) -> np.ndarray:
         """What the environment receives for actions [B, ...] as the distribution sampled them."""
         return executable(self.action_space, action, self.squash)
 
@@ -159,7 +159,7 @@ class Policy(nn.Module):
             begin |= torch.as_tensor(start, dtype=torch.bool, device=self.device).reshape(-1, 1)
         state = self.initial_state(rows) if state is None else state
         choice = choose(self, column, state, begin, generator=generator, sample=sample)
-        action = self.executable(choice.action)
+        action = self.executable(choice.action.cpu().numpy())
         action = action if batched else action[0]
         return (action, choice.state) if self.memory else action
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium
@@ -145,16 +145,21 @@ def check_action_space(space: gymnasium.Space) -> None:
         )
 
 
-def executable(space: gymnasium.Space, action: Tensor, squash: str) -> np.ndarray:
+def executable(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.ndarray:
     """What the environment receives for actions [B, ...] as the distribution sampled them: valid in the space.
 
     Args:
         squash: for a Box, "clip" to the bounds, or "tanh" scaled to them where both are finite (clip where not).
     """
-    choice = action.cpu().numpy().reshape(-1, *(space.shape or ()))
+    choice = action.reshape(-1, *(space.shape or ()))
     if isinstance(space, spaces.Box):
-        return _bounded(space, choice.astype(np.float64), squash)
+        return _bounded(space, choice, squash)
     return (choice + getattr(space, "start", 0)).astype(space.dtype)
+
+
+def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """np.stack, which takes ten times as long for many small arrays."""
+    return np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape)
 
 
 def half_width(space: spaces.Box) -> Tensor:
@@ -236,6 +241,7 @@ def _from_json(data: dict[str, Any]) -> gymnasium.Space:
 
 def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
     if squash == "tanh":
+        value = value.astype(np.float64)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)
         # float64: bounds as wide as float32 goes are further apart than float32 goes
         low, high = (np.where(bounded, x.astype(np.float64), 0.0) for x in (space.low, space.high))

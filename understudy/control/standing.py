@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-import torch
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from understudy.batch import Tree
+from understudy.control.spaces import stacked
 from understudy.control.supervise import Supervised
 
 Way = Literal["snapshot", "replay", "renew"]
@@ -152,9 +152,9 @@ class Trail:
             return
         executed, obs, reward, over = zip(*self.calls, strict=True)
         self.calls = []
-        done, ended = np.stack(executed), np.stack(over)  # [calls, rows, ...], [calls, rows]
+        done, ended = stacked(executed), stacked(over)  # [calls, rows, ...], [calls, rows]
         seen = np.concatenate(
-            [*map(_flat, _columns(obs)), _flat(np.stack(reward))], axis=2
+            [*map(_flat, _columns(obs)), _flat(stacked(reward))], axis=2
         )  # uint8 [calls, rows, bytes]
         for row, ends in enumerate(ended.T):
             first = int(np.flatnonzero(ends)[-1]) + 1 if ends.any() else 0
@@ -173,8 +173,8 @@ class Trail:
 def _columns(obs: Sequence[Tree]) -> list[np.ndarray]:
     """The leaves of observations, each [calls, rows, ...]."""
     if isinstance(obs[0], dict):
-        return [torch.stack([tree[name] for tree in obs]).numpy() for name in sorted(obs[0])]  # pyright: ignore
-    return [torch.stack([tree for tree in obs if isinstance(tree, Tensor)]).numpy()]
+        return [stacked([tree[name].numpy() for tree in obs]) for name in sorted(obs[0])]  # pyright: ignore
+    return [stacked([tree.numpy() for tree in obs if isinstance(tree, Tensor)])]
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
