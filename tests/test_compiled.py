@@ -12,6 +12,7 @@ from gymnasium import spaces
 from torch.testing import assert_close
 
 from tests.records import seeded
+from understudy import compiled as compiled_module
 from understudy.batch import Batch, Trajectory, map_tensors
 from understudy.compiled import Compiled
 from understudy.control.config import Network
@@ -72,6 +73,16 @@ def test_weights_moments_and_metrics_are_those_of_plain_updates(compiled):
 
     assert_close(learn(policy, [CLIP] * 2, records, compiled=compiled), plain, rtol=1e-9, atol=1e-11)
     assert any((a - b).abs().max() > 1e-3 for a, b in zip(plain[0].values(), policy.parameters(), strict=True))
+
+
+def test_a_minibatch_in_chunks_is_one_minibatch(monkeypatch):
+    monkeypatch.setattr(compiled_module, "CHUNK", 5)  # of 40 steps in 3 minibatches: 14 rows in 3 chunks of 5
+    policy = policy_for(spaces.Discrete(3))
+    records = [record_for(policy, steps=20)]
+
+    fast = learn(policy, [CLIP], records, compiled=Compiled(20, varying=("clip",)))
+
+    assert_close(fast, learn(policy, [CLIP], records), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize(("squash", "objective"), [("tanh", CLIP), ("clip", PENALTY)])

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from tests.records import seeded
 from understudy.control.config import Network
 from understudy.control.policy import Policy
-from understudy.control.quick import Quick
+from understudy.control.quick import Layers, Quick
 from understudy.control.quick import quick_form as quick_form_for
 
 BOX = spaces.Box(-float("inf"), float("inf"), (3,))
@@ -94,7 +94,6 @@ def test_without_sampling_it_is_the_mode(action):
         (BOX, NUMBERS, {"squash": "tanh"}, 4),
         (BOX, NUMBERS, {"exploration": "gsde"}, 4),
         (BOX, NUMBERS, {"memory": "gru"}, 4),
-        (BOX, NUMBERS, {}, 65),  # 65 * 64 * 64 products are more than 2^18
         (spaces.Discrete(3), NUMBERS, {}, 4),
         (spaces.Box(0, 255, (36, 36), np.uint8), NUMBERS, {}, 4),
         (spaces.Dict({"a": BOX}), NUMBERS, {}, 4),
@@ -105,3 +104,17 @@ def test_other_policies_have_no_quick_form(observation, action, made_of, rows):
 
     assert quick_form(policy, rows) is None
     assert quick_form(Policy.build(BOX, NUMBERS, Network(), seed=1), 64) is not None
+
+
+@pytest.mark.parametrize("action", [spaces.Discrete(4), NUMBERS], ids=["one choice", "numbers"])
+def test_many_rows_are_chosen_for_by_the_modules(action):
+    policy = Policy.build(BOX, action, Network(), seed=1, scale_obs=True)
+    obs = torch.randn(65, 3, generator=seeded(2))
+
+    few, many = quick_form(policy, 64, seeded(3)), quick_form(policy, 65, seeded(3))
+
+    assert isinstance(few.says, Layers) and not isinstance(
+        many.says, Layers
+    )  # 65 * 64 * 64 products are more than 2^18
+    for mine, theirs in zip(few(obs), many(obs), strict=True):
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -5,6 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import Blind, Table, flags, random_record, record, row, seeded
+from understudy import batch
+from understudy import value as value_module
 from understudy.value import estimate, next_value
 
 
@@ -15,6 +17,20 @@ def test_an_estimate_is_the_policys_value_at_every_column():
 
     assert_close(value, table.values[taken.obs].detach())
     assert_close(distribution.log_prob(taken.action), table(taken.obs)[0].log_prob(taken.action).detach())
+
+
+def test_a_record_that_is_read_in_pieces_is_the_same(monkeypatch):
+    table, taken = Table(), random_record(0)
+    distribution, value = estimate(table, taken)
+    for module in (batch, value_module):
+        monkeypatch.setattr(module, "STEPS", 2 * taken.mask.shape[1])  # two rows a piece
+    read = []
+    table.register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
+
+    pieces, in_pieces = estimate(table, taken)
+
+    assert read == [2, 2, 2]
+    assert_close((pieces.logp, in_pieces), (distribution.logp, value), rtol=0, atol=0)
 
 
 def test_no_gradient_flows_through_an_estimate():

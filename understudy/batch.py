@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+STEPS = 2**14
+"""Steps that are read at once: activations of more leave the cache, and their memory is asked of the system each time."""
+
 Tree = Any  # a Tensor, a dict of Tensors, a dataclass of Tensors, or None
 
 
@@ -189,6 +192,23 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return tree
 
 
+def leaves(tree: Tree) -> list[Tensor]:
+    """Every Tensor that `map_tensors` meets, in its order."""
+    found: list[Tensor] = []
+    map_tensors(lambda x: found.append(x) or x, tree)
+    return found
+
+
 def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
     """What a policy says at every column of a record: its distribution there and its value [B, T]."""
     return policy(record.obs, *(() if record.state is None else (record.state, record.start)))[:2]
+
+
+def consult_in_pieces(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
+    """`consult`, some rows at a time."""
+    rows = max(1, STEPS // record.mask.shape[1])
+    pieces = [map_tensors(lambda x, at=at: x[at : at + rows], record) for at in range(0, len(record), rows)]
+    found = [dict(zip(("said", "value"), consult(policy, piece), strict=True)) for piece in pieces]
+    whole = iter([torch.cat(parts) for parts in zip(*map(leaves, found), strict=True)])
+    joined = map_tensors(lambda _: next(whole), found[0])
+    return joined["said"], joined["value"]

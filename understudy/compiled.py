@@ -6,6 +6,7 @@ it costs to start its operations; here it is started once.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from understudy.batch import Batch, Trajectory, map_tensors
+from understudy.batch import Batch, Trajectory, leaves, map_tensors
 from understudy.reduce import per_step
-from understudy.update import LOSS, NORM, finite, left_out, mean_of, split
+from understudy.update import LOSS, NORM, finite, left_out, split
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CHUNK = 4096
+"""Rows whose gradient is made at once; of a larger minibatch it is summed up chunk by chunk, so that what is kept for the
+backward pass stays in the processor's cache, and no memory is asked of the system for it."""
 
 
 class Compiled:
@@ -59,7 +63,8 @@ class Compiled:
         batch, order = record.steps(), None  # pyright: ignore[reportAttributeAccessIssue]
         self._begin(policy, optimizer, objective, prepare, max_grad_norm)
         whole = self.steps * len(record)
-        self.rows = -(-whole // minibatches)
+        self.chunks = math.ceil(whole / minibatches / CHUNK)
+        self.rows = self.chunks * math.ceil(whole / minibatches / self.chunks)
         self.batch = map_tensors(partial(_filled, size=whole), batch)  # always as long, whatever was masked
         self.columns = leaves(self.batch)
         try:
@@ -68,13 +73,12 @@ class Compiled:
                     order = torch.randperm(len(batch), generator=generator)
                 for rows in split(len(batch), minibatches):
                     self._step(order[rows])
-            self._finish()
+            told = self._finish()
         except FloatingPointError as error:
             return left_out(error, guard, policy, optimizer, None)
-        last = [
-            dict(zip(self.names, said[1:], strict=True)) for said in self.said[-min(minibatches, len(batch) or 1) :]
-        ]
-        return mean_of(last) | {"optimizer_steps": len(self.said), "epochs": epochs}
+        last = told[-min(minibatches, len(batch)) :, 1:].mean(dim=0).tolist() if len(told) else []
+        means: dict[str, float] = dict(zip(self.names, last, strict=True)) if last else {}
+        return means | {"optimizer_steps": len(told), "epochs": epochs}
 
     def _begin(self, policy: Any, optimizer: Any, objective: Any, prepare: Any, limit: float | None) -> None:
         """Weights and moments become flat vectors."""
@@ -98,47 +102,65 @@ class Compiled:
         given += [torch.arange(self.rows) < len(rows), *self.buffers.values(), *self.columns]
         key = self.objective.func, *((k, v) for k, v in self.objective.keywords.items() if k not in self.varying)
         if key not in self.traced:
-            self.traced[key] = self._trace(given)
+            self.traced[key] = self._traced()
         run, self.names = self.traced[key]
         with torch.no_grad():
             self.said.append(run(*given))
 
-    def _finish(self) -> None:
-        """The policy and its optimizer take over what was learned.
+    def _finish(self) -> Tensor:
+        """The policy and its optimizer take over what was learned. Of each step: [loss, metrics, norm].
 
         Raises:
             FloatingPointError: a loss or gradient was not finite; nothing was written.
         """
-        for loss, *_, norm in torch.stack(self.said) if self.said else ():
-            finite("loss", loss, LOSS)
-            finite("gradient's norm", norm, NORM)
+        if not self.said:
+            return torch.zeros(0)
+        told = torch.stack(self.said)
+        if not told[:, [0, -1]].isfinite().all():
+            for loss, *_, norm in told:
+                finite("loss", loss, LOSS)
+                finite("gradient's norm", norm, NORM)
         state = self.optimizer.state
-        for parameter in self.parameters if self.said else ():
+        for parameter in self.parameters:
             if not state[parameter]:
                 state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
             state[parameter]["step"] = self.count.float()
         sizes = [p.numel() for p in self.parameters]
-        kinds = [self.parameters, *([state[p].get(name) for p in self.parameters] for name in MOMENTS)]
+        kinds = [self.parameters, *([state[p][name] for p in self.parameters] for name in MOMENTS)]
         with torch.no_grad():
-            for into, flat in zip(kinds, (self.weights, *self.moments), strict=True) if self.said else ():
+            for into, flat in zip(kinds, (self.weights, *self.moments), strict=True):
                 for x, p in zip(flat.split(sizes), into, strict=True):
                     p.copy_(x.view_as(p))
+        return told
 
-    def _trace(self, given: list[Tensor]) -> tuple[Callable[..., Tensor], list[str]]:
-        """The step as one compiled function, and the names of what it returns after the loss."""
-        from torch._inductor import compile as compile_graph  # seconds, and only here
-        from torch.fx.experimental.proxy_tensor import make_fx
-
+    def _traced(self) -> tuple[Callable[..., Tensor], list[str]]:
+        """The step as one compiled function, or as three where it is made in chunks; the names of what it says."""
         names: list[str] = []
-        learn = partial(
-            _learn, self.policy, list(self.buffers), self.batch, self.objective, self.varying, self.prepare, self.limit,
-            self.settings, names,
-        )  # fmt: skip
-        graph = make_fx(learn, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
-        with torch.no_grad():
+        take = partial(_take, self.batch, self.prepare)
+        pull = partial(_pull, self.policy, list(self.buffers), self.batch, self.objective, self.varying, names)
+        move = partial(_move, self.limit, self.settings)
+        step = partial(_learn, len(self.buffers), self.chunks)
+        if self.chunks == 1:
+            return _compiled(partial(step, take, pull, move)), names
+        return partial(step, _compiled(take), _compiled(pull), _compiled(move)), names
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of Tensors as compiled code, from its first call on."""
+    found: list[Any] = []
+
+    def run(*given: Tensor) -> Any:
+        if not found:
+            from torch._inductor import compile as compile_graph  # seconds, and only here
+            from torch.fx.experimental.proxy_tensor import make_fx
+
+            with torch.enable_grad():
+                graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
             # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
-            run: Any = compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True})
-        return run, [*names, "grad_norm"]
+            found.append(compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True}))
+        return found[0](*given)
+
+    return run
 
 
 def available() -> bool:
@@ -146,22 +168,38 @@ def available() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
-def leaves(tree: Any) -> list[Tensor]:
-    """Every Tensor that `map_tensors` meets, in its order."""
-    found: list[Tensor] = []
-    map_tensors(lambda x: found.append(x) or x, tree)
-    return found
-
-
 def _learn(
-    policy, buffers, record, objective, varying, prepare, limit, settings, names,
+    held: int, chunks: int, take, pull, move,
     weights, mean, square, count, numbers, rows, valid, *rest,
 ) -> Tensor:  # fmt: skip
-    """One step of Adam (Kingma & Ba 2015, alg. 1), in place on weights, mean, square and count; [loss, metrics, norm]."""
-    held, columns = rest[: len(buffers)], iter(rest[len(buffers) :])
-    batch = map_tensors(lambda _: next(columns)[rows], record)
+    """An optimizer step, in place on weights, mean, square and count; [loss, metrics, gradient's norm].
+
+    Args:
+        held: how many of `rest` are the policy's buffers; then the record's columns, each [N, 1, ...].
+        take, pull, move: `_take`, `_pull` and `_move` with what they hold fixed, plain or compiled.
+    """
+    weight, *minibatch = take(rows, valid, *rest[held:])
+    size, gradient, told = len(rows) // chunks, 0, 0
+    for low in range(0, len(rows), size):
+        some = (x[low : low + size] for x in (weight, *minibatch))
+        pulled, said = pull(weights, numbers, *rest[:held], *some)
+        gradient, told = gradient + pulled, told + said
+    return torch.cat([told, move(weights, mean, square, count, numbers, gradient)[None]])  # pyright: ignore
+
+
+def _take(record, prepare, rows, valid, *columns) -> list[Tensor]:
+    """A minibatch, prepared: each step's weight, and the leaves of the record."""
+    of = iter(columns)
+    batch = map_tensors(lambda _: next(of)[rows], record)
     batch = Batch.of(batch, mask=batch.mask & valid[:, None])
     batch = batch if prepare is None else prepare(batch)
+    return [per_step(batch.mask), *leaves(batch)]
+
+
+def _pull(policy, buffers, record, objective, varying, names, weights, numbers, *rest) -> tuple[Tensor, Tensor]:
+    """The gradient of the weighted loss of some rows, [P]; that loss and the weighted metrics."""
+    held, weight, of = rest[: len(buffers)], rest[len(buffers)], iter(rest[len(buffers) + 1 :])
+    batch = map_tensors(lambda _: next(of), record)
     leaf = weights.detach().requires_grad_()
     own = dict(policy.named_parameters())
     parts = [x.view_as(p) for x, p in zip(leaf.split([p.numel() for p in own.values()]), own.values(), strict=True)]
@@ -169,9 +207,15 @@ def _learn(
     changing = [name for name in varying if name in objective.keywords]
     changed = dict(zip(changing, numbers[1:].to(leaf.dtype).unbind(), strict=True))
     loss, metrics = partial(objective, **changed)(lambda *args: functional_call(policy, tensors, args), batch)
-    weight = per_step(batch.mask)
     total = (loss * weight).sum()
     (gradient,) = torch.autograd.grad(total, [leaf])
+    names[:] = [*metrics, "grad_norm"]
+    means = (torch.stack(list(metrics.values())) * weight).sum(dim=(1, 2))
+    return gradient, torch.cat([total.detach()[None], means])
+
+
+def _move(limit, settings, weights, mean, square, count, numbers, gradient) -> Tensor:
+    """One step of Adam (Kingma & Ba 2015, alg. 1), in place on weights, mean, square and count; the gradient's norm."""
     norm = gradient.norm()
     if limit is not None:
         gradient = gradient * (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
@@ -179,12 +223,10 @@ def _learn(
     count.add_(1)
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).add_(gradient.square(), alpha=1 - beta2)
-    step_size = (numbers[0] / (1 - beta1**count)).to(leaf.dtype)
-    spread = (1 - beta2**count).sqrt().to(leaf.dtype)
+    step_size = (numbers[0] / (1 - beta1**count)).to(weights.dtype)
+    spread = (1 - beta2**count).sqrt().to(weights.dtype)
     weights.sub_(step_size * mean / (square.sqrt() / spread + eps))
-    names.extend(metrics)
-    means = (torch.stack(list(metrics.values())) * weight).sum(dim=(1, 2))
-    return torch.cat([total.detach()[None], means, norm[None]])
+    return norm
 
 
 def _filled(x: Tensor, size: int) -> Tensor:

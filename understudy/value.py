@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.batch import Trajectory, consult, map_tensors
+from understudy.batch import STEPS, Trajectory, consult, consult_in_pieces, map_tensors
 from understudy.sample import Policy
 
 
@@ -17,8 +17,9 @@ def estimate(policy: Policy, record: Trajectory) -> tuple[Any, Tensor]:
 
     One batched pass also gives V of every episode's true last observation: it stands in the record as a masked column.
     """
+    look = consult if record.mask.numel() <= STEPS else consult_in_pieces
+    distribution, value = look(policy, record)
     # no_grad lets a view of a parameter through, such as the value of a critic that is one number
-    distribution, value = consult(policy, record)
     return map_tensors(Tensor.detach, distribution), value.detach()
 
 

@@ -253,8 +253,7 @@ class Walker:
         """One choice for every row, one call of the env, and whatever resets it brings."""
         obs, pending, heard = self.now, self.pending, ~self.pending
         action, said = self.quick(obs) if self.quick else self._choose(policy, obs)
-        executed = policy.executable(action)
-        found, reward, terminated, truncated, info = self.envs.step(executed)
+        found, reward, terminated, truncated, info = self.envs.step(executed := policy.executable(action))
         # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
         terminated = np.asarray(terminated, dtype=bool) & heard
         truncated = np.asarray(truncated, dtype=bool) & heard & ~terminated

@@ -1,7 +1,8 @@
-"""Step 1, sample: a small network chooses in NumPy, where an operation costs a fraction of a Tensor's."""
+"""Step 1, sample: a small network chooses without its critic, and in NumPy, where an operation costs a fraction."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,25 +39,18 @@ class Quick:
         head: CategoricalHead | GaussianHead,
         scale: ObsScale | None,
         generator: torch.Generator | None,
+        *,
+        small: bool,
     ) -> None:
         last = head.logits if isinstance(head, CategoricalHead) else head.mean
-        self.layers = [_numbers(x) if isinstance(x, nn.Linear) else ACTIVATIONS[type(x)] for x in [*body.mlp, last]]
-        self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0))
+        self.says = Layers(body, last, scale) if small else partial(_by_modules, body, last, scale)
         self.log_std = None if isinstance(head, CategoricalHead) else head.log_std.detach().clone()
         self.width = last.out_features
         self.generator, self.noise = generator, list[np.ndarray]()
 
     def __call__(self, obs: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """obs: float32 [B, D] -> action [B] or [B, K], said [B, K]."""
-        x = obs.numpy()
-        if self.scale is not None:
-            x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
-        for layer in self.layers:
-            if isinstance(layer, tuple):
-                x = np.dot(x, layer[0])
-                x += layer[1]
-            else:
-                x = layer(x)
+        x = self.says(obs)
         y = x if self.generator is None else x + self._noise(len(x))
         return (y.argmax(axis=1) if self.log_std is None else y), x
 
@@ -78,8 +72,35 @@ class Quick:
         return DiagonalGaussian(said, self.log_std.expand_as(said))
 
 
+class Layers:
+    """An actor's layers in NumPy, as its weights are now."""
+
+    def __init__(self, body: Body, last: nn.Linear, scale: ObsScale | None) -> None:
+        self.layers = [_numbers(x) if isinstance(x, nn.Linear) else ACTIVATIONS[type(x)] for x in [*body.mlp, last]]
+        self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0))
+
+    def __call__(self, obs: Tensor) -> np.ndarray:
+        """obs: float32 [B, D] -> what the last layer says, [B, K]."""
+        x = obs.numpy()
+        if self.scale is not None:
+            x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
+        for layer in self.layers:
+            if isinstance(layer, tuple):
+                x = np.dot(x, layer[0])
+                x += layer[1]
+            else:
+                x = layer(x)
+        return x
+
+
+@torch.no_grad()
+def _by_modules(body: Body, last: nn.Linear, scale: ObsScale | None, obs: Tensor) -> np.ndarray:
+    """The same for many rows: the critic and all log-probs but the action's are left out."""
+    return last(body.mlp(obs if scale is None else scale(obs))).numpy()
+
+
 def quick_form(policy: Any, walker: Any) -> Quick | None:
-    """How a policy chooses for a walker, in NumPy; None where it is not small, or made of something else.
+    """How a policy chooses for a walker, in NumPy where that is small; None where it is made of something else.
 
     That is: a vector of floats, an MLP on the CPU; one choice of K, or independent normals; no masks, no noise that is held.
     """
@@ -93,12 +114,10 @@ def quick_form(policy: Any, walker: Any) -> Quick | None:
     assert isinstance(head, CategoricalHead | GaussianHead)
     one = not (head.sizes or head.bits) if isinstance(head, CategoricalHead) else not (head.state_noise or head.squash)
     weights = list(body.parameters())
-    small = walker.rows * max(x.numel() for x in weights) <= PRODUCTS and all(x.dtype == torch.float32 for x in weights)
-    return (
-        Quick(body, head, policy.obs_scale, walker.generator if walker.sample else None)
-        if plain and one and small
-        else None
-    )
+    if not plain or not one or any(x.dtype != torch.float32 for x in weights):
+        return None
+    small = walker.rows * max(x.numel() for x in weights) <= PRODUCTS
+    return Quick(body, head, policy.obs_scale, walker.generator if walker.sample else None, small=small)
 
 
 def _numbers(layer: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
