@@ -90,6 +90,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
+    "products.py": ("test_products.py",),
     "language/lean.py": ("test_lean.py", "test_generate.py"),
     "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
@@ -420,6 +421,27 @@ HAND = [
     ),
     Mutant("language/tokens.py", "right=True", "right=False", "a token of probability 0 can be drawn"),
     Mutant(
+        "language/tokens.py",
+        "level - pad(total",
+        "level - 0 * pad(total",
+        "within its block a token is looked for from 0",
+    ),
+    Mutant(
+        "language/tokens.py",
+        "found[here, token[here] - at] += pull[here, 0]",
+        "pass",
+        "the token itself gets no gradient",
+    ),
+    Mutant(
+        "language/tokens.py", "total[rows] - torch.linalg.vecdot(p, logit)", "total[rows]", "an entropy without logits"
+    ),
+    Mutant(
+        "language/tokens.py", "self._known and torch.equal(token, self._known[0])", "self._known", "others' log-probs"
+    ),
+    Mutant(
+        "products.py", "_product(x.t(), grad.t()).t()", "_product(x.t(), grad.t()).t() / 2", "half a gradient, if wide"
+    ),
+    Mutant(
         "language/tokens.py", "return gap.exp() - 1 - gap", "return -gap", "the KL of single tokens can be negative"
     ),
     Mutant(
@@ -514,9 +536,7 @@ HAND = [
     Mutant("language/lean.py", "(turned * sin).roll(", "(turned * -sin).roll(", "a gradient is turned the same way"),
     Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),
     Mutant("language/lean.py", "behind < self.window", "behind <= self.window", "a window too wide by one"),
-    Mutant(
-        "language/lean.py", "(gated.up_proj.weight * after)", "gated.up_proj.weight", "a norm's weights are left out"
-    ),
+    Mutant("language/lean.py", "gated.up_proj.weight * after", "gated.up_proj.weight", "a norm's weights are left out"),
     Mutant(
         "language/lean.py", "again or trunk.dtype.itemsize < 4", "again", "half precision is read in half precision"
     ),
@@ -526,8 +546,8 @@ HAND = [
     Mutant("language/lean.py", "windowed if layer.sliding else seen", "seen", "a window is not kept"),
     Mutant(
         "language/lean.py",
-        "torch.addmm(x, heard.view",
-        "torch.addmm(0 * x, heard.view",
+        "x + linear(heard.view",
+        "linear(heard.view",
         "what went around attention is lost",
     ),
     Mutant(
@@ -706,9 +726,24 @@ EQUIVALENT = {
         "gap = torch.where(batch.mask, logprob - _reference_logprob(batch), logprob - _reference_logprob(batch))",
     ): "where nothing was chosen both sides are the sampler's own log-prob",
     (
+        "products.py",
+        "multiplications >= LARGE",
+        "multiplications > LARGE",
+    ): "at exactly the bound both libraries give the product",
+    (
+        "products.py",
+        "if grad.shape[1] <= x.shape[1]:",
+        "if grad.shape[1] < x.shape[1]:",
+    ): "either orientation gives the product: one is quicker",
+    (
+        "products.py",
+        "if grad.shape[1] <= x.shape[1]:",
+        "if grad.shape[1] >= x.shape[1]:",
+    ): "either orientation gives the product: one is quicker",
+    (
         "language/tokens.py",
-        "total = logp.exp().cumsum(dim=-1)",
-        "total = logp.exp().cumsum(dim=(1))",
+        "total = p.cumsum(dim=-1)",
+        "total = p.cumsum(dim=(1))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",

@@ -553,7 +553,8 @@ def test_standardised_advantages_and_targets_are_trls(name):
     trl = recorded(name)
 
     assert_close(by_answer(batch.advantage, batch.mask), trl.advantages, **LOSS)
-    assert_close(by_answer(batch.target, batch.mask), torch.where(trl.chosen, trl.returns, 0.0), **LOSS)
+    sums = LOSS | {"atol": 2e-6}  # a target sums up what is said of all tokens behind it
+    assert_close(by_answer(batch.target, batch.mask), torch.where(trl.chosen, trl.returns, 0.0), **sums)
 
 
 def test_whitening_is_trls():

@@ -60,9 +60,20 @@ def test_a_token_without_probability_is_never_drawn():
 
 def test_the_largest_noise_takes_the_last_token_that_has_a_probability():
     # 4095 tokens whose float32 probabilities do not add up to 1, and one that is impossible
-    many = torch.cat([torch.full((4095,), 1 / 4095), torch.zeros(1)]).log()
+    many = torch.cat([torch.full((4095,), 1 / 4095), torch.zeros(1)])
 
     assert int(pick(many[None], torch.tensor([1 - 2**-24]))) == 4094
+
+
+@pytest.mark.parametrize("width", [8, 11])
+def test_a_token_found_by_its_block_is_the_one_found_in_the_whole_vocabulary(monkeypatch, width):
+    p = torch.randint(0, 3, (500, width), generator=torch.Generator().manual_seed(0)).float()  # sums without rounding
+    p[:, 5] += 1
+    noise = torch.rand(500, generator=torch.Generator().manual_seed(1))
+    whole = pick(p, noise)
+    monkeypatch.setattr(tokens, "BLOCK", 4)
+
+    assert torch.equal(pick(p, noise), whole)
 
 
 def test_samples_come_as_often_as_their_probability_says():
@@ -97,6 +108,34 @@ def test_a_frozen_head_does_not_move_with_the_policy():
 
     assert torch.equal(TokenDistribution(frozen.hidden, frozen.mask, frozen.head).entropy(), before)
     assert not before.requires_grad
+
+
+@pytest.mark.parametrize("piece", [11, 2**21])
+def test_log_probs_without_all_logits_are_those_of_a_softmax_and_so_are_the_gradients(monkeypatch, piece):
+    monkeypatch.setattr(tokens, "PIECE", piece)
+    action, pull = torch.tensor([[3, 4, 0], [0, 5, 6]]), torch.tensor([[1.0, -2.0, 9.0], [9.0, 0.5, 3.0]])
+    ours, plain = at_random(), at_random()
+    ours = TokenDistribution(ours.hidden, MASK, Head(ours.head.project, scale=2.0, temperature=0.7))
+    logits = plain.head.project(plain.hidden[MASK]) * 2.0 / 0.7
+    theirs = logits.log_softmax(dim=-1)
+
+    said = ours.log_prob(action)[MASK]
+    assert_close(said, theirs.gather(1, action[MASK][:, None])[:, 0])
+    with torch.no_grad():
+        assert_close(ours.entropy()[MASK], -(theirs.exp() * theirs).sum(dim=-1))
+    (said * pull[MASK]).sum().backward()
+    (theirs.gather(1, action[MASK][:, None])[:, 0] * pull[MASK]).sum().backward()
+    assert_close(ours.hidden.grad, plain.hidden.grad)
+    for here, there in zip(ours.head.project.parameters(), plain.head.project.parameters(), strict=True):
+        assert_close(here.grad, there.grad)
+
+
+def test_log_probs_of_other_tokens_are_found_anew():
+    distribution = at_random()
+    first = distribution.log_prob(torch.full((2, 3), 1))
+
+    assert not torch.equal(distribution.log_prob(torch.full((2, 3), 2)), first)
+    assert torch.equal(distribution.log_prob(torch.full((2, 3), 1)), first)
 
 
 def measured(distribution: TokenDistribution, other: TokenDistribution) -> list[torch.Tensor]:

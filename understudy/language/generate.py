@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from understudy.batch import Text, Trajectory
 from understudy.language.lean import lean
 from understudy.language.model import Policy
-from understudy.language.tokens import pick
+from understudy.language.tokens import normalized, pick
 
 
 @dataclass(frozen=True)
@@ -303,10 +303,10 @@ class _Desk:
 
     def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """rows [n], hidden [n, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
-        logp = self.head(hidden).log_softmax(dim=-1)
-        at = self.count[rows]
-        token = pick(logp, self.noise[rows, at]) if self.sample else logp.argmax(dim=-1)
-        self.ids[rows, at], self.logprob[rows, at] = token, logp.gather(-1, token[:, None])[:, 0]
+        logit, at = self.head(hidden), self.count[rows]
+        p, total = normalized(logit)
+        token = pick(p, self.noise[rows, at]) if self.sample else logit.argmax(dim=-1)
+        self.ids[rows, at], self.logprob[rows, at] = token, logit.gather(-1, token[:, None])[:, 0] - total
         self.count[rows] = at + 1
         last = at + 1 == self.limit
         if len(self.stops):

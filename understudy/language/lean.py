@@ -16,7 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention
+
+from understudy.products import linear, rounded
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 GROWING = ("dynamic", "longrope")  # rotary positions that depend on how long a row has become
@@ -34,15 +36,15 @@ class Layer:
     """A layer's weights as they are multiplied with. Q: queries of a key-value head."""
 
     joint: Tensor
-    """[H, heads (Q + 2) D]: a head's queries, its key and its value side by side; the norm before them in it."""
-    offset: Tensor
-    """What is added to that, [heads (Q + 2) D]; or one 0."""
+    """[heads (Q + 2) D, H]: a head's queries, its key and its value below each other; the norm before them in it."""
+    offset: Tensor | None
+    """What is added to that, [heads (Q + 2) D]."""
     turned_norm: Tensor | None
     """Weights of the norms of queries and key, [Q + 1, D] (Qwen3)."""
     out: Tensor
     gate: Tensor
     up: Tensor
-    """[H, I], as `gate`: the norm before them in them."""
+    """[I, H], as `gate`: the norm before them in them."""
     down: Tensor
     act: Callable[[Tensor], Tensor]
     sliding: bool
@@ -69,7 +71,7 @@ class Lean:
         attention, gated = layer.self_attn, layer.mlp
         parts = attention.q_proj, attention.k_proj, attention.v_proj
         joint = torch.cat([p.weight.view(self.heads, -1, p.in_features) for p in parts], dim=1).flatten(0, 1)
-        offset = joint.new_zeros(1)
+        offset = None
         if attention.q_proj.bias is not None:
             offset = torch.cat([p.bias.view(self.heads, -1) for p in parts], dim=1).flatten()
         turned_norm = None
@@ -77,13 +79,13 @@ class Lean:
             turned_norm = torch.stack([*[attention.q_norm.weight] * self.queries, attention.k_norm.weight])
         after = layer.post_attention_layernorm.weight
         return Layer(
-            (joint * layer.input_layernorm.weight).t(),
+            joint * layer.input_layernorm.weight,
             offset,
             turned_norm,
-            attention.o_proj.weight.t(),
-            (gated.gate_proj.weight * after).t(),
-            (gated.up_proj.weight * after).t(),
-            gated.down_proj.weight.t(),
+            attention.o_proj.weight,
+            gated.gate_proj.weight * after,
+            gated.up_proj.weight * after,
+            gated.down_proj.weight,
             gated.act_fn,
             kind == "sliding_attention",
         )
@@ -129,13 +131,13 @@ class Lean:
             keys, values = store.write(turned[:, :, -1], joint[:, :, -1])
             queries, mask = turned[:, :, :-1].flatten(0, 1), windowed if layer.sliding else seen
             heard = _by_products(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
-            x = self._gated(torch.addmm(x, heard.view(len(x), -1), layer.out), layer)
+            x = self._gated(x + linear(heard.view(len(x), -1), layer.out), layer)
         return rms_norm(x, self.norm.shape, self.norm, self.eps)
 
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
         """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
 
-        Padding costs nothing but its place in attention.
+        Padding costs nothing but its place in attention. What is read is rounded up by tokens that nobody hears or asks.
 
         Args:
             ids: [B, T].
@@ -147,23 +149,26 @@ class Lean:
         asked = wanted[row, column].nonzero()[:, 0]
         shape = len(ids), self.heads, self.queries + 2, length
         laid, heard_at = _places(row, column, shape), _places(row, column, (*shape[:2], self.queries, length))
+        read = rounded(len(row))
+        heard_at = pad(heard_at.view(len(row), self.heads * self.queries), (0, 0, 0, read - len(row)))
         taken = laid.new_zeros(math.prod(shape)).index_copy_(0, laid, torch.arange(len(laid), device=ids.device))
         cos, sin = (table.transpose(0, 1).contiguous() for table in self.turning(length))
         masks = {sliding: self._mask(length, sliding) for sliding in {layer.sliding for layer in self.layers}}
-        x = self.words(ids[row, column])
+        x = self.words(pad(ids[row, column], (0, read - len(row))))
         for layer in self.layers:
             turned = _Turned.apply(self._joint(x, layer), taken, laid, cos, sin)
             heard = self._attend(*turned, masks[layer.sliding])
             if layer is self.layers[-1]:  # of its tokens, only those that are asked about
-                x, heard_at = x[asked], heard_at.view(len(row), -1)[asked].flatten()
-            heard = heard.reshape(-1, self.width)[heard_at].view(len(x), len(layer.out))
-            x = self._gated(torch.addmm(x, heard, layer.out), layer)
-        x = _normed(x, self.eps) * self.norm
+                some = pad(asked, (0, rounded(len(asked)) - len(asked)))
+                x, heard_at = x[some], heard_at[some]
+            heard = heard.reshape(-1, self.width)[heard_at].flatten(1)
+            x = self._gated(x + linear(heard, layer.out), layer)
+        x = _normed(x[: len(asked)], self.eps) * self.norm
         return x.new_zeros(*ids.shape, x.shape[-1]).index_put((row[asked], column[asked]), x)
 
     def _joint(self, x: Tensor, layer: Layer) -> Tensor:
         """Queries, key and value of each token and head, not turned yet: [N, heads, Q + 2, D]."""
-        joint = torch.addmm(layer.offset, _normed(x, self.eps), layer.joint)
+        joint = linear(_normed(x, self.eps), layer.joint, layer.offset)
         joint = joint.view(len(x), self.heads, self.queries + 2, self.width)
         if layer.turned_norm is None:
             return joint
@@ -173,7 +178,7 @@ class Lean:
     def _gated(self, x: Tensor, layer: Layer) -> Tensor:
         """[N, H] -> [N, H]: the part of a layer behind attention."""
         y = _normed(x, self.eps)
-        return torch.addmm(x, layer.act(y @ layer.gate) * (y @ layer.up), layer.down)
+        return x + linear(layer.act(linear(y, layer.gate)) * linear(y, layer.up), layer.down)
 
     def _mask(self, length: int, sliding: bool) -> Tensor:
         """What is added to the scores of a row, [Q length, length]; queries of one head stand below each other."""
@@ -239,7 +244,8 @@ def _places(row: Tensor, column: Tensor, shape: tuple[int, int, int, int]) -> Te
 class _Turned(Function):
     """Tokens' queries, keys and values laid out in rows, queries and keys turned (Su et al. 2021, eq. 34).
 
-    Padding is some token or other: nobody attends to it, for it only follows.
+    Padding is some token or other: nobody attends to it, for it only follows. Tokens behind those that are laid out stand
+    nowhere.
 
     joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands;
     cos, sin [Q + 1, T, D] -> queries [rows heads, Q, T, D]; keys, values [rows heads, T, D].
@@ -263,7 +269,9 @@ class _Turned(Function):
         turned = grad[:, :-1]
         across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
         turned.mul_(cos).add_(across)
-        return grad.view(-1, grad.shape[-1]).index_select(0, laid).view(ctx.shape), None, None, None, None
+        found = grad.new_zeros(ctx.shape)
+        torch.index_select(grad.view(-1, grad.shape[-1]), 0, laid, out=found.view(-1, grad.shape[-1])[: len(laid)])
+        return found, None, None, None, None
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:

@@ -6,15 +6,19 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-WHOLE = 2**24  # logits kept whole, 64 MiB of float32; more than that are made, used and forgotten chunk by chunk
-PIECE = (
-    2**22
-)  # logits of a chunk, 16 MiB: memory of that size is used again, where more is asked of the system each time
+from understudy.products import linear
+
+WHOLE = 2**22  # logits kept whole, 16 MiB of float32; more than that are made, used and forgotten piece by piece
+BLOCK = 1024  # tokens of a large vocabulary that are summed up together
+PIECE = 2**21  # logits of a piece, 8 MiB: they stay near the processor, and their memory is used again
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,22 @@ class Head:
     """Sampling temperature. It is part of the policy: what samples also scores."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.project(hidden).float()
+        plain = self.plain
+        logits = self.project(hidden) if plain is None else linear(hidden, plain.weight, plain.bias)
+        logits = logits.float()
         logits = (
             logits if self.scale == 1.0 else logits * self.scale
         )  # a pass over all of them, saved where it does nothing
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if self.temperature == 1.0 else logits / self.temperature
+
+    @property
+    def plain(self) -> nn.Linear | None:
+        """The projection, where it is a linear layer with nothing put into it or hung on it."""
+        layer = self.project
+        watched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+        return layer if type(layer) is nn.Linear and not watched else None
 
     def frozen(self) -> Head:
         """The same head with a copy of its weights, which no update reaches."""
@@ -48,8 +61,8 @@ class Head:
 class TokenDistribution:
     """A categorical over the vocabulary at every column where something was chosen; 0 everywhere else.
 
-    Logits [B, T, V] never exist: they are made for the chosen columns only, once if they fit `WHOLE`, else in chunks that
-    are recomputed in the backward pass.
+    Logits [B, T, V] never exist: they are made for the chosen columns only, once if they fit `WHOLE`, else in pieces that
+    are made again in the backward pass.
     """
 
     hidden: Tensor
@@ -64,7 +77,7 @@ class TokenDistribution:
 
     def at(self, noise: Tensor) -> Tensor:
         """The token of given noise, int64 [B, T]: see `pick`."""
-        return self._each(pick, noise)
+        return self._each(lambda logp, noise: pick(logp.exp(), noise), noise)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         return self.at(self.noise(generator))
@@ -74,10 +87,14 @@ class TokenDistribution:
 
     def log_prob(self, action: Tensor) -> Tensor:
         """action: int64 [B, T] -> [B, T]."""
+        if self._plain:
+            return self._laid_out(self._said(action)[1])
         return self._each(lambda logp, token: logp.gather(-1, token[:, None])[:, 0], action)
 
     def entropy(self) -> Tensor:
         """-sum p log p in nats, [B, T]."""
+        if self._known and self._known[2] is not None and not torch.is_grad_enabled():
+            return self._laid_out(self._known[2])
         return self._each(lambda logp: -(logp.exp() * logp).sum(dim=-1))
 
     def kl(self, other: TokenDistribution) -> Tensor:
@@ -91,6 +108,26 @@ class TokenDistribution:
     def frozen(self) -> TokenDistribution:
         """The same distribution, which no update of the policy changes: for the exact KL(old, new)."""
         return TokenDistribution(self.hidden.detach(), self.mask, self.head.frozen())
+
+    @property
+    def _plain(self) -> bool:
+        """The head is one that `LogProb` knows."""
+        plain = self.head.plain
+        return plain is not None and plain.weight.dtype.itemsize >= 4 and not self.head.softcap
+
+    @cached_property
+    def _known(self) -> list[Tensor]:
+        """Tokens whose log-probs were asked for, [N]; these; and the entropy that came with them, if it did."""
+        return []
+
+    def _said(self, action: Tensor) -> list[Tensor]:
+        """`_known` of these actions. It is asked for again: by KL(old, new), and the entropy by its metric."""
+        token, plain = action[self.mask], self.head.plain
+        if plain is not None and not (self._known and torch.equal(token, self._known[0])):
+            slope = self.head.scale / self.head.temperature
+            with torch.enable_grad():  # so that who comes first does not matter
+                self._known[:] = token, *LogProb.apply(self._chosen, plain.weight, plain.bias, token, slope)
+        return self._known
 
     @cached_property
     def _chosen(self) -> Tensor:
@@ -119,16 +156,94 @@ class TokenDistribution:
 
             pieces = zip(self._chosen.split(rows), *(other.split(rows) for other in picked), strict=True)
             found = torch.cat([checkpoint(chunk, *piece, use_reentrant=False) for piece in pieces])  # pyright: ignore
+        return self._laid_out(found)
+
+    def _laid_out(self, found: Tensor) -> Tensor:
+        """[N] at the chosen columns -> [B, T]."""
         return torch.zeros(self.mask.shape, dtype=found.dtype, device=found.device).masked_scatter(self.mask, found)
 
 
-def pick(logp: Tensor, noise: Tensor) -> Tensor:
-    """The first token whose cumulative probability is above the noise. logp [N, V], noise [N] in [0, 1) -> int64 [N]."""
-    total = logp.exp().cumsum(dim=-1)
-    below = torch.nextafter(total[:, -1:], torch.zeros_like(total[:, -1:]))  # so that there is always one above
-    return torch.searchsorted(total, torch.minimum(noise[:, None].to(total.dtype) * total[:, -1:], below), right=True)[
-        :, 0
-    ]
+class LogProb(Function):
+    """log p of a token, and the entropy beside it where something is to learn; logits are slope (hidden weight' + bias).
+
+    hidden [N, H], weight [V, H], bias [V] or None, token int64 [N] -> [N], [N] or None; no gradient reaches the entropy.
+
+    Logits are made `PIECE` at a time, and again in the backward pass (d log p(a) / d logit = 1_a - p): pieces of the
+    vocabulary there, so that each row of the weight's gradient is done at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, slope: float
+    ) -> tuple[Tensor, Tensor | None]:
+        learns, size = any(ctx.needs_input_grad), max(1, PIECE // len(weight))
+        chosen, total, entropy = (hidden.new_empty(len(hidden)) for _ in range(3))
+        for at in range(0, len(hidden), size):
+            rows = slice(at, at + size)
+            logit = linear(hidden[rows], weight, bias)
+            logit = logit if slope == 1.0 else logit.mul_(slope)
+            p, total[rows] = normalized(logit)
+            chosen[rows] = logit.gather(1, token[rows, None])[:, 0]
+            if learns:
+                entropy[rows] = total[rows] - torch.linalg.vecdot(p, logit)
+        ctx.save_for_backward(hidden, weight, bias, token, total)
+        ctx.slope = slope
+        ctx.mark_non_differentiable(entropy)
+        return chosen - total, entropy if learns else None
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight, bias, token, total = ctx.saved_tensors
+        pull, size = grad[:, None] * ctx.slope, max(1, PIECE // max(len(hidden), 1))
+        of_hidden = torch.zeros_like(hidden)
+        of_weight, of_bias = (
+            torch.empty_like(x) if x is not None and x.requires_grad else None for x in (weight, bias)
+        )
+        for at in range(0, len(weight), size):
+            columns = slice(at, at + size)
+            logit = linear(hidden, weight[columns], None if bias is None else bias[columns])
+            logit = logit if ctx.slope == 1.0 else logit.mul_(ctx.slope)
+            found = logit.sub_(total[:, None]).exp_().mul_(-pull)
+            [here] = torch.where((token >= at) & (token < at + size))
+            found[here, token[here] - at] += pull[here, 0]
+            of_hidden += linear(found, weight[columns].t())
+            if of_weight is not None:
+                of_weight[columns] = linear(hidden.t(), found.t()).t()
+            if of_bias is not None:
+                of_bias[columns] = found.sum(dim=0)
+        return of_hidden, of_weight, of_bias, None, None
+
+
+def normalized(logit: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(logit), [N, V], and log sum exp(logit), [N]: the largest one's probability is exp(it - that).
+
+    A softmax makes its exponentials in half the time that `exp` takes.
+    """
+    p = logit.softmax(dim=-1)
+    return p, logit.amax(dim=-1) - p.amax(dim=-1).log()
+
+
+def pick(p: Tensor, noise: Tensor) -> Tensor:
+    """The first token whose cumulative probability is above the noise. p [N, V], noise [N] in [0, 1) -> int64 [N].
+
+    Of a large vocabulary only the block in which it lies is summed up token by token.
+    """
+    noise, rest = noise[:, None].to(p.dtype), -p.shape[1] % BLOCK
+    if p.shape[1] <= BLOCK:
+        total = p.cumsum(dim=-1)
+        return _first_above(total, noise * total[:, -1:])
+    blocks = (pad(p, (0, rest)) if rest else p).unflatten(1, (-1, BLOCK))
+    total = blocks.sum(dim=-1).cumsum(dim=-1)
+    level = noise * total[:, -1:]
+    block = _first_above(total, level)[:, None]
+    within = blocks.take_along_dim(block[..., None], dim=1)[:, 0].cumsum(dim=-1)
+    return block[:, 0] * BLOCK + _first_above(within, level - pad(total, (1, 0)).gather(1, block))
+
+
+def _first_above(total: Tensor, level: Tensor) -> Tensor:
+    """total [N, n], rising, level [N, 1] -> int64 [N]; where none is above, the first that is as high as the last."""
+    below = torch.nextafter(total[:, -1:], torch.zeros_like(level))
+    return torch.searchsorted(total, torch.minimum(level, below), right=True)[:, 0]
 
 
 @dataclass(frozen=True)
