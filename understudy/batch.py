@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS = 2**14
+STEPS = 2**11
 """Steps that are read at once: activations of more leave the cache, and their memory is asked of the system each time."""
 
 Tree = Any  # a Tensor, a dict of Tensors, a dataclass of Tensors, or None

@@ -93,7 +93,7 @@ class Walker:
         self.now: Tree = None
         self.quick: Quick | None = None  # the form in which the policy of this record chooses, where it has one
         self.unanswered = np.zeros(self.rows, dtype=bool)  # rows whose choice met a fault
-        self.chosen: list[np.ndarray] = []  # which rows chose, in each call of the last record
+        self.made: list[_Call] = []  # the calls of this record, or of the last
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
     def reset(self) -> None:
@@ -113,6 +113,11 @@ class Walker:
         self.now = self._see(obs, info, choosing=np.ones(self.rows, dtype=bool))
         if self.trail is not None:
             self.trail.begin(np.ones(self.rows, dtype=bool))
+
+    @property
+    def chosen(self) -> list[np.ndarray]:
+        """Which rows chose, in each call of the last record."""
+        return [call.chosen for call in self.made]
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
@@ -218,7 +223,7 @@ class Walker:
             self.reset()
         self.state = policy.initial_state(self.rows) if self.state is None else self.state
         self.quick = quick_form(policy, self)
-        before, calls, ended = self.state, [], np.zeros(self.rows, dtype=np.int64)
+        before, ended, self.made = self.state, np.zeros(self.rows, dtype=np.int64), (calls := [])
         while np.count_nonzero(rows := wanted(calls, ended)):
             calls.append(self._step(policy, rows))
             if np.count_nonzero(self.unanswered):
@@ -226,7 +231,6 @@ class Walker:
             ended += calls[-1].terminated | calls[-1].truncated
         if self.trail is not None and len(self.trail.calls) >= FOLD:
             self.trail.fold()
-        self.chosen = [call.chosen for call in calls]
         return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before, self.quick))
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
@@ -261,7 +265,7 @@ class Walker:
             self.unanswered = info.get("_fault", False) & heard
         over, chosen = terminated | truncated, wanted & heard & ~self.unanswered
         reward = np.where(pending, 0.0, reward).astype(np.float64, copy=False)
-        if not np.isfinite(reward).all():
+        if np.count_nonzero(np.isfinite(reward)) < self.rows:
             raise self._no_number("reward", reward)
         self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(chosen))
         self.returns, self.lengths = self.returns + reward, self.lengths + heard
@@ -283,8 +287,8 @@ class Walker:
         """Episodes end or begin: the observations they led to; what is seen where the next choices are made."""
         # the true last observations; nothing is chosen there
         last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
-        after = self._see(last, info, choosing=np.zeros_like(over))
-        rows = np.flatnonzero(over & chosen)
+        after = self._see(last, info, choosing=over & False)
+        rows = (over & chosen).nonzero()[0]
         columns = self.returns[rows], self.lengths[rows], rows, self.episode[rows], truncated[rows]
         self.finished.extend(map(Episode._make, zip(*(x.tolist() for x in columns), strict=True)))
         self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
@@ -320,7 +324,7 @@ class Walker:
         if isinstance(tree, dict) or self.masked or MASK in info:
             tree = self._with_mask(tree, info, choosing)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
-            if leaf.is_floating_point() and not np.isfinite(leaf.numpy()).all():
+            if leaf.is_floating_point() and np.count_nonzero(np.isfinite(leaf.numpy())) < leaf.numel():
                 raise self._no_number(f"observation {path!r}", leaf.numpy())
         return tree
 
@@ -394,22 +398,24 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None, quick: Quick |
     """
     seen, after, *columns = zip(*calls, strict=True)
     action, said, chosen, reward, died, cut = (torch.from_numpy(stacked(column)) for column in columns)
-    row, slots = torch.arange(chosen.shape[1])[:, None], 2 * len(calls) + 1
-    keep = np.zeros((len(row), slots), dtype=bool)
+    rows, slots = chosen.shape[1], 2 * len(calls) + 1
+    keep = np.zeros((rows, slots), dtype=bool)
     keep[:, :-1:2] = chosen.T
     keep[:, 1::2] = (died | cut).T
     keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
-    slot = torch.from_numpy(np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()])
+    slot = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()]
+    at = torch.from_numpy(slot * rows + np.arange(rows)[:, None])
 
     def up(by_call: Tensor) -> Tensor:
         spread = by_call.new_zeros(slots, *by_call.shape[1:])
-        spread[:-1:2][chosen] = by_call[chosen]
-        return spread[slot, row]
+        by_call[~chosen] = 0
+        spread[:-1:2] = by_call
+        return spread.flatten(0, 1)[at]
 
     def up_obs(trees: list[Tree]) -> Tree:
         if isinstance(trees[0], dict):
             return {name: up_obs([tree[name] for tree in trees]) for name in trees[0]}
-        return torch.from_numpy(stacked([tree.numpy() for tree in trees]))[slot, row]
+        return torch.from_numpy(stacked([tree.numpy() for tree in trees])).flatten(0, 1)[at]
 
     # what a call led to is read only where an episode ended in it
     obs = up_obs([tree for a, b in zip(seen, after, strict=True) for tree in (a, a if b is None else b)] + [last])

@@ -101,8 +101,7 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
-        if self.obs_scale is not None:
-            obs = self.obs_scale(obs)
+        obs = obs if self.obs_scale is None else self.obs_scale(obs)
         return self.network(obs, state, start) if self.memory else self.network(obs)
 
     def reward(self, reward: Tensor) -> Tensor:
