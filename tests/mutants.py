@@ -535,6 +535,12 @@ HAND = [
     Mutant("language/lean.py", "[self.width**-0.5] * self.queries", "[1.0] * self.queries", "scores are not scaled"),
     Mutant("language/lean.py", "(turned * sin).roll(", "(turned * -sin).roll(", "a gradient is turned the same way"),
     Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),
+    Mutant(
+        "language/lean.py", "flat.index_add_(0, taken[again]", "flat.index_add_(0, 0 * again", "a prompt's gradient"
+    ),
+    Mutant(
+        "language/lean.py", "argmax(dim=1) + 1, 0)", "argmax(dim=1) + 2, 0)", "answers that begin apart pass as one"
+    ),
     Mutant("language/lean.py", "behind < self.window", "behind <= self.window", "a window too wide by one"),
     Mutant("language/lean.py", "gated.up_proj.weight * after", "gated.up_proj.weight", "a norm's weights are left out"),
     Mutant(

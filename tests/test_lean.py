@@ -43,6 +43,24 @@ def test_rows_are_read_and_learned_from_as_by_the_modules(family, short, monkeyp
         assert_close(our_pull[name], pull, atol=near, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_what_answers_to_one_prompt_have_alike_is_read_once(monkeypatch):
+    text, read_at_once = rows(), []
+    ids = text.ids.clone()
+    ids[1, :3], ids[3, :3] = ids[0, :3], ids[0, :3]  # of three rows, the columns up to the first choice
+    text = Text(ids, text.mask)
+    monkeypatch.setattr(lean_module, "rounded", lambda n: read_at_once.append(n) or n)
+    trunk = tiny_lean("qwen2").base_model
+    ours, our_pull = read_and_pulled(trunk, text)
+    trunk.layers[0].register_forward_hook(lambda *_: None)
+    theirs, their_pull = read_and_pulled(trunk, text)
+
+    # 10 + 11 + 13 + 4 + 13 columns are needed, less 3 of each of two rows
+    assert read_at_once[0] == 51 - 6
+    assert_close(ours, theirs, atol=2e-5, rtol=1e-5)  # float32, another order of sums
+    for name, pull in their_pull.items():
+        assert_close(our_pull[name], pull, atol=1e-4 + 1e-5 * float(pull.abs().max()), rtol=0)
+
+
 def test_what_nobody_asks_about_is_zero():
     text = rows()
     hidden = read(tiny_lean("llama").base_model, text)
@@ -105,12 +123,20 @@ def test_the_gradients_by_hand_are_those_by_differences():
     joint = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     cos, sin = (torch.randn(2, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
     laid = _places(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]), (2, 2, 3, 5))
-    taken = torch.zeros(60, dtype=torch.long).index_copy_(0, laid, torch.arange(18))
-    there = torch.zeros(60, 1).index_fill_(0, laid, 1.0).double().view(4, 3, 5, 1)  # nothing is asked of padding
+    again = _places(torch.tensor([1]), torch.tensor([0]), (2, 2, 3, 5))  # the first token stands there too
+    taken = (
+        torch.zeros(60, dtype=torch.long).index_copy_(0, laid, torch.arange(18)).index_copy_(0, again, torch.arange(6))
+    )
+    there = (
+        torch.zeros(60, 1).index_fill_(0, torch.cat((laid, again)), 1.0).double().view(4, 3, 5, 1)
+    )  # nothing is asked of padding
 
     assert torch.autograd.gradcheck(lambda x: _Normed.apply(x, 0.1), x)
     assert torch.autograd.gradcheck(
-        lambda j: torch.cat([x.reshape(4, -1, 5, 4) for x in _Turned.apply(j, taken, laid, cos, sin)], 1) * there, joint
+        lambda j: (
+            torch.cat([x.reshape(4, -1, 5, 4) for x in _Turned.apply(j, taken, laid, again, cos, sin)], 1) * there
+        ),
+        joint,
     )
 
 
@@ -122,7 +148,7 @@ def test_a_token_is_turned_by_its_place_in_its_row():
 
     laid = _places(torch.tensor([0]), torch.tensor([1]), (1, 1, 3, 2))
 
-    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, cos, sin)
+    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, laid[:0], cos, sin)
 
     assert laid.tolist() == [1, 3, 5]
     assert query[0, :, 1].tolist() == [[-4.0, 3.0]]

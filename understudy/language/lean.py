@@ -8,7 +8,6 @@ same function of the same parameters: tests/test_lean.py holds the two side by s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -137,26 +136,35 @@ class Lean:
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
         """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
 
-        Padding costs nothing but its place in attention. What is read is rounded up by tokens that nobody hears or asks.
+        Padding costs nothing but its place in attention; what rows have alike until the first that is asked of them is read
+        once. What is read is rounded up by tokens that nobody hears or asks.
 
         Args:
             ids: [B, T].
             needed: how many columns of a row are read, [B].
             wanted: bool [B, T]: where something is asked; within what is needed.
         """
-        length = ids.shape[1]
-        row, column = (torch.arange(length, device=ids.device) < needed[:, None]).nonzero(as_tuple=True)
+        length, place = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
+        alike, until = _alike(ids, wanted)
+        within = place < needed[:, None]
+        shared = within & (place < until[:, None]) & (alike != torch.arange(len(ids), device=ids.device))[:, None]
+        row, column = (within & ~shared).nonzero(as_tuple=True)
+        number = torch.zeros_like(ids).index_put((row, column), torch.arange(len(row), device=ids.device))
+        number = torch.where(shared, number[alike], number)  # which of the tokens that are read stands at a place
         asked = wanted[row, column].nonzero()[:, 0]
         shape = len(ids), self.heads, self.queries + 2, length
         laid, heard_at = _places(row, column, shape), _places(row, column, (*shape[:2], self.queries, length))
+        elsewhere = shared.nonzero()
+        again = _places(elsewhere[:, 0], elsewhere[:, 1], shape)
+        part = torch.arange(shape[1] * shape[2], device=ids.device)
+        taken = (number[:, None] * len(part) + part[:, None]).flatten()
         read = rounded(len(row))
         heard_at = pad(heard_at.view(len(row), self.heads * self.queries), (0, 0, 0, read - len(row)))
-        taken = laid.new_zeros(math.prod(shape)).index_copy_(0, laid, torch.arange(len(laid), device=ids.device))
         cos, sin = (table.transpose(0, 1).contiguous() for table in self.turning(length))
         masks = {sliding: self._mask(length, sliding) for sliding in {layer.sliding for layer in self.layers}}
         x = self.words(pad(ids[row, column], (0, read - len(row))))
         for layer in self.layers:
-            turned = _Turned.apply(self._joint(x, layer), taken, laid, cos, sin)
+            turned = _Turned.apply(self._joint(x, layer), taken, laid, again, cos, sin)
             heard = self._attend(*turned, masks[layer.sliding])
             if layer is self.layers[-1]:  # of its tokens, only those that are asked about
                 some = pad(asked, (0, rounded(len(asked)) - len(asked)))
@@ -164,7 +172,8 @@ class Lean:
             heard = heard.reshape(-1, self.width)[heard_at].flatten(1)
             x = self._gated(x + linear(heard, layer.out), layer)
         x = _normed(x[: len(asked)], self.eps) * self.norm
-        return x.new_zeros(*ids.shape, x.shape[-1]).index_put((row[asked], column[asked]), x)
+        order = torch.zeros_like(row).index_put((asked,), torch.arange(len(asked), device=ids.device))
+        return x.new_zeros(*ids.shape, x.shape[-1]).index_put(wanted.nonzero(as_tuple=True), x[order[number[wanted]]])
 
     def _joint(self, x: Tensor, layer: Layer) -> Tensor:
         """Queries, key and value of each token and head, not turned yet: [N, heads, Q + 2, D]."""
@@ -234,6 +243,14 @@ def _by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
     return torch.bmm(weight.to(values.dtype), values)
 
 
+def _alike(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """The first row whose columns up to the first wanted one are the same, [B]; how many columns these are, [B]."""
+    until = torch.where(wanted.any(dim=1), wanted.int().argmax(dim=1) + 1, 0)
+    first: dict[tuple[int, ...], int] = {}
+    begun = [tuple(row[:end]) for row, end in zip(ids.tolist(), until.tolist(), strict=True)]
+    return ids.new_tensor([first.setdefault(key, row) for row, key in enumerate(begun)]), until
+
+
 def _places(row: Tensor, column: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     """Where tokens at these rows and columns stand in [rows, heads, parts, length], flat: [N heads parts], in that order."""
     _, heads, parts, length = shape
@@ -247,13 +264,16 @@ class _Turned(Function):
     Padding is some token or other: nobody attends to it, for it only follows. Tokens behind those that are laid out stand
     nowhere.
 
-    joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands;
-    cos, sin [Q + 1, T, D] -> queries [rows heads, Q, T, D]; keys, values [rows heads, T, D].
+    joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands
+    first; again: where a token stands too that several rows have; cos, sin [Q + 1, T, D] -> queries [rows heads, Q, T, D];
+    keys, values [rows heads, T, D].
     """
 
     @staticmethod
-    def forward(ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(laid, cos, sin)
+    def forward(
+        ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, again: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(taken, laid, again, cos, sin)
         ctx.shape = joint.shape
         rows = joint.reshape(-1, joint.shape[-1]).index_select(0, taken)
         rows = rows.view(-1, joint.shape[2], cos.shape[1], joint.shape[3])
@@ -263,15 +283,17 @@ class _Turned(Function):
         return rows[:, :-2], rows[:, -2], rows[:, -1]
 
     @staticmethod
-    def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor, None, None, None, None]:
-        laid, cos, sin = ctx.saved_tensors
+    def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        taken, laid, again, cos, sin = ctx.saved_tensors
         grad = torch.cat((pulls[0], pulls[1][:, None], pulls[2][:, None]), dim=1)
         turned = grad[:, :-1]
         across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
         turned.mul_(cos).add_(across)
-        found = grad.new_zeros(ctx.shape)
-        torch.index_select(grad.view(-1, grad.shape[-1]), 0, laid, out=found.view(-1, grad.shape[-1])[: len(laid)])
-        return found, None, None, None, None
+        grad, found = grad.view(-1, grad.shape[-1]), grad.new_zeros(ctx.shape)
+        flat = found.view(-1, grad.shape[-1])
+        torch.index_select(grad, 0, laid, out=flat[: len(laid)])
+        flat.index_add_(0, taken[again], grad.index_select(0, again))
+        return found, None, None, None, None, None
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -280,8 +302,8 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def _inverse(x: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype).square_() / x.shape[-1]).add_(eps).rsqrt_()
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _Normed(Function):
