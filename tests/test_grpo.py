@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.rehearsed import furnish
 from understudy.language import dpo, grpo, rehearsal, reinforce
-from understudy.language.cast import Cast
+from understudy.language.cast import Cast, pay
 from understudy.language.generate import Completion
 from understudy.language.model import Policy
 from understudy.language.sft import load_policy
@@ -87,6 +87,27 @@ def test_a_kl_in_the_loss_costs_what_its_coefficient_says(home):
     assert grpo.surrogate(config(grpo, home), 0.0).keywords["charge"] is None
     assert grpo.surrogate(config(grpo, home, kl_reference="exact"), 0.1).keywords["charge"] is not None
     assert grpo.surrogate(config(grpo, home, kl_reference="reward"), 0.1).keywords["charge"] is None
+
+
+def test_a_reference_that_nothing_is_held_to_is_looked_at_by_a_quarter_of_the_rows(home):
+    fields = {"rows": 8, "group": 4, "samples": 0}
+    cast = Cast(config(grpo, home, **fields))
+    with torch.no_grad():
+        for parameter in cast.reference.parameters():  # a KL to it is no longer 0
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    said = cast.sampler.collect(cast.policy, range(8), first=0)
+
+    def looked(coef, **more):
+        record, _, referred = pay(said, torch.zeros(8), cast.reference, coef, config(grpo, home, **fields | more))
+        gap = torch.where(referred.mask, record.logprob - referred.log_prob(record.action), 0.0)
+        return referred.mask.any(dim=1).sum(), gap.sum(dim=1)
+
+    (some, few), (every, all_rows) = looked(0.0), looked(0.1)
+    assert (some, every) == (2, 8)
+    assert_close(few[:2], all_rows[:2])
+    assert all_rows.all() and not few[2:].any()
+    assert looked(0.0, samples=5)[0] == 5
+    assert looked(0.0, kl_reference_target=1.0)[0] == looked(0.0, constraint=("kl_reference<=1:warn",))[0] == 8
 
 
 def test_groups_that_all_score_the_same_teach_nothing_and_are_counted(home, tmp_path):

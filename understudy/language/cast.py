@@ -41,6 +41,7 @@ OBSERVED = ("score_mean", "score_missing", "kl_reference", "length_mean", "stopp
 """Metrics of `observe` that a constraint may name."""
 CHARGES = {"k2": kl_k2, "k3": kl_k3, "exact": kl_exact}
 PIECE = 64  # rows a pass without gradient reads at a time
+LOOKED_AT = 4  # one row in so many is read by a reference that nothing is held to
 
 
 class Cast:
@@ -116,8 +117,8 @@ class Cast:
         """An iteration in numbers; some of its completions, token by token, go to samples/."""
         known = isinstance(batch.reference, Tensor)  # else the whole distribution is kept there
         theirs = batch.reference if known else referred.log_prob(batch.action)
-        kl = torch.where(batch.mask, batch.logprob - theirs, 0.0)
-        rows = batch.mask.any(dim=1)
+        kl = torch.where(referred.mask, batch.logprob - theirs, 0.0)
+        rows = referred.mask.any(dim=1)
         ids = [completion.own for completion in said.completions]
         metrics = {
             "score_mean": float(verdict.score.nanmean()),
@@ -349,7 +350,10 @@ def _measured(verdict: Verdict) -> dict[str, Tensor]:
 def pay(
     said: Said, score: Tensor, reference: Reference, coef: float, cfg: Rollouts
 ) -> tuple[Trajectory, Tensor, TokenDistribution]:
-    """The record as its ends and scores leave it, its rewards [B, T], and what the reference says of it."""
+    """The record as its ends and scores leave it, its rewards [B, T], and what the reference says of it.
+
+    At a coefficient of 0 the reference is only looked at, by some of the rows: its mask is False at the others.
+    """
     record, score = said.record, score.to(said.record.mask.device)
     score, terminated, truncated, mask = cut_short(
         score,
@@ -361,11 +365,21 @@ def pay(
         missing_eos_penalty=cfg.missing_eos_penalty,
     )
     record = replace(record, terminated=terminated, truncated=truncated, mask=mask, obs=replace(record.obs, mask=mask))
-    referred = in_pieces(reference, record.obs, cfg.micro)
+    asked = record.obs if coef else replace(record.obs, mask=mask & _looked_at(len(mask), cfg)[:, None].to(mask.device))
+    referred = in_pieces(reference, asked, cfg.micro)
     reward = at_last_step(score, mask)
     if cfg.kl_reference == "reward":
         reward = reward + kl_reward(record.logprob, referred.log_prob(record.action), mask, coef=coef)
     return record, whiten(reward, mask) if cfg.whiten_rewards else reward, referred
+
+
+def _looked_at(rows: int, cfg: Rollouts) -> Tensor:
+    """Which rows are read by a reference whose coefficient is 0, bool [B]: all where its KL steers something.
+
+    Else the first quarter, for prompts come in a random order, and those that are written down token by token.
+    """
+    every = cfg.kl_reference_target or cfg.constraint
+    return torch.arange(rows) < (rows if every else max(cfg.samples, -(-rows // LOOKED_AT)))
 
 
 def next_reference_coef(coef: float, kl: float, cfg: Rollouts) -> float:
