@@ -144,15 +144,11 @@ def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, f
             found = score[~score.isnan()]
             same = len(found) < 2 or bool((found == found[0]).all())
             (dull if same else kept).append((said, verdict, rows))
-        if len(kept) == wanted or not cfg.resample:
+        if not cfg.resample:
+            return said, verdict, len(dull) / asked
+        if len(kept) == wanted:
             break
-    equal = len(dull) / asked
-    return *_gathered((kept + dull)[:wanted] if cfg.resample else sorted_back(kept, dull), cast), equal
-
-
-def sorted_back(kept: list[Any], dull: list[Any]) -> list[Any]:
-    """All groups of one round, in the order in which they were sampled."""
-    return sorted(kept + dull, key=lambda group: group[2].start)
+    return *_gathered((kept + dull)[:wanted], cast), len(dull) / asked
 
 
 def _gathered(groups: list[tuple[Said, Verdict, slice]], cast: Cast) -> tuple[Said, Verdict]:
