@@ -353,13 +353,16 @@ def timed(
         `peak_mib`; `load` just before.
     """
     threads = str(len(cores))
+    own = {
+        name: x for name, x in os.environ.items() if not name.startswith("OPENBLAS_")
+    }  # NumPy chooses its own kernels
     told = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     told |= {"JAX_PLATFORMS": "cpu"} if device == "cpu" else {}
     marks: list[list[Any]] = []
     load, since = os.getloadavg()[0], time.monotonic()
     with (folder / "errors").open("w+") as errors:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder, env=os.environ | told,
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=folder, env=own | told,
             preexec_fn=lambda: os.sched_setaffinity(0, cores),
         )  # fmt: skip
         assert process.stdout is not None

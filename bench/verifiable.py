@@ -106,9 +106,9 @@ reverse 0.84, sort 0.89, add 0.58; rate 1e-3 forgot addition altogether (0.0), 2
 drawn again gave add 0.66, two passes 0.72. With 400,000 tokens, rate 5e-4, two passes and such groups drawn again: reverse
 0.99, add 0.85; 512 rows in groups of 8: add 0.86; four passes of four minibatches at rate 3e-4: add 0.92. The settings
 above: add 0.974 and 0.964, sort 0.990, reverse 0.996. Then seeds 1 to 5 were begun: add got 0.930 on seed 1, its curve still
-rising. With 700,000 tokens it got 0.970 and 0.936 on seeds 11 and 12, and 0.990, 0.978, 0.712, 0.936 and 0.976 on 21 to 25: 3 of
-5. Seed 23, the 0.712, run again on another processor, where sums are rounded otherwise, got 0.964. With 1,200,000 tokens, tuning
-seeds 100 and 101 got 1.000 and 0.998; those in the table are five more, run once."""
+rising. With 700,000 tokens it got 0.970 and 0.936 on seeds 11 and 12, and 0.990, 0.978, 0.712, 0.936 and 0.976 on 21 to 25:
+3 of 5. Seed 23, the 0.712, run again on another processor, where sums are rounded otherwise, got 0.964. With 1,200,000
+tokens, tuning seeds 100 and 101 got 1.000 and 0.998; those in the table are five more, run once."""
 
 
 def problems(task: Task, seed: int) -> tuple[list[Row], list[Row], list[Row]]:

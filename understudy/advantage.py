@@ -68,8 +68,7 @@ def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
 
 def _paid(reward: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """Each choice's pay: its own reward and that of the masked columns up to the next choice of its episode. 0 elsewhere."""
-    passed = torch.zeros_like(reward)
-    passed[:, :-1] = torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0)
+    passed = torch.nn.functional.pad(torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0), (0, 1))
     return _masked(_backward_sum(reward, passed), mask)
 
 

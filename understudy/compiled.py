@@ -66,7 +66,13 @@ class Compiled:
         self.chunks = math.ceil(whole / minibatches / CHUNK)
         self.rows = self.chunks * math.ceil(whole / minibatches / self.chunks)
         self.batch = map_tensors(partial(_filled, size=whole), batch)  # always as long, whatever was masked
-        self.columns = leaves(self.batch)
+        self.all = torch.ones(self.rows, dtype=torch.bool)
+        self.learned = [self.weights, *self.moments, self.count, self.numbers]
+        self.fixed = [*self.buffers.values(), *leaves(self.batch)]
+        key = self.objective.func, *((k, v) for k, v in self.objective.keywords.items() if k not in self.varying)
+        if key not in self.traced:
+            self.traced[key] = self._traced()
+        self.run, self.names = self.traced[key]
         try:
             for _ in range(epochs if len(batch) else 0):
                 if reshuffle or order is None:
@@ -98,14 +104,8 @@ class Compiled:
 
     def _step(self, rows: Tensor) -> None:
         """An optimizer step on some rows of the record."""
-        given = [self.weights, *self.moments, self.count, self.numbers, _filled(rows, self.rows)]
-        given += [torch.arange(self.rows) < len(rows), *self.buffers.values(), *self.columns]
-        key = self.objective.func, *((k, v) for k, v in self.objective.keywords.items() if k not in self.varying)
-        if key not in self.traced:
-            self.traced[key] = self._traced()
-        run, self.names = self.traced[key]
-        with torch.no_grad():
-            self.said.append(run(*given))
+        valid = self.all if len(rows) == self.rows else torch.arange(self.rows) < len(rows)
+        self.said.append(self.run(*self.learned, _filled(rows, self.rows), valid, *self.fixed))
 
     def _finish(self) -> Tensor:
         """The policy and its optimizer take over what was learned. Of each step: [loss, metrics, norm].
@@ -149,6 +149,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of Tensors as compiled code, from its first call on."""
     found: list[Any] = []
 
+    @torch.no_grad()
     def run(*given: Tensor) -> Any:
         if not found:
             from torch._inductor import compile as compile_graph  # seconds, and only here

@@ -17,8 +17,7 @@ def estimate(policy: Policy, record: Trajectory) -> tuple[Any, Tensor]:
 
     One batched pass also gives V of every episode's true last observation: it stands in the record as a masked column.
     """
-    look = consult if record.mask.numel() <= STEPS else consult_in_pieces
-    distribution, value = look(policy, record)
+    distribution, value = (consult if record.mask.numel() <= STEPS else consult_in_pieces)(policy, record)
     # no_grad lets a view of a parameter through, such as the value of a critic that is one number
     return map_tensors(Tensor.detach, distribution), value.detach()
 

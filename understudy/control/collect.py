@@ -93,6 +93,8 @@ class Walker:
         self.now: Tree = None
         self.quick: Quick | None = None  # the form in which the policy of this record chooses, where it has one
         self.unanswered = np.zeros(self.rows, dtype=bool)  # rows whose choice met a fault
+        self.every, self.none = np.ones(self.rows, dtype=bool), np.zeros(self.rows, dtype=bool)  # never written to
+        self.ended = np.zeros(self.rows, dtype=np.int64)  # episodes of this walk
         self.made: list[_Call] = []  # the calls of this record, or of the last
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
@@ -107,7 +109,7 @@ class Walker:
         if not self.seeds_rows:  # native vector envs share one generator: it is seeded once
             seeds = seeds[0] if self.now is None else None
         obs, info = self.envs.reset(seed=seeds)
-        self.returns[:], self.lengths[:], self.pending[:] = 0, 0, False
+        self.returns[:], self.lengths[:], self.pending = 0, 0, self.none
         self.state = None
         self.masked = MASK in info if self.masked is None else self.masked
         self.now = self._see(obs, info, choosing=np.ones(self.rows, dtype=bool))
@@ -121,22 +123,21 @@ class Walker:
 
     def collect(self, policy: Any, steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
-        return self._walk(policy, lambda calls, _: np.full(self.rows, len(calls) < steps))
+        return self._walk(policy, lambda calls: self.every if len(calls) < steps else None)
 
     def collect_episodes(self, policy: Any, episodes: int) -> Trajectory:
         """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
         self.reset()
-        return self._walk(policy, lambda _, ended: ended < episodes, whole=True)
+        return self._walk(policy, lambda _: rows if (rows := self.ended < episodes).any() else None, whole=True)
 
     def play(self, policy: Any, episodes: int) -> list[Episode]:
         """Play `episodes` whole, fresh episodes in every row without keeping a record."""
         self.reset()
         self.state = policy.initial_state(self.rows)
         self.quick = quick_form(policy, self)
-        ended = np.zeros(self.rows, dtype=np.int64)
-        while (ended < episodes).any():
-            call = self._step(policy, ended < episodes)
-            ended += call.terminated | call.truncated
+        self.ended[:] = 0
+        while (self.ended < episodes).any():
+            self._step(policy, self.ended < episodes)
         played = list(self.finished)
         self.finished.clear()
         return played
@@ -158,7 +159,7 @@ class Walker:
     def forget(self) -> None:
         """Leave the open episodes: the next record begins new ones. The last one's rows are bootstrapped, as ever."""
         self.now = self.state = None
-        self.returns[:], self.lengths[:], self.pending[:] = 0, 0, False
+        self.returns[:], self.lengths[:], self.pending = 0, 0, self.none
 
     def stand(self, found: dict[str, Any], policy: Any) -> bool:
         """Stand where `standing` was asked, in fresh environments; False where they came back otherwise.
@@ -217,18 +218,17 @@ class Walker:
         same = len(came) == len(was) and all(torch.equal(a, b) for a, b in zip(came, was, strict=True))
         return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
 
-    def _walk(self, policy: Any, wanted: Callable[..., np.ndarray], *, whole: bool = False) -> Trajectory:
-        """Call the env while any row is `wanted`, given the calls made and each row's ends among them."""
+    def _walk(self, policy: Any, wanted: Callable[..., np.ndarray | None], *, whole: bool = False) -> Trajectory:
+        """Call the env while rows are `wanted`, given the calls made."""
         if self.now is None:
             self.reset()
         self.state = policy.initial_state(self.rows) if self.state is None else self.state
         self.quick = quick_form(policy, self)
-        before, ended, self.made = self.state, np.zeros(self.rows, dtype=np.int64), (calls := [])
-        while np.count_nonzero(rows := wanted(calls, ended)):
+        before, self.made, self.ended[:] = self.state, (calls := []), 0
+        while (rows := wanted(calls)) is not None:
             calls.append(self._step(policy, rows))
             if np.count_nonzero(self.unanswered):
                 before = self._cut(calls, before, whole)
-            ended += calls[-1].terminated | calls[-1].truncated
         if self.trail is not None and len(self.trail.calls) >= FOLD:
             self.trail.fold()
         return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before, self.quick))
@@ -255,26 +255,32 @@ class Walker:
 
     def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
-        obs, pending, heard = self.now, self.pending, ~self.pending
-        action, said = self.quick(obs) if self.quick else self._choose(policy, obs)
+        action, said = self.quick(self.now) if self.quick else self._choose(policy, self.now)
         found, reward, terminated, truncated, info = self.envs.step(executed := policy.executable(action))
-        # copies: a vector env may write over its own arrays next time; a death at the time limit is a death
-        terminated = np.asarray(terminated, dtype=bool) & heard
-        truncated = np.asarray(truncated, dtype=bool) & heard & ~terminated
-        if self.supervised:
-            self.unanswered = info.get("_fault", False) & heard
-        over, chosen = terminated | truncated, wanted & heard & ~self.unanswered
-        reward = np.where(pending, 0.0, reward).astype(np.float64, copy=False)
-        if np.count_nonzero(np.isfinite(reward)) < self.rows:
-            raise self._no_number("reward", reward)
-        self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(chosen))
-        self.returns, self.lengths = self.returns + reward, self.lengths + heard
+        # a copy: a vector env may write over its own arrays next time
+        call = _Call(self.now, None, action, said, wanted, np.array(reward, dtype=np.float64), self.none, self.none)
+        eventful = self.supervised or any(map(np.count_nonzero, (terminated, truncated, self.pending)))
+        call, over = self._heard(call, terminated, truncated, info) if eventful else (call, self.none)
+        if np.count_nonzero(np.isfinite(call.reward)) < self.rows:
+            raise self._no_number("reward", call.reward)
+        self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(call.chosen))
+        self.returns, self.lengths = self.returns + call.reward, self.lengths + ~self.pending
         if self.trail is not None:
-            self.trail.calls.append((executed, obs, reward, over))
-        turns = np.count_nonzero(over | pending)
-        after, found, info = self._turn(found, info, over, chosen, truncated) if turns else (None, found, info)
+            self.trail.calls.append((executed, call.obs, call.reward, over))
+        if np.count_nonzero(over | self.pending):
+            call, found, info = self._turn(call, over, found, info)
         self.now = self._see(found, info, choosing=~self.pending)
-        return _Call(obs, after, action, said, chosen, reward, terminated & chosen, truncated & chosen)
+        return call
+
+    def _heard(self, call: _Call, terminated: Any, truncated: Any, info: Any) -> tuple[_Call, np.ndarray]:
+        """The call as the rows that heard it have it, and which of them are over. A death at the time limit is a death."""
+        heard = ~self.pending
+        terminated, truncated = (np.asarray(end, dtype=bool) & heard for end in (terminated, truncated))
+        self.unanswered = info.get("_fault", False) & heard & self.supervised
+        chosen, reward = call.chosen & heard & ~self.unanswered, np.where(heard, call.reward, 0.0)
+        died, cut = terminated & chosen, truncated & ~terminated & chosen
+        self.ended += died | cut
+        return call._replace(chosen=chosen, reward=reward, terminated=died, truncated=cut), terminated | truncated
 
     def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
         """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""
@@ -283,14 +289,13 @@ class Walker:
         action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
         return action.cpu().numpy(), logprob.cpu().numpy()
 
-    def _turn(self, found, info, over: np.ndarray, chosen: np.ndarray, truncated: np.ndarray) -> tuple[Tree, Any, Any]:
-        """Episodes end or begin: the observations they led to; what is seen where the next choices are made."""
+    def _turn(self, call: _Call, over: np.ndarray, found: Any, info: Any) -> tuple[_Call, Any, Any]:
+        """Episodes end or begin: the call with what it led to; what is seen where the next choices are made."""
         # the true last observations; nothing is chosen there
         last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
-        after = self._see(last, info, choosing=over & False)
-        rows = (over & chosen).nonzero()[0]
-        columns = self.returns[rows], self.lengths[rows], rows, self.episode[rows], truncated[rows]
-        self.finished.extend(map(Episode._make, zip(*(x.tolist() for x in columns), strict=True)))
+        call = call._replace(after=self._see(last, info, choosing=self.none))
+        told: Any = self.returns, self.lengths, np.arange(self.rows), self.episode, call.truncated
+        self.finished.extend(Episode(*(x.item(row) for x in told)) for row in (over & call.chosen).nonzero()[0])
         self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
@@ -298,7 +303,7 @@ class Walker:
         if self.mode is AutoresetMode.DISABLED:
             found, info = self._reset_rows(over, info)
         self.pending = over & (self.mode is AutoresetMode.NEXT_STEP)
-        return after, found, info
+        return call, found, info
 
     def _final_obs(self, info: Any, over: np.ndarray) -> Any:
         """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
