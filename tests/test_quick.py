@@ -116,5 +116,5 @@ def test_many_rows_are_chosen_for_by_the_modules(action):
     assert isinstance(few.says, Layers) and not isinstance(
         many.says, Layers
     )  # 65 * 64 * 64 products are more than 2^18
-    for mine, theirs in zip(few(obs), many(obs), strict=True):
+    for mine, theirs in zip(few(obs[:64]), many(obs[:64]), strict=True):
         assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -78,9 +78,9 @@ def _carry(decay: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
 
 
 def _backward_sum(x: Tensor, carry: Tensor) -> Tensor:
-    """y_t = x_t + carry_t * y_{t+1} along the columns, by doubling: after k rounds y_t holds 2^k terms."""
+    """y_t = x_t + carry_t * y_{t+1} along the columns, by doubling: after k rounds y_t holds 2^k terms, or all there are."""
     shift = 1
-    while shift < x.shape[1]:
+    while shift < x.shape[1] and carry.any():
         x = torch.cat([x[:, :-shift] + carry[:, :-shift] * x[:, shift:], x[:, -shift:]], dim=1)
         carry = torch.cat([carry[:, :-shift] * carry[:, shift:], carry[:, -shift:]], dim=1)
         shift *= 2
