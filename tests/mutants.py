@@ -55,6 +55,8 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     ),
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
+    "control/quick.py": ("test_quick.py",),
+    "compiled.py": ("test_compiled.py",),
     "study/overoptimise.py": ("test_overoptimise.py",),
     "run/guard.py": (GUARD,),
     "run/spikes.py": tuple(
@@ -99,6 +101,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
 HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
     "run/guard.py",
     "run/checkpoint.py",
+    "compiled.py",
     "language/model.py",
     "language/generate.py",
     "language/lean.py",
@@ -323,9 +326,11 @@ HAND = [
         "scaled by the minibatch",
     ),
     Mutant("update.py", "totals.get(name, 0.0) + mean", "mean", "metrics of the last micro-batch"),
-    Mutant("update.py", "return _mean(seen) |", "return _mean(seen[-1:]) |", "metrics of the last minibatch"),
-    Mutant("update.py", "if not torch.isfinite(norm):", "if False:", "a broken gradient is learnt from"),
-    Mutant("update.py", "if not torch.isfinite(total):", "if False:", "a broken loss is learnt from"),
+    Mutant("update.py", "return mean_of(seen) |", "return mean_of(seen[-1:]) |", "metrics of the last minibatch"),
+    Mutant(
+        "update.py", 'return finite("gradient\'s norm", norm, NORM)', "return norm", "a broken gradient is learnt from"
+    ),
+    Mutant("update.py", 'finite("loss", total, LOSS).backward()', "total.backward()", "a broken loss is learnt from"),
     Mutant("update.py", "generator=generator, device", "device", "the order is not the generator's"),
     Mutant("control/normalize.py", "shift.square() * self.count", "0 * self.count", "variance between batches is lost"),
     Mutant(
@@ -334,35 +339,39 @@ HAND = [
         "_named(record.obs)[name].flatten(0, 1)",
         "padding is gathered",
     ),
+    Mutant("control/normalize.py", "np.where(ended, 0.0, 1.0)", "np.where(ended, 1.0, 1.0)", "returns cross an end"),
     Mutant(
-        "control/normalize.py", "torch.where(ended[:, t], 0.0, self.running)", "self.running", "returns cross an end"
+        "control/normalize.py",
+        "np.where(mask, self.gamma, 1.0)",
+        "np.where(mask, 1.0, 1.0)",
+        "the running return is not discounted",
     ),
-    Mutant("control/normalize.py", "self.gamma * self.running", "self.running", "the running return is not discounted"),
-    Mutant(
-        "control/normalize.py", "(scaled[name] - seen.mean.float())", "scaled[name]", "observations are not centred"
-    ),
+    Mutant("control/normalize.py", "(scaled[name] - shift)", "scaled[name]", "observations are not centred"),
     Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
-    Mutant(
-        "control/normalize.py", "self.moments.add(returns[mask])", "self.moments.add(returns)", "padding is gathered"
-    ),
-    Mutant("control/collect.py", "& ~pending & ~terminated", "& ~pending", "a death at the time limit is both"),
+    Mutant("control/normalize.py", "returns.T[mask.T]", "returns.T.reshape(-1)", "padding is gathered"),
     Mutant(
         "control/collect.py",
-        "np.array(terminated, dtype=bool) & ~pending",
-        "np.array(terminated, dtype=bool)",
+        "truncated & ~terminated & chosen",
+        "truncated & chosen",
+        "a death at the time limit is both",
+    ),
+    Mutant(
+        "control/collect.py",
+        "np.asarray(end, dtype=bool) & heard",
+        "np.asarray(end, dtype=bool)",
         "a reset ends an episode",
     ),
-    Mutant("control/collect.py", "np.where(pending, 0.0, reward)", "np.asarray(reward)", "a reset is paid"),
+    Mutant("control/collect.py", "np.where(heard, call.reward, 0.0)", "call.reward", "a reset is paid"),
     Mutant(
         "control/collect.py",
-        "self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP else found",
+        "self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found",
         "found",
         "V of the next episode's first obs",
     ),
     Mutant(
         "control/collect.py",
-        "terminated | truncated, ~pending & wanted",
-        "terminated | truncated, wanted & True",
+        "call.chosen & heard &",
+        "call.chosen &",
         "resets are steps",
     ),
     Mutant(
@@ -371,29 +380,35 @@ HAND = [
         "torch.from_numpy(over & ~over)",
         "memory crosses an end",
     ),
-    Mutant("control/collect.py", "int(chosen.sum())", "self.rows", "resets are counted"),
+    Mutant("control/collect.py", "int(np.count_nonzero(call.chosen))", "self.rows", "resets are counted"),
     Mutant(
         "control/collect.py",
-        "keep[:, 1::2] = np.stack(terminated, axis=1) | np.stack(truncated, axis=1)",
+        "keep[:, 1::2] = (died | cut).T",
         "",
         "no room for the last observation",
     ),
     Mutant(
         "control/collect.py",
-        "return self.now if after is None else after",
-        "return self.now",
-        "a last obs is the next episode's",
+        "(a, a if b is None else b)",
+        "(a, a)",
+        "a last obs is the one before it",
+    ),
+    Mutant(
+        "control/collect.py", "(terminated, truncated, self.pending)", "(terminated, truncated)", "resets are heard"
+    ),
+    Mutant(
+        "control/collect.py", "self.ended += died | cut", "self.ended += died", "an episode that is cut does not count"
     ),
     Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
     Mutant("control/collect.py", "row if over[row] else np.argmax(over)", "np.argmax(over)", "another row's last obs"),
-    Mutant("control/collect.py", "~pending & wanted", "~pending", "a fast row's surplus episodes are learnt from"),
-    Mutant("control/collect.py", "self.pending = over & (", "self.pending = ~over & (", "the wrong rows are pending"),
     Mutant(
-        "control/collect.py", "np.flatnonzero(over & chosen)", "np.flatnonzero(over)", "surplus episodes are reported"
+        "control/collect.py", "said, wanted, np.array", "said, self.every, np.array", "surplus episodes are learnt from"
     ),
+    Mutant("control/collect.py", "self.pending = over & (", "self.pending = ~over & (", "the wrong rows are pending"),
+    Mutant("control/collect.py", "(over & call.chosen).nonzero()", "over.nonzero()", "surplus episodes are reported"),
     Mutant("control/collect.py", "np.where(over, 0.0, self.returns)", "self.returns", "returns of episodes pile up"),
     Mutant("control/collect.py", "keep[:, -1] = (", "_ = (", "a cut row has no obs after its last step"),
-    Mutant("control/collect.py", "by_call[~made] = 0", "", "what was not chosen stands in the padding"),
+    Mutant("control/collect.py", "by_call[~chosen] = 0", "", "what was not chosen stands in the padding"),
     Mutant(
         "control/collect.py", "int(self.episode[row])) if over[row]", "0) if over[row]", "every episode is the first"
     ),
@@ -402,6 +417,17 @@ HAND = [
     Mutant("control/collect.py", "self.calls % self.hold", "self.calls % 1", "noise is never held"),
     Mutant("control/collect.py", "choosing=~self.pending)", "choosing=self.pending)", "masks where nothing is chosen"),
     Mutant("control/collect.py", "((info, ~over), (told, over))", "((info, over), (told, ~over))", "masks of last obs"),
+    Mutant("control/quick.py", "np.minimum(np.maximum((", "(((", "the scaled observation has no bound"),
+    Mutant("control/quick.py", "x += layer[1]", "x += 0", "layers have no bias"),
+    Mutant("control/quick.py", "drawn * self.log_std.exp()", "drawn", "noise has deviation 1"),
+    Mutant("control/quick.py", "scale is None else scale(obs)", "True else scale(obs)", "many rows are not scaled"),
+    Mutant("compiled.py", "x[low : low + size] for x", "x[:size] for x", "every chunk is the first"),
+    Mutant("compiled.py", "gradient + pulled, told + said", "pulled, told + said", "the last chunk's gradient"),
+    Mutant("compiled.py", "mask=batch.mask & valid[:, None]", "mask=batch.mask", "rows that fill up are learnt from"),
+    Mutant("compiled.py", "(norm + 1e-6)).clamp(max=1.0)", "(norm + 1e-6))", "small gradients are made large"),
+    Mutant("compiled.py", "(1 - beta1**count)", "1", "the first moment is not corrected"),
+    Mutant("compiled.py", "(1 - beta2**count).sqrt()", "count**0", "the second moment is not corrected"),
+    Mutant("compiled.py", "told[-min(minibatches, len(batch)) :, 1:]", "told[:, 1:]", "metrics of all epochs"),
     Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
     Mutant(
         "control/normalize.py", ".clamp(-CLIP, CLIP)\n        return", "\n        return", "observations have no bound"
@@ -643,8 +669,10 @@ HAND = [
         "guard(error)",
         "what is not finite stays in the gradients",
     ),
-    Mutant("update.py", "if not torch.isfinite(norm):", "if norm.isnan():", "an infinite gradient is stepped with"),
-    Mutant("update.py", "if not torch.isfinite(norm):", "if norm.isinf():", "a gradient of nan is stepped with"),
+    Mutant(
+        "update.py", "not math.isfinite(value.item())", "math.isnan(value.item())", "what is infinite is stepped with"
+    ),
+    Mutant("update.py", "not math.isfinite(value.item())", "math.isinf(value.item())", "nan is stepped with"),
     Mutant("update.py", "epochs * minibatches > 1 else", "epochs > 1 else", "no way back within one epoch"),
     Mutant("update.py", "epochs * minibatches > 1 else", "minibatches > 1 else", "no way back between epochs"),
     Mutant(
@@ -873,19 +901,9 @@ EQUIVALENT = {
     ): "the log of 0 stands in the branch that is not taken, and the width is not learnt",
     (
         "control/collect.py",
-        "self.calls, self.steps = self.calls + 1, self.steps + int(chosen.sum())",
-        "self.calls, self.steps = self.calls - (1), self.steps + int(chosen.sum())",
+        "self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(call.chosen))",
+        "self.calls, self.steps = self.calls - (1), self.steps + int(np.count_nonzero(call.chosen))",
     ): "only whether the calls are a multiple of `hold` is ever asked",
-    (
-        "control/collect.py",
-        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)",
-        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated, truncated & chosen)",
-    ): "an end in a row that wants no more is blanked by `lay_out`, and such a row stays done",
-    (
-        "control/collect.py",
-        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated & chosen)",
-        "return _Call(obs, after, action.cpu(), logprob.cpu(), chosen, reward, terminated & chosen, truncated)",
-    ): "an end in a row that wants no more is blanked by `lay_out`, and such a row stays done",
     (
         "value.py",
         "@torch.no_grad()",
@@ -893,8 +911,8 @@ EQUIVALENT = {
     ): "what it returns is detached; this only saves the graph",
     (
         "advantage.py",
-        "while shift < x.shape[1]:",
-        "while shift <= x.shape[1]:",
+        "while shift < x.shape[1] and carry.any():",
+        "while shift <= x.shape[1] and carry.any():",
     ): "one round more, which shifts everything out and adds nothing",
     (
         "advantage.py",
