@@ -87,6 +87,15 @@ def test_without_sampling_it_is_the_mode(action):
         assert_close(torch.from_numpy(found), policy(obs[:, None])[0].mode()[:, 0], rtol=1e-5, atol=1e-5)
 
 
+def test_noise_that_is_held_and_masks_have_no_quick_form():
+    policy = Policy.build(BOX, NUMBERS, Network(), seed=1)
+    plain = {"rows": 4, "hold": 1, "masked": False, "generator": None, "sample": True}
+
+    assert quick_form_for(policy, SimpleNamespace(**plain)) is not None
+    assert quick_form_for(policy, SimpleNamespace(**plain | {"hold": 2})) is None
+    assert quick_form_for(policy, SimpleNamespace(**plain | {"masked": True})) is None
+
+
 @pytest.mark.parametrize(
     ("observation", "action", "made_of", "rows"),
     [
@@ -109,7 +118,8 @@ def test_other_policies_have_no_quick_form(observation, action, made_of, rows):
 @pytest.mark.parametrize("action", [spaces.Discrete(4), NUMBERS], ids=["one choice", "numbers"])
 def test_many_rows_are_chosen_for_by_the_modules(action):
     policy = Policy.build(BOX, action, Network(), seed=1, scale_obs=True)
-    obs = torch.randn(65, 3, generator=seeded(2))
+    policy.obs_scale.seen[0].add(2 + 3 * torch.randn(50, 3, generator=seeded(1)))
+    obs = 5 * torch.randn(65, 3, generator=seeded(2))
 
     few, many = quick_form(policy, 64, seeded(3)), quick_form(policy, 65, seeded(3))
 
