@@ -34,7 +34,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent
 RESULTS, PAGE = HERE / "results" / "performance", ROOT / "docs" / "performance.md"
 SB3, SBX, CLEANRL, PUREJAXRL = "Stable-Baselines3", "SBX", "CleanRL", "PureJaxRL"
-BARE, PRODUCTS = "bare environment", "matrix products"
+BARE, PRODUCTS, ONEDNN = "bare environment", "products by torch.mm", "products by oneDNN"
 PYTHONS = {
     OURS: ".venv",
     SB3: ".venv-peers-sb3",
@@ -43,6 +43,7 @@ PYTHONS = {
     PUREJAXRL: ".venv-peers-purejaxrl",
     BARE: ".venv",
     PRODUCTS: ".venv",
+    ONEDNN: ".venv",
 }
 PACKAGES = {
     OURS: ("understudy", "torch", "gymnasium", "numpy", "mujoco"),
@@ -52,6 +53,7 @@ PACKAGES = {
     PUREJAXRL: ("jax", "gymnax", "flax", "numpy"),
     BARE: ("gymnasium", "mujoco"),
     PRODUCTS: ("torch",),
+    ONEDNN: ("torch",),
 }
 CURVE = 100  # marks of a run that are kept
 
@@ -168,10 +170,11 @@ ROWS = {
     ),
     "native-2048": Row(
         "CartPole-v1, native vector env, 2048 x 128",
-        f"{NATIVE_NOTE} The last line: steps a second if only products of 64-wide float32 layers took time.",
+        f"{NATIVE_NOTE} The last two lines: steps a second if only products of 64-wide float32 layers took time, by either of "
+        "torch's libraries.",
         16 * 262_144,
-        native(2048) | {PRODUCTS: {"epochs": 4}},
-        {PUREJAXRL: (1.2, 2), PRODUCTS: (0.3, 0.5)},
+        native(2048) | {PRODUCTS: {"epochs": 4}, ONEDNN: {"epochs": 4}},
+        {PUREJAXRL: (1.2, 2), PRODUCTS: (0.3, 0.5), ONEDNN: (0.3, 0.5)},
         "all",
     ),
     "solve": Row(
@@ -323,7 +326,7 @@ def once(side: str, row: Row, steps: int, seed: int, setting: Setting, cores: li
             reached=reached,
         )
     marks = run["marks"]
-    warmup = 1 if side in (PUREJAXRL, BARE, PRODUCTS) else row.warmup
+    warmup = 1 if side in (PUREJAXRL, BARE, PRODUCTS, ONEDNN) else row.warmup
     run["steps"] = marks[-1][0]
     run["steps_per_second"] = rate(marks, min(warmup, len(marks) - 1))
     run["solved_seconds"] = reached(marks) if reached else None
@@ -406,7 +409,7 @@ def command(side: str, settings: dict[str, Any], job: dict[str, Any], setting: S
     if side == PUREJAXRL:
         given = {"checkout": str(checkout(setting.purejaxrl, "--purejaxrl")), "config": PUREJAXRL_A | settings}
         return [python, str(HERE / "peers" / "purejaxrl.py"), json.dumps(job | given)]
-    kind = {BARE: "bare_env", PRODUCTS: "products"}[side]
+    kind = {BARE: "bare_env", PRODUCTS: "products", ONEDNN: "products_by_onednn"}[side]
     return [python, str(HERE / "control_limits.py"), kind, json.dumps(job | settings)]
 
 

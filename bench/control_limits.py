@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -33,14 +34,24 @@ def bare_env(job: dict[str, Any]) -> None:
 
 
 def products(job: dict[str, Any]) -> None:
-    """The steps there would be if nothing took time but products of 64-wide float32 layers, small enough for a cache."""
+    """The steps there would be if nothing took time but products of 64-wide float32 layers, by `torch.mm`."""
+    multiply(job, lambda x, weights, out: torch.mm(x, weights, out=out))
+
+
+def products_by_onednn(job: dict[str, Any]) -> None:
+    """The same by oneDNN, which uses more of some processors."""
+    multiply(job, lambda x, weights, out: torch.ops.mkldnn._linear_pointwise(x, weights, None, "none", [], ""))
+
+
+def multiply(job: dict[str, Any], product: Callable[..., torch.Tensor]) -> None:
+    """Products small enough for a cache, and the steps that they would do for."""
     torch.set_num_threads(job["threads"])
     rows, device = 8192, job["device"]
     weights, x, out = torch.randn(64, 64, device=device), torch.randn(rows, 64, device=device), None
     steps, flop = 0.0, 2 * rows * 64 * 64
     while steps < job["steps"]:
         for _ in range(500):
-            out = torch.mm(x, weights, out=out)
+            out = product(x, weights, out)
         if device != "cpu":
             torch.cuda.synchronize()
         steps += 500 * flop / flop_per_step(job["epochs"])
@@ -48,4 +59,5 @@ def products(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    {"bare_env": bare_env, "products": products}[sys.argv[1]](json.loads(sys.argv[2]))
+    kinds = {"bare_env": bare_env, "products": products, "products_by_onednn": products_by_onednn}
+    kinds[sys.argv[1]](json.loads(sys.argv[2]))

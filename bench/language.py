@@ -306,8 +306,13 @@ def seconds(told: dict[str, Any]) -> float:
 
 
 def product_rate(told: dict[str, Any]) -> float:
-    """Floating-point operations a second that products reach alone."""
+    """Floating-point operations a second that products reach alone, by `torch.mm`."""
     return statistics.median(told["flops_per_second"][told["warmup"] :])
+
+
+def onednn_rate(told: dict[str, Any]) -> float:
+    """The same by oneDNN."""
+    return statistics.median(told["flops_per_second_onednn"][told["warmup"] :])
 
 
 def end_to_end(told: dict[str, Any]) -> float:
@@ -329,13 +334,13 @@ def median(told: list[dict[str, Any]], of: Callable[[dict[str, Any]], float]) ->
     return statistics.median(map(of, told))
 
 
-def flops_share(told: dict[str, Any], alone: dict[str, Any], row: Row) -> float:
+def flops_share(told: dict[str, Any], alone: float, row: Row) -> float:
     """Of a language PPO iteration: its arithmetic a second over the rate that products reach alone."""
     job, chosen = row.job, statistics.mean(told["tokens"])
     mean_prompt = statistics.mean(len(one["prompt"]) for one in sums())  # a token a character
     lengths = [round(mean_prompt) + job["length"]] * job["rows"]
     flops = ppo_flops(lengths, round(chosen), vocabulary=job["vocabulary"], epochs=job["epochs"], critic=job["critic"])
-    return flops / seconds(told) / product_rate(alone)
+    return flops / seconds(told) / alone
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
@@ -396,8 +401,8 @@ bench/peers. TRL's PPO has no shared trunk: both rows are measured against its s
 gradient. `generate` runs under `inference_mode`, keeps no scores, and all its prompts are as long; ours gives log-probs
 too. Memory: the highest resident size of the process, less what was resident after imports and what the files of its
 models hold; optimizer and gradients count. The share of the matmul rate: `ppo_flops` in bench/language_work.py counts
-what the method's definition asks for and nothing twice; the rate is that of `torch.mm` alone at this model's widths
-over all tokens of an iteration.
+what the method's definition asks for and nothing twice; the rate is that of products alone at this model's widths over
+all tokens of an iteration, by each of the two libraries that torch brings along.
 """
 
 
@@ -477,14 +482,19 @@ def memory_table(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def share_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| a whole iteration | products alone, GFLOP/s | **share** | asked |", "|---|---|---|---|"]
+    lines = [
+        "| a whole iteration | products alone by torch.mm, GFLOP/s | **share** | by oneDNN, GFLOP/s | **share** | asked |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, one in found.items():
         row = ROWS[name]
         if row.peer == PROCESSOR and not one["skipped"]:
-            alone = median(one["peer"], product_rate)
-            pairs = zip(one["ours"], one["peer"], strict=False)
-            share = statistics.median(flops_share(a, b, row) for a, b in pairs)
-            lines.append(f"| {row.work} | {alone / 1e9:.1f} | **{share:.0%}** | {row.at_least:.0%} / {row.aim:.0%} |")
+            cells = []
+            for of in (product_rate, onednn_rate):
+                pairs = zip(one["ours"], one["peer"], strict=False)
+                share = statistics.median(flops_share(a, of(b), row) for a, b in pairs)
+                cells += [f"{median(one['peer'], of) / 1e9:.1f}", f"**{share:.0%}**"]
+            lines.append(f"| {row.work} | {' | '.join(cells)} | {row.at_least:.0%} / {row.aim:.0%} |")
     return lines
 
 

@@ -109,7 +109,7 @@ def sample(given: dict[str, Any]) -> None:
 
 
 def multiply(given: dict[str, Any]) -> None:
-    """The rate of float32 products at the widths of this model, over all tokens of an iteration at once."""
+    """The rate of products at the widths of this model, all tokens of an iteration at once, by torch's two libraries."""
     clock = Clock(given)
     torch.set_num_threads(1)
     dtype = torch.float32 if given["device"] == "cpu" else torch.bfloat16
@@ -129,7 +129,7 @@ def multiply(given: dict[str, Any]) -> None:
         left, right = torch.randn(rows, a, dtype=dtype), torch.randn(a, b, dtype=dtype)
         work.append([x.to(given["device"]) for x in (left, right, torch.empty(rows, b, dtype=dtype))])
     flops = sum(2.0 * rows * a * b for a, b in shapes)
-    rates = []
+    rates, by_onednn = [], []
     clock.start()
     while not clock.done:
         since = time.perf_counter()
@@ -139,7 +139,11 @@ def multiply(given: dict[str, Any]) -> None:
             torch.cuda.synchronize()
         rates.append(flops / (time.perf_counter() - since))
         clock.end(rows)
-    clock.report(0, "torch", flops_per_second=rates)
+        since = time.perf_counter()
+        for left, right, _ in work if given["device"] == "cpu" else ():
+            torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+        by_onednn.append(flops / (time.perf_counter() - since))
+    clock.report(0, "torch", flops_per_second=rates, flops_per_second_onednn=by_onednn)
 
 
 if __name__ == "__main__":
