@@ -170,8 +170,8 @@ ROWS = {
     ),
     "native-2048": Row(
         "CartPole-v1, native vector env, 2048 x 128",
-        f"{NATIVE_NOTE} The last two lines: steps a second if only products of 64-wide float32 layers took time, by either of "
-        "torch's libraries.",
+        f"{NATIVE_NOTE} The last two lines: steps a second if only products of 64-wide float32 layers took time, by either "
+        "of torch's libraries.",
         16 * 262_144,
         native(2048) | {PRODUCTS: {"epochs": 4}, ONEDNN: {"epochs": 4}},
         {PUREJAXRL: (1.2, 2), PRODUCTS: (0.3, 0.5), ONEDNN: (0.3, 0.5)},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
+THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name may change
 LARGE = 2**20
 """Multiplications from which on oneDNN is quicker, its preparation of the weights included."""
 
@@ -58,7 +59,7 @@ def _suits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
         multiplications >= LARGE
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and THERE
         and not torch.is_autocast_enabled("cpu")
     )
 
