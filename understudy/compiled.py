@@ -61,13 +61,13 @@ class Compiled:
     ) -> dict[str, float]:
         """As `understudy.update.update`: a policy without memory, one group of Adam's, an objective that is a `partial`."""
         batch, order = record.steps(), None  # pyright: ignore[reportAttributeAccessIssue]
-        self._begin(policy, optimizer, objective, prepare, max_grad_norm)
+        self._begin(policy, optimizer, objective, prepare, max_grad_norm, steps=epochs * minibatches)
         whole = self.steps * len(record)
         self.chunks = math.ceil(whole / minibatches / CHUNK)
         self.rows = self.chunks * math.ceil(whole / minibatches / self.chunks)
         self.batch = map_tensors(partial(_filled, size=whole), batch)  # always as long, whatever was masked
         self.all = torch.ones(self.rows, dtype=torch.bool)
-        self.learned = [self.weights, *self.moments, self.count, self.numbers]
+        self.learned = [self.weights, *self.moments]
         self.fixed = [*self.buffers.values(), *leaves(self.batch)]
         key = self.objective.func, *((k, v) for k, v in self.objective.keywords.items() if k not in self.varying)
         if key not in self.traced:
@@ -86,8 +86,8 @@ class Compiled:
         means: dict[str, float] = dict(zip(self.names, last, strict=True)) if last else {}
         return means | {"optimizer_steps": len(told), "epochs": epochs}
 
-    def _begin(self, policy: Any, optimizer: Any, objective: Any, prepare: Any, limit: float | None) -> None:
-        """Weights and moments become flat vectors."""
+    def _begin(self, policy, optimizer: Any, objective: Any, prepare: Any, limit: float | None, *, steps: int) -> None:
+        """Weights and moments become flat vectors; what Adam needs to know of each step is said beforehand."""
         (group,) = optimizer.param_groups
         self.policy, self.optimizer, self.parameters = policy, optimizer, group["params"]
         self.objective, self.prepare, self.limit = objective, prepare, limit
@@ -95,17 +95,21 @@ class Compiled:
         self.weights = _flat(self.parameters)
         blank = torch.zeros_like(self.weights)
         self.moments = [_flat([x[name] for x in state]) if state[0] else blank.clone() for name in MOMENTS]
-        self.count = torch.tensor(float(state[0]["step"]) if state[0] else 0.0, dtype=torch.float64)
+        self.before = float(state[0]["step"]) if state[0] else 0.0
         changing = [objective.keywords[name] for name in self.varying if name in objective.keywords]
-        self.numbers = torch.tensor([group["lr"], *changing], dtype=torch.float64)
-        self.settings = (*group["betas"], group["eps"])
+        (beta1, beta2), count = group["betas"], self.before + torch.arange(1, steps + 1, dtype=torch.float64)
+        known = torch.tensor([changing], dtype=torch.float64).expand(steps, -1)
+        corrected = group["lr"] / (1 - beta1**count), (1 - beta2**count).sqrt()
+        self.numbers = torch.cat([torch.stack(corrected, dim=1), known], dim=1)
+        self.settings = beta1, beta2, group["eps"]
         self.buffers = dict(policy.named_buffers())
         self.said: list[Tensor] = []
 
     def _step(self, rows: Tensor) -> None:
         """An optimizer step on some rows of the record."""
         valid = self.all if len(rows) == self.rows else torch.arange(self.rows) < len(rows)
-        self.said.append(self.run(*self.learned, _filled(rows, self.rows), valid, *self.fixed))
+        numbers = self.numbers[len(self.said)]
+        self.said.append(self.run(*self.learned, numbers, _filled(rows, self.rows), valid, *self.fixed))
 
     def _finish(self) -> Tensor:
         """The policy and its optimizer take over what was learned. Of each step: [loss, metrics, norm].
@@ -124,7 +128,7 @@ class Compiled:
         for parameter in self.parameters:
             if not state[parameter]:
                 state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-            state[parameter]["step"] = self.count.float()
+            state[parameter]["step"] = torch.tensor(self.before + len(told))
         sizes = [p.numel() for p in self.parameters]
         kinds = [self.parameters, *([state[p][name] for p in self.parameters] for name in MOMENTS)]
         with torch.no_grad():
@@ -171,21 +175,22 @@ def available() -> bool:
 
 def _learn(
     held: int, chunks: int, take, pull, move,
-    weights, mean, square, count, numbers, rows, valid, *rest,
+    weights, mean, square, numbers, rows, valid, *rest,
 ) -> Tensor:  # fmt: skip
-    """An optimizer step, in place on weights, mean, square and count; [loss, metrics, gradient's norm].
+    """An optimizer step, in place on weights, mean and square; [loss, metrics, gradient's norm].
 
     Args:
+        numbers: lr / (1 - beta1^t), sqrt(1 - beta2^t), and the objective's that vary.
         held: how many of `rest` are the policy's buffers; then the record's columns, each [N, 1, ...].
         take, pull, move: `_take`, `_pull` and `_move` with what they hold fixed, plain or compiled.
     """
     weight, *minibatch = take(rows, valid, *rest[held:])
-    size, gradient, told = len(rows) // chunks, 0, 0
-    for low in range(0, len(rows), size):
-        some = (x[low : low + size] for x in (weight, *minibatch))
-        pulled, said = pull(weights, numbers, *rest[:held], *some)
-        gradient, told = gradient + pulled, told + said
-    return torch.cat([told, move(weights, mean, square, count, numbers, gradient)[None]])  # pyright: ignore
+    pulled = [
+        pull(weights, numbers, *rest[:held], *some)
+        for some in zip(*(x.chunk(chunks) for x in (weight, *minibatch)), strict=True)
+    ]
+    gradient, told = (parts[0] if chunks == 1 else torch.stack(parts).sum(dim=0) for parts in zip(*pulled, strict=True))
+    return torch.cat([told, move(weights, mean, square, numbers, gradient)[None]])
 
 
 def _take(record, prepare, rows, valid, *columns) -> list[Tensor]:
@@ -206,7 +211,7 @@ def _pull(policy, buffers, record, objective, varying, names, weights, numbers, 
     parts = [x.view_as(p) for x, p in zip(leaf.split([p.numel() for p in own.values()]), own.values(), strict=True)]
     tensors = dict(zip([*own, *buffers], [*parts, *held], strict=True))
     changing = [name for name in varying if name in objective.keywords]
-    changed = dict(zip(changing, numbers[1:].to(leaf.dtype).unbind(), strict=True))
+    changed = dict(zip(changing, numbers[2:].to(leaf.dtype).unbind(), strict=True))
     loss, metrics = partial(objective, **changed)(lambda *args: functional_call(policy, tensors, args), batch)
     total = (loss * weight).sum()
     (gradient,) = torch.autograd.grad(total, [leaf])
@@ -215,17 +220,15 @@ def _pull(policy, buffers, record, objective, varying, names, weights, numbers, 
     return gradient, torch.cat([total.detach()[None], means])
 
 
-def _move(limit, settings, weights, mean, square, count, numbers, gradient) -> Tensor:
-    """One step of Adam (Kingma & Ba 2015, alg. 1), in place on weights, mean, square and count; the gradient's norm."""
+def _move(limit, settings, weights, mean, square, numbers, gradient) -> Tensor:
+    """One step of Adam (Kingma & Ba 2015, alg. 1), in place on weights, mean and square; the gradient's norm."""
     norm = gradient.norm()
     if limit is not None:
         gradient = gradient * (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
     beta1, beta2, eps = settings
-    count.add_(1)
     mean.lerp_(gradient, 1 - beta1)
     square.mul_(beta2).add_(gradient.square(), alpha=1 - beta2)
-    step_size = (numbers[0] / (1 - beta1**count)).to(weights.dtype)
-    spread = (1 - beta2**count).sqrt().to(weights.dtype)
+    step_size, spread = numbers[:2].to(weights.dtype)
     weights.sub_(step_size * mean / (square.sqrt() / spread + eps))
     return norm
 
