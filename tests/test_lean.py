@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from tests.models import LEAN, V, tiny, tiny_lean
 from understudy.batch import Text
 from understudy.language import lean as lean_module
-from understudy.language.lean import _Normed, _places, _Turned, lean
+from understudy.language.lean import _groups, _Normed, _places, _Turned, lean
 from understudy.language.model import Policy, read
 
 
@@ -122,22 +122,22 @@ def test_the_gradients_by_hand_are_those_by_differences():
     x = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     joint = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     cos, sin = (torch.randn(2, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
-    laid = _places(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]), (2, 2, 3, 5))
-    again = _places(torch.tensor([1]), torch.tensor([0]), (2, 2, 3, 5))  # the first token stands there too
+    rows = torch.tensor([0, 5]), torch.tensor([5, 4]), 2 * 3  # two groups, of one row of 5 columns and one of 4
+    laid = _places(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]), *rows)
+    again = _places(torch.tensor([1]), torch.tensor([0]), *rows)  # the first token stands there too
+    shapes = [(2, 5), (2, 4)]
     taken = (
-        torch.zeros(60, dtype=torch.long).index_copy_(0, laid, torch.arange(18)).index_copy_(0, again, torch.arange(6))
+        torch.zeros(54, dtype=torch.long).index_copy_(0, laid, torch.arange(18)).index_copy_(0, again, torch.arange(6))
     )
-    there = (
-        torch.zeros(60, 1).index_fill_(0, torch.cat((laid, again)), 1.0).double().view(4, 3, 5, 1)
-    )  # nothing is asked of padding
+    there = torch.zeros(54, 1).index_fill_(0, torch.cat((laid, again)), 1.0).double()  # nothing is asked of padding
+
+    def turned(joint):
+        parts = _Turned.apply(joint, taken, laid, again, shapes, cos, sin)
+        groups = (torch.cat([x.reshape(2, -1, parts[i].shape[2], 4) for x in parts[i : i + 3]], 1) for i in (0, 3))
+        return torch.cat([group.reshape(-1, 4) for group in groups]) * there
 
     assert torch.autograd.gradcheck(lambda x: _Normed.apply(x, 0.1), x)
-    assert torch.autograd.gradcheck(
-        lambda j: (
-            torch.cat([x.reshape(4, -1, 5, 4) for x in _Turned.apply(j, taken, laid, again, cos, sin)], 1) * there
-        ),
-        joint,
-    )
+    assert torch.autograd.gradcheck(turned, joint)
 
 
 def test_a_token_is_turned_by_its_place_in_its_row():
@@ -146,10 +146,15 @@ def test_a_token_is_turned_by_its_place_in_its_row():
     cos = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]] * 2)
     sin = torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]] * 2)
 
-    laid = _places(torch.tensor([0]), torch.tensor([1]), (1, 1, 3, 2))
+    laid = _places(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([2]), 3)
 
-    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, laid[:0], cos, sin)
+    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, laid[:0], [(1, 2)], cos, sin)
 
     assert laid.tolist() == [1, 3, 5]
     assert query[0, :, 1].tolist() == [[-4.0, 3.0]]
     assert (key[0, 1].tolist(), value[0, 1].tolist()) == ([0.0, 1.0], [5.0, 6.0])
+
+
+def test_rows_attend_with_those_that_are_at_least_three_quarters_as_long():
+    # 8 * 3/4 = 6: the row of 6 is with it, that of 5 is not; the row that needs nothing is nowhere
+    assert _groups([5, 8, 0, 6, 4]) == [([1, 3], 8), ([0, 4], 5)]

@@ -8,7 +8,7 @@ same function of the same parameters: tests/test_lean.py holds the two side by s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -136,8 +136,9 @@ class Lean:
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
         """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
 
-        Padding costs nothing but its place in attention; what rows have alike until the first that is asked of them is read
-        once. What is read is rounded up by tokens that nobody hears or asks.
+        A row of which nothing is asked is not read. Rows attend in groups of about one length, so padding costs next to
+        nothing; what rows have alike until the first that is asked of them is read once. What is read is rounded up by
+        tokens that nobody hears or asks.
 
         Args:
             ids: [B, T].
@@ -146,30 +147,43 @@ class Lean:
         """
         length, place = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
         alike, until = _alike(ids, wanted)
-        within = place < needed[:, None]
+        reads = wanted.any(dim=1)
+        reads[0] |= ~reads.any()  # so that there is something to attend to
+        within = (place < needed[:, None]) & reads[:, None]
         shared = within & (place < until[:, None]) & (alike != torch.arange(len(ids), device=ids.device))[:, None]
         row, column = (within & ~shared).nonzero(as_tuple=True)
         number = torch.zeros_like(ids).index_put((row, column), torch.arange(len(row), device=ids.device))
         number = torch.where(shared, number[alike], number)  # which of the tokens that are read stands at a place
         asked = wanted[row, column].nonzero()[:, 0]
-        shape = len(ids), self.heads, self.queries + 2, length
-        laid, heard_at = _places(row, column, shape), _places(row, column, (*shape[:2], self.queries, length))
+        groups = [(ids.new_tensor(rows), width) for rows, width in _groups(torch.where(reads, needed, 0).tolist())]
+        begin, wide, before = torch.zeros_like(needed), torch.zeros_like(needed), 0
+        for rows, width in groups:
+            begin[rows], wide[rows] = before + width * torch.arange(len(rows), device=ids.device), width
+            before += width * len(rows)
+        parts = self.heads * (self.queries + 2)
+        laid = _places(row, column, begin, wide, parts)
+        heard_at = _places(row, column, begin, wide, self.heads * self.queries)
         elsewhere = shared.nonzero()
-        again = _places(elsewhere[:, 0], elsewhere[:, 1], shape)
-        part = torch.arange(shape[1] * shape[2], device=ids.device)
-        taken = (number[:, None] * len(part) + part[:, None]).flatten()
+        again = _places(elsewhere[:, 0], elsewhere[:, 1], begin, wide, parts)
+        part = torch.arange(parts, device=ids.device)[:, None]
+        taken = torch.cat([(number[rows, None, :width] * parts + part).flatten() for rows, width in groups])
+        shapes = [(len(rows) * self.heads, width) for rows, width in groups]
         read = rounded(len(row))
         heard_at = pad(heard_at.view(len(row), self.heads * self.queries), (0, 0, 0, read - len(row)))
         cos, sin = (table.transpose(0, 1).contiguous() for table in self.turning(length))
-        masks = {sliding: self._mask(length, sliding) for sliding in {layer.sliding for layer in self.layers}}
+        kinds = {layer.sliding for layer in self.layers}
+        masks = {sliding: [self._mask(width, sliding) for _, width in groups] for sliding in kinds}
         x = self.words(pad(ids[row, column], (0, read - len(row))))
         for layer in self.layers:
-            turned = _Turned.apply(self._joint(x, layer), taken, laid, again, cos, sin)
-            heard = self._attend(*turned, masks[layer.sliding])
+            turned = _Turned.apply(self._joint(x, layer), taken, laid, again, shapes, cos, sin)
+            heard = [
+                self._attend(*turned[3 * i : 3 * i + 3], mask).reshape(-1, self.width)
+                for i, mask in enumerate(masks[layer.sliding])
+            ]
             if layer is self.layers[-1]:  # of its tokens, only those that are asked about
                 some = pad(asked, (0, rounded(len(asked)) - len(asked)))
                 x, heard_at = x[some], heard_at[some]
-            heard = heard.reshape(-1, self.width)[heard_at].flatten(1)
+            heard = (heard[0] if len(heard) == 1 else torch.cat(heard))[heard_at].flatten(1)
             x = self._gated(x + linear(heard, layer.out), layer)
         x = _normed(x[: len(asked)], self.eps) * self.norm
         order = torch.zeros_like(row).index_put((asked,), torch.arange(len(asked), device=ids.device))
@@ -251,11 +265,23 @@ def _alike(ids: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return ids.new_tensor([first.setdefault(key, row) for row, key in enumerate(begun)]), until
 
 
-def _places(row: Tensor, column: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """Where tokens at these rows and columns stand in [rows, heads, parts, length], flat: [N heads parts], in that order."""
-    _, heads, parts, length = shape
-    part = torch.arange(heads * parts, device=row.device)
-    return ((row[:, None] * heads * parts + part) * length + column[:, None]).flatten()
+def _groups(needed: Sequence[int]) -> list[tuple[list[int], int]]:
+    """Rows of about one length, the longest first, and the width of each group; without rows that need nothing."""
+    groups: list[tuple[list[int], int]] = []
+    for row in sorted((row for row, columns in enumerate(needed) if columns), key=lambda row: -needed[row]):
+        if not groups or 4 * needed[row] < 3 * groups[-1][1]:
+            groups.append(([], needed[row]))
+        groups[-1][0].append(row)
+    return groups
+
+
+def _places(row: Tensor, column: Tensor, begin: Tensor, width: Tensor, parts: int) -> Tensor:
+    """Where tokens at these rows and columns stand, flat: [N parts], in that order.
+
+    A row has [parts, width] places, behind those of `begin` columns before it; begin, width [B].
+    """
+    part = torch.arange(parts, device=row.device)
+    return ((begin[row] * parts + column)[:, None] + part * width[row][:, None]).flatten()
 
 
 class _Turned(Function):
@@ -264,36 +290,57 @@ class _Turned(Function):
     Padding is some token or other: nobody attends to it, for it only follows. Tokens behind those that are laid out stand
     nowhere.
 
-    joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, [rows heads (Q + 2) T]; laid: where each stands
-    first; again: where a token stands too that several rows have; cos, sin [Q + 1, T, D] -> queries [rows heads, Q, T, D];
-    keys, values [rows heads, T, D].
+    joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, group by group, each [rows heads (Q + 2) T]; laid:
+    where each stands first; again: where a token stands too that several rows have; shapes: of each group rows heads and T;
+    cos, sin [Q + 1, longest T, D] -> of each group queries [rows heads, Q, T, D]; keys, values [rows heads, T, D].
     """
 
     @staticmethod
     def forward(
-        ctx: Any, joint: Tensor, taken: Tensor, laid: Tensor, again: Tensor, cos: Tensor, sin: Tensor
+        ctx: Any,
+        joint: Tensor,
+        taken: Tensor,
+        laid: Tensor,
+        again: Tensor,
+        shapes: list[tuple[int, int]],
+        cos: Tensor,
+        sin: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(taken, laid, again, cos, sin)
-        ctx.shape = joint.shape
-        rows = joint.reshape(-1, joint.shape[-1]).index_select(0, taken)
-        rows = rows.view(-1, joint.shape[2], cos.shape[1], joint.shape[3])
-        turned = rows[:, :-1]
-        across = turned.roll(joint.shape[3] // 2, dims=-1)
-        turned.mul_(cos).addcmul_(across, sin)
-        return rows[:, :-2], rows[:, -2], rows[:, -1]
+        ctx.shape, ctx.shapes = joint.shape, shapes
+        flat, found, turning = joint.reshape(-1, joint.shape[-1]).index_select(0, taken), [], (cos, sin)
+        for rows, cos, sin in _cut(flat, joint.shape[2], shapes, turning):
+            turned = rows[:, :-1]
+            across = turned.roll(joint.shape[3] // 2, dims=-1)
+            turned.mul_(cos).addcmul_(across, sin)
+            found += [rows[:, :-2], rows[:, -2], rows[:, -1]]
+        return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        taken, laid, again, cos, sin = ctx.saved_tensors
-        grad = torch.cat((pulls[0], pulls[1][:, None], pulls[2][:, None]), dim=1)
-        turned = grad[:, :-1]
-        across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
-        turned.mul_(cos).add_(across)
-        grad, found = grad.view(-1, grad.shape[-1]), grad.new_zeros(ctx.shape)
-        flat = found.view(-1, grad.shape[-1])
-        torch.index_select(grad, 0, laid, out=flat[: len(laid)])
-        flat.index_add_(0, taken[again], grad.index_select(0, again))
-        return found, None, None, None, None, None
+        taken, laid, again, *turning = ctx.saved_tensors
+        grads = pulls[0].new_empty(len(taken), ctx.shape[-1])
+        for i, (grad, cos, sin) in enumerate(_cut(grads, ctx.shape[2], ctx.shapes, turning)):
+            queries, keys, values = pulls[3 * i : 3 * i + 3]
+            torch.cat((queries, keys[:, None], values[:, None]), dim=1, out=grad)
+            turned = grad[:, :-1]
+            across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
+            turned.mul_(cos).add_(across)
+        found = grads.new_zeros(ctx.shape)
+        flat = found.view(-1, ctx.shape[-1])
+        torch.index_select(grads, 0, laid, out=flat[: len(laid)])
+        flat.index_add_(0, taken[again], grads.index_select(0, again))
+        return found, None, None, None, None, None, None
+
+
+def _cut(
+    flat: Tensor, parts: int, shapes: Sequence[tuple[int, int]], turning: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Vectors [N, D] group by group, each [rows heads, parts, T, D]; cosines and sines of its columns."""
+    cos, sin = turning
+    pieces = flat.split([rows * parts * width for rows, width in shapes])
+    for piece, (rows, width) in zip(pieces, shapes, strict=True):
+        yield piece.view(rows, parts, width, flat.shape[-1]), cos[:, :width], sin[:, :width]
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
