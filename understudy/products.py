@@ -21,9 +21,9 @@ LARGE = 2**20
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight' + bias, as `torch.nn.functional.linear`. x [..., K], weight [M, K], bias [M] -> [..., M]."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if not _suits(x, weight, rows * weight.numel()):
+    if not _suits(x, weight, x.numel() * weight.shape[0]):
         return functional.linear(x, weight, bias)
+    rows = x.numel() // max(x.shape[-1], 1)
     if torch.is_grad_enabled():
         found = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
     else:

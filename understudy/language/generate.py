@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from understudy.batch import Text, Trajectory
 from understudy.language.lean import lean
 from understudy.language.model import Policy
-from understudy.language.tokens import normalized, pick
+from understudy.language.tokens import pick
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,8 @@ def _generate_in_slots(
     capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
     grid = Grid(policy, slots, capacity, max(map(len, prompts)))
     owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
-    busy = owner.nonzero()[:0, 0]
+    busy = owner.nonzero()[:0, 0]  # slots with a row, and theirs
+    whose = owner[busy]
     tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
     waiting = deque(range(len(prompts)))
     while True:
@@ -263,7 +264,7 @@ def _generate_in_slots(
             rows = [waiting.popleft() for _ in fresh]
             hidden = grid.read(fresh.tolist(), [prompts[row] for row in rows])
             owner[fresh] = torch.tensor(rows, device=owner.device)
-            working = fresh
+            working, whose = fresh, owner[fresh]
         elif len(busy) == 0:
             return desk.completions()
         else:
@@ -273,13 +274,15 @@ def _generate_in_slots(
             hidden = grid.step(tokens)
             hidden = hidden if len(busy) == len(owner) else hidden[busy]
             working = busy
-        tokens[working], ended = desk.choose(owner[working], hidden)
-        some = bool(ended.any())
+        said, ended = desk.choose(whose, hidden)
+        tokens = tokens.index_copy(0, working, said)
+        some = ended is not None and bool(ended.any())
         if some:
             idle = working[ended]
             owner[idle], grid.length[idle] = -1, 0
         if some or working is not busy:
             busy = (owner >= 0).nonzero()[:, 0]
+            whose = owner[busy]
 
 
 class _Desk:
@@ -295,29 +298,45 @@ class _Desk:
         sample: bool,
     ) -> None:
         self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
-        self.stops = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
-        self.ids = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
-        self.logprob = torch.zeros(noise.shape, device=noise.device)
-        self.starts, self.count = starts, torch.tensor(starts, device=noise.device)
-        self.stopped = torch.zeros(len(noise), dtype=torch.bool, device=noise.device)
+        self.stops, self.starts = stops, starts
+        self.stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
+        self.count = torch.tensor(starts, device=noise.device)
+        self.rows = self.at = torch.zeros(0, dtype=torch.long, device=noise.device)  # who spoke last, and where
+        self.left = 0  # tokens that the longest of them may still say
+        self.said: list[tuple[Tensor, ...]] = []  # rows, places, tokens and their log-probs
 
-    def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """rows [n], hidden [n, H] -> the tokens [n], and whether each was its row's last, bool [n]."""
-        logit, at = self.head(hidden), self.count[rows]
-        p, total = normalized(logit)
+    @torch.inference_mode()
+    def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """rows [n], hidden [n, H] -> the tokens [n], and whether each was its row's last, bool [n]; None for nobody's.
+
+        The same rows go on one place further without being looked up.
+        """
+        if rows is self.rows:
+            at = self.at + 1
+        else:
+            self.count[self.rows] = self.at + 1
+            at = self.count[rows]
+            self.left = self.limit - int(at.max())
+        self.rows, self.at, self.left = rows, at, self.left - 1
+        logit = self.head(hidden)
+        p = logit.softmax(dim=-1)
         token = pick(p, self.noise[rows, at]) if self.sample else logit.argmax(dim=-1)
-        self.ids[rows, at], self.logprob[rows, at] = token, logit.gather(-1, token[:, None])[:, 0] - total
-        self.count[rows] = at + 1
-        last = at + 1 == self.limit
-        if len(self.stops):
-            self.stopped[rows] = stopped = torch.isin(token, self.stops)
-            last |= stopped
+        self.said.append((rows, at, token, p.gather(-1, token[:, None])[:, 0].log()))
+        last = at + 1 == self.limit if self.left == 0 else None
+        if self.stops:
+            stopped = (token[:, None] == self.stop_ids).any(dim=1)
+            last = stopped if last is None else last | stopped
         return token, last
 
     def completions(self) -> list[Completion]:
-        ids, logprob, count, stopped = (x.tolist() for x in (self.ids, self.logprob, self.count, self.stopped))
-        ends = enumerate(zip(self.starts, count, strict=True))
-        return [Completion(ids[row][a:b], logprob[row][a:b], stopped[row], self.version) for row, (a, b) in ends]
+        rows, at, token, logprob = (torch.cat(parts).cpu() for parts in zip(*self.said, strict=True))
+        ids = torch.zeros(self.noise.shape, dtype=torch.long).index_put((rows, at), token).tolist()
+        logprobs = torch.zeros(self.noise.shape).index_put((rows, at), logprob).tolist()
+        end = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()
+        return [
+            Completion(ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops, self.version)
+            for row, (a, b) in enumerate(zip(self.starts, end, strict=True))
+        ]
 
 
 def _generate_by_hugging_face(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -120,7 +121,8 @@ class Lean:
         Returns:
             [slots, H].
         """
-        seen, windowed = (mask.repeat_interleave(self.heads, dim=0)[:, None] for mask in (far, near))
+        seen = far.repeat_interleave(self.heads, dim=0)[:, None]
+        windowed = seen if near is far else near.repeat_interleave(self.heads, dim=0)[:, None]
         cos, sin = (part[:, None] for part in turn)
         x = embedding(tokens, self.words.weight)
         for layer, store in zip(self.layers, cache, strict=True):
@@ -131,7 +133,7 @@ class Lean:
             queries, mask = turned[:, :, :-1].flatten(0, 1), windowed if layer.sliding else seen
             heard = _by_products(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
             x = self._gated(x + linear(heard.view(len(x), -1), layer.out), layer)
-        return rms_norm(x, self.norm.shape, self.norm, self.eps)
+        return _normed(x, self.eps) * self.norm
 
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
         """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
@@ -350,7 +352,13 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 def _inverse(x: Tensor, eps: float) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-    return torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1]).rsqrt_()
+    return torch.addcmul(_scalar(eps, length.dtype, length.device), length, length, value=1 / x.shape[-1]).rsqrt_()
+
+
+@lru_cache(maxsize=16)
+def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """It as a tensor [], made once."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class _Normed(Function):
