@@ -576,6 +576,11 @@ HAND = [
     ),
     Mutant("language/lean.py", "windowed if layer.sliding else seen", "seen", "a window is not kept"),
     Mutant(
+        "language/lean.py", "4 * needed[row] < 3 *", "4 * needed[row] <= 3 *", "rows of three quarters attend apart"
+    ),
+    Mutant("language/lean.py", "(begin[row] * parts + column)", "(begin[row] + column)", "groups lie over each other"),
+    Mutant("language/generate.py", "at = self.at + 1\n", "at = self.at\n", "every token has the place of the first"),
+    Mutant(
         "language/lean.py",
         "x + linear(heard.view",
         "linear(heard.view",
