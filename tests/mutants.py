@@ -909,6 +909,16 @@ EQUIVALENT = {
         "self.calls, self.steps = self.calls - (1), self.steps + int(np.count_nonzero(call.chosen))",
     ): "only whether the calls are a multiple of `hold` is ever asked",
     (
+        "control/quick.py",
+        "nn.ELU: lambda x: np.where(x > 0, x, np.expm1(np.minimum(x, 0))),",
+        "nn.ELU: lambda x: np.where(x >= 0, x, np.expm1(np.minimum(x, 0))),",
+    ): "at 0 both are 0",
+    (
+        "control/quick.py",
+        "self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::-1])",
+        "self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::(1)])",
+    ): "independent draws, in another order",
+    (
         "value.py",
         "@torch.no_grad()",
         "@torch.enable_grad()",
