@@ -466,6 +466,7 @@ HAND = [
     Mutant(
         "products.py", "_product(x.t(), grad.t()).t()", "_product(x.t(), grad.t()).t() / 2", "half a gradient, if wide"
     ),
+    Mutant("products.py", "TRIM_THRESHOLD, 2**31 - 1", "TRIM_THRESHOLD, 2**17", "freed memory goes back to the system"),
     Mutant(
         "language/tokens.py", "return gap.exp() - 1 - gap", "return -gap", "the KL of single tokens can be negative"
     ),

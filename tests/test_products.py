@@ -1,4 +1,7 @@
-"""Large linear layers by oneDNN: the numbers and gradients of torch's own."""
+"""Large linear layers by oneDNN: the numbers and gradients of torch's own; memory that is used again."""
+
+import ctypes
+import resource
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from understudy import products
-from understudy.products import Tanh, linear, rounded
+from understudy.products import Tanh, keep_freed, linear, rounded
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of up to 2,048 products of numbers about 1, in another order
 
@@ -62,3 +65,18 @@ def test_tanh_by_a_sigmoid_is_tanh():
     x = torch.linspace(-12, 12, 1001)
 
     assert_close(Tanh()(x), x.tanh(), rtol=0, atol=3e-7)  # 2 sigmoid - 1 is rounded at 1, wherever tanh is near 0
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the allocator is not glibc's")
+def test_memory_that_tensors_free_is_not_asked_of_the_system_again():
+    keep_freed()
+
+    def asked() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(8):
+            torch.ones(2**21)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    asked()  # the first one's 8 MiB
+
+    assert asked() < 2**21 * 4 / 4096  # fewer pages than one of the eight has

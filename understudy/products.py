@@ -2,11 +2,14 @@
 
 torch hands float32 products to MKL, which uses half of an AVX-512 processor's width where it is not Intel's; oneDNN, which
 comes with torch too, uses all of it (docs/decisions.md). Small ones stay with MKL: a call costs less. The choice hangs on
-sizes, type and device alone, so a run is the same every time.
+sizes, type and device alone, so a run is the same every time. What products leave behind is as large as what they take:
+`keep_freed` has it used again.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch.nn import functional
 THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name may change
 LARGE = 2**20
 """Multiplications from which on oneDNN is quicker, its preparation of the weights included."""
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -52,6 +56,18 @@ def rounded(rows: int) -> int:
     """
     step = max(16, 2 ** (rows.bit_length() - 5))
     return -(-rows // step) * step
+
+
+def keep_freed() -> None:
+    """Let this process keep the memory that its tensors free, where its allocator is glibc's.
+
+    Else pieces of some MiB go back to the system, which clears them page by page when they are asked for again. 32 MiB is
+    the largest piece that every glibc lets its heap have.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if option is not None:
+        option(MMAP_THRESHOLD, 2**25)
+        option(TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _suits(x: Tensor, weight: Tensor, multiplications: int) -> bool:

@@ -22,6 +22,7 @@ from understudy.language import ancestry
 from understudy.language.config import Config, Rollouts
 from understudy.language.lora import ADAPTER
 from understudy.language.text import Preference
+from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
@@ -204,6 +205,7 @@ def open_stage(
     Args:
         resume: the run to go on with, instead of a new one.
     """
+    keep_freed()
     if resume is None:
         run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
     else:
