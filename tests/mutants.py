@@ -556,10 +556,16 @@ HAND = [
         "self.place[:width] + 0 * first) % capacity",
         "prompts lie at the left",
     ),
-    Mutant("language/lean.py", "turned.roll(self.width // 2, dims=-1)", "turned", "a new token is not turned"),
-    Mutant("language/lean.py", "(-sin[..., :half]", "(sin[..., :half]", "turned the wrong way"),
+    Mutant(
+        "language/lean.py", "_turned(joint[:, :, :-1], turn[:, None])", "joint[:, :, :-1]", "a new token is not turned"
+    ),
+    Mutant("language/lean.py", "torch.complex(cos, sin)", "torch.complex(cos, -sin)", "turned the wrong way"),
+    Mutant("language/lean.py", "_turned(joint[..., :-1, :], turning)", "joint[..., :-1, :]", "a prompt is not turned"),
+    Mutant("language/lean.py", "queries.transpose(2, 3), keys", "queries, keys", "halves of pairs stand apart"),
+    Mutant("products.py", 'weight, None, "add")', 'weight, None, "sub")', "a product is taken off, not added"),
+    Mutant("products.py", '"swish", [], "")', '"none", [], "")', "a gate without its function"),
     Mutant("language/lean.py", "[self.width**-0.5] * self.queries", "[1.0] * self.queries", "scores are not scaled"),
-    Mutant("language/lean.py", "(turned * sin).roll(", "(turned * -sin).roll(", "a gradient is turned the same way"),
+    Mutant("language/lean.py", "turning.conj().resolve_conj()", "turning", "a gradient is turned the same way"),
     Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),
     Mutant(
         "language/lean.py", "flat.index_add_(0, taken[again]", "flat.index_add_(0, 0 * again", "a prompt's gradient"

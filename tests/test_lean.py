@@ -121,7 +121,7 @@ def test_the_gradients_by_hand_are_those_by_differences():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     joint = torch.randn(3, 2, 3, 4, dtype=torch.float64, generator=generator, requires_grad=True)
-    cos, sin = (torch.randn(2, 5, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    turning = torch.randn(2, 5, 2, dtype=torch.complex128, generator=generator)
     rows = torch.tensor([0, 5]), torch.tensor([5, 4]), 2 * 3  # two groups, of one row of 5 columns and one of 4
     laid = _places(torch.tensor([0, 0, 1]), torch.tensor([0, 4, 2]), *rows)
     again = _places(torch.tensor([1]), torch.tensor([0]), *rows)  # the first token stands there too
@@ -132,7 +132,7 @@ def test_the_gradients_by_hand_are_those_by_differences():
     there = torch.zeros(54, 1).index_fill_(0, torch.cat((laid, again)), 1.0).double()  # nothing is asked of padding
 
     def turned(joint):
-        parts = _Turned.apply(joint, taken, laid, again, shapes, cos, sin)
+        parts = _Turned.apply(joint, taken, laid, again, shapes, turning)
         groups = (torch.cat([x.reshape(2, -1, parts[i].shape[2], 4) for x in parts[i : i + 3]], 1) for i in (0, 3))
         return torch.cat([group.reshape(-1, 4) for group in groups]) * there
 
@@ -143,12 +143,10 @@ def test_the_gradients_by_hand_are_those_by_differences():
 def test_a_token_is_turned_by_its_place_in_its_row():
     # one token of one head, one query, D = 2, at column 1 of 2, by 90 degrees: (3, 4) -> (-4, 3); the value stays
     joint = torch.tensor([[[[3.0, 4.0], [1.0, 0.0], [5.0, 6.0]]]])
-    cos = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]] * 2)
-    sin = torch.tensor([[[0.0, 0.0], [-1.0, 1.0]]] * 2)
-
+    turning = torch.tensor([[[1], [1j]]] * 2)
     laid = _places(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), torch.tensor([2]), 3)
 
-    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, laid[:0], [(1, 2)], cos, sin)
+    query, key, value = _Turned.apply(joint, torch.tensor([0, 0, 0, 1, 0, 2]), laid, laid[:0], [(1, 2)], turning)
 
     assert laid.tolist() == [1, 3, 5]
     assert query[0, :, 1].tolist() == [[-4.0, 3.0]]

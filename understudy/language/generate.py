@@ -138,15 +138,19 @@ class Grid:
         device, width = self.length.device, max(map(len, unique))
         index = torch.tensor([number[tuple(p)] for p in prompts], device=device)
         ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in unique], device=device)
-        seen = Cache(layer_class_to_replicate=DynamicLayer)
-        hidden = self.trunk(input_ids=ids, past_key_values=seen, use_cache=True).last_hidden_state
+        if self.lean is not None:
+            hidden, stored = self.lean.begin(ids)
+        else:
+            seen = Cache(layer_class_to_replicate=DynamicLayer)
+            hidden = self.trunk(input_ids=ids, past_key_values=seen, use_cache=True).last_hidden_state
+            layers: list[Any] = seen.layers
+            stored = [(layer.keys, layer.values) for layer in layers]
         where, length = torch.tensor(slots, device=device), torch.tensor([len(p) for p in prompts], device=device)
         capacity = len(self.place)
         first = self.time - length[:, None]
         columns = (first + self.place[:width]) % capacity  # of padding too: it is written over before it is seen
-        layers: list[Any] = seen.layers
-        for own, layer in zip(self.layers, layers, strict=True):
-            own.put(where, columns, layer.keys[index], layer.values[index])
+        for own, (keys, values) in zip(self.layers, stored, strict=True):
+            own.put(where, columns, keys[index], values[index])
         self.width = capacity if int(first.max()) + width > capacity else self.width
         self.length[where] = length
         behind = (self.time - 1 - self.place) % capacity  # how long ago a column was written
@@ -166,7 +170,7 @@ class Grid:
             near = far.where(behind < self.window, self.hidden)
         if self.lean is not None and self.turning is not None:
             with torch.inference_mode():
-                turn = self.turning[0][self.length], self.turning[1][self.length]
+                turn = self.turning.index_select(0, self.length)
                 hidden = self.lean.step(tokens, turn, self.layers, far, near)
         else:
             hidden = self._by_modules(tokens, far, near)

@@ -9,16 +9,16 @@ same function of the same parameters: tests/test_lean.py holds the two side by s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention, silu
 
-from understudy.products import linear, rounded
+from understudy.products import added, gated, linear, rounded
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 GROWING = ("dynamic", "longrope")  # rotary positions that depend on how long a row has become
@@ -36,7 +36,10 @@ class Layer:
     """A layer's weights as they are multiplied with. Q: queries of a key-value head."""
 
     joint: Tensor
-    """[heads (Q + 2) D, H]: a head's queries, its key and its value below each other; the norm before them in it."""
+    """[heads (Q + 2) D, H]: a head's queries, its key and its value below each other; the norm before them in it.
+
+    Of queries and key the two parts of a pair that is turned stand beside each other: scores are the same.
+    """
     offset: Tensor | None
     """What is added to that, [heads (Q + 2) D]."""
     turned_norm: Tensor | None
@@ -50,61 +53,77 @@ class Layer:
     sliding: bool
     """It sees a window only."""
 
+    def transposed(self) -> Layer:
+        """The same with its matrices column by column."""
+        matrices = {name: getattr(self, name) for name in ("joint", "out", "gate", "up", "down")}
+        return replace(self, **{name: matrix.t().contiguous().t() for name, matrix in matrices.items()})
+
 
 class Lean:
-    """A trunk of `KNOWN` with its weights laid out anew; for as long as they do not change."""
+    """A trunk of `KNOWN` with its weights laid out anew; for as long as they do not change.
 
-    def __init__(self, trunk: Any) -> None:
+    Args:
+        few: rows at a time: weights are copied as oneDNN takes them soonest, column by column. Nothing learns through them.
+    """
+
+    def __init__(self, trunk: Any, *, few: bool = False) -> None:
         config, attention = trunk.config, trunk.layers[0].self_attn
         self.heads, self.queries, self.width = (
             config.num_key_value_heads,
             attention.num_key_value_groups,
             attention.head_dim,
         )
+        self.silu = config.hidden_act in ("silu", "swish")
         self.eps, self.window = config.rms_norm_eps, getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None)
         kinds = kinds or ["full_attention" if not self.window else "sliding_attention"] * len(trunk.layers)
         self.words, self.norm, self.rotary = trunk.embed_tokens, trunk.norm.weight, trunk.rotary_emb
         self.layers = [self._layer(layer, kind) for layer, kind in zip(trunk.layers, kinds, strict=True)]
+        if few:
+            self.layers = [layer.transposed() for layer in self.layers]
 
     def _layer(self, layer: Any, kind: str) -> Layer:
-        attention, gated = layer.self_attn, layer.mlp
+        attention, mlp = layer.self_attn, layer.mlp
         parts = attention.q_proj, attention.k_proj, attention.v_proj
-        joint = torch.cat([p.weight.view(self.heads, -1, p.in_features) for p in parts], dim=1).flatten(0, 1)
-        offset = None
-        if attention.q_proj.bias is not None:
-            offset = torch.cat([p.bias.view(self.heads, -1) for p in parts], dim=1).flatten()
+        joint = self._together([p.weight for p in parts])
+        offset = None if attention.q_proj.bias is None else self._together([p.bias for p in parts])
         turned_norm = None
         if hasattr(attention, "q_norm"):
-            turned_norm = torch.stack([*[attention.q_norm.weight] * self.queries, attention.k_norm.weight])
+            norms = [attention.q_norm.weight] * self.queries + [attention.k_norm.weight]
+            turned_norm = torch.stack([norm.view(2, -1).t().flatten() for norm in norms])
         after = layer.post_attention_layernorm.weight
         return Layer(
             joint * layer.input_layernorm.weight,
             offset,
             turned_norm,
             attention.o_proj.weight,
-            gated.gate_proj.weight * after,
-            gated.up_proj.weight * after,
-            gated.down_proj.weight,
-            gated.act_fn,
+            mlp.gate_proj.weight * after,
+            mlp.up_proj.weight * after,
+            mlp.down_proj.weight,
+            silu if self.silu else mlp.act_fn,
             kind == "sliding_attention",
         )
 
-    def turning(self, places: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions below `places` as a head's queries and key take them, [places, Q + 1, D].
+    def _together(self, parts: Sequence[Tensor]) -> Tensor:
+        """What belongs to queries, keys and values, each [its heads D, ...], as in `Layer.joint`."""
+        queries, keys, values = (part.view(self.heads, -1, 2, self.width // 2, *part.shape[1:]) for part in parts)
+        whole = queries.transpose(2, 3), keys.transpose(2, 3), values.view(*values.shape[:2], -1, 2, *values.shape[4:])
+        return torch.cat(whole, dim=1).flatten(0, 3)
 
-        The sines' first half is negative; the queries' are scaled by 1 / sqrt(D).
+    def turning(self, places: int) -> Tensor:
+        """What turns a head's queries and key at positions below `places`, complex [places, Q + 1, D / 2].
+
+        The queries' are scaled by 1 / sqrt(D).
         """
-        cos, sin = self.rotary(self.norm, torch.arange(places, device=self.norm.device)[None])
-        half = self.width // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+        angles = self.rotary(self.norm, torch.arange(places, device=self.norm.device)[None])
+        cos, sin = (part[0, :, : self.width // 2].to(_exact(part.dtype)) for part in angles)
         scale = cos.new_tensor([self.width**-0.5] * self.queries + [1.0])[:, None]
-        return cos[0][:, None] * scale, sin[0][:, None] * scale
+        return torch.complex(cos, sin)[:, None] * scale
 
     def step(
         self,
         tokens: Tensor,
-        turn: tuple[Tensor, Tensor],
+        turn: Tensor,
         cache: Sequence[Store],
         far: Tensor,
         near: Tensor,
@@ -113,7 +132,7 @@ class Lean:
 
         Args:
             tokens: [slots].
-            turn: `turning` of each one's position, twice [slots, Q + 1, D].
+            turn: `turning` of each one's position, [slots, Q + 1, D / 2].
             cache: of every layer; it takes the new key and value and gives all in use.
             far: what is added to a score, [slots, columns]: 0 where it is seen, else very negative.
             near: the same for layers that see a window only.
@@ -123,17 +142,34 @@ class Lean:
         """
         seen = far.repeat_interleave(self.heads, dim=0)[:, None]
         windowed = seen if near is far else near.repeat_interleave(self.heads, dim=0)[:, None]
-        cos, sin = (part[:, None] for part in turn)
         x = embedding(tokens, self.words.weight)
         for layer, store in zip(self.layers, cache, strict=True):
             joint = self._joint(x, layer)
-            turned = joint[:, :, :-1]
-            turned = torch.addcmul(turned * cos, turned.roll(self.width // 2, dims=-1), sin)
+            turned = _turned(joint[:, :, :-1], turn[:, None])
             keys, values = store.write(turned[:, :, -1], joint[:, :, -1])
             queries, mask = turned[:, :, :-1].flatten(0, 1), windowed if layer.sliding else seen
             heard = _by_products(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
-            x = self._gated(x + linear(heard.view(len(x), -1), layer.out), layer)
+            x = self._gated(added(x, heard.view(len(x), -1), layer.out), layer)
         return _normed(x, self.eps) * self.norm
+
+    def begin(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Rows from their beginning, [B, T] -> the last hidden states, [B, T, H]; of each layer keys and values to store.
+
+        Keys and values are [B, heads, T, D].
+        """
+        B, T = ids.shape
+        turning, read = self.turning(T)[:, None], rounded(ids.numel())
+        x, stored = embedding(pad(ids.flatten(), (0, read - ids.numel())), self.words.weight), []
+        for layer in self.layers:
+            joint = self._joint(x, layer)[: ids.numel()].view(B, T, self.heads, -1, self.width)
+            turned = _turned(joint[..., :-1, :], turning).permute(0, 2, 3, 1, 4)
+            keys, values = turned[:, :, -1], joint[..., -1, :].transpose(1, 2)
+            stored.append((keys, values))
+            rows = turned[:, :, :-1], keys, values
+            heard = self._attend(*(part.flatten(0, 1) for part in rows), self._mask(T, layer.sliding))
+            heard = heard.unflatten(0, (B, self.heads)).permute(0, 3, 1, 2, 4).reshape(ids.numel(), -1)
+            x = self._gated(added(x, pad(heard, (0, 0, 0, read - ids.numel())), layer.out), layer)
+        return (_normed(x, self.eps) * self.norm)[: ids.numel()].view(B, T, -1), stored
 
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
         """The last hidden states of rows from their beginning, [B, T, H]; 0 where they are not wanted.
@@ -172,12 +208,12 @@ class Lean:
         shapes = [(len(rows) * self.heads, width) for rows, width in groups]
         read = rounded(len(row))
         heard_at = pad(heard_at.view(len(row), self.heads * self.queries), (0, 0, 0, read - len(row)))
-        cos, sin = (table.transpose(0, 1).contiguous() for table in self.turning(length))
+        turning = self.turning(length).transpose(0, 1).contiguous()
         kinds = {layer.sliding for layer in self.layers}
         masks = {sliding: [self._mask(width, sliding) for _, width in groups] for sliding in kinds}
         x = self.words(pad(ids[row, column], (0, read - len(row))))
         for layer in self.layers:
-            turned = _Turned.apply(self._joint(x, layer), taken, laid, again, shapes, cos, sin)
+            turned = _Turned.apply(self._joint(x, layer), taken, laid, again, shapes, turning)
             heard = [
                 self._attend(*turned[3 * i : 3 * i + 3], mask).reshape(-1, self.width)
                 for i, mask in enumerate(masks[layer.sliding])
@@ -186,7 +222,7 @@ class Lean:
                 some = pad(asked, (0, rounded(len(asked)) - len(asked)))
                 x, heard_at = x[some], heard_at[some]
             heard = (heard[0] if len(heard) == 1 else torch.cat(heard))[heard_at].flatten(1)
-            x = self._gated(x + linear(heard, layer.out), layer)
+            x = self._gated(added(x, heard, layer.out), layer)
         x = _normed(x[: len(asked)], self.eps) * self.norm
         order = torch.zeros_like(row).index_put((asked,), torch.arange(len(asked), device=ids.device))
         return x.new_zeros(*ids.shape, x.shape[-1]).index_put(wanted.nonzero(as_tuple=True), x[order[number[wanted]]])
@@ -203,7 +239,7 @@ class Lean:
     def _gated(self, x: Tensor, layer: Layer) -> Tensor:
         """[N, H] -> [N, H]: the part of a layer behind attention."""
         y = _normed(x, self.eps)
-        return x + linear(layer.act(linear(y, layer.gate)) * linear(y, layer.up), layer.down)
+        return added(x, gated(y, layer.gate, layer.up, layer.act), layer.down)
 
     def _mask(self, length: int, sliding: bool) -> Tensor:
         """What is added to the scores of a row, [Q length, length]; queries of one head stand below each other."""
@@ -230,7 +266,9 @@ def lean(trunk: Any, *, whole: bool = False) -> Lean | None:
     if not _known(trunk):
         return None
     again = any(getattr(module, "gradient_checkpointing", False) for module in trunk.modules())
-    return None if whole and (again or trunk.dtype.itemsize < 4) else Lean(trunk)
+    if whole:
+        return None if again or trunk.dtype.itemsize < 4 else Lean(trunk)
+    return Lean(trunk, few=trunk.device.type == "cpu")
 
 
 def _known(trunk: Any) -> bool:
@@ -255,7 +293,7 @@ def _known(trunk: Any) -> bool:
 def _by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     """queries [n, Q, D], keys [n, D, T], values [n, T, D], mask [n or 1, Q, T] or [Q, T] -> [n, Q, D]."""
     score = torch.baddbmm(mask, queries, keys)
-    weight = score.softmax(dim=-1, dtype=torch.promote_types(score.dtype, torch.float32))
+    weight = score.softmax(dim=-1, dtype=_exact(score.dtype))
     return torch.bmm(weight.to(values.dtype), values)
 
 
@@ -294,7 +332,8 @@ class _Turned(Function):
 
     joint [N, heads, Q + 2, D]; taken: which of its vectors stands where, group by group, each [rows heads (Q + 2) T]; laid:
     where each stands first; again: where a token stands too that several rows have; shapes: of each group rows heads and T;
-    cos, sin [Q + 1, longest T, D] -> of each group queries [rows heads, Q, T, D]; keys, values [rows heads, T, D].
+    turning complex [Q + 1, longest T, D / 2] -> of each group queries [rows heads, Q, T, D]; keys, values [rows heads, T,
+    D].
     """
 
     @staticmethod
@@ -305,44 +344,51 @@ class _Turned(Function):
         laid: Tensor,
         again: Tensor,
         shapes: list[tuple[int, int]],
-        cos: Tensor,
-        sin: Tensor,
+        turning: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(taken, laid, again, cos, sin)
+        ctx.save_for_backward(taken, laid, again, turning)
         ctx.shape, ctx.shapes = joint.shape, shapes
-        flat, found, turning = joint.reshape(-1, joint.shape[-1]).index_select(0, taken), [], (cos, sin)
-        for rows, cos, sin in _cut(flat, joint.shape[2], shapes, turning):
-            turned = rows[:, :-1]
-            across = turned.roll(joint.shape[3] // 2, dims=-1)
-            turned.mul_(cos).addcmul_(across, sin)
+        flat, found = joint.reshape(-1, joint.shape[-1]).index_select(0, taken), []
+        for rows in _cut(flat, joint.shape[2], shapes):
+            _pairs(rows[:, :-1]).mul_(turning[:, : rows.shape[2]])
             found += [rows[:, :-2], rows[:, -2], rows[:, -1]]
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *pulls: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        taken, laid, again, *turning = ctx.saved_tensors
-        grads = pulls[0].new_empty(len(taken), ctx.shape[-1])
-        for i, (grad, cos, sin) in enumerate(_cut(grads, ctx.shape[2], ctx.shapes, turning)):
+        taken, laid, again, turning = ctx.saved_tensors
+        grads, back = pulls[0].new_empty(len(taken), ctx.shape[-1]), turning.conj().resolve_conj()
+        for i, grad in enumerate(_cut(grads, ctx.shape[2], ctx.shapes)):
             queries, keys, values = pulls[3 * i : 3 * i + 3]
             torch.cat((queries, keys[:, None], values[:, None]), dim=1, out=grad)
-            turned = grad[:, :-1]
-            across = (turned * sin).roll(grad.shape[-1] // 2, dims=-1)
-            turned.mul_(cos).add_(across)
+            _pairs(grad[:, :-1]).mul_(back[:, : grad.shape[2]])
         found = grads.new_zeros(ctx.shape)
         flat = found.view(-1, ctx.shape[-1])
         torch.index_select(grads, 0, laid, out=flat[: len(laid)])
         flat.index_add_(0, taken[again], grads.index_select(0, again))
-        return found, None, None, None, None, None, None
+        return found, None, None, None, None, None
 
 
-def _cut(
-    flat: Tensor, parts: int, shapes: Sequence[tuple[int, int]], turning: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Vectors [N, D] group by group, each [rows heads, parts, T, D]; cosines and sines of its columns."""
-    cos, sin = turning
+def _cut(flat: Tensor, parts: int, shapes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    """Vectors [N, D] group by group, each [rows heads, parts, T, D]."""
     pieces = flat.split([rows * parts * width for rows, width in shapes])
     for piece, (rows, width) in zip(pieces, shapes, strict=True):
-        yield piece.view(rows, parts, width, flat.shape[-1]), cos[:, :width], sin[:, :width]
+        yield piece.view(rows, parts, width, flat.shape[-1])
+
+
+def _pairs(x: Tensor) -> Tensor:
+    """[..., D] as complex numbers that share its memory, [..., D / 2]."""
+    return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+
+
+def _turned(x: Tensor, turning: Tensor) -> Tensor:
+    """Vectors [..., D], each turned, complex [..., D / 2]."""
+    return torch.view_as_real(_pairs(x.to(turning.real.dtype)) * turning).flatten(-2).to(x.dtype)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in for a type: float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -351,7 +397,7 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def _inverse(x: Tensor, eps: float) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_exact(x.dtype))
     return torch.addcmul(_scalar(eps, length.dtype, length.device), length, length, value=1 / x.shape[-1]).rsqrt_()
 
 
