@@ -562,8 +562,6 @@ HAND = [
     Mutant("language/lean.py", "torch.complex(cos, sin)", "torch.complex(cos, -sin)", "turned the wrong way"),
     Mutant("language/lean.py", "_turned(joint[..., :-1, :], turning)", "joint[..., :-1, :]", "a prompt is not turned"),
     Mutant("language/lean.py", "queries.transpose(2, 3), keys", "queries, keys", "halves of pairs stand apart"),
-    Mutant("products.py", 'weight, None, "add")', 'weight, None, "sub")', "a product is taken off, not added"),
-    Mutant("products.py", '"swish", [], "")', '"none", [], "")', "a gate without its function"),
     Mutant("language/lean.py", "[self.width**-0.5] * self.queries", "[1.0] * self.queries", "scores are not scaled"),
     Mutant("language/lean.py", "turning.conj().resolve_conj()", "turning", "a gradient is turned the same way"),
     Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),

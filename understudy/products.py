@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,26 +31,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.is_grad_enabled():
         found = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
     else:
-        found = _product(x.reshape(rows, x.shape[-1]), weight, bias)
+        found = _by_onednn(x.reshape(rows, x.shape[-1]), weight, bias)
     return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))
-
-
-def added(to: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """to + x weight', in one operation where nothing is to learn. to [N, M], x [N, K], weight [M, K] -> [N, M]."""
-    if torch.is_grad_enabled():
-        return to + linear(x, weight)
-    if not _suits(x, weight, x.numel() * weight.shape[0]):
-        return torch.addmm(to, x, weight.t())
-    return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
-
-
-def gated(x: Tensor, gate: Tensor, up: Tensor, act: Callable[[Tensor], Tensor]) -> Tensor:
-    """act(x gate') * (x up'), in two operations where nothing is to learn. x [N, K], gate, up [M, K] -> [N, M]."""
-    fuses = act is functional.silu and _suits(x, gate, x.numel() * gate.shape[0])
-    if torch.is_grad_enabled() or not fuses:
-        return act(linear(x, gate)) * linear(x, up)
-    open_ = torch.ops.mkldnn._linear_pointwise(x, gate, None, "swish", [], "")
-    return torch.ops.mkldnn._linear_pointwise.binary(x, open_, up, None, "mul")
 
 
 class Linear(nn.Linear):
@@ -103,8 +84,9 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# An operation of our own, for torch's compiler takes the weights of oneDNN's own for constants. It costs a microsecond more,
-# always: while `make_fx` traces for understudy/compiled.py, torch.compiler.is_compiling() is False.
+# An operation of our own, for torch's compiler takes the weights of oneDNN's own for constants. It costs some microseconds
+# more, wherever something is to learn: while `make_fx` traces for understudy/compiled.py, torch.compiler.is_compiling() is
+# False.
 _library = torch.library.Library("understudy", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.impl("product", _by_onednn, "CPU")

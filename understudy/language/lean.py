@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, pad, rms_norm, scaled_dot_product_attention
 
-from understudy.products import added, gated, linear, rounded
+from understudy.products import linear, rounded
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 GROWING = ("dynamic", "longrope")  # rotary positions that depend on how long a row has become
@@ -73,7 +73,6 @@ class Lean:
             attention.num_key_value_groups,
             attention.head_dim,
         )
-        self.silu = config.hidden_act in ("silu", "swish")
         self.eps, self.window = config.rms_norm_eps, getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None)
         kinds = kinds or ["full_attention" if not self.window else "sliding_attention"] * len(trunk.layers)
@@ -100,7 +99,7 @@ class Lean:
             mlp.gate_proj.weight * after,
             mlp.up_proj.weight * after,
             mlp.down_proj.weight,
-            silu if self.silu else mlp.act_fn,
+            mlp.act_fn,
             kind == "sliding_attention",
         )
 
@@ -149,7 +148,7 @@ class Lean:
             keys, values = store.write(turned[:, :, -1], joint[:, :, -1])
             queries, mask = turned[:, :, :-1].flatten(0, 1), windowed if layer.sliding else seen
             heard = _by_products(queries, keys.flatten(0, 1), values.flatten(0, 1), mask)
-            x = self._gated(added(x, heard.view(len(x), -1), layer.out), layer)
+            x = self._gated(x + linear(heard.view(len(x), -1), layer.out), layer)
         return _normed(x, self.eps) * self.norm
 
     def begin(self, ids: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -168,7 +167,7 @@ class Lean:
             rows = turned[:, :, :-1], keys, values
             heard = self._attend(*(part.flatten(0, 1) for part in rows), self._mask(T, layer.sliding))
             heard = heard.unflatten(0, (B, self.heads)).permute(0, 3, 1, 2, 4).reshape(ids.numel(), -1)
-            x = self._gated(added(x, pad(heard, (0, 0, 0, read - ids.numel())), layer.out), layer)
+            x = self._gated(x + linear(pad(heard, (0, 0, 0, read - ids.numel())), layer.out), layer)
         return (_normed(x, self.eps) * self.norm)[: ids.numel()].view(B, T, -1), stored
 
     def read(self, ids: Tensor, needed: Tensor, wanted: Tensor) -> Tensor:
@@ -222,7 +221,7 @@ class Lean:
                 some = pad(asked, (0, rounded(len(asked)) - len(asked)))
                 x, heard_at = x[some], heard_at[some]
             heard = (heard[0] if len(heard) == 1 else torch.cat(heard))[heard_at].flatten(1)
-            x = self._gated(added(x, heard, layer.out), layer)
+            x = self._gated(x + linear(heard, layer.out), layer)
         x = _normed(x[: len(asked)], self.eps) * self.norm
         order = torch.zeros_like(row).index_put((asked,), torch.arange(len(asked), device=ids.device))
         return x.new_zeros(*ids.shape, x.shape[-1]).index_put(wanted.nonzero(as_tuple=True), x[order[number[wanted]]])
@@ -239,7 +238,7 @@ class Lean:
     def _gated(self, x: Tensor, layer: Layer) -> Tensor:
         """[N, H] -> [N, H]: the part of a layer behind attention."""
         y = _normed(x, self.eps)
-        return added(x, gated(y, layer.gate, layer.up, layer.act), layer.down)
+        return x + linear(layer.act(linear(y, layer.gate)) * linear(y, layer.up), layer.down)
 
     def _mask(self, length: int, sliding: bool) -> Tensor:
         """What is added to the scores of a row, [Q length, length]; queries of one head stand below each other."""
