@@ -549,6 +549,9 @@ HAND = [
         "position_ids=torch.zeros_like(self.length)[:, None],",
         "every new token at position 0",
     ),
+    Mutant("language/generate.py", "last & (rows >= 0)", "last", "a slot that is nobody's ends again and again"),
+    Mutant("language/generate.py", "rows[into] = rows[moved]", "pass", "who moves up leaves what it read behind"),
+    Mutant("language/generate.py", "        self.count[-1] = 0\n", "", "nobody outgrows the limit"),
     Mutant("language/generate.py", "behind < length[:, None]", "behind <= length[:, None]", "sees what is not its own"),
     Mutant(
         "language/generate.py",
@@ -600,9 +603,7 @@ HAND = [
     Mutant(
         "language/lean.py", 'any(word in getattr(trunk.rotary_emb, "rope_type", "")', 'any(word in ""', "positions grow"
     ),
-    Mutant(
-        "language/generate.py", "owner[idle], grid.length[idle] = -1, 0", "owner[idle] = -1", "a freed slot grows on"
-    ),
+    Mutant("language/generate.py", "grid.length.masked_fill_(owner < 0, 0)", "pass", "a freed slot grows on"),
     Mutant(
         "language/generate.py",
         "logprob[row, first:end] = torch.tensor(said.logprob)",

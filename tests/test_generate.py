@@ -55,6 +55,21 @@ def test_many_rows_through_few_slots_keep_their_log_probs():
     assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("slots", [60, 12])
+def test_rows_that_move_up_to_where_others_ended_keep_what_they_read(slots):
+    policy = Policy(tiny_lean("qwen2"))
+    prompts = [PROMPTS[i % 5] for i in range(60)]
+
+    said = generate(
+        policy, prompts, limit=12, stops=STOPS | {0}, seeds=range(60), slots=slots
+    )  # 0: what idle slots say
+
+    record = lay_out(prompts, said)
+    assert len({len(c.ids) for c in said}) > 6  # so slots are left one after another
+    assert all(c.stopped or len(c.ids) == 12 for c in said)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+
+
 def test_a_row_ends_at_a_stop_id_and_at_the_limit():
     said = generate(Policy(tiny("llama")), [[1, 7]] * 40, limit=8, stops=STOPS, seeds=range(40))
 

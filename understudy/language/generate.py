@@ -20,6 +20,8 @@ from understudy.language.lean import lean
 from understudy.language.model import Policy
 from understudy.language.tokens import pick
 
+STEP = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -86,8 +88,8 @@ class Slots(DynamicLayer):
         self.keys[slots[:, None], :, :, columns] = keys.transpose(1, 2)
         self.values[slots[:, None], :, columns] = values.transpose(1, 2)
 
-    def keep(self, slots: Tensor) -> None:
-        self.keys, self.values = self.keys[slots], self.values[slots]
+    def close_up(self, moved: Tensor, into: Tensor, count: int) -> None:
+        self.keys, self.values = (_closed_up(part, moved, into, count) for part in (self.keys, self.values))
 
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one new column, [slots, heads, D]; the columns in use."""
@@ -191,11 +193,17 @@ class Grid:
         )
         return out.last_hidden_state[:, 0]
 
-    def keep(self, slots: Tensor) -> None:
-        """Go on with some slots alone."""
+    def close_up(self, moved: Tensor, into: Tensor, count: int) -> None:
+        """Go on with the first `count` slots alone, some of which give their places to others behind them."""
         for layer in self.layers:
-            layer.keep(slots)
-        self.length, self.mask = self.length[slots], self.mask[slots]
+            layer.close_up(moved, into, count)
+        self.length, self.mask = (_closed_up(part, moved, into, count) for part in (self.length, self.mask))
+
+
+def _closed_up(rows: Tensor, moved: Tensor, into: Tensor, count: int) -> Tensor:
+    """The first `count` of the rows, the moved ones among them."""
+    rows[into] = rows[moved]
+    return rows[:count]
 
 
 @torch.no_grad()
@@ -250,47 +258,41 @@ def _generate_in_slots(
     sample: bool,
     slots: int,
 ) -> list[Completion]:
-    noise = torch.stack([torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-    desk = _Desk(policy, noise.to(policy.device), stops, starts, limit, sample)
-    slots = min(slots, len(prompts))
+    noise = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    desk = _Desk(policy, torch.stack([*noise, torch.zeros(limit)]).to(policy.device), stops, starts, limit, sample)
+    idle = slots = min(slots, len(prompts))
     capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
     grid = Grid(policy, slots, capacity, max(map(len, prompts)))
     owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
-    busy = owner.nonzero()[:0, 0]  # slots with a row, and theirs
-    whose = owner[busy]
     tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
     waiting = deque(range(len(prompts)))
-    while True:
-        if waiting and len(owner) - len(busy) >= max(
-            1, len(owner) // 4
-        ):  # some prompts together are cheaper than one by one
-            fresh = (owner < 0).nonzero()[: len(waiting), 0]
-            rows = [waiting.popleft() for _ in fresh]
-            hidden = grid.read(fresh.tolist(), [prompts[row] for row in rows])
-            owner[fresh] = torch.tensor(rows, device=owner.device)
-            working, whose = fresh, owner[fresh]
-        elif len(busy) == 0:
-            return desk.completions()
+    while waiting or idle < len(owner):
+        if waiting and idle >= max(1, len(owner) // 4):  # some prompts together are cheaper than one by one
+            working = (owner < 0).nonzero()[: len(waiting), 0]
+            whose = torch.tensor([waiting.popleft() for _ in working], device=owner.device)
+            hidden = grid.read(working.tolist(), [prompts[row] for row in whose.tolist()])
+            owner, idle = owner.index_copy(0, working, whose), idle - len(working)
         else:
-            if not waiting and len(busy) <= len(owner) // 2:  # half the slots idle for good
-                grid.keep(busy)
-                owner, tokens, busy = owner[busy], tokens[busy], torch.arange(len(busy), device=owner.device)
-            hidden = grid.step(tokens)
-            hidden = hidden if len(busy) == len(owner) else hidden[busy]
-            working = busy
+            count = -(-(len(owner) - idle) // STEP) * STEP
+            if not waiting and count < len(owner):
+                moved = (owner[count:] >= 0).nonzero()[:, 0] + count
+                into = (owner[:count] < 0).nonzero()[: len(moved), 0]
+                grid.close_up(moved, into, count)
+                owner, tokens = (part.index_copy(0, into, part[moved])[:count] for part in (owner, tokens))
+                idle -= slots - count
+                slots = count
+            working, whose, hidden = None, owner, grid.step(tokens)
         said, ended = desk.choose(whose, hidden)
-        tokens = tokens.index_copy(0, working, said)
-        some = ended is not None and bool(ended.any())
-        if some:
-            idle = working[ended]
-            owner[idle], grid.length[idle] = -1, 0
-        if some or working is not busy:
-            busy = (owner >= 0).nonzero()[:, 0]
-            whose = owner[busy]
+        tokens = said if working is None else tokens.index_copy(0, working, said)
+        if ended is not None and bool(ended.any()):
+            left = whose.masked_fill(ended, -1)
+            owner, idle = left if working is None else owner.index_copy(0, working, left), idle + int(ended.sum())
+            grid.length.masked_fill_(owner < 0, 0)
+    return desk.completions()
 
 
 class _Desk:
-    """Chooses the next token of some rows and writes it down."""
+    """Chooses the next token of some rows and writes it down. Row -1, the last one, is nobody's."""
 
     def __init__(
         self,
@@ -302,9 +304,9 @@ class _Desk:
         sample: bool,
     ) -> None:
         self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
-        self.stops, self.starts = stops, starts
+        self.stops, self.starts = stops, [*starts, 0]
         self.stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
-        self.count = torch.tensor(starts, device=noise.device)
+        self.count = torch.tensor(self.starts, device=noise.device)
         self.rows = self.at = torch.zeros(0, dtype=torch.long, device=noise.device)  # who spoke last, and where
         self.left = 0  # tokens that the longest of them may still say
         self.said: list[tuple[Tensor, ...]] = []  # rows, places, tokens and their log-probs
@@ -319,6 +321,7 @@ class _Desk:
             at = self.at + 1
         else:
             self.count[self.rows] = self.at + 1
+            self.count[-1] = 0
             at = self.count[rows]
             self.left = self.limit - int(at.max())
         self.rows, self.at, self.left = rows, at, self.left - 1
@@ -330,7 +333,7 @@ class _Desk:
         if self.stops:
             stopped = (token[:, None] == self.stop_ids).any(dim=1)
             last = stopped if last is None else last | stopped
-        return token, last
+        return token, None if last is None else last & (rows >= 0)
 
     def completions(self) -> list[Completion]:
         rows, at, token, logprob = (torch.cat(parts).cpu() for parts in zip(*self.said, strict=True))
@@ -339,7 +342,7 @@ class _Desk:
         end = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()
         return [
             Completion(ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops, self.version)
-            for row, (a, b) in enumerate(zip(self.starts, end, strict=True))
+            for row, (a, b) in enumerate(zip(self.starts[:-1], end[:-1], strict=True))
         ]
 
 

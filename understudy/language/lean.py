@@ -382,7 +382,7 @@ def _pairs(x: Tensor) -> Tensor:
 
 def _turned(x: Tensor, turning: Tensor) -> Tensor:
     """Vectors [..., D], each turned, complex [..., D / 2]."""
-    return torch.view_as_real(_pairs(x.to(turning.real.dtype)) * turning).flatten(-2).to(x.dtype)
+    return torch.view_as_real(_pairs(x.to(_exact(x.dtype))) * turning).flatten(-2).to(x.dtype)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
