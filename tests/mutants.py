@@ -451,6 +451,7 @@ HAND = [
         "level - 0 * pad(total",
         "within its block a token is looked for from 0",
     ),
+    Mutant("language/tokens.py", "rows - len(x)))", "0))", "a kernel for each number of chosen tokens"),
     Mutant(
         "language/tokens.py",
         "found[here, token[here] - at] += pull[here, 0]",

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from understudy import products
 from understudy.language import tokens
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution, pick
 
@@ -40,6 +41,19 @@ def test_log_prob_entropy_and_kl_by_hand():
     assert float(skewed.entropy()) == pytest.approx(0.5623, abs=1e-4)
     # 0.5 log(0.5 / 0.25) + 0.5 log(0.5 / 0.75)
     assert float(half.kl(skewed)) == pytest.approx(0.1438, abs=1e-4)
+
+
+def test_numbers_of_rows_that_differ_by_chance_are_multiplied_alike(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        tokens, "linear", lambda x, w, b=None: seen.append((x.shape, w.shape)) or products.linear(x, w, b)
+    )
+    for chosen in (3, 4):
+        said = at_random()
+        mask = torch.arange(6).view(2, 3) < chosen
+        TokenDistribution(said.hidden, mask, said.head).log_prob(torch.ones(2, 3, dtype=torch.long)).sum().backward()
+
+    assert seen[:4] == seen[4:]
 
 
 def test_the_likeliest_token_is_the_mode():

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from understudy.products import linear
+from understudy.products import linear, rounded
 
 WHOLE = 2**22  # logits kept whole, 16 MiB of float32; more than that are made, used and forgotten piece by piece
 BLOCK = 1024  # tokens of a large vocabulary that are summed up together
@@ -169,14 +169,16 @@ class LogProb(Function):
     hidden [N, H], weight [V, H], bias [V] or None, token int64 [N] -> [N], [N] or None; no gradient reaches the entropy.
 
     Logits are made `PIECE` at a time, and again in the backward pass (d log p(a) / d logit = 1_a - p): pieces of the
-    vocabulary there, so that each row of the weight's gradient is done at once.
+    vocabulary there, so that each row of the weight's gradient is done at once. Rows are rounded up by some that count
+    for nothing.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, slope: float
     ) -> tuple[Tensor, Tensor | None]:
-        learns, size = any(ctx.needs_input_grad), max(1, PIECE // len(weight))
+        learns, size, asked = any(ctx.needs_input_grad), max(1, PIECE // len(weight)), len(hidden)
+        hidden, token = _with_rows(hidden, rounded(asked)), _with_rows(token, rounded(asked))
         chosen, total, entropy = (hidden.new_empty(len(hidden)) for _ in range(3))
         for at in range(0, len(hidden), size):
             rows = slice(at, at + size)
@@ -188,13 +190,14 @@ class LogProb(Function):
                 entropy[rows] = total[rows] - torch.linalg.vecdot(p, logit)
         ctx.save_for_backward(hidden, weight, bias, token, total)
         ctx.slope = slope
+        entropy = entropy[:asked]
         ctx.mark_non_differentiable(entropy)
-        return chosen - total, entropy if learns else None
+        return (chosen - total)[:asked], entropy if learns else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, bias, token, total = ctx.saved_tensors
-        pull, size = grad[:, None] * ctx.slope, max(1, PIECE // max(len(hidden), 1))
+        pull, size = _with_rows(grad[:, None] * ctx.slope, len(hidden)), max(1, PIECE // max(len(hidden), 1))
         of_hidden = torch.zeros_like(hidden)
         of_weight, of_bias = (
             torch.empty_like(x) if x is not None and x.requires_grad else None for x in (weight, bias)
@@ -211,7 +214,12 @@ class LogProb(Function):
                 of_weight[columns] = linear(hidden.t(), found.t()).t()
             if of_bias is not None:
                 of_bias[columns] = found.sum(dim=0)
-        return of_hidden, of_weight, of_bias, None, None
+        return of_hidden[: len(grad)], of_weight, of_bias, None, None
+
+
+def _with_rows(x: Tensor, rows: int) -> Tensor:
+    """[n, ...] with zeros behind it, [rows, ...]."""
+    return pad(x, (*(0, 0) * (x.ndim - 1), 0, rows - len(x)))
 
 
 def normalized(logit: Tensor) -> tuple[Tensor, Tensor]:
