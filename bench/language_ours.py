@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - 80 MiB of code that a run loads with its model, TRL before
 from language_work import HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, Clock, Reward, job
 
 from understudy.language import grpo, ppo
