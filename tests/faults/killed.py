@@ -21,7 +21,7 @@ import torch
 
 import understudy
 from tests.rehearsed import ppo_config, reward_config, sft_config
-from understudy.control import actor_critic, reinforce
+from understudy.control import actor_critic, optimizer, reinforce
 from understudy.control import ppo as control_ppo
 from understudy.control import stage as control_stage
 from understudy.language import dpo, grpo, reward_model, sft
@@ -32,7 +32,7 @@ from understudy.language import stage as language_stage
 Moment = tuple[str, int]
 LATE = 6
 """An iteration that every run here comes to, checkpoints behind it."""
-OPTIMIZERS = (torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop)
+OPTIMIZERS = (torch.optim.AdamW, optimizer.Adam, optimizer.RMSprop)
 """A subclass first: torch gives it a `step` of its own once one was made, so that its base's does not reach it."""
 CLOCK = {"seconds", "steps_per_second", "seconds_left"}
 QUICK: dict[str, Any] = {"quiet": True, "checkpoint_every": 2, "hidden": (16,)}

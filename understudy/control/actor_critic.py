@@ -12,6 +12,7 @@ import torch
 from understudy.advantage import gae
 from understudy.batch import Batch
 from understudy.control import config, stage
+from understudy.control.optimizer import RMSprop, adam
 from understudy.control.policy import Policy
 from understudy.control.stage import Begun, Env, Iterations, Net
 from understudy.objective import huber_error, policy_gradient, squared_error
@@ -86,5 +87,5 @@ def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = N
 def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
     """One Adam, or one RMSprop, over all parameters."""
     if cfg.optimizer == "adam":
-        return stage.adam(policy, cfg)
-    return torch.optim.RMSprop(policy.parameters(), lr=cfg.learning_rate, alpha=0.99, eps=cfg.adam_eps)
+        return adam(policy, cfg)
+    return RMSprop(policy.parameters(), lr=cfg.learning_rate, alpha=0.99, eps=cfg.adam_eps)

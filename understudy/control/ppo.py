@@ -13,6 +13,7 @@ from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.compiled import Compiled, available
 from understudy.control import config, stage
+from understudy.control.optimizer import adam
 from understudy.control.policy import Policy
 from understudy.control.stage import Begun, Env, Iterations, Net, Stage
 from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
@@ -186,7 +187,7 @@ def kl_since(policy: Policy, batch: Batch) -> float:
 
 def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
     """One Adam; with clip_grad_apart, actor and critic as groups with a bound each."""
-    made = stage.adam(policy, cfg)
+    made = adam(policy, cfg)
     if cfg.clip_grad_apart:
         critic = [p for name, p in policy.named_parameters() if name.startswith(("network.critic", "network.value"))]
         own = {id(p) for p in critic}

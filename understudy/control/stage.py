@@ -26,6 +26,7 @@ from understudy.control.collect import Episode, Walker
 from understudy.control.config import Config, Network
 from understudy.control.costs import Costs
 from understudy.control.evaluate import evaluate
+from understudy.control.optimizer import adam
 from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
 from understudy.control.standing import Trail, Way, forgets, way_of
@@ -418,12 +419,6 @@ def _as_asked(policy: Policy, cfg: Config, whose: str) -> Policy:
             there = f"which has {has[field.name]!r}" if field.name in has else "which takes none from the config"
             raise RequestError(f"{field.name} is {asked!r}, but {whose}, {there}: leave it at {field.default!r}")
     return policy
-
-
-def adam(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
-    """One Adam over all parameters."""
-    fused = torch.device(cfg.device).type in ("cpu", "cuda")
-    return torch.optim.Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=fused)
 
 
 def drain(iterations: Iterations) -> Run:
