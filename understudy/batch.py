@@ -93,8 +93,8 @@ class Batch(Trajectory):
 
     def steps(self) -> Batch:
         """The chosen steps alone, each a row of its own: [N, 1, ...]. Only for policies without memory."""
-        chosen = self.mask.reshape(-1).nonzero()[:, 0]
-        return map_tensors(lambda x: x.flatten(0, 1)[chosen][:, None], dataclasses.replace(self, state=None))
+        chosen, stateless = self.mask.reshape(-1).nonzero()[:, 0], dataclasses.replace(self, state=None)
+        return map_tensors(lambda x: x.flatten(0, 1).index_select(0, chosen).unsqueeze(1), stateless)
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,8 @@ class Compiled:
         whole = self.steps * len(record)
         self.chunks = math.ceil(whole / minibatches / CHUNK)
         self.rows = self.chunks * math.ceil(whole / minibatches / self.chunks)
-        self.batch = map_tensors(partial(_filled, size=whole), batch)  # always as long, whatever was masked
+        # always as long, whatever was masked
+        self.batch = batch if len(batch) == whole else map_tensors(partial(_filled, size=whole), batch)
         self.all = torch.ones(self.rows, dtype=torch.bool)
         self.learned = [self.weights, *self.moments]
         self.fixed = [*self.buffers.values(), *leaves(self.batch)]
@@ -97,10 +98,9 @@ class Compiled:
         self.moments = [_flat([x[name] for x in state]) if state[0] else blank.clone() for name in MOMENTS]
         self.before = float(state[0]["step"]) if state[0] else 0.0
         changing = [objective.keywords[name] for name in self.varying if name in objective.keywords]
-        (beta1, beta2), count = group["betas"], self.before + torch.arange(1, steps + 1, dtype=torch.float64)
-        known = torch.tensor([changing], dtype=torch.float64).expand(steps, -1)
-        corrected = group["lr"] / (1 - beta1**count), (1 - beta2**count).sqrt()
-        self.numbers = torch.cat([torch.stack(corrected, dim=1), known], dim=1)
+        (beta1, beta2), counts = group["betas"], range(int(self.before) + 1, int(self.before) + steps + 1)
+        numbers = [(group["lr"] / (1 - beta1**t), math.sqrt(1 - beta2**t), *changing) for t in counts]
+        self.numbers = torch.tensor(numbers, dtype=torch.float64)
         self.settings = beta1, beta2, group["eps"]
         self.buffers = dict(policy.named_buffers())
         self.said: list[Tensor] = []
@@ -120,21 +120,21 @@ class Compiled:
         if not self.said:
             return torch.zeros(0)
         told = torch.stack(self.said)
-        if not told[:, [0, -1]].isfinite().all():
+        if not told[:, :: told.shape[1] - 1].isfinite().all():  # the loss, and the norm
             for loss, *_, norm in told:
                 finite("loss", loss, LOSS)
                 finite("gradient's norm", norm, NORM)
-        state = self.optimizer.state
+        state, count = self.optimizer.state, torch.tensor(self.before + len(told))
         for parameter in self.parameters:
             if not state[parameter]:
                 state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
-            state[parameter]["step"] = torch.tensor(self.before + len(told))
+            state[parameter]["step"] = count.clone()
         sizes = [p.numel() for p in self.parameters]
         kinds = [self.parameters, *([state[p][name] for p in self.parameters] for name in MOMENTS)]
         with torch.no_grad():
             for into, flat in zip(kinds, (self.weights, *self.moments), strict=True):
                 for x, p in zip(flat.split(sizes), into, strict=True):
-                    p.copy_(x.view_as(p))
+                    p.copy_(x.view(p.shape))
         return told
 
     def _traced(self) -> tuple[Callable[..., Tensor], list[str]]:
@@ -160,12 +160,40 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             from torch.fx.experimental.proxy_tensor import make_fx
 
             with torch.enable_grad():
-                graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given)
+                graph = _arranged(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given))
             # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
             found.append(compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True}))
         return found[0](*given)
 
     return run
+
+
+def _arranged(traced: Any) -> Any:
+    """The same graph with its products a' b, of long a and b, in the form that torch's libraries are quick in.
+
+    By MKL with the wider factor on the right: a' b is (b' a)'. By oneDNN with a' laid out, where that can be part of what
+    makes it; the operation itself would copy it.
+    """
+    graph, aten, contiguous = traced.graph, torch.ops.aten, {"memory_format": torch.contiguous_format}
+    for node in graph.find_nodes(op="call_function", target=aten.mm.default):
+        left, right = node.args
+        if left.target is aten.t.default and _width(right) < _width(left.args[0]):
+            with graph.inserting_before(node):
+                turned = graph.call_function(aten.t.default, (right,))
+                product = graph.call_function(aten.mm.default, (turned, left.args[0]))
+                turned = graph.call_function(aten.t.default, (product,))
+                node.replace_all_uses_with(graph.call_function(aten.clone.default, (turned,), contiguous))
+    for node in graph.find_nodes(op="call_function", target=torch.ops.understudy.product.default):
+        if node.args[0].target is aten.t.default:
+            with graph.inserting_before(node):
+                node.update_arg(0, graph.call_function(aten.clone.default, (node.args[0],), contiguous))
+    graph.eliminate_dead_code()
+    traced.recompile()
+    return traced
+
+
+def _width(node: Any) -> int:
+    return node.meta["val"].shape[1]
 
 
 def available() -> bool:
@@ -238,5 +266,6 @@ def _filled(x: Tensor, size: int) -> Tensor:
     return x if len(x) == size else torch.cat([x, x.new_zeros(size - len(x), *x.shape[1:])])
 
 
+@torch.no_grad()
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.detach().reshape(-1) for x in tensors])
+    return torch.cat([x.reshape(-1) for x in tensors])
