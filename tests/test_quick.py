@@ -40,7 +40,7 @@ def test_actions_have_the_log_probs_that_the_policy_gives_them(action, activatio
     obs = 5 * torch.randn(200, 3, generator=seeded(2))
 
     quick = quick_form(policy, 200, seeded(3))
-    found, said = map(torch.from_numpy, quick(obs))
+    found, said = map(torch.from_numpy, quick(obs.numpy()))
 
     with torch.no_grad():
         distribution, _ = policy(obs[:, None])
@@ -54,7 +54,7 @@ def test_one_choice_is_drawn_as_often_as_it_is_likely():
     obs = torch.ones(200, 3)
     quick = quick_form(policy, 200, seeded(4))
 
-    drawn = torch.from_numpy(np.concatenate([quick(obs)[0] for _ in range(200)]))
+    drawn = torch.from_numpy(np.concatenate([quick(obs.numpy())[0] for _ in range(200)]))
 
     with torch.no_grad():
         likely = policy(obs[:1, None])[0].logp.exp()[0, 0]
@@ -67,7 +67,7 @@ def test_numbers_are_drawn_with_the_mean_and_spread_of_the_policy():
     obs = torch.ones(200, 3)
     quick = quick_form(policy, 200, seeded(4))
 
-    drawn = torch.from_numpy(np.concatenate([quick(obs)[0] for _ in range(200)]))
+    drawn = torch.from_numpy(np.concatenate([quick(obs.numpy())[0] for _ in range(200)]))
 
     with torch.no_grad():
         distribution = policy(obs[:1, None])[0]
@@ -81,7 +81,7 @@ def test_without_sampling_it_is_the_mode(action):
     policy = policy_for(action)
     obs = torch.randn(50, 3, generator=seeded(2))
 
-    found, _ = quick_form(policy, 50)(obs)
+    found, _ = quick_form(policy, 50)(obs.numpy())
 
     with torch.no_grad():
         assert_close(torch.from_numpy(found), policy(obs[:, None])[0].mode()[:, 0], rtol=1e-5, atol=1e-5)
@@ -126,5 +126,5 @@ def test_many_rows_are_chosen_for_by_the_modules(action):
     assert isinstance(few.says, Layers) and not isinstance(
         many.says, Layers
     )  # 65 * 64 * 64 products are more than 2^18
-    for mine, theirs in zip(few(obs[:64]), many(obs[:64]), strict=True):
+    for mine, theirs in zip(few(obs[:64].numpy()), many(obs[:64].numpy()), strict=True):
         assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

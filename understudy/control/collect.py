@@ -8,7 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -20,7 +20,7 @@ from torch import Tensor
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
 from understudy.control.quick import Quick, quick_form
-from understudy.control.spaces import MASK, PLAIN, all_forbidden, mask_width, reader, stacked
+from understudy.control.spaces import MASK, PLAIN, all_forbidden, arrays, mask_width, reader, stacked, tensors
 from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
 from understudy.control.supervise import Supervised
 from understudy.sample import choose
@@ -151,7 +151,8 @@ class Walker:
             self.forget()
         found = {name: getattr(self, name) for name in ("steps", "calls", "noise", "masked", "generator", "episode")}
         if self.now is not None:
-            found |= {name: getattr(self, name) for name in ("now", "returns", "lengths", "pending", "state")}
+            found |= {name: getattr(self, name) for name in ("returns", "lengths", "pending", "state")}
+            found["now"] = tensors(self.now)
             found |= {"envs": snapshot(self.envs)} if way == "snapshot" else {}
             found |= {} if self.trail is None else {"trail": self.trail.state()}
         return found
@@ -166,8 +167,9 @@ class Walker:
 
         Then the rows begin new episodes, and the run goes on without being the one that was interrupted.
         """
-        for name in found.keys() - {"generator", "envs", "trail"}:
+        for name in found.keys() - {"generator", "envs", "trail", "now"}:
             setattr(self, name, found[name])
+        self.now = arrays(found["now"]) if "now" in found else None
         if self.generator is not None:
             self.generator.set_state(found["generator"])
         self.state, self.noise = (None if x is None else x.to(self.device) for x in (self.state, self.noise))
@@ -191,7 +193,7 @@ class Walker:
         seeds: Any = [self.seed_of(row, int(index)) for row, index in enumerate(self.episode)]
         obs, info = self.envs.reset(seed=seeds)
         self.now = self._see(obs, info, choosing=rows)
-        seen_at = map_tensors(lambda x: x[:, None].to(self.device), now)
+        seen_at = map_tensors(lambda x: x[:, None].to(self.device), tensors(now))
         spare = choose(policy, seen_at, self.state, self.start, sample=False).action
         spare = policy.executable(spare.cpu().numpy())
         before = np.zeros(self.rows, dtype=bool)
@@ -215,7 +217,7 @@ class Walker:
         again.fold()
         self.trail = again
         came, was = list(_leaves(self.now)), list(_leaves(now))
-        same = len(came) == len(was) and all(torch.equal(a, b) for a, b in zip(came, was, strict=True))
+        same = len(came) == len(was) and all(map(np.array_equal, came, was))
         return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
 
     def _walk(self, policy: Any, wanted: Callable[..., np.ndarray | None], *, whole: bool = False) -> Trajectory:
@@ -267,43 +269,46 @@ class Walker:
         self.returns, self.lengths = self.returns + call.reward, self.lengths + ~self.pending
         if self.trail is not None:
             self.trail.calls.append((executed, call.obs, call.reward, over))
-        if np.count_nonzero(over | self.pending):
-            call, found, info = self._turn(call, over, found, info)
-        self.now = self._see(found, info, choosing=~self.pending)
+        if eventful and np.count_nonzero(over | self.pending):
+            return self._turn(call, over, found, info)
+        self.now = self._see(found, info, choosing=self.every)
         return call
 
     def _heard(self, call: _Call, terminated: Any, truncated: Any, info: Any) -> tuple[_Call, np.ndarray]:
         """The call as the rows that heard it have it, and which of them are over. A death at the time limit is a death."""
         heard = ~self.pending
-        terminated, truncated = (np.asarray(end, dtype=bool) & heard for end in (terminated, truncated))
-        self.unanswered = info.get("_fault", False) & heard & self.supervised
+        terminated, truncated = np.asarray(terminated, dtype=bool) & heard, np.asarray(truncated, dtype=bool) & heard
+        self.unanswered = info.get("_fault", self.none) & heard if self.supervised else self.none
         chosen, reward = call.chosen & heard & ~self.unanswered, np.where(heard, call.reward, 0.0)
         died, cut = terminated & chosen, truncated & ~terminated & chosen
         self.ended += died | cut
-        return call._replace(chosen=chosen, reward=reward, terminated=died, truncated=cut), terminated | truncated
+        return _Call(*call[:4], chosen, reward, died, cut), terminated | truncated
 
     def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
         """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""
-        seen, held = map_tensors(lambda x: x[:, None].to(self.device), obs), self.calls % self.hold
+        seen, held = map_tensors(lambda x: x[:, None].to(self.device), tensors(obs)), self.calls % self.hold
         how = {"generator": self.generator, "noise": self.noise if held else None, "sample": self.sample}
         action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
         return action.cpu().numpy(), logprob.cpu().numpy()
 
-    def _turn(self, call: _Call, over: np.ndarray, found: Any, info: Any) -> tuple[_Call, Any, Any]:
-        """Episodes end or begin: the call with what it led to; what is seen where the next choices are made."""
+    def _turn(self, call: _Call, over: np.ndarray, found: Any, info: Any) -> _Call:
+        """Episodes end or begin: the call with what it led to; and what is seen where the next choices are made."""
         # the true last observations; nothing is chosen there
         last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
-        call = call._replace(after=self._see(last, info, choosing=self.none))
+        call = _Call(call.obs, self._see(last, info, choosing=self.none), *call[2:])
         told: Any = self.returns, self.lengths, np.arange(self.rows), self.episode, call.truncated
         self.finished.extend(Episode(*(x.item(row) for x in told)) for row in (over & call.chosen).nonzero()[0])
-        self.returns, self.lengths = np.where(over, 0.0, self.returns), np.where(over, 0, self.lengths)
+        self.returns[over], self.lengths[over] = 0, 0  # made anew in every call
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
         self.episode = self.episode + (self.pending if self.mode is AutoresetMode.NEXT_STEP else over)
         if self.mode is AutoresetMode.DISABLED:
             found, info = self._reset_rows(over, info)
-        self.pending = over & (self.mode is AutoresetMode.NEXT_STEP)
-        return call, found, info
+        self.pending = over if self.mode is AutoresetMode.NEXT_STEP else self.none
+        # seen already, unless rows were reset since, or who chooses must have a mask
+        seen = self.mode is AutoresetMode.NEXT_STEP and isinstance(call.after, np.ndarray)
+        self.now = call.after if seen else self._see(found, info, choosing=~self.pending)
+        return call
 
     def _final_obs(self, info: Any, over: np.ndarray) -> Any:
         """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
@@ -324,13 +329,13 @@ class Walker:
         return found, self._merged(info, told, over) if self.masked else told
 
     def _see(self, found: Any, info: Any, *, choosing: np.ndarray) -> Tree:
-        """The observations as Tensors, with the action mask where `info` gives one; refused where not finite."""
+        """The observations as arrays, with the action mask where `info` gives one; refused where not finite."""
         tree = self.read(found)
         if isinstance(tree, dict) or self.masked or MASK in info:
             tree = self._with_mask(tree, info, choosing)
         for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
-            if leaf.is_floating_point() and np.count_nonzero(np.isfinite(leaf.numpy())) < leaf.numel():
-                raise self._no_number(f"observation {path!r}", leaf.numpy())
+            if leaf.dtype.kind == "f" and np.count_nonzero(np.isfinite(leaf)) < leaf.size:
+                raise self._no_number(f"observation {path!r}", leaf)
         return tree
 
     def _no_number(self, what: str, values: np.ndarray) -> FloatingPointError:
@@ -346,7 +351,7 @@ class Walker:
         if self.masked or MASK in info:
             tree = (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: self._mask_in(info, choosing)}
         if MASK in tree:
-            empty = all_forbidden(self.envs.single_action_space, tree[MASK]).numpy() & choosing
+            empty = all_forbidden(self.envs.single_action_space, torch.from_numpy(tree[MASK])).numpy() & choosing
             if empty.any():
                 row = int(np.flatnonzero(empty)[0])
                 raise ValueError(
@@ -355,13 +360,13 @@ class Walker:
                 )
         return tree
 
-    def _mask_in(self, info: Any, choosing: np.ndarray) -> Tensor:
+    def _mask_in(self, info: Any, choosing: np.ndarray) -> np.ndarray:
         """The action mask of `info`, bool [rows, width]; rows that choose nothing here may do anything."""
         if not self.masked:
             raise ValueError(
                 f'info["{MASK}"] was missing at the first reset: give it at every reset and step, or never'
             )
-        allowed = torch.ones(self.rows, mask_width(self.envs.single_action_space), dtype=torch.bool)
+        allowed = np.ones((self.rows, mask_width(self.envs.single_action_space)), dtype=bool)
         given = np.broadcast_to(info.get(f"_{MASK}", MASK in info), self.rows)
         for row in np.flatnonzero(choosing):
             if not given[row]:
@@ -373,7 +378,7 @@ class Walker:
                     f'info["{MASK}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '
                     f"{self.envs.single_action_space}"
                 )
-            allowed[row] = torch.from_numpy(flat.astype(bool))
+            allowed[row] = flat
         return allowed
 
     def _merged(self, info: Any, told: Any, over: np.ndarray) -> dict[str, Any]:
@@ -387,7 +392,7 @@ class Walker:
         return {MASK: masks, f"_{MASK}": given}
 
 
-def _leaves(tree: Tree) -> Iterator[Tensor]:
+def _leaves(tree: Tree) -> Iterator[np.ndarray]:
     yield from tree.values() if isinstance(tree, dict) else [tree]
 
 
@@ -401,28 +406,25 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None, quick: Quick |
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
         quick: what made log-probs out of what was said; None where that is what was said.
     """
-    seen, after, *columns = zip(*calls, strict=True)
-    action, said, chosen, reward, died, cut = (torch.from_numpy(stacked(column)) for column in columns)
-    rows, slots = chosen.shape[1], 2 * len(calls) + 1
-    keep = np.zeros((rows, slots), dtype=bool)
-    keep[:, :-1:2] = chosen.T
-    keep[:, 1::2] = (died | cut).T
-    keep[:, -1] = (keep * np.arange(slots)).max(axis=1) % 2 == 0  # so far the last slot is a choice, not an end
+    seen, after, action, said, chosen, reward, died, cut = zip(*calls, strict=True)
+    keep = np.stack([stacked(chosen), stacked(died) | stacked(cut)], axis=1).reshape(-1, len(chosen[0])).T
+    # the last slot, unless the one that was kept before it is an end
+    keep = np.column_stack([keep, (keep * np.arange(keep.shape[1])).max(axis=1) % 2 == 0])
     slot = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()]
-    at = torch.from_numpy(slot * rows + np.arange(rows)[:, None])
+    call, led, row = slot >> 1, slot & 1, np.arange(len(slot))[:, None]
 
-    def up(by_call: Tensor) -> Tensor:
-        spread = by_call.new_zeros(slots, *by_call.shape[1:])
-        by_call[~chosen] = 0
-        spread[:-1:2] = by_call
-        return spread.flatten(0, 1)[at]
-
-    def up_obs(trees: list[Tree]) -> Tree:
+    def up(trees: Sequence[Tree], at: np.ndarray) -> Tree:
+        """What stands at a place, counted by trees and rows, of trees [rows, ...] -> [rows, T, ...]."""
         if isinstance(trees[0], dict):
-            return {name: up_obs([tree[name] for tree in trees]) for name in trees[0]}
-        return torch.from_numpy(stacked([tree.numpy() for tree in trees])).flatten(0, 1)[at]
+            return {name: up([tree[name] for tree in trees], at) for name in trees[0]}
+        return torch.from_numpy(np.concatenate(trees).take(at * len(row) + row, axis=0))
 
-    # what a call led to is read only where an episode ended in it
-    obs = up_obs([tree for a, b in zip(seen, after, strict=True) for tree in (a, a if b is None else b)] + [last])
-    logprob = said if quick is None else quick.log_prob(said, action)
-    return Trajectory(obs, up(action), up(logprob), up(chosen), up(reward).float(), up(died), up(cut), state)
+    # what a call led to stands behind the observations it was made at; it is read only where an episode ended in it
+    behind = len(calls) + np.cumsum([tree is not None for tree in (*after, None)])
+    obs = up([*seen, last, *(tree for tree in after if tree is not None)], np.where(led, behind[call], call))
+    if quick is not None:
+        said = quick.log_prob(torch.from_numpy(stacked(said)), torch.from_numpy(stacked(action))).numpy()
+    at = np.where(keep[row, slot] > led, call, len(calls))  # behind the calls stand zeros, for what is no choice
+    by_call = (action, said, chosen, reward, died, cut)
+    action, logprob, mask, reward, died, cut = (up([*x, np.zeros_like(x[0])], at) for x in by_call)
+    return Trajectory(obs, action, logprob, mask, reward.float(), died, cut, state)

@@ -48,7 +48,7 @@ class Quick:
         self.width = last.out_features
         self.generator, self.noise = generator, list[np.ndarray]()
 
-    def __call__(self, obs: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """obs: float32 [B, D] -> action [B] or [B, K], said [B, K]."""
         x = self.says(obs)
         y = x if self.generator is None else x + self._noise(len(x))
@@ -80,9 +80,9 @@ class Layers:
         self.layers = [_numbers(x, rows) if isinstance(x, nn.Linear) else ACTIVATIONS[type(x)] for x in layers]
         self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0))
 
-    def __call__(self, obs: Tensor) -> np.ndarray:
+    def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs: float32 [B, D] -> what the last layer says, [B, K]."""
-        x = obs.numpy()
+        x = obs
         if self.scale is not None:
             x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
         for layer in self.layers:
@@ -95,9 +95,10 @@ class Layers:
 
 
 @torch.no_grad()
-def _by_modules(body: Body, last: nn.Linear, scale: ObsScale | None, obs: Tensor) -> np.ndarray:
+def _by_modules(body: Body, last: nn.Linear, scale: ObsScale | None, obs: np.ndarray) -> np.ndarray:
     """The same for many rows: the critic and all log-probs but the action's are left out."""
-    return last(body.mlp(obs if scale is None else scale(obs))).numpy()
+    x = torch.from_numpy(obs)
+    return last(body.mlp(x if scale is None else scale(x))).numpy()
 
 
 def quick_form(policy: Any, walker: Any) -> Quick | None:

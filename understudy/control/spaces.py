@@ -1,4 +1,4 @@
-"""Gymnasium's spaces as tensors: observations in, executable actions out, both as JSON for a saved policy.
+"""Gymnasium's spaces as arrays and Tensors: observations in, executable actions out, both as JSON for a saved policy.
 
 A plain observation space gives one Tensor, [B, ...]; Dict and Tuple spaces, nested or not, give a dict of Tensors by path
 ("camera", "arm.joints", "0"). An action mask is one more entry, `action_mask`.
@@ -47,8 +47,8 @@ def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
     return {path: leaf for path, leaf in leaves(space) if path != MASK}
 
 
-def reader(space: gymnasium.Space) -> Callable[[Any], Tensor | dict[str, Tensor]]:
-    """Reads batched observations of a space, as the space nests them, as fresh Tensors [B, ...]."""
+def reader(space: gymnasium.Space) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
+    """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...]."""
     casts = {path: _cast(leaf, path) for path, leaf in leaves(space)}
     if list(casts) == [PLAIN]:
         return casts[PLAIN]
@@ -57,10 +57,20 @@ def reader(space: gymnasium.Space) -> Callable[[Any], Tensor | dict[str, Tensor]
 
 def read(space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None) -> Tensor | dict[str, Tensor]:
     """One batched observation as `reader` reads it; `allowed` [B, width] joins as `action_mask`."""
-    tree = reader(space)(obs)
+    tree = tensors(reader(space)(obs))
     if allowed is None:
         return tree
     return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: torch.tensor(allowed, dtype=torch.bool)}
+
+
+def tensors(tree: Any) -> Any:
+    """A tree of arrays as Tensors that share their memory."""
+    return {name: torch.from_numpy(x) for name, x in tree.items()} if isinstance(tree, dict) else torch.from_numpy(tree)
+
+
+def arrays(tree: Any) -> Any:
+    """The other way."""
+    return {name: x.numpy() for name, x in tree.items()} if isinstance(tree, dict) else tree.numpy()
 
 
 def outside(space: gymnasium.Space, obs: Any, path: str) -> str:
@@ -261,14 +271,14 @@ def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
         yield obs
 
 
-def _cast(space: gymnasium.Space, path: str) -> Callable[[Any], Tensor]:
-    """Makes a leaf's Tensor: images stay uint8, discrete ones count from 0, whatever the space starts at."""
+def _cast(space: gymnasium.Space, path: str) -> Callable[[Any], np.ndarray]:
+    """Makes a leaf's own array: images stay uint8, discrete ones count from 0, whatever the space starts at."""
     if path == MASK:
-        return lambda array: torch.tensor(np.asarray(array), dtype=torch.bool).flatten(1)
+        return lambda array: np.array(array, dtype=bool).reshape(len(array), -1)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        return lambda array: torch.from_numpy(np.asarray(array, dtype=np.int64) - space.start)
+        return lambda array: np.asarray(array, dtype=np.int64) - space.start
     kind = np.uint8 if is_image(space) else np.float32
-    return lambda array: torch.from_numpy(np.array(array, dtype=kind))
+    return lambda array: np.array(array, dtype=kind)
 
 
 def _bounds(x: np.ndarray) -> Any:

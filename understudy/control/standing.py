@@ -20,7 +20,6 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
-from torch import Tensor
 
 from understudy.batch import Tree
 from understudy.control.spaces import stacked
@@ -173,8 +172,8 @@ class Trail:
 def _columns(obs: Sequence[Tree]) -> list[np.ndarray]:
     """The leaves of observations, each [calls, rows, ...]."""
     if isinstance(obs[0], dict):
-        return [stacked([tree[name].numpy() for tree in obs]) for name in sorted(obs[0])]  # pyright: ignore
-    return [stacked([tree.numpy() for tree in obs if isinstance(tree, Tensor)])]
+        return [stacked([tree[name] for tree in obs]) for name in sorted(obs[0])]
+    return [stacked(obs)]
 
 
 def _flat(array: np.ndarray) -> np.ndarray:
