@@ -9,6 +9,7 @@ import gymnasium
 import pytest
 import torch
 from gymnasium import spaces
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from tests.records import seeded
@@ -19,6 +20,7 @@ from understudy.control.config import Network
 from understudy.control.policy import Policy
 from understudy.control.ppo import standardized
 from understudy.objective import ppo, ppo_penalty
+from understudy.products import _product
 from understudy.update import update
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -119,3 +121,37 @@ def test_what_is_not_finite_leaves_policy_and_optimizer_as_they_were(compiled):
     assert "the loss is" in str(said[0])
     assert then[2] == {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0}
     assert_close(then[:2], once[:2], rtol=0, atol=0)
+
+
+def test_large_products_in_single_precision_are_those_of_plain_updates():
+    policy = Policy.build(BOX, spaces.Discrete(3), Network(hidden=(64, 64)), seed=3).double()
+    records = [record_for(policy, steps=512)]  # minibatches of 342: 64 x 64 of it are more than 2^20 multiplications
+    single = copy.deepcopy(policy).float()
+    halved = [map_tensors(lambda x: x.float() if x.is_floating_point() else x, record) for record in records]
+    slow = {"epochs": 1, "learning_rate": 1e-3}
+
+    fast = learn(single, [CLIP], halved, compiled=Compiled(512, varying=("clip",)), **slow)
+
+    for (name, mine), theirs in zip(fast[0].items(), learn(policy, [CLIP], records, **slow)[0].values(), strict=True):
+        assert_close(mine.double(), theirs, rtol=0, atol=2e-6, msg=lambda said, name=name: f"{name}: {said}")
+
+
+def test_products_are_turned_and_laid_out_and_stay_what_they_are():
+    def gradients(grad, narrow, wide):  # as of two layers' weights
+        return torch.mm(grad.t(), narrow), torch.mm(narrow.t(), grad), _product(grad.t(), wide.t())
+
+    given = [torch.randn(300, width, generator=seeded(width)) for width in (64, 4, 65)]
+    traced = make_fx(gradients, tracing_mode="fake")(*given)
+    before = [node.target for node in traced.graph.nodes]
+
+    arranged = compiled_module._arranged(traced)
+
+    for mine, theirs in zip(arranged(*given), gradients(*given), strict=True):
+        assert mine.is_contiguous()
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    clones = [node for node in arranged.graph.nodes if node.target is torch.ops.aten.clone.default]
+    turned, laid_out = (node.args[0] for node in clones)
+    assert before.count(torch.ops.aten.clone.default) == 0
+    assert turned.args[0].target is torch.ops.aten.mm.default  # grad' narrow alone, as (narrow' grad)'
+    assert turned.args[0].args[0].args[0].name.startswith("narrow")
+    assert laid_out.args[0].name.startswith("grad")  # grad' of the large product
