@@ -528,8 +528,8 @@ HAND = [
     Mutant("language/generate.py", "max_new_tokens=limit - start", "max_new_tokens=limit", "the limit begins anew"),
     Mutant(
         "language/generate.py",
-        "torch.tensor(starts, device=noise.device)",
-        "torch.zeros(len(starts), dtype=torch.long, device=noise.device)",
+        "torch.tensor(self.starts, device=noise.device)",
+        "torch.zeros(len(noise), dtype=torch.long, device=noise.device)",
         "every turn has the noise of the first",
     ),
     Mutant(
@@ -576,7 +576,7 @@ HAND = [
         "language/lean.py", "argmax(dim=1) + 1, 0)", "argmax(dim=1) + 2, 0)", "answers that begin apart pass as one"
     ),
     Mutant("language/lean.py", "behind < self.window", "behind <= self.window", "a window too wide by one"),
-    Mutant("language/lean.py", "gated.up_proj.weight * after", "gated.up_proj.weight", "a norm's weights are left out"),
+    Mutant("language/lean.py", "mlp.up_proj.weight * after", "mlp.up_proj.weight", "a norm's weights are left out"),
     Mutant(
         "language/lean.py", "again or trunk.dtype.itemsize < 4", "again", "half precision is read in half precision"
     ),
