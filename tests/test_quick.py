@@ -2,17 +2,22 @@
 
 from types import SimpleNamespace
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch.testing import assert_close
 
 from tests.records import seeded
+from understudy.batch import consult, leaves, map_tensors
+from understudy.control.collect import Walker
 from understudy.control.config import Network
 from understudy.control.policy import Policy
 from understudy.control.quick import Layers, Quick
 from understudy.control.quick import quick_form as quick_form_for
+from understudy.value import estimate
 
 BOX = spaces.Box(-float("inf"), float("inf"), (3,))
 NUMBERS = spaces.Box(-1, 1, (2,))
@@ -40,12 +45,15 @@ def test_actions_have_the_log_probs_that_the_policy_gives_them(action, activatio
     obs = 5 * torch.randn(200, 3, generator=seeded(2))
 
     quick = quick_form(policy, 200, seeded(3))
-    found, said = map(torch.from_numpy, quick(obs.numpy()))
+    found, said = quick(obs.numpy())
+    old, logprob = quick.sampled([said], [found])
+    found = torch.from_numpy(found)
 
     with torch.no_grad():
         distribution, _ = policy(obs[:, None])
         expected = distribution.log_prob(found[:, None])[:, 0]
-    assert_close(quick.log_prob(said, found), expected, rtol=1e-5, atol=1e-5)
+    assert_close(torch.from_numpy(logprob[0]), expected, rtol=1e-5, atol=1e-5)
+    assert_close(old.kl(map_tensors(lambda x: x[:, 0], distribution)), torch.zeros(1, 200), rtol=0, atol=1e-5)
     assert len(found.unique(dim=0)) > 3
 
 
@@ -128,3 +136,24 @@ def test_many_rows_are_chosen_for_by_the_modules(action):
     )  # 65 * 64 * 64 products are more than 2^18
     for mine, theirs in zip(few(obs[:64].numpy()), many(obs[:64].numpy()), strict=True):
         assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("mode", list(AutoresetMode), ids=lambda mode: mode.name)
+def test_a_record_carries_what_it_was_sampled_from_at_every_choice(env, mode):
+    envs = SyncVectorEnv([lambda: gymnasium.make(env, max_episode_steps=9)] * 3, autoreset_mode=mode)
+    both = envs.single_observation_space, envs.single_action_space
+    policy = Policy.build(*both, Network(shared=mode is AutoresetMode.SAME_STEP), seed=3, scale_obs=True)
+    walker = Walker(envs, seed_of=lambda row, episode: 100 * row + episode, generator=seeded(1))
+
+    record = walker.collect(policy, 25)
+
+    assert walker.quick is not None and record.ended.any()
+    with torch.no_grad():
+        said, value = consult(policy, record)
+    kl = said.kl(record.old)
+    assert_close(kl[record.mask], torch.zeros(int(record.mask.sum())), rtol=0, atol=1e-5)
+    assert kl.isfinite().all()
+    found, estimated = estimate(policy, record)
+    assert found is not said and all(map(torch.equal, leaves(found), leaves(record.old)))
+    assert_close(estimated, value, rtol=1e-5, atol=1e-5)

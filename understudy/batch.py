@@ -41,6 +41,8 @@ class Trajectory:
     """bool [B, T]: the episode was cut after this step; bootstrap from the next column, trace no further."""
     state: Tensor | None = None
     """Recurrent state before column 0, [B, S]; None for a policy without memory."""
+    old: Tree = None
+    """The distribution that sampled, [B, T, ...]; None where step 3 is to tell."""
 
     def __post_init__(self) -> None:
         for name in ("logprob", "reward", "terminated", "truncated"):
@@ -75,8 +77,6 @@ class Batch(Trajectory):
     """How much better the step was than expected, [B, T]."""
     target: Tensor
     """What the critic should have said, [B, T]."""
-    old: Tree
-    """The distribution that sampled, [B, T, ...], for KL(old, new)."""
     reference: Tree = None
     """What the frozen reference says of the same steps: its log-probs [B, T], or its distribution."""
     mix: Tree = None
@@ -204,11 +204,11 @@ def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
     return policy(record.obs, *(() if record.state is None else (record.state, record.start)))[:2]
 
 
-def consult_in_pieces(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
-    """`consult`, some rows at a time."""
+def in_pieces(ask: Callable[[Any, Any], tuple[Any, Tensor]], policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
+    """`ask(policy, record)`, which is as `consult`, some rows at a time."""
     rows = max(1, STEPS // record.mask.shape[1])
     pieces = [map_tensors(lambda x, at=at: x[at : at + rows], record) for at in range(0, len(record), rows)]
-    found = [dict(zip(("said", "value"), consult(policy, piece), strict=True)) for piece in pieces]
+    found = [dict(zip(("said", "value"), ask(policy, piece), strict=True)) for piece in pieces]
     whole = iter([torch.cat(parts) for parts in zip(*map(leaves, found), strict=True)])
     joined = map_tensors(lambda _: next(whole), found[0])
     return joined["said"], joined["value"]

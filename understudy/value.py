@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.batch import STEPS, Trajectory, consult, consult_in_pieces, map_tensors
+from understudy.batch import STEPS, Trajectory, consult, in_pieces, map_tensors
 from understudy.sample import Policy
 
 
 @torch.no_grad()
 def estimate(policy: Policy, record: Trajectory) -> tuple[Any, Tensor]:
-    """The distribution and the value [B, T] of the policy as it is now, at every column of the record.
+    """The distribution that sampled and the value [B, T] of the policy as it is now, at every column of the record.
 
-    One batched pass also gives V of every episode's true last observation: it stands in the record as a masked column.
+    A record that has no `old` is of this policy: it tells both. One batched pass also gives V of every episode's true last
+    observation: it stands in the record as a masked column.
     """
-    distribution, value = (consult if record.mask.numel() <= STEPS else consult_in_pieces)(policy, record)
+    ask = consult if record.old is None else _critique
+    distribution, value = ask(policy, record) if record.mask.numel() <= STEPS else in_pieces(ask, policy, record)
     # no_grad lets a view of a parameter through, such as the value of a critic that is one number
     return map_tensors(Tensor.detach, distribution), value.detach()
 
@@ -30,8 +32,12 @@ def next_value(value: Tensor, record: Trajectory) -> Tensor:
     """
     mask, steps = record.mask, value.shape[1]
     column = torch.arange(steps, device=mask.device)
-    chosen = torch.where(mask, column, steps)
-    at_or_after = chosen.flip(1).cummin(dim=1).values.flip(1)
+    at_or_after = torch.where(mask, column, steps).flip(1).cummin(dim=1).values.flip(1)
     following = torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=steps)
     index = torch.where(record.ended | (following == steps), (column + 1).clamp(max=steps - 1), following)
     return torch.where(mask, value.gather(1, index), 0.0)
+
+
+def _critique(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
+    """What is known, and the value."""
+    return record.old, policy.value(record.obs)

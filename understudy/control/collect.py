@@ -8,7 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -224,8 +224,8 @@ class Walker:
         """Call the env while rows are `wanted`, given the calls made."""
         if self.now is None:
             self.reset()
-        self.state = policy.initial_state(self.rows) if self.state is None else self.state
-        self.quick = quick_form(policy, self)
+        state = policy.initial_state(self.rows) if self.state is None else self.state
+        self.state, self.quick = state, quick_form(policy, self)
         before, self.made, self.ended[:] = self.state, (calls := []), 0
         while (rows := wanted(calls)) is not None:
             calls.append(self._step(policy, rows))
@@ -413,18 +413,17 @@ def lay_out(calls: list[_Call], last: Tree, state: Tensor | None, quick: Quick |
     slot = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()]
     call, led, row = slot >> 1, slot & 1, np.arange(len(slot))[:, None]
 
-    def up(trees: Sequence[Tree], at: np.ndarray) -> Tree:
+    def up(trees: Any, at: np.ndarray) -> Tree:
         """What stands at a place, counted by trees and rows, of trees [rows, ...] -> [rows, T, ...]."""
         if isinstance(trees[0], dict):
             return {name: up([tree[name] for tree in trees], at) for name in trees[0]}
-        return torch.from_numpy(np.concatenate(trees).take(at * len(row) + row, axis=0))
+        return torch.from_numpy(np.concatenate([*trees, np.zeros_like(trees[0])]).take(at * len(row) + row, axis=0))
 
     # what a call led to stands behind the observations it was made at; it is read only where an episode ended in it
     behind = len(calls) + np.cumsum([tree is not None for tree in (*after, None)])
     obs = up([*seen, last, *(tree for tree in after if tree is not None)], np.where(led, behind[call], call))
-    if quick is not None:
-        said = quick.log_prob(torch.from_numpy(stacked(said)), torch.from_numpy(stacked(action))).numpy()
+    old, said = (None, said) if quick is None else quick.sampled(said, action)
     at = np.where(keep[row, slot] > led, call, len(calls))  # behind the calls stand zeros, for what is no choice
-    by_call = (action, said, chosen, reward, died, cut)
-    action, logprob, mask, reward, died, cut = (up([*x, np.zeros_like(x[0])], at) for x in by_call)
-    return Trajectory(obs, action, logprob, mask, reward.float(), died, cut, state)
+    old = map_tensors(lambda x: up(x.numpy(), at), old)
+    action, said, chosen, reward, died, cut = (up(x, at) for x in (action, said, chosen, reward, died, cut))
+    return Trajectory(obs, action, said, chosen, reward.float(), died, cut, state, old)

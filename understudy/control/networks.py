@@ -49,6 +49,10 @@ class ActorCritic(nn.Module):
         critic = actor if self.critic is None else self.critic(obs)
         return self.head(actor, obs.get(MASK)), self.value(critic)[..., 0]
 
+    def critique(self, obs: Any) -> Tensor:
+        """V(obs) alone, [B, T]; without memory."""
+        return self.value((self.critic or self.actor)(obs if isinstance(obs, dict) else {PLAIN: obs}))[..., 0]
+
     def _remember(self, obs: dict[str, Tensor], state: Tensor, start: Tensor | None) -> Any:
         assert start is not None
         size = self.actor.state_size

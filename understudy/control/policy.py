@@ -104,6 +104,11 @@ class Policy(nn.Module):
         obs = obs if self.obs_scale is None else self.obs_scale(obs)
         return self.network(obs, state, start) if self.memory else self.network(obs)
 
+    def value(self, obs: Any) -> Tensor:
+        """V(obs) alone, [B, T]; of a network of ours without memory."""
+        network: Any = self.network
+        return network.critique(obs if self.obs_scale is None else self.obs_scale(obs))
+
     def reward(self, reward: Tensor) -> Tensor:
         """Rewards as the critic learns them: scaled where the policy has a scale. [B, T]."""
         return reward if self.reward_scale is None else self.reward_scale(reward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from understudy.control.networks import ActorCritic, Body, CategoricalHead, GaussianHead
 from understudy.control.normalize import CLIP, ObsScale
+from understudy.control.spaces import stacked
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.products import Tanh
 
@@ -28,7 +30,7 @@ ACTIVATIONS = {
 class Quick:
     """`quick(obs) -> action, said`: what a policy chooses, as its weights are now, to rounding.
 
-    `said` are the numbers that its distribution is made of; `log_prob` makes log-probs of those of a whole record at once.
+    `said` are the numbers that its distribution is made of; `sampled` makes that of those of a whole record at once.
     Noise is drawn for many choices at once, too; what is left at the end of a record is thrown away. Without a generator it
     chooses the mode. `small`: how many rows it chooses for in NumPy, 0 for as many as come, by the modules.
     """
@@ -62,9 +64,10 @@ class Quick:
             self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::-1])
         return self.noise.pop()
 
-    def log_prob(self, said: Tensor, action: Tensor) -> Tensor:
-        """said [..., K], action [...] or [..., K] -> [...]."""
-        return self._of(said).log_prob(action)
+    def sampled(self, said: Sequence[np.ndarray], action: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+        """What calls sampled from, [calls, rows, ...], and the log-probs [calls, rows] of what was chosen in them."""
+        found = self._of(torch.from_numpy(stacked(said)))
+        return found, found.log_prob(torch.from_numpy(stacked(action))).numpy()
 
     def _of(self, said: Tensor) -> Categorical | DiagonalGaussian:
         if self.log_std is None:
