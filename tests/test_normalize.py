@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tests.envs import GAMMA, MODES, Diary, diaries, scripted, walker
 from tests.records import flags, record, row, seeded
+from understudy.batch import consult
 from understudy.control import actor_critic, environment, ppo, reinforce
 from understudy.control.config import Network
 from understudy.control.evaluate import SEED, evaluate
@@ -195,7 +196,9 @@ def test_log_probs_and_values_stay_until_the_record_is_gathered():
 
     assert_close(now.log_prob(taken.action)[taken.mask], taken.logprob[taken.mask])  # the first ratio is 1
     policy.gather(taken)
-    later, value_later = estimate(policy, taken)
+    again, value_later = estimate(policy, taken)
+    assert torch.equal(again.mean, now.mean)  # what sampled stays what it was
+    later, _ = consult(policy, taken)
     assert not torch.allclose(later.mean, now.mean) and not torch.allclose(value_later, value)
 
 
