@@ -24,7 +24,7 @@ from understudy.update import update
 from understudy.value import estimate, next_value
 
 PAYS = 12_000
-"""Optimizer steps from which on they are compiled: 18 to 31 s without a cache, 4 s with one (docs/performance.md)."""
+"""Optimizer steps from which on they are compiled, which takes 12 s without a cache, 2 with one (docs/performance.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
