@@ -42,7 +42,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "distribution.py": ("test_distribution.py",),
     "sample.py": ("test_sample.py", TWIN),
     "score.py": ("test_score.py", "test_rlhf_example.py", TWIN),
-    "value.py": ("test_value.py", ESTIMATORS, TWIN),
+    "value.py": ("test_value.py", ESTIMATORS, TWIN, "test_quick.py"),
     "advantage.py": ("test_advantage.py", ESTIMATORS, TWIN),
     "objective.py": ("test_objective.py", OBJECTIVES, TWIN),
     "update.py": (
@@ -357,8 +357,8 @@ HAND = [
     ),
     Mutant(
         "control/collect.py",
-        "np.asarray(end, dtype=bool) & heard",
-        "np.asarray(end, dtype=bool)",
+        "np.asarray(terminated, dtype=bool) & heard",
+        "np.asarray(terminated, dtype=bool)",
         "a reset ends an episode",
     ),
     Mutant("control/collect.py", "np.where(heard, call.reward, 0.0)", "call.reward", "a reset is paid"),
@@ -383,14 +383,14 @@ HAND = [
     Mutant("control/collect.py", "int(np.count_nonzero(call.chosen))", "self.rows", "resets are counted"),
     Mutant(
         "control/collect.py",
-        "keep[:, 1::2] = (died | cut).T",
-        "",
+        "stacked(died) | stacked(cut)]",
+        "stacked(died) & stacked(cut)]",
         "no room for the last observation",
     ),
     Mutant(
         "control/collect.py",
-        "(a, a if b is None else b)",
-        "(a, a)",
+        "np.where(led, behind[call], call)",
+        "call",
         "a last obs is the one before it",
     ),
     Mutant(
@@ -404,11 +404,13 @@ HAND = [
     Mutant(
         "control/collect.py", "said, wanted, np.array", "said, self.every, np.array", "surplus episodes are learnt from"
     ),
-    Mutant("control/collect.py", "self.pending = over & (", "self.pending = ~over & (", "the wrong rows are pending"),
+    Mutant("control/collect.py", "self.pending = over if", "self.pending = ~over if", "the wrong rows are pending"),
     Mutant("control/collect.py", "(over & call.chosen).nonzero()", "over.nonzero()", "surplus episodes are reported"),
-    Mutant("control/collect.py", "np.where(over, 0.0, self.returns)", "self.returns", "returns of episodes pile up"),
-    Mutant("control/collect.py", "keep[:, -1] = (", "_ = (", "a cut row has no obs after its last step"),
-    Mutant("control/collect.py", "by_call[~chosen] = 0", "", "what was not chosen stands in the padding"),
+    Mutant("control/collect.py", "self.returns[over], self.lengths", "_, self.lengths", "returns of episodes pile up"),
+    Mutant(
+        "control/collect.py", ".max(axis=1) % 2 == 0", ".max(axis=1) < 0", "a cut row has no obs after its last step"
+    ),
+    Mutant("control/collect.py", "keep[row, slot] > led", "led == 0", "what was not chosen stands in the padding"),
     Mutant(
         "control/collect.py", "int(self.episode[row])) if over[row]", "0) if over[row]", "every episode is the first"
     ),
@@ -420,12 +422,16 @@ HAND = [
     Mutant("control/quick.py", "np.minimum(np.maximum((", "(((", "the scaled observation has no bound"),
     Mutant("control/quick.py", "x += layer[1]", "x += 0", "layers have no bias"),
     Mutant("control/quick.py", "drawn * self.log_std.exp()", "drawn", "noise has deviation 1"),
-    Mutant("control/quick.py", "scale is None else scale(obs)", "True else scale(obs)", "many rows are not scaled"),
+    Mutant("control/quick.py", "x if scale is None else scale(x)", "x", "many rows are not scaled"),
     Mutant("compiled.py", "torch.stack(parts).sum(dim=0)", "parts[0]", "the first chunk's gradient"),
     Mutant("compiled.py", "mask=batch.mask & valid[:, None]", "mask=batch.mask", "rows that fill up are learnt from"),
     Mutant("compiled.py", "(norm + 1e-6)).clamp(max=1.0)", "(norm + 1e-6))", "small gradients are made large"),
-    Mutant("compiled.py", "(1 - beta1**count)", "count**0", "the first moment is not corrected"),
-    Mutant("compiled.py", "(1 - beta2**count).sqrt()", "count**0", "the second moment is not corrected"),
+    Mutant("compiled.py", "/ (1 - beta1**t)", "", "the first moment is not corrected"),
+    Mutant("compiled.py", "math.sqrt(1 - beta2**t)", "1.0", "the second moment is not corrected"),
+    Mutant("compiled.py", "_width(right) < _width(", "_width(right) > _width(", "the wrong products are turned"),
+    Mutant("compiled.py", "node.update_arg(0, graph", "(graph", "nothing is laid out for oneDNN"),
+    Mutant("control/quick.py", "found, found.log_prob", "found, -found.log_prob", "log-probs of what is unlikely"),
+    Mutant("value.py", "isinstance(record, Batch) else _critique", "True else _critique", "what sampled is told anew"),
     Mutant("compiled.py", "told[-min(minibatches, len(batch)) :, 1:]", "told[:, 1:]", "metrics of all epochs"),
     Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
     Mutant(

@@ -1,5 +1,7 @@
 """Step 3: V as it is now, and V after each step in the layout of the record."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -7,6 +9,7 @@ from torch.testing import assert_close
 from tests.records import Blind, Table, flags, random_record, record, row, seeded
 from understudy import batch
 from understudy import value as value_module
+from understudy.batch import Batch
 from understudy.value import estimate, next_value
 
 
@@ -31,6 +34,22 @@ def test_a_record_that_is_read_in_pieces_is_the_same(monkeypatch):
 
     assert read == [2, 2, 2]
     assert_close((pieces.logp, in_pieces), (distribution.logp, value), rtol=0, atol=0)
+
+
+def test_a_fresh_record_keeps_what_sampled_it_and_a_batch_is_asked_anew():
+    table, taken = Table(), random_record(0)
+    sampled, value = estimate(table, taken)
+    table.value = lambda obs: table.values[obs]
+    told = replace(taken, old=sampled)
+    with torch.no_grad():
+        table.logits += torch.arange(table.logits.shape[-1])
+
+    kept, again = estimate(table, told)
+    anew, _ = estimate(table, Batch.of(told, value=value, advantage=value, target=value))
+
+    assert torch.equal(kept.logp, sampled.logp) and torch.equal(again, value)
+    assert_close(anew.logp, table(taken.obs)[0].logp.detach())
+    assert (anew.logp - sampled.logp).abs().max() > 0.1
 
 
 def test_no_gradient_flows_through_an_estimate():

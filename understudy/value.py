@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.batch import STEPS, Trajectory, consult, in_pieces, map_tensors
+from understudy.batch import STEPS, Batch, Trajectory, consult, in_pieces, map_tensors
 from understudy.sample import Policy
 
 
 @torch.no_grad()
 def estimate(policy: Policy, record: Trajectory) -> tuple[Any, Tensor]:
-    """The distribution that sampled and the value [B, T] of the policy as it is now, at every column of the record.
+    """The distribution and the value [B, T] of the policy as it is now, at every column of the record.
 
-    A record that has no `old` is of this policy: it tells both. One batched pass also gives V of every episode's true last
-    observation: it stands in the record as a masked column.
+    A fresh record whose walker told the distribution is asked for the value alone; a `Batch` for both. One batched pass
+    also gives V of every episode's true last observation: it stands in the record as a masked column.
     """
-    ask = consult if record.old is None else _critique
+    ask = consult if record.old is None or isinstance(record, Batch) else _critique
     distribution, value = ask(policy, record) if record.mask.numel() <= STEPS else in_pieces(ask, policy, record)
     # no_grad lets a view of a parameter through, such as the value of a critic that is one number
     return map_tensors(Tensor.detach, distribution), value.detach()

@@ -181,7 +181,7 @@ def adapt_penalty(run: Stage, batch: Batch, cfg: Config) -> dict[str, float]:
 @torch.no_grad()
 def kl_since(policy: Policy, batch: Batch) -> float:
     """Mean KL(old, new) over the record, after the update."""
-    now, _ = estimate(policy, replace(batch, old=None))
+    now, _ = estimate(policy, batch)
     return float(masked_mean(batch.old.kl(now), batch.mask))
 
 
