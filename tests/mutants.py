@@ -937,6 +937,11 @@ EQUIVALENT = {
         "@torch.enable_grad()",
     ): "what it returns is detached; this only saves the graph",
     (
+        "value.py",
+        "distribution, value = ask(policy, record) if record.mask.numel() <= STEPS else in_pieces(ask, policy, record)",
+        "distribution, value = ask(policy, record) if record.mask.numel() < STEPS else in_pieces(ask, policy, record)",
+    ): "a record of just as many steps is one piece either way",
+    (
         "advantage.py",
         "while shift < x.shape[1] and carry.any():",
         "while shift <= x.shape[1] and carry.any():",
