@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from understudy.control import optimizer
+from understudy.control.config import Config
 
 KINDS = [(torch.optim.Adam, optimizer.Adam, {"fused": True}), (torch.optim.Adam, optimizer.Adam, {})]
 KINDS += [(torch.optim.RMSprop, optimizer.RMSprop, {"alpha": 0.99})]
@@ -39,6 +40,14 @@ def test_no_gradient_is_kept_of_a_step():
     parameter.sum().backward()
     made.step()
     assert parameter.is_leaf and parameter.grad_fn is None
+
+
+def test_control_steps_with_the_fused_form():
+    cfg = Config(env="CartPole-v1", learning_rate=0.02, adam_eps=1e-4)
+
+    (group,) = optimizer.adam(torch.nn.Linear(2, 1), cfg).param_groups
+
+    assert (group["fused"], group["lr"], group["eps"]) == (True, 0.02, 1e-4)
 
 
 def test_a_run_starts_without_torchs_compiler(tmp_path):

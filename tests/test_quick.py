@@ -144,6 +144,7 @@ def test_a_record_carries_what_it_was_sampled_from_at_every_choice(env, mode):
     envs = SyncVectorEnv([lambda: gymnasium.make(env, max_episode_steps=9)] * 3, autoreset_mode=mode)
     both = envs.single_observation_space, envs.single_action_space
     policy = Policy.build(*both, Network(shared=mode is AutoresetMode.SAME_STEP), seed=3, scale_obs=True)
+    policy.obs_scale.seen[0].add(0.5 + 3 * torch.randn(50, *both[0].shape, generator=seeded(2)))
     walker = Walker(envs, seed_of=lambda row, episode: 100 * row + episode, generator=seeded(1))
 
     record = walker.collect(policy, 25)
