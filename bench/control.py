@@ -393,7 +393,9 @@ def command(side: str, settings: dict[str, Any], job: dict[str, Any], setting: S
     """What runs a side, in the interpreter that has it."""
     python = str(interpreter(side))
     if side == OURS:
-        return [python, str(HERE / "control_ours.py"), json.dumps(job | {"fields": settings})]
+        # compiled steps are the CPU's
+        own = settings if job["device"].startswith("cpu") else {k: v for k, v in settings.items() if k != "compile"}
+        return [python, str(HERE / "control_ours.py"), json.dumps(job | {"fields": own})]
     if side in (SB3, SBX):
         return [python, str(HERE / "peers" / "sb3.py"), json.dumps(settings | job)]
     if side == CLEANRL:

@@ -491,6 +491,9 @@ def share_table(found: dict[str, dict[str, Any]]) -> list[str]:
         if row.peer == PROCESSOR and not one["skipped"]:
             cells = []
             for of in (product_rate, onednn_rate):
+                if of is onednn_rate and not one["peer"][0]["flops_per_second_onednn"]:  # a GPU's
+                    cells += ["-", "-"]
+                    continue
                 pairs = zip(one["ours"], one["peer"], strict=False)
                 share = statistics.median(flops_share(a, of(b), row) for a, b in pairs)
                 cells += [f"{median(one['peer'], of) / 1e9:.1f}", f"**{share:.0%}**"]

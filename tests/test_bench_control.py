@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from understudy.compiled import available
+from understudy.control import ppo
+from understudy.control.presets import preset
+
 BENCH = Path(__file__).parents[1] / "bench"
 OURS, PEER = "Understudy", "Stable-Baselines3"
 
@@ -139,3 +143,18 @@ def test_cleanrls_own_lines_are_read_as_they_are():
     assert read("SPS: 2344\n") == [512, 2, 25.75]  # (20 + 31.5) / 2
     assert read(ends[2]) is None
     assert read("SPS: 2345\n") == [1024, 3, pytest.approx(96.5 / 3)]
+
+
+@pytest.mark.skipif(not available(), reason="there is no C++ compiler")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_row_of_ours_is_a_config_that_runs_on_either_device(device):
+    bench = script("control")
+    setting, compiled = bench.Setting(device, None, None), set()
+
+    for row in bench.ROWS.values():
+        job = {"steps": row.steps, "seed": 1, "device": device, "threads": 1, "out": "-"}
+        given = json.loads(bench.command(bench.OURS, row.sides[bench.OURS], job, setting)[2])
+        cfg = preset(ppo.Config, **given["fields"], steps=given["steps"], device=given["device"])
+        compiled.add(ppo.settled(cfg, own=False)[0].compile)  # refuses what cannot be compiled
+
+    assert "on" in compiled if device == "cpu" else compiled == {"off"}

@@ -110,6 +110,18 @@ def test_a_page_that_is_not_there_yet_is_begun(bench, tmp_path):
     assert text.endswith("<!-- /language -->\n")
 
 
+def test_the_share_of_a_gpu_is_told_without_the_processors_second_library(bench):
+    rates = {"flops_per_second": [1.0, 8e9], "flops_per_second_onednn": []}
+    found = {"share-shared": measured([told([1.0, 2.0])], [told([1.0, 1.0]) | rates])}
+
+    *_, line = bench.share_table(found)
+    share = bench.flops_share(found["share-shared"]["ours"][0], 8e9, bench.ROWS["share-shared"])
+
+    assert f"| 8.0 | **{share:.0%}** | - | - |" in line
+    found["share-shared"]["peer"][0]["flops_per_second_onednn"] = [1.0, 16e9]
+    assert f"| 8.0 | **{share:.0%}** | 16.0 | **{share / 2:.0%}** |" in bench.share_table(found)[-1]
+
+
 def test_curves_are_drawn_from_two_points_on(bench, tmp_path):
     one = measured([told([1.0, 1.0], peak=60)], [told([1.0, 2.0], peak=70)])
     picture = tmp_path / "performance-language.png"
