@@ -15,10 +15,11 @@ from torch.testing import assert_close
 from tests.records import seeded
 from understudy import compiled as compiled_module
 from understudy.batch import Batch, Trajectory, map_tensors
-from understudy.compiled import Compiled
+from understudy.compiled import NARROW, Compiled
 from understudy.control.config import Network
 from understudy.control.policy import Policy
 from understudy.control.ppo import standardized
+from understudy.distribution import Categorical
 from understudy.objective import ppo, ppo_penalty
 from understudy.products import _product
 from understudy.update import update
@@ -136,11 +137,48 @@ def test_large_products_in_single_precision_are_those_of_plain_updates():
         assert_close(mine.double(), theirs, rtol=0, atol=2e-6, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.parametrize("width", range(1, NARROW + 2))
+def test_narrow_products_are_sums_and_stay_what_they_are(width):
+    def products(tall, wide, bias, other):
+        gradients = torch.mm(tall.t(), other), torch.mm(other.t(), tall)
+        return torch.mm(tall, wide.t()), torch.addmm(bias, tall, wide.t()), *gradients
+
+    sizes = (300, width), (7, width), (7,), (300, 9)
+    given = [torch.randn(size, generator=seeded(i)) for i, size in enumerate(sizes)]
+    traced = make_fx(products, tracing_mode="fake")(*given)
+
+    arranged = compiled_module._arranged(traced)
+
+    for mine, theirs in zip(arranged(*given), products(*given), strict=True):
+        assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+    calls = [node.target for node in arranged.graph.nodes]
+    assert sum(calls.count(x) for x in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)) == 4 * (
+        width > NARROW
+    )
+
+
+def test_the_gradient_of_a_chosen_log_prob_is_told_by_comparing():
+    def gradient(logp, action, weight):
+        def loss(logp):
+            return (Categorical(logp).log_prob(action) * weight).sum()
+
+        return torch.func.grad(loss)(logp)
+
+    logp, action = torch.randn(6, 1, 3, generator=seeded(1)), torch.tensor([2, 0, 1, 1, 0, 2])[:, None]
+    weight = torch.tensor([1.0, -2.0, 0.0, 3.0, 0.5, -1.0])[:, None]
+    traced = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(logp, action, weight)
+
+    arranged = compiled_module._arranged(traced)
+
+    assert torch.equal(arranged(logp, action, weight), gradient(logp, action, weight))
+    assert torch.ops.aten.scatter_add.default not in [node.target for node in arranged.graph.nodes]
+
+
 def test_products_are_turned_and_laid_out_and_stay_what_they_are():
     def gradients(grad, narrow, wide):  # as of two layers' weights
         return torch.mm(grad.t(), narrow), torch.mm(narrow.t(), grad), _product(grad.t(), wide.t())
 
-    given = [torch.randn(300, width, generator=seeded(width)) for width in (64, 4, 65)]
+    given = [torch.randn(300, width, generator=seeded(width)) for width in (64, 6, 65)]
     traced = make_fx(gradients, tracing_mode="fake")(*given)
     before = [node.target for node in traced.graph.nodes]
 

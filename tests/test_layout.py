@@ -17,7 +17,7 @@ ROOMS = {  # each loads in a bare torch install
     "score": set(),
     "advantage": {"reduce"},
     "sample": {"distribution"},
-    "value": {"sample", "batch"},
+    "value": {"sample", "batch", "products"},
     "objective": {"batch"},
     "update": {"batch", "reduce"},
     "compiled": {"batch", "reduce", "update"},
@@ -52,7 +52,8 @@ ONLY_IN = {  # a package of others -> where alone it may be imported
 }
 LAZY = ("cli/__init__", "__init__")
 EXTRAS = {"envpool", "matplotlib", "moviepy", "peft", "tensorboard", "trackio", "wandb"}  # may be absent or slow
-COMPILER = {"torch.fx.experimental.proxy_tensor", "torch._inductor"}  # slow, and only for runs that compile
+# slow, and only for runs that compile
+COMPILER = {"torch.fx.experimental.proxy_tensor", "torch._inductor", "torch._inductor.inductor_prims"}
 NOT_NAMES = {"utils", "common", "base", "core", "misc"}
 UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "os.system", "os.popen"}
 UNSAFE_CALLS |= {f"yaml.{name}" for name in ("load", "load_all", "unsafe_load", "full_load", "unsafe_load_all")}

@@ -10,11 +10,12 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.func import functional_call
 
 from understudy.batch import Batch, Trajectory, leaves, map_tensors
@@ -22,6 +23,10 @@ from understudy.reduce import per_step
 from understudy.update import LOSS, NORM, finite, left_out, split
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+aten = torch.ops.aten
+LAID_OUT = {"memory_format": torch.contiguous_format}
+NARROW = 4
+"""Up to how long a side of a product is summed over in the operations around it, instead of in a library's call."""
 CHUNK = 4096
 """Rows whose gradient is made at once; of a larger minibatch it is summed up chunk by chunk, so that what is kept for the
 backward pass stays in the processor's cache, and no memory is asked of the system for it."""
@@ -67,7 +72,8 @@ class Compiled:
         self.rows = self.chunks * math.ceil(whole / minibatches / self.chunks)
         # always as long, whatever was masked
         self.batch = batch if len(batch) == whole else map_tensors(partial(_filled, size=whole), batch)
-        self.all = torch.ones(self.rows, dtype=torch.bool)
+        parts = split(len(batch), minibatches)
+        valid = {size: torch.arange(self.rows) < size for size in {part.stop - part.start for part in parts}}
         self.learned = [self.weights, *self.moments]
         self.fixed = [*self.buffers.values(), *leaves(self.batch)]
         key = self.objective.func, *((k, v) for k, v in self.objective.keywords.items() if k not in self.varying)
@@ -78,8 +84,9 @@ class Compiled:
             for _ in range(epochs if len(batch) else 0):
                 if reshuffle or order is None:
                     order = torch.randperm(len(batch), generator=generator)
-                for rows in split(len(batch), minibatches):
-                    self._step(order[rows])
+                    order = _filled(order, len(batch) + self.rows)  # what a minibatch has too many of is not valid
+                for part in parts:
+                    self._step(order[part.start : part.start + self.rows], valid[part.stop - part.start])
             told = self._finish()
         except FloatingPointError as error:
             return left_out(error, guard, policy, optimizer, None)
@@ -94,22 +101,22 @@ class Compiled:
         self.objective, self.prepare, self.limit = objective, prepare, limit
         state = [optimizer.state[p] for p in self.parameters]
         self.weights = _flat(self.parameters)
-        blank = torch.zeros_like(self.weights)
-        self.moments = [_flat([x[name] for x in state]) if state[0] else blank.clone() for name in MOMENTS]
+        self.moments = [
+            _flat([x[name] for x in state]) if state[0] else torch.zeros_like(self.weights) for name in MOMENTS
+        ]
         self.before = float(state[0]["step"]) if state[0] else 0.0
         changing = [objective.keywords[name] for name in self.varying if name in objective.keywords]
         (beta1, beta2), counts = group["betas"], range(int(self.before) + 1, int(self.before) + steps + 1)
         numbers = [(group["lr"] / (1 - beta1**t), math.sqrt(1 - beta2**t), *changing) for t in counts]
-        self.numbers = torch.tensor(numbers, dtype=torch.float64)
+        self.numbers = torch.tensor(numbers, dtype=torch.float64).unbind()
         self.settings = beta1, beta2, group["eps"]
         self.buffers = dict(policy.named_buffers())
         self.said: list[Tensor] = []
 
-    def _step(self, rows: Tensor) -> None:
-        """An optimizer step on some rows of the record."""
-        valid = self.all if len(rows) == self.rows else torch.arange(self.rows) < len(rows)
+    def _step(self, rows: Tensor, valid: Tensor) -> None:
+        """An optimizer step on those rows of the record that are valid."""
         numbers = self.numbers[len(self.said)]
-        self.said.append(self.run(*self.learned, numbers, _filled(rows, self.rows), valid, *self.fixed))
+        self.said.append(self.run(*self.learned, numbers, rows, valid, *self.fixed))
 
     def _finish(self) -> Tensor:
         """The policy and its optimizer take over what was learned. Of each step: [loss, metrics, norm].
@@ -120,7 +127,7 @@ class Compiled:
         if not self.said:
             return torch.zeros(0)
         told = torch.stack(self.said)
-        if not told[:, :: told.shape[1] - 1].isfinite().all():  # the loss, and the norm
+        if not math.isfinite(told.sum()):
             for loss, *_, norm in told:
                 finite("loss", loss, LOSS)
                 finite("gradient's norm", norm, NORM)
@@ -129,12 +136,10 @@ class Compiled:
             if not state[parameter]:
                 state[parameter] |= {name: torch.zeros_like(parameter) for name in MOMENTS}
             state[parameter]["step"] = count.clone()
-        sizes = [p.numel() for p in self.parameters]
         kinds = [self.parameters, *([state[p][name] for p in self.parameters] for name in MOMENTS)]
         with torch.no_grad():
             for into, flat in zip(kinds, (self.weights, *self.moments), strict=True):
-                for x, p in zip(flat.split(sizes), into, strict=True):
-                    p.copy_(x.view(p.shape))
+                torch._foreach_copy_(into, _unflatten_dense_tensors(flat, into))  # pyright: ignore[reportPrivateImportUsage]
         return told
 
     def _traced(self) -> tuple[Callable[..., Tensor], list[str]]:
@@ -159,6 +164,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             from torch._inductor import compile as compile_graph  # seconds, and only here
             from torch.fx.experimental.proxy_tensor import make_fx
 
+            _lower_products()
             with torch.enable_grad():
                 graph = _arranged(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given))
             # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
@@ -168,32 +174,91 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _arranged(traced: Any) -> Any:
-    """The same graph with its products a' b, of long a and b, in the form that torch's libraries are quick in.
+@cache
+def _lower_products() -> None:
+    """Have the compiler call oneDNN for `understudy::product` directly: by itself it would go through Python for it."""
+    from torch._inductor import ir, lowering, mkldnn_ir
 
-    By MKL with the wider factor on the right: a' b is (b' a)'. By oneDNN with a' laid out, where that can be part of what
-    makes it; the operation itself would copy it.
-    """
-    graph, aten, contiguous = traced.graph, torch.ops.aten, {"memory_format": torch.contiguous_format}
+    def lowered(x: Any, weight: Any, bias: Any) -> Any:
+        return ir.TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, "none", [], ""))
+
+    lowering.register_lowering(torch.ops.understudy.product.default, type_promotion_kind=None)(lowered)
+
+
+def _arranged(traced: Any) -> Any:
+    """The same graph in operations that the compiler and torch's libraries are quick in; equal to rounding."""
+    graph = traced.graph
+    for node in graph.find_nodes(op="call_function", target=aten.scatter_add.default):
+        _compare(graph, node)
+    for target in (aten.mm.default, aten.addmm.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            _sum_up(graph, node)
+    graph.eliminate_dead_code()
     for node in graph.find_nodes(op="call_function", target=aten.mm.default):
-        left, right = node.args
-        if left.target is aten.t.default and _width(right) < _width(left.args[0]):
-            with graph.inserting_before(node):
-                turned = graph.call_function(aten.t.default, (right,))
-                product = graph.call_function(aten.mm.default, (turned, left.args[0]))
-                turned = graph.call_function(aten.t.default, (product,))
-                node.replace_all_uses_with(graph.call_function(aten.clone.default, (turned,), contiguous))
+        _turn(graph, node)
     for node in graph.find_nodes(op="call_function", target=torch.ops.understudy.product.default):
-        if node.args[0].target is aten.t.default:
-            with graph.inserting_before(node):
-                node.update_arg(0, graph.call_function(aten.clone.default, (node.args[0],), contiguous))
+        _lay_out(graph, node)
     graph.eliminate_dead_code()
     traced.recompile()
     return traced
 
 
+def _compare(graph: Any, node: Any) -> None:
+    """What one place of each row is given, by comparing places: nothing is left to be called."""
+    zeros, _, index, source = node.args
+    if _width(index) == 1:
+        with graph.inserting_before(node):
+            here = graph.call_function(
+                aten.eq.Tensor, (index, graph.call_function(aten.arange.default, (_width(zeros),)))
+            )
+            node.replace_all_uses_with(graph.call_function(aten.where.self, (here, source, zeros)))
+
+
+def _sum_up(graph: Any, node: Any) -> None:
+    """A product with a side of at most `NARROW`, as a sum: it becomes part of what comes before and after it."""
+    from torch._inductor.inductor_prims import force_stride_order
+
+    *total, left, right = node.args
+    rows, columns = left.meta["val"].shape[0], _width(right)
+
+    def part(x: Any, dim: int, k: int) -> Any:
+        return graph.call_function(aten.slice.Tensor, (x, dim, k, k + 1))
+
+    with graph.inserting_before(node):
+        if _width(left) <= NARROW:  # the sum of columns times rows
+            right = graph.call_function(force_stride_order, (right, [columns, 1]))
+            for k in range(_width(left)):
+                term = graph.call_function(aten.mul.Tensor, (part(left, 1, k), part(right, 0, k)))
+                total = [graph.call_function(aten.add.Tensor, (*total, term)) if total else term]
+            node.replace_all_uses_with(*total)
+        elif left.target is aten.t.default and min(rows, columns) <= NARROW:  # a' b, a column or a row at a time
+            dim, few, many = (0, left.args[0], right) if rows <= columns else (1, right, left.args[0])
+            sums = [graph.call_function(aten.mul.Tensor, (part(few, 1, k), many)) for k in range(min(rows, columns))]
+            sums = [graph.call_function(aten.sum.dim_IntList, (x, [0])) for x in sums]
+            sums = [graph.call_function(aten.unsqueeze.default, (x, dim)) for x in sums]
+            node.replace_all_uses_with(graph.call_function(aten.cat.default, (sums, dim)))
+
+
+def _turn(graph: Any, node: Any) -> None:
+    """a' b of MKL with the wider factor on the right: as (b' a)'."""
+    left, right = node.args
+    if left.target is aten.t.default and _width(right) < _width(left.args[0]):
+        with graph.inserting_before(node):
+            turned = graph.call_function(aten.t.default, (right,))
+            product = graph.call_function(aten.mm.default, (turned, left.args[0]))
+            turned = graph.call_function(aten.t.default, (product,))
+            node.replace_all_uses_with(graph.call_function(aten.clone.default, (turned,), LAID_OUT))
+
+
+def _lay_out(graph: Any, node: Any) -> None:
+    """a' b of oneDNN with a' laid out, where that can be part of what makes it; the operation itself would copy it."""
+    if node.args[0].target is aten.t.default:
+        with graph.inserting_before(node):
+            node.update_arg(0, graph.call_function(aten.clone.default, (node.args[0],), LAID_OUT))
+
+
 def _width(node: Any) -> int:
-    return node.meta["val"].shape[1]
+    return node.meta["val"].shape[-1]
 
 
 def available() -> bool:
@@ -268,4 +333,4 @@ def _filled(x: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def _flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([x.reshape(-1) for x in tensors])
+    return _flatten_dense_tensors(tensors)
