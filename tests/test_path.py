@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import torch
+from gymnasium.vector import SyncVectorEnv
 
 import understudy
-from understudy.control import collect, networks, ppo
+from understudy.control import collect, environment, networks, ppo
 
 PACKAGE = Path(understudy.__file__).parent
 LINES, FILES = 500, 17
@@ -17,10 +18,12 @@ LINES, FILES = 500, 17
 def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
     """(file, first line) of each function of ours entered between the second iteration's start and its end.
 
-    Plain: what runs faster says the same (`tests/test_quick.py`, `test_products.py`, `test_compiled.py`), and is read apart.
+    Plain: what runs faster says the same, and is read apart (`tests/test_quick.py`, `test_products.py`, `test_compiled.py`,
+    `test_rows.py`).
     """
     config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
     monkeypatch.setattr(collect, "quick_form", lambda policy, walker: None)
+    monkeypatch.setattr(environment, "Rows", SyncVectorEnv)
     monkeypatch.setattr(networks, "Linear", torch.nn.Linear)
     monkeypatch.setitem(networks.ACTIVATIONS, "tanh", torch.nn.Tanh)
     iterations = ppo.iterate(config)

@@ -12,6 +12,7 @@ import gymnasium
 import yaml
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
+from understudy.control.rows import Rows
 from understudy.control.spaces import check_action_space, leaves
 from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
@@ -53,7 +54,7 @@ def make(
     elif vectorization == "native":
         envs = _native(env, num_envs, options, wrappers)
     else:
-        kinds: dict[str, Any] = {"sync": partial(SyncVectorEnv, copy=False)}  # a walker copies what it keeps
+        kinds: dict[str, Any] = {"sync": partial(Rows, copy=False)}  # a walker copies what it keeps
         kinds["async"] = AsyncVectorEnv
         kinds["supervised"] = partial(Supervised, step_timeout=step_timeout)
         envs = kinds[vectorization]([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)

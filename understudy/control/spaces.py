@@ -164,7 +164,7 @@ def executable(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.nd
     choice = action.reshape(-1, *(space.shape or ()))
     if isinstance(space, spaces.Box):
         return _bounded(space, choice, squash)
-    return (choice + getattr(space, "start", 0)).astype(space.dtype)
+    return np.add(choice, getattr(space, "start", 0), dtype=space.dtype, casting="unsafe")
 
 
 def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
