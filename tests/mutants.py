@@ -59,6 +59,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "control/networks.py": ("test_quick.py",),
     "control/policy.py": ("test_quick.py",),
     "control/optimizer.py": ("test_optimizer.py",),
+    "control/rows.py": ("test_rows.py",),
     "compiled.py": ("test_compiled.py",),
     "study/overoptimise.py": ("test_overoptimise.py",),
     "run/guard.py": (GUARD,),
@@ -251,14 +252,19 @@ HAND = [
         "truncation is terminal",
     ),
     Mutant("advantage.py", "next_value) - value, mask)", "next_value) + value, mask)", "V's sign"),
-    Mutant("advantage.py", "gamma * lam)", "lam)", "the trace is not discounted"),
+    Mutant("advantage.py", "_carry(gamma * lam, delta", "_carry(lam, delta", "the trace is not discounted"),
     Mutant(
         "advantage.py",
-        "torch.where(ended, 0.0, torch.where(mask, decay, 1.0))",
-        "torch.where(mask, decay, 1.0)",
+        "torch.where(ended, 0.0, torch.where(mask, torch.full_like(like, decay), 1.0))",
+        "torch.where(mask, torch.full_like(like, decay), 1.0)",
         "traces cross an end",
     ),
-    Mutant("advantage.py", "torch.where(mask, decay, 1.0)", "decay", "gamma counts columns, not choices"),
+    Mutant(
+        "advantage.py",
+        "torch.where(mask, torch.full_like(like, decay), 1.0)",
+        "decay",
+        "gamma counts columns, not choices",
+    ),
     Mutant("advantage.py", "mask[:, 1:] | ended[:, :-1]", "mask[:, 1:]", "pay after an end counts"),
     Mutant(
         "advantage.py",
@@ -435,6 +441,29 @@ HAND = [
     Mutant("compiled.py", "math.sqrt(1 - beta2**t)", "1.0", "the second moment is not corrected"),
     Mutant("compiled.py", "_width(right) < _width(", "_width(right) > _width(", "the wrong products are turned"),
     Mutant("compiled.py", "node.update_arg(0, graph", "(graph", "nothing is laid out for oneDNN"),
+    Mutant(
+        "compiled.py", "(index, graph.call_function(aten.arange.default, (_width(zeros),)))", "(index, index)", "all"
+    ),
+    Mutant("compiled.py", "if _width(left) <= NARROW:", "if _width(left) < NARROW:", "a side of four is a call"),
+    Mutant("compiled.py", "aten.unsqueeze.default, (x, dim)", "aten.unsqueeze.default, (x, 0)", "columns become rows"),
+    Mutant(
+        "compiled.py",
+        "order[part.start : part.start + self.rows]",
+        "order[: self.rows]",
+        "the first rows again and again",
+    ),
+    Mutant(
+        "value.py", "rounded(len(part)) - len(part) if len(part) < MANY else 0", "0", "pieces of any number of rows"
+    ),
+    Mutant("value.py", "[: shape.numel()]", "", "what fills up a piece is told, too"),
+    Mutant(
+        "advantage.py",
+        "if torch.equal(own := _masked(reward, mask), reward):",
+        "if True:",
+        "pay between choices is lost",
+    ),
+    Mutant("control/rows.py", "if info else merged", "if False else merged", "what infos say is lost"),
+    Mutant("control/rows.py", "concatenate(space, self._env_obs, self._observations)", "self._observations", "stale"),
     Mutant("control/quick.py", "found, found.log_prob", "found, -found.log_prob", "log-probs of what is unlikely"),
     Mutant("control/networks.py", "(self.critic or self.actor)", "self.actor", "the actor's features are valued"),
     Mutant(
@@ -951,14 +980,9 @@ EQUIVALENT = {
     ): "what it returns is detached; this only saves the graph",
     (
         "value.py",
-        "distribution, value = ask(policy, record) if record.mask.numel() <= STEPS else in_pieces(ask, policy, record)",
-        "distribution, value = ask(policy, record) if record.mask.numel() < STEPS else in_pieces(ask, policy, record)",
-    ): "a record of just as many steps is one piece either way",
-    (
-        "advantage.py",
-        "while shift < x.shape[1] and carry.any():",
-        "while shift <= x.shape[1] and carry.any():",
-    ): "one round more, which shifts everything out and adds nothing",
+        "distribution, value = ask(policy, record) if record.mask.numel() < FEW else in_pieces(ask, policy, record)",
+        "distribution, value = ask(policy, record) if record.mask.numel() <= FEW else in_pieces(ask, policy, record)",
+    ): "a record of just as many steps is the same either way",
     (
         "advantage.py",
         "carry = torch.cat([carry[:, :-shift] * carry[:, shift:], carry[:, -shift:]], dim=1)",

@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import Blind, Table, flags, random_record, record, row, seeded
-from understudy import batch
 from understudy import value as value_module
 from understudy.batch import Batch
+from understudy.products import rounded
 from understudy.value import estimate, next_value
 
 
@@ -22,17 +22,21 @@ def test_an_estimate_is_the_policys_value_at_every_column():
     assert_close(distribution.log_prob(taken.action), table(taken.obs)[0].log_prob(taken.action).detach())
 
 
-def test_a_record_that_is_read_in_pieces_is_the_same(monkeypatch):
-    table, taken = Table(), random_record(0)
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_record_that_is_read_in_pieces_is_the_same(monkeypatch, memory, rows):
+    table, taken = Table(memory=memory), random_record(0)
+    size = rows * taken.mask.shape[1]
     distribution, value = estimate(table, taken)
-    for module in (batch, value_module):
-        monkeypatch.setattr(module, "STEPS", 2 * taken.mask.shape[1])  # two rows a piece
+    for few_or_many in ("FEW", "MANY"):
+        monkeypatch.setattr(value_module, few_or_many, size)
     read = []
     table.register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
 
     pieces, in_pieces = estimate(table, taken)
 
-    assert read == [2, 2, 2]
+    last = (6 % rows) * size // rows
+    assert read == ([rows] if memory else [size]) * (6 // rows) + ([2] if memory else [rounded(last)]) * (last > 0)
     assert_close((pieces.logp, in_pieces), (distribution.logp, value), rtol=0, atol=0)
 
 

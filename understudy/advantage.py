@@ -19,7 +19,7 @@ def reward_to_go(reward, terminated, truncated, mask, *, gamma: float) -> Tensor
     """
     ended = terminated | truncated
     paid = _paid(reward, ended, mask)
-    return _masked(_backward_sum(paid, _carry(torch.full_like(paid, gamma), ended, mask)), mask)
+    return _masked(_backward_sum(paid, _carry(gamma, paid, ended, mask)), mask)
 
 
 def td_error(reward, value, next_value, terminated, truncated, mask, *, gamma: float) -> Tensor:
@@ -38,8 +38,7 @@ def gae(reward, value, next_value, terminated, truncated, mask, *, gamma: float,
     lam = 0 is the TD error; lam = 1 with V = 0 is the reward-to-go.
     """
     delta = td_error(reward, value, next_value, terminated, truncated, mask, gamma=gamma)
-    decay = torch.full_like(delta, gamma * lam)
-    return _masked(_backward_sum(delta, _carry(decay, terminated | truncated, mask)), mask)
+    return _masked(_backward_sum(delta, _carry(gamma * lam, delta, terminated | truncated, mask)), mask)
 
 
 def group_relative(score: Tensor, group: Tensor, *, scale: bool, eps: float = 1e-4) -> Tensor:
@@ -68,22 +67,22 @@ def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
 
 def _paid(reward: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """Each choice's pay: its own reward and that of the masked columns up to the next choice of its episode. 0 elsewhere."""
+    if torch.equal(own := _masked(reward, mask), reward):
+        return own
     passed = torch.nn.functional.pad(torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0), (0, 1))
     return _masked(_backward_sum(reward, passed), mask)
 
 
-def _carry(decay: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
+def _carry(decay: float, like: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """How much of the next column's trace reaches this one: 0 at an end, `decay` at a choice, 1 where masked."""
-    return torch.where(ended, 0.0, torch.where(mask, decay, 1.0))
+    return torch.where(ended, 0.0, torch.where(mask, torch.full_like(like, decay), 1.0))
 
 
 def _backward_sum(x: Tensor, carry: Tensor) -> Tensor:
     """y_t = x_t + carry_t * y_{t+1} along the columns, by doubling: after k rounds y_t holds 2^k terms, or all there are."""
-    shift = 1
-    while shift < x.shape[1] and carry.any():
-        x = torch.cat([x[:, :-shift] + carry[:, :-shift] * x[:, shift:], x[:, -shift:]], dim=1)
+    for shift in (2**k for k in range((x.shape[1] - 1).bit_length())):
+        x = torch.cat([torch.addcmul(x[:, :-shift], carry[:, :-shift], x[:, shift:]), x[:, -shift:]], dim=1)
         carry = torch.cat([carry[:, :-shift] * carry[:, shift:], carry[:, -shift:]], dim=1)
-        shift *= 2
     return x
 
 

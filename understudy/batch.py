@@ -15,9 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS = 2**11
-"""Steps that are read at once: activations of more leave the cache, and their memory is asked of the system each time."""
-
 Tree = Any  # a Tensor, a dict of Tensors, a dataclass of Tensors, or None
 
 
@@ -202,13 +199,3 @@ def leaves(tree: Tree) -> list[Tensor]:
 def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
     """What a policy says at every column of a record: its distribution there and its value [B, T]."""
     return policy(record.obs, *(() if record.state is None else (record.state, record.start)))[:2]
-
-
-def in_pieces(ask: Callable[[Any, Any], tuple[Any, Tensor]], policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
-    """`ask(policy, record)`, which is as `consult`, some rows at a time."""
-    rows = max(1, STEPS // record.mask.shape[1])
-    pieces = [map_tensors(lambda x, at=at: x[at : at + rows], record) for at in range(0, len(record), rows)]
-    found = [dict(zip(("said", "value"), ask(policy, piece), strict=True)) for piece in pieces]
-    whole = iter([torch.cat(parts) for parts in zip(*map(leaves, found), strict=True)])
-    joined = map_tensors(lambda _: next(whole), found[0])
-    return joined["said"], joined["value"]

@@ -224,16 +224,17 @@ class Walker:
         """Call the env while rows are `wanted`, given the calls made."""
         if self.now is None:
             self.reset()
-        state = policy.initial_state(self.rows) if self.state is None else self.state
-        self.state, self.quick = state, quick_form(policy, self)
-        before, self.made, self.ended[:] = self.state, (calls := []), 0
+        self.state = policy.initial_state(self.rows) if self.state is None else self.state
+        before, self.quick, self.made, self.ended[:] = self.state, quick_form(policy, self), (calls := []), 0
         while (rows := wanted(calls)) is not None:
             calls.append(self._step(policy, rows))
             if np.count_nonzero(self.unanswered):
                 before = self._cut(calls, before, whole)
         if self.trail is not None and len(self.trail.calls) >= FOLD:
             self.trail.fold()
-        return map_tensors(lambda x: x.to(self.device), lay_out(calls, self.now, before, self.quick))
+        record = lay_out(calls, self.now, before, self.quick)
+        self.steps += int(record.mask.sum())
+        return map_tensors(lambda x: x.to(self.device), record)
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
         """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.
@@ -246,7 +247,6 @@ class Walker:
                 if not call.chosen[row] or call.terminated[row] or call.truncated[row]:
                     break
                 call.chosen[row] = False
-                self.steps -= 1
         if len(calls) > 1:
             last = calls[-2]
             last.truncated[:] |= self.unanswered & last.chosen & ~last.terminated
@@ -265,8 +265,8 @@ class Walker:
         call, over = self._heard(call, terminated, truncated, info) if eventful else (call, self.none)
         if np.count_nonzero(np.isfinite(call.reward)) < self.rows:
             raise self._no_number("reward", call.reward)
-        self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(call.chosen))
-        self.returns, self.lengths = self.returns + call.reward, self.lengths + ~self.pending
+        self.calls, self.returns = self.calls + 1, self.returns + call.reward
+        self.lengths = self.lengths + ~self.pending
         if self.trail is not None:
             self.trail.calls.append((executed, call.obs, call.reward, over))
         if eventful and np.count_nonzero(over | self.pending):
@@ -280,9 +280,9 @@ class Walker:
         terminated, truncated = np.asarray(terminated, dtype=bool) & heard, np.asarray(truncated, dtype=bool) & heard
         self.unanswered = info.get("_fault", self.none) & heard if self.supervised else self.none
         chosen, reward = call.chosen & heard & ~self.unanswered, np.where(heard, call.reward, 0.0)
-        died, cut = terminated & chosen, truncated & ~terminated & chosen
-        self.ended += died | cut
-        return _Call(*call[:4], chosen, reward, died, cut), terminated | truncated
+        died, ended = terminated & chosen, (over := terminated | truncated) & chosen
+        self.ended += ended
+        return _Call(*call[:4], chosen, reward, died, ended ^ died), over
 
     def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
         """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""

@@ -90,7 +90,7 @@ class Layers:
             x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
         for layer in self.layers:
             if isinstance(layer, tuple):
-                x = np.dot(x, layer[0])
+                x = x.dot(layer[0])
                 x += layer[1]
             else:
                 x = layer(x)
@@ -127,4 +127,5 @@ def quick_form(policy: Any, walker: Any) -> Quick | None:
 
 def _numbers(layer: nn.Linear, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """A layer's weights, [inputs, outputs], and its bias, [rows, outputs]: adding what is as large takes half as long."""
-    return layer.weight.detach().t().contiguous().numpy(), np.tile(layer.bias.detach().numpy(), (rows, 1))
+    weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
+    return np.ascontiguousarray(weight.T), np.full((rows, len(bias)), bias)

@@ -157,7 +157,7 @@ def _quarantine(folder: Path, name: str, reason: str) -> None:
 def save_state(path: Path, tree: Any) -> None:
     """Write a tree of dicts, lists, numbers, text, tensors, arrays and generators as state.json and state.safetensors."""
     tensors: dict[str, torch.Tensor] = {}
-    text = json.dumps({"schema": SCHEMA, "state": _pack(tree, tensors)}, indent=1, allow_nan=False)
+    text = json.dumps({"schema": SCHEMA, "state": _pack(tree, tensors)}, allow_nan=False)
     (path / "state.json").write_text(text + "\n")
     save_file(tensors, path / "state.safetensors")
 
