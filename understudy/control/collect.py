@@ -234,7 +234,7 @@ class Walker:
             self.trail.fold()
         record = lay_out(calls, self.now, before, self.quick)
         self.steps += int(record.mask.sum())
-        return map_tensors(lambda x: x.to(self.device), record)
+        return record if self.device == "cpu" else map_tensors(lambda x: x.to(self.device), record)
 
     def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
         """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.

@@ -79,8 +79,10 @@ class Layers:
     """An actor's layers in NumPy, as its weights are now, for `rows` rows."""
 
     def __init__(self, body: Body, last: nn.Linear, scale: ObsScale | None, rows: int) -> None:
-        layers = [*body.mlp, last]
-        self.layers = [_numbers(x, rows) if isinstance(x, nn.Linear) else ACTIVATIONS[type(x)] for x in layers]
+        linear = [_numbers(x, rows) for x in (*body.mlp, last) if isinstance(x, nn.Linear)]
+        then = [ACTIVATIONS[type(x)] for x in body.mlp if not isinstance(x, nn.Linear)]
+        self.hidden = [(*numbers, activate) for numbers, activate in zip(linear, then, strict=False)]
+        self.last = linear[-1]
         self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0))
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
@@ -88,13 +90,12 @@ class Layers:
         x = obs
         if self.scale is not None:
             x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
-        for layer in self.layers:
-            if isinstance(layer, tuple):
-                x = x.dot(layer[0])
-                x += layer[1]
-            else:
-                x = layer(x)
-        return x
+        for weight, bias, activate in self.hidden:
+            x = x.dot(weight)
+            x += bias
+            x = activate(x)
+        weight, bias = self.last
+        return x.dot(weight) + bias
 
 
 @torch.no_grad()

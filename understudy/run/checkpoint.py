@@ -265,6 +265,8 @@ def _pack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
         tensors[name] = tensor.detach().cpu().contiguous().clone()
         return {kind: name, **about}
 
+    if type(tree) in (int, str, bool) or (type(tree) is float and math.isfinite(tree)):
+        return tree  # most are, and the rest takes a while to ask for
     if isinstance(tree, torch.Tensor):
         return put("$tensor", tree)
     if isinstance(tree, torch.Generator):
