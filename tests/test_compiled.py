@@ -193,3 +193,12 @@ def test_products_are_turned_and_laid_out_and_stay_what_they_are():
     assert turned.args[0].target is torch.ops.aten.mm.default  # grad' narrow alone, as (narrow' grad)'
     assert turned.args[0].args[0].args[0].name.startswith("narrow")
     assert laid_out.args[0].name.startswith("grad")  # grad' of the large product
+
+
+def test_memory_that_a_compiled_step_frees_is_kept(monkeypatch):
+    asked = []
+    monkeypatch.setattr(compiled_module, "keep_freed", lambda: asked.append(True))
+
+    Compiled(8, varying=())
+
+    assert asked == [True]

@@ -20,7 +20,7 @@ ROOMS = {  # each loads in a bare torch install
     "value": {"sample", "batch", "products"},
     "objective": {"batch"},
     "update": {"batch", "reduce"},
-    "compiled": {"batch", "reduce", "update"},
+    "compiled": {"batch", "products", "reduce", "update"},
     "products": set(),
     "constrain": {"run/config"},
 }

@@ -19,6 +19,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.func import functional_call
 
 from understudy.batch import Batch, Trajectory, leaves, map_tensors
+from understudy.products import keep_freed
 from understudy.reduce import per_step
 from understudy.update import LOSS, NORM, finite, left_out, split
 
@@ -44,6 +45,7 @@ class Compiled:
     """
 
     def __init__(self, steps: int, *, varying: tuple[str, ...]) -> None:
+        keep_freed()
         self.steps, self.varying = steps, varying
         self.traced: dict[Any, tuple[Callable[..., Tensor], list[str]]] = {}
 
