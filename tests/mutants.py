@@ -362,8 +362,8 @@ HAND = [
     Mutant("control/normalize.py", "returns.T[mask.T]", "returns.T.reshape(-1)", "padding is gathered"),
     Mutant(
         "control/collect.py",
-        "truncated & ~terminated & chosen",
-        "truncated & chosen",
+        "chosen, reward, died, ended ^ died), over",
+        "chosen, reward, died, truncated & chosen), over",
         "a death at the time limit is both",
     ),
     Mutant(
@@ -391,7 +391,7 @@ HAND = [
         "torch.from_numpy(over & ~over)",
         "memory crosses an end",
     ),
-    Mutant("control/collect.py", "int(np.count_nonzero(call.chosen))", "self.rows", "resets are counted"),
+    Mutant("control/collect.py", "int(record.mask.sum())", "record.mask.numel()", "all is counted"),
     Mutant(
         "control/collect.py",
         "stacked(died) | stacked(cut)]",
@@ -407,9 +407,7 @@ HAND = [
     Mutant(
         "control/collect.py", "(terminated, truncated, self.pending)", "(terminated, truncated)", "resets are heard"
     ),
-    Mutant(
-        "control/collect.py", "self.ended += died | cut", "self.ended += died", "an episode that is cut does not count"
-    ),
+    Mutant("control/collect.py", "self.ended += ended", "self.ended += died", "an episode that is cut does not count"),
     Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
     Mutant("control/collect.py", "row if over[row] else np.argmax(over)", "np.argmax(over)", "another row's last obs"),
     Mutant(
@@ -431,7 +429,7 @@ HAND = [
     Mutant("control/collect.py", "choosing=~self.pending)", "choosing=self.pending)", "masks where nothing is chosen"),
     Mutant("control/collect.py", "((info, ~over), (told, over))", "((info, over), (told, ~over))", "masks of last obs"),
     Mutant("control/quick.py", "np.minimum(np.maximum((", "(((", "the scaled observation has no bound"),
-    Mutant("control/quick.py", "x += layer[1]", "x += 0", "layers have no bias"),
+    Mutant("control/quick.py", "x += bias", "x += 0", "layers have no bias"),
     Mutant("control/quick.py", "drawn * self.log_std.exp()", "drawn", "noise has deviation 1"),
     Mutant("control/quick.py", "x if scale is None else scale(x)", "x", "many rows are not scaled"),
     Mutant("compiled.py", "torch.stack(parts).sum(dim=0)", "parts[0]", "the first chunk's gradient"),
@@ -960,8 +958,8 @@ EQUIVALENT = {
     ): "the log of 0 stands in the branch that is not taken, and the width is not learnt",
     (
         "control/collect.py",
-        "self.calls, self.steps = self.calls + 1, self.steps + int(np.count_nonzero(call.chosen))",
-        "self.calls, self.steps = self.calls - (1), self.steps + int(np.count_nonzero(call.chosen))",
+        "self.calls, self.returns = self.calls + 1, self.returns + call.reward",
+        "self.calls, self.returns = self.calls - (1), self.returns + call.reward",
     ): "only whether the calls are a multiple of `hold` is ever asked",
     (
         "control/quick.py",
