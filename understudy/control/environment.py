@@ -84,7 +84,7 @@ def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) ->
     if isinstance(env, gymnasium.Env) and isinstance(env, VectorEnv):  # EnvPool's are both
         return SeededWhenMade(env)
     if isinstance(env, gymnasium.Env):
-        return SyncVectorEnv([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+        return Rows([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
     inner = env.unwrapped
     if isinstance(inner, SyncVectorEnv) and inner.autoreset_mode is not AutoresetMode.DISABLED:
         # one that was adopted before, for another run, gets the seeds of this one
