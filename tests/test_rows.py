@@ -1,6 +1,7 @@
 """Our vector env of one process is Gymnasium's."""
 
 import copy
+from collections import UserDict
 
 import gymnasium
 import numpy as np
@@ -57,6 +58,55 @@ def test_a_step_is_that_of_gymnasium_to_the_bit(observation, action):
             assert_same(*again)
 
 
+ODD = {
+    "wider numbers": (np.float64([0.1, 0.2]), 1, False, False, {}),
+    "whole numbers": (np.arange(2), np.int64(3), np.bool_(True), np.bool_(False), {}),
+    "a list": ([0.5, 0.25], np.float32(0.1), 1, 0, {}),
+    "numbers for ends": (np.zeros(2, np.float32), True, 1.5, 0.0, {}),
+    "no reward": (np.zeros(2, np.float32), None, False, False, {}),
+    "an info of its own kind": (np.zeros(2, np.float32), 1.0, False, False, UserDict(a=1)),
+    "a complex observation": (np.array([1j, 0]), 1.0, False, False, {}),
+    "a complex reward": (np.zeros(2, np.float32), 1j, False, False, {}),
+    "a reward of two": (np.zeros(2, np.float32), np.ones(2), False, False, {}),
+    "an end of two": (np.zeros(2, np.float32), 1.0, np.array([True, False]), False, {}),
+    "objects": (np.array([None, 0.0]), 1.0, False, False, {}),
+    "text": ("nothing", 1.0, False, False, {}),
+    "no observation": (None, 1.0, False, False, {}),
+    "another shape": (np.zeros(3, np.float32), 1.0, False, False, {}),
+    "a row too many": (np.zeros((1, 2), np.float32), 1.0, False, False, {}),
+    "a list for an info": (np.zeros(2, np.float32), 1.0, False, False, []),
+    "no info": (np.zeros(2, np.float32), 1.0, False, False, None),
+    "four things": (np.zeros(2, np.float32), 1.0, False, {}),
+}
+
+
+@pytest.mark.parametrize("given", ODD)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_an_environment_should_not_give_is_taken_or_refused_as_gymnasium_does(given, rows):
+    def of(kind):
+        envs = kind([lambda: Saying(ODD[given])] * rows, autoreset_mode=AutoresetMode.DISABLED)
+        envs.reset()
+        try:
+            return envs.step(np.zeros(rows, np.int64))
+        except Exception as wrong:
+            return isinstance(wrong, TypeError | ValueError | AttributeError)
+
+    assert_same(of(Rows), of(SyncVectorEnv))
+
+
+class Saying(gymnasium.Env):
+    observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Discrete(2)
+
+    def __init__(self, said) -> None:
+        self.said = said
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return self.said
+
+
 def test_rows_are_what_sync_makes():
     envs = make("CartPole-v1", num_envs=2)
 
@@ -75,4 +125,4 @@ def assert_same(mine, theirs):
             assert_same(a, b)
         return
     assert np.asarray(mine).dtype == np.asarray(theirs).dtype
-    assert np.array_equal(mine, theirs)
+    np.testing.assert_array_equal(mine, theirs)

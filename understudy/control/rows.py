@@ -18,11 +18,19 @@ class Rows(SyncVectorEnv):
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         told = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-        self._env_obs, *numbers, infos = map(list, zip(*told, strict=True))
-        space, merged = self.single_observation_space, {}
+        self._env_obs, rewards, over, cut, infos = map(list, zip(*told, strict=True))
+        merged: dict[str, Any] = {}
         for row, info in enumerate(infos):
-            merged = self._add_info(merged, info, row) if info else merged
-        plain = isinstance(space, gymnasium.spaces.Box)
-        obs = np.array(self._env_obs) if plain else concatenate(space, self._env_obs, self._observations)
-        reward, terminated, truncated = map(np.array, numbers)
-        return obs, reward, terminated, truncated, merged
+            merged = self._add_info(merged, info, row) if info != {} else merged
+        reward = np.fromiter(rewards, np.float64, self.num_envs)
+        terminated, truncated = (np.fromiter(ends, np.bool_, self.num_envs) for ends in (over, cut))
+        return self._laid_together(), reward, terminated, truncated, merged
+
+    def _laid_together(self) -> Any:
+        """Of a Box, one array; any other space, and a wrong shape, is Gymnasium's to lay together or to refuse."""
+        space = self.single_observation_space
+        if isinstance(space, gymnasium.spaces.Box):
+            found = np.array(self._env_obs)
+            if found.shape == self.observation_space.shape:
+                return found.astype(space.dtype, casting="same_kind", copy=False)
+        return concatenate(space, self._env_obs, self._observations)
