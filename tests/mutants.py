@@ -443,7 +443,8 @@ HAND = [
         "compiled.py", "(index, graph.call_function(aten.arange.default, (_width(zeros),)))", "(index, index)", "all"
     ),
     Mutant("compiled.py", "            _lower_products()\n", "", "products go through Python"),
-    Mutant("compiled.py", "        keep_freed()\n", "", "freed memory is given back"),
+    Mutant("compiled.py", "return x if turned else super()", "return super()", "turned factors are laid out"),
+    Mutant("control/stage.py", "    keep_freed()\n", "", "freed memory is given back"),
     Mutant("compiled.py", "if _width(left) <= NARROW:", "if _width(left) < NARROW:", "a side of four is a call"),
     Mutant("compiled.py", "aten.unsqueeze.default, (x, dim)", "aten.unsqueeze.default, (x, 0)", "columns become rows"),
     Mutant(

@@ -4,12 +4,14 @@ import copy
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import gymnasium
 import pytest
 import torch
 from gymnasium import spaces
 from torch._inductor import lowering
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
@@ -197,10 +199,29 @@ def test_products_are_turned_and_laid_out_and_stay_what_they_are():
     assert laid_out.args[0].name.startswith("grad")  # grad' of the large product
 
 
-def test_memory_that_a_compiled_step_frees_is_kept(monkeypatch):
-    asked = []
-    monkeypatch.setattr(compiled_module, "keep_freed", lambda: asked.append(True))
+def test_a_turned_factor_is_read_as_it_lies():
+    def gradient(grad, x):
+        return _product(grad.t().clone(memory_format=torch.contiguous_format), x.t())
 
-    Compiled(8, varying=())
+    given = [torch.randn(2048, 64, generator=seeded(i)) for i in range(2)]
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, code = run_and_get_code(compiled_module._compiled(gradient), *given)
 
-    assert asked == [True]
+    assert_close(found, gradient(*given))
+    assert "".join(code).count("transpose_mxn") == 1  # the gradient's
+
+
+def test_compiled_forms_of_another_version_are_not_taken(monkeypatch):
+    tags = []
+
+    def compile_graph(graph, given, options):
+        tags.append(torch.compiler.config.cache_key_tag)
+        return graph
+
+    monkeypatch.setattr(torch._inductor, "compile", compile_graph)
+    for source in (b"one", b"other"):
+        monkeypatch.setattr(Path, "read_bytes", lambda _, source=source: source)
+        compiled_module._compiled(lambda x: x + 1)(torch.ones(2))
+
+    assert len(set(tags)) == 2
+    assert torch.compiler.config.cache_key_tag not in tags

@@ -9,6 +9,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from understudy import products
+from understudy.control import ppo, stage
 from understudy.products import Tanh, keep_freed, linear, rounded
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of up to 2,048 products of numbers about 1, in another order
@@ -65,6 +66,18 @@ def test_tanh_by_a_sigmoid_is_tanh():
     x = torch.linspace(-12, 12, 1001)
 
     assert_close(Tanh()(x), x.tanh(), rtol=0, atol=3e-7)  # 2 sigmoid - 1 is rounded at 1, wherever tanh is near 0
+    leaf = torch.linspace(-3, 3, 61, requires_grad=True)
+    (mine,), (theirs,) = (torch.autograd.grad(f(leaf).sum(), leaf) for f in (Tanh(), torch.tanh))
+    assert_close(mine, theirs, rtol=0, atol=6e-7)
+
+
+def test_a_run_of_control_keeps_the_memory_that_it_frees(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(stage, "keep_freed", lambda: asked.append(True))
+
+    ppo.train(ppo.Config(env="CartPole-v1", num_envs=2, rollout=8, steps=16, out=str(tmp_path / "run"), quiet=True))
+
+    assert asked == [True]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the allocator is not glibc's")

@@ -11,7 +11,9 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -19,7 +21,6 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.func import functional_call
 
 from understudy.batch import Batch, Trajectory, leaves, map_tensors
-from understudy.products import keep_freed
 from understudy.reduce import per_step
 from understudy.update import LOSS, NORM, finite, left_out, split
 
@@ -45,7 +46,6 @@ class Compiled:
     """
 
     def __init__(self, steps: int, *, varying: tuple[str, ...]) -> None:
-        keep_freed()
         self.steps, self.varying = steps, varying
         self.traced: dict[Any, tuple[Callable[..., Tensor], list[str]]] = {}
 
@@ -169,8 +169,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             _lower_products()
             with torch.enable_grad():
                 graph = _arranged(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*given))
-            # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
-            found.append(compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True}))
+            settings: Any = torch.compiler.config
+            # else what another version of this file made of the same graph would be found again
+            with settings.patch(cache_key_tag=f"understudy {crc32(Path(__file__).read_bytes())}"):
+                # calls in C++ too; in this process: workers would stay beside the run, and keep it from ending at once
+                found.append(compile_graph(graph, [*given], options={"compile_threads": 1, "cpp_wrapper": True}))
         return found[0](*given)
 
     return run
@@ -181,8 +184,16 @@ def _lower_products() -> None:
     """Have the compiler call oneDNN for `understudy::product` directly: by itself it would go through Python for it."""
     from torch._inductor import ir, lowering, mkldnn_ir
 
+    class Product(mkldnn_ir.LinearUnary):
+        """b' of a' b stays turned, and is not laid out for it: oneDNN reads it as it lies, and sooner."""
+
+        @classmethod
+        def require_contiguous(cls, x: Any) -> Any:
+            turned = list(x.get_stride()) == [1, x.get_size()[0]]
+            return x if turned else super().require_contiguous(x)
+
     def lowered(x: Any, weight: Any, bias: Any) -> Any:
-        return ir.TensorBox.create(mkldnn_ir.LinearUnary.create(x, weight, bias, "none", [], ""))
+        return ir.TensorBox.create(Product.create(x, weight, bias, "none", [], ""))
 
     lowering.register_lowering(torch.ops.understudy.product.default, type_promotion_kind=None)(lowered)
 

@@ -14,9 +14,8 @@ from understudy.batch import Batch, Trajectory, consult, leaves, map_tensors
 from understudy.products import rounded
 from understudy.sample import Policy
 
-FEW, MANY = 2**8, 2**11
-"""Steps that are read as they come, and those that are read at once: activations of more leave the cache, and their memory
-is asked of the system each time."""
+FEW, MANY = 2**8, 2**13
+"""Steps that are read as they come, and those that are read at once: activations of more leave the cache."""
 
 
 @torch.no_grad()

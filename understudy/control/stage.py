@@ -31,6 +31,7 @@ from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
 from understudy.control.standing import Trail, Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
+from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
@@ -294,6 +295,7 @@ def open_stage(
         resume: the run to go on with, instead of a new one.
     """
     torch.set_num_threads(cfg.threads)
+    keep_freed()
 
     def seed_of(row: int, episode: int) -> int:
         return derive(cfg.seed, "episode", row // group_size, episode)
