@@ -97,6 +97,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
     "products.py": ("test_products.py",),
+    "control/stage.py": ("test_products.py",),
     "language/lean.py": ("test_lean.py", "test_generate.py"),
     "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
@@ -107,6 +108,7 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "run/checkpoint.py",
     "control/networks.py",
     "control/policy.py",
+    "control/stage.py",
     "compiled.py",
     "language/model.py",
     "language/generate.py",
@@ -444,6 +446,10 @@ HAND = [
     ),
     Mutant("compiled.py", "            _lower_products()\n", "", "products go through Python"),
     Mutant("compiled.py", "return x if turned else super()", "return super()", "turned factors are laid out"),
+    Mutant("products.py", "tanh_backward(grad, y)", "tanh_backward(grad, y / 2)", "tanh's gradient"),
+    Mutant(
+        "compiled.py", 'cache_key_tag=f"understudy {crc32(Path(__file__).read_bytes())}"', "", "stale compiled forms"
+    ),
     Mutant("control/stage.py", "    keep_freed()\n", "", "freed memory is given back"),
     Mutant("compiled.py", "if _width(left) <= NARROW:", "if _width(left) < NARROW:", "a side of four is a call"),
     Mutant("compiled.py", "aten.unsqueeze.default, (x, dim)", "aten.unsqueeze.default, (x, 0)", "columns become rows"),
@@ -465,9 +471,14 @@ HAND = [
     ),
     Mutant("control/rows.py", "if info != {} else merged", "if False else merged", "what infos say is lost"),
     Mutant("control/rows.py", "if info != {} else merged", "if info else merged", "an info that is none passes"),
-    Mutant("control/rows.py", '.astype(space.dtype, casting="same_kind", copy=False)', "", "numbers of another type"),
-    Mutant("control/rows.py", "found.shape == self.observation_space.shape", "True", "another shape passes"),
-    Mutant("control/rows.py", "concatenate(space, self._env_obs, self._observations)", "self._observations", "stale"),
+    Mutant("control/rows.py", '.astype(self.dtype, casting="same_kind", copy=False)', "", "numbers of another type"),
+    Mutant("control/rows.py", "found.shape == self.shape", "True", "another shape passes"),
+    Mutant(
+        "control/rows.py",
+        "concatenate(self.single_observation_space, self._env_obs, self._observations)",
+        "self._observations",
+        "stale",
+    ),
     Mutant("control/quick.py", "found, found.log_prob", "found, -found.log_prob", "log-probs of what is unlikely"),
     Mutant("control/networks.py", "(self.critic or self.actor)", "self.actor", "the actor's features are valued"),
     Mutant(
@@ -1240,7 +1251,7 @@ def main() -> int:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(TESTS)}; all by default")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="mutants at a time")
     args = parser.parse_args()
-    if unknown := set(args.files) - set(TESTS):
+    if unknown := (set(args.files) | {mutant.file for mutant in HAND}) - set(TESTS):
         parser.error(f"{', '.join(sorted(unknown))}: choose from {', '.join(TESTS)}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it

@@ -16,6 +16,11 @@ class Rows(SyncVectorEnv):
     Of an observation space that is no Box, it writes over the observations it gave before.
     """
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.box = isinstance(self.single_observation_space, gymnasium.spaces.Box)
+        self.shape, self.dtype = self.observation_space.shape, self.observation_space.dtype
+
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         told = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
         self._env_obs, rewards, over, cut, infos = map(list, zip(*told, strict=True))
@@ -23,14 +28,14 @@ class Rows(SyncVectorEnv):
         for row, info in enumerate(infos):
             merged = self._add_info(merged, info, row) if info != {} else merged
         reward = np.fromiter(rewards, np.float64, self.num_envs)
-        terminated, truncated = (np.fromiter(ends, np.bool_, self.num_envs) for ends in (over, cut))
+        terminated = np.fromiter(over, np.bool_, self.num_envs)
+        truncated = np.fromiter(cut, np.bool_, self.num_envs)
         return self._laid_together(), reward, terminated, truncated, merged
 
     def _laid_together(self) -> Any:
         """Of a Box, one array; any other space, and a wrong shape, is Gymnasium's to lay together or to refuse."""
-        space = self.single_observation_space
-        if isinstance(space, gymnasium.spaces.Box):
+        if self.box:
             found = np.array(self._env_obs)
-            if found.shape == self.observation_space.shape:
-                return found.astype(space.dtype, casting="same_kind", copy=False)
-        return concatenate(space, self._env_obs, self._observations)
+            if found.shape == self.shape:
+                return found.astype(self.dtype, casting="same_kind", copy=False)
+        return concatenate(self.single_observation_space, self._env_obs, self._observations)
