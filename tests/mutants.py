@@ -446,6 +446,10 @@ HAND = [
     ),
     Mutant("compiled.py", "            _lower_products()\n", "", "products go through Python"),
     Mutant("compiled.py", "return x if turned else super()", "return super()", "turned factors are laid out"),
+    Mutant("compiled.py", "square, y), k), ks)", "square, y), k * 1.000001), ks)", "tanh off by a millionth"),
+    Mutant("compiled.py", "x = aten.clamp.default(x, -WIDE, WIDE)", "", "tanh beyond its quotient's range"),
+    Mutant("compiled.py", ".dtype == torch.float32 for node", ".dtype != torch.int8 for node", "doubles are rounded"),
+    Mutant("compiled.py", "_exponential, _quotient, [_single]", "_exponential, _exponential, [_single]", "no quotient"),
     Mutant("products.py", "tanh_backward(grad, y)", "tanh_backward(grad, y / 2)", "tanh's gradient"),
     Mutant(
         "compiled.py", 'cache_key_tag=f"understudy {crc32(Path(__file__).read_bytes())}"', "", "stale compiled forms"
@@ -472,6 +476,9 @@ HAND = [
     Mutant("control/rows.py", "if info != {} else merged", "if False else merged", "what infos say is lost"),
     Mutant("control/rows.py", "if info != {} else merged", "if info else merged", "an info that is none passes"),
     Mutant("control/rows.py", '.astype(self.dtype, casting="same_kind", copy=False)', "", "numbers of another type"),
+    Mutant("control/rows.py", "(x <= self.last)", "(x < self.last)", "the last choice is none"),
+    Mutant("control/rows.py", "(self.start <= x) &", "", "choices below the first"),
+    Mutant("control/rows.py", "x.dtype == self.dtype and", "", "numbers of any type are choices"),
     Mutant("control/rows.py", "found.shape == self.shape", "True", "another shape passes"),
     Mutant(
         "control/rows.py",

@@ -24,7 +24,7 @@ from understudy.control.policy import Policy
 from understudy.control.ppo import standardized
 from understudy.distribution import Categorical
 from understudy.objective import ppo, ppo_penalty
-from understudy.products import _product
+from understudy.products import Tanh, _product
 from understudy.update import update
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
@@ -209,6 +209,45 @@ def test_a_turned_factor_is_read_as_it_lies():
 
     assert_close(found, gradient(*given))
     assert "".join(code).count("transpose_mxn") == 1  # the gradient's
+
+
+def test_tanh_of_single_precision_is_a_quotient():
+    wide, near = torch.linspace(-20, 20, 400_001), torch.logspace(-30, 0, 10_001)
+    x = torch.cat([wide, near, -near, torch.tensor([torch.inf, -torch.inf, torch.nan])])
+
+    found, gradient = compiled_module._compiled(_tanh_and_gradient)(x)
+
+    exact = x.double().tanh()
+    assert_close(found.double(), exact, rtol=4e-7, atol=0, equal_nan=True)
+    assert_close(gradient.double(), 1 - exact.square(), rtol=0, atol=8e-7, equal_nan=True)
+    left = [node.target for node in compiled_module._arranged(_traced_tanh(x)).graph.nodes]
+    assert torch.ops.aten.sigmoid.default not in left
+    assert torch.ops.aten.sigmoid.default in [node.target for node in _traced_tanh(x).graph.nodes]
+
+
+def test_of_double_precision_tanh_stays_exact():
+    x = torch.linspace(-20, 20, 401, dtype=torch.float64)
+
+    found, _ = compiled_module._arranged(_traced_tanh(x))(x)
+
+    assert_close(found, x.tanh(), rtol=0, atol=1e-15)
+
+
+def test_what_is_no_tanh_stays():
+    traced = make_fx(lambda x: (torch.rsub(x.sigmoid(), -1, alpha=-3), torch.rsub(x, -1, alpha=-2)))(x := torch.ones(2))
+
+    assert_close(compiled_module._arranged(traced)(x), (3 * x.sigmoid() - 1, 2 * x - 1))
+
+
+def _tanh_and_gradient(x):
+    leaf = x.detach().requires_grad_()
+    found = Tanh()(leaf)
+    return found.detach(), torch.autograd.grad(found.sum(), [leaf])[0]
+
+
+def _traced_tanh(x):
+    with torch.enable_grad():
+        return make_fx(_tanh_and_gradient, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
 
 
 def test_compiled_forms_of_another_version_are_not_taken(monkeypatch):
