@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from understudy.control.environment import make
-from understudy.control.rows import Rows
+from understudy.control.rows import Choices, Rows
 
 SPACES = {
     "box": spaces.Box(-1, 1, (2, 3)),
@@ -112,6 +112,45 @@ def test_rows_are_what_sync_makes():
 
     assert type(envs) is Rows
     envs.close()
+
+
+ASKED = [
+    np.array([0, 3]), np.array([1, 6]), np.array([1, 3]), np.array([-1, 6]), np.array([2, 4]), np.array([0, 7]),
+    np.array([0, 3], np.int8), np.array([1, 3], np.int8), np.array([1, 3], np.uint64), np.array([1.0, 3.0]),
+    np.array([[1, 3]]), np.array([1]), np.array([], np.int64), np.array(["1", "3"]), np.array([1, None]),
+    [1, 3], [2, 3], (1, 6), 1, "13", None, np.array([True, True]), np.array([1, -(2**63)]), np.array([1, 2**63 - 1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int8])
+@pytest.mark.parametrize("asked", ASKED, ids=repr)
+def test_choices_hold_what_their_space_holds(asked, dtype):
+    theirs = spaces.MultiDiscrete([3, 4], dtype=dtype, start=[-1, 3])
+    ours = Choices(theirs)
+
+    def told(space):
+        try:
+            return space.contains(asked)
+        except Exception as wrong:
+            return type(wrong)
+
+    assert told(ours) is told(theirs)
+    assert ours == theirs
+    ours.seed(1), theirs.seed(1)
+    np.testing.assert_array_equal(ours.sample(), theirs.sample())
+
+
+def test_a_native_vector_env_steps_as_gymnasium_made_it_and_refuses_what_it_refuses():
+    ours = make("CartPole-v1", num_envs=3, vectorization="native")
+    theirs = gymnasium.make_vec("CartPole-v1", 3, vectorization_mode="vector_entry_point")
+
+    assert_same(ours.reset(seed=1), theirs.reset(seed=1))
+    for action in np.random.default_rng(0).integers(0, 2, (60, 3)):
+        assert_same(ours.step(action), theirs.step(action))
+    assert type(ours.action_space) is Choices
+    for envs in (ours, theirs):
+        with pytest.raises(AssertionError, match="invalid"):
+            envs.step(np.array([0, 1, 2]))
 
 
 def assert_same(mine, theirs):

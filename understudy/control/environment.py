@@ -10,9 +10,10 @@ from typing import Any
 
 import gymnasium
 import yaml
+from gymnasium.spaces import MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from understudy.control.rows import Rows
+from understudy.control.rows import Choices, Rows
 from understudy.control.spaces import check_action_space, leaves
 from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
@@ -202,7 +203,10 @@ def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[st
     if gymnasium.registry[name].vector_entry_point is None:
         raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
     with _explained(env, options):
-        return gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
+        envs = gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
+    if type(envs.action_space) is MultiDiscrete:
+        envs.action_space = Choices(envs.action_space)
+    return envs
 
 
 def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int) -> VectorEnv:

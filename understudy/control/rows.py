@@ -1,4 +1,4 @@
-"""Environments one after another in this process, with less around each call than Gymnasium's own vector env has."""
+"""Environments in this process, with less around each call than Gymnasium has, and to the bit what Gymnasium gives."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.spaces import MultiDiscrete
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.vector.utils import concatenate
 
@@ -39,3 +40,16 @@ class Rows(SyncVectorEnv):
             if found.shape == self.shape:
                 return found.astype(self.dtype, casting="same_kind", copy=False)
         return concatenate(self.single_observation_space, self._env_obs, self._observations)
+
+
+class Choices(MultiDiscrete):
+    """A choice of several in every row, as native vector envs ask it of each action: is it in the space?"""
+
+    def __init__(self, space: MultiDiscrete) -> None:
+        super().__init__(space.nvec, space.dtype, start=space.start)
+        self.last = self.start + (self.nvec - 1)
+
+    def contains(self, x: Any) -> bool:
+        if isinstance(x, np.ndarray) and x.dtype == self.dtype and x.shape == self._shape:
+            return bool(np.count_nonzero((self.start <= x) & (x <= self.last)) == x.size)
+        return super().contains(x)
