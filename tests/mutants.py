@@ -479,6 +479,14 @@ HAND = [
     Mutant("control/rows.py", "(x <= self.last)", "(x < self.last)", "the last choice is none"),
     Mutant("control/rows.py", "(self.start <= x) &", "", "choices below the first"),
     Mutant("control/rows.py", "x.dtype == self.dtype and", "", "numbers of any type are choices"),
+    Mutant("control/rows.py", "int(space.start) + int(space.n)", "int(space.n)", "choices end as if they began at 0"),
+    Mutant(
+        "control/rows.py",
+        "super().__init__(space.n, space._np_random,",
+        "super().__init__(space.n, None,",
+        "drawn anew",
+    ),
+    Mutant("control/rows.py", "space = vars(env.unwrapped)", "space = vars(env)", "what is wrapped stays slow"),
     Mutant("control/rows.py", "found.shape == self.shape", "True", "another shape passes"),
     Mutant(
         "control/rows.py",

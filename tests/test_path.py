@@ -24,6 +24,7 @@ def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
     config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
     monkeypatch.setattr(collect, "quick_form", lambda policy, walker: None)
     monkeypatch.setattr(environment, "Rows", SyncVectorEnv)
+    monkeypatch.setattr(environment, "quicken", lambda env: None)
     monkeypatch.setattr(networks, "Linear", torch.nn.Linear)
     monkeypatch.setitem(networks.ACTIVATIONS, "tanh", torch.nn.Tanh)
     iterations = ppo.iterate(config)

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from understudy.control.environment import make
-from understudy.control.rows import Choices, Rows
+from understudy.control.rows import Choice, Choices, Rows, quicken
 
 SPACES = {
     "box": spaces.Box(-1, 1, (2, 3)),
@@ -111,6 +111,7 @@ def test_rows_are_what_sync_makes():
     envs = make("CartPole-v1", num_envs=2)
 
     assert type(envs) is Rows
+    assert type(envs.single_action_space) is Choice  # within what Gymnasium wraps it in
     envs.close()
 
 
@@ -125,9 +126,25 @@ ASKED = [
 @pytest.mark.parametrize("dtype", [np.int64, np.int8])
 @pytest.mark.parametrize("asked", ASKED, ids=repr)
 def test_choices_hold_what_their_space_holds(asked, dtype):
-    theirs = spaces.MultiDiscrete([3, 4], dtype=dtype, start=[-1, 3])
-    ours = Choices(theirs)
+    theirs = spaces.MultiDiscrete([3, 4], dtype=dtype, start=[-1, 3], seed=1)
 
+    assert_same_space(Choices(copy.deepcopy(theirs)), theirs, asked)
+
+
+ASKED_ALONE = [
+    *range(-3, 5), *map(np.int64, range(-3, 5)), *map(np.int32, (-2, 2)), *ASKED, np.array(1), np.array(7), True,
+    np.bool_(1), 1.0, np.float64(1), 2**70, np.uint64(2**64 - 1), np.int64(2**63 - 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", ASKED_ALONE, ids=repr)
+def test_a_choice_holds_what_its_space_holds(asked):
+    theirs = spaces.Discrete(4, start=-2, seed=1)
+
+    assert_same_space(Choice(copy.deepcopy(theirs)), theirs, asked)
+
+
+def assert_same_space(ours, theirs, asked):
     def told(space):
         try:
             return space.contains(asked)
@@ -135,9 +152,42 @@ def test_choices_hold_what_their_space_holds(asked, dtype):
             return type(wrong)
 
     assert told(ours) is told(theirs)
-    assert ours == theirs
-    ours.seed(1), theirs.seed(1)
-    np.testing.assert_array_equal(ours.sample(), theirs.sample())
+    assert ours == theirs and theirs == ours and repr(ours) == repr(theirs)
+    assert_same(ours.sample(), theirs.sample())  # their own randomness goes on
+
+
+class Asking(gymnasium.Env):
+    """Says of each action whether it is in its space; what that space is, is a property's to say, or its own."""
+
+    observation_space = spaces.Box(-1, 1, (1,))
+
+    def __init__(self, kind) -> None:
+        self.action_space = spaces.MultiDiscrete([2, 3]) if kind == "several" else spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(self.action_space.contains(action)), False, False, {}
+
+
+@pytest.mark.parametrize(("kind", "made"), [("one", Choice), ("several", Choices)])
+def test_environments_are_answered_by_choices(kind, made):
+    envs = make("tests.test_rows:Asking", num_envs=2, options={"kind": kind})
+    envs.reset()
+
+    assert type(envs.single_action_space) is made
+    inside = np.zeros((2, 2) if kind == "several" else 2, np.int64)
+    assert [envs.step(inside + 2 * k)[1].tolist() for k in range(2)] == [[1, 1], [0, 0]]
+
+
+def test_a_space_that_is_no_attribute_stays():
+    class Property(Asking):
+        action_space = property(lambda self: spaces.Discrete(2), lambda self, space: None)
+
+    quicken(env := Property("one"))
+
+    assert type(env.action_space) is spaces.Discrete
 
 
 def test_a_native_vector_env_steps_as_gymnasium_made_it_and_refuses_what_it_refuses():

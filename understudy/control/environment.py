@@ -10,10 +10,9 @@ from typing import Any
 
 import gymnasium
 import yaml
-from gymnasium.spaces import MultiDiscrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from understudy.control.rows import Choices, Rows
+from understudy.control.rows import Rows, quicken
 from understudy.control.spaces import check_action_space, leaves
 from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
@@ -123,6 +122,8 @@ def single(
     def build() -> gymnasium.Env:
         with _explained(env, options or {}):
             made = maker(**(options or {}))
+        if isinstance(made, gymnasium.Env):
+            quicken(made)
         for text, (wrap, arguments) in zip(wrappers, wraps, strict=True):
             try:
                 made = wrap(made, **arguments)
@@ -204,8 +205,7 @@ def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[st
         raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
     with _explained(env, options):
         envs = gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
-    if type(envs.action_space) is MultiDiscrete:
-        envs.action_space = Choices(envs.action_space)
+    quicken(envs)
     return envs
 
 
