@@ -43,7 +43,7 @@ class Rows(SyncVectorEnv):
 
 
 class Choice(Discrete):
-    """One of several numbers."""
+    """Gymnasium's `Discrete`, the same in all it answers; of an int64 sooner."""
 
     def __init__(self, space: Discrete) -> None:
         super().__init__(space.n, space._np_random, space.start)
@@ -54,7 +54,7 @@ class Choice(Discrete):
 
 
 class Choices(MultiDiscrete):
-    """One of several numbers at each place."""
+    """Gymnasium's `MultiDiscrete`, the same in all it answers; of an array of its own type and shape sooner."""
 
     def __init__(self, space: MultiDiscrete) -> None:
         super().__init__(space.nvec, space.dtype, space._np_random, space.start)
