@@ -79,6 +79,7 @@ clean:
 
 .venv/core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip uninstall --quiet --quiet --yes understudy # this package's name before, or another project
 	$(PIP) torch
 	$(PIP) -e .
 	touch $@

@@ -46,7 +46,7 @@ PYTHONS = {
     ONEDNN: ".venv",
 }
 PACKAGES = {
-    OURS: ("understudy", "torch", "gymnasium", "numpy", "mujoco"),
+    OURS: ("understudy-rl", "torch", "gymnasium", "numpy", "mujoco"),
     SB3: ("stable_baselines3", "torch", "gymnasium", "numpy", "mujoco"),
     SBX: ("sbx-rl", "jax", "gymnasium", "numpy", "mujoco"),
     CLEANRL: ("torch", "gymnasium", "numpy", "mujoco"),

@@ -61,7 +61,7 @@ def train(given: dict[str, Any]) -> None:
         if clock.done:
             break
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    clock.report(models_bytes(given), "torch", "transformers", "understudy", peak=peak)
+    clock.report(models_bytes(given), "torch", "transformers", "understudy-rl", peak=peak)
 
 
 def settings(given: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def sample(given: dict[str, Any]) -> None:
             policy, given["prompts"], limit=given["length"], stops=frozenset(), seeds=seeds, slots=given["rows"]
         )
         clock.end(sum(len(one.ids) for one in found))
-    clock.report(file_bytes(given["models"]), "torch", "transformers", "understudy")
+    clock.report(file_bytes(given["models"]), "torch", "transformers", "understudy-rl")
 
 
 def multiply(given: dict[str, Any]) -> None:

@@ -193,7 +193,7 @@ def main() -> None:
         if not python.exists():
             rows.append({"peer": peer, "skipped": f"{python} is missing: `make oracles oracles-trl` makes it"})
             continue
-        packages = {"Understudy": "understudy", "Stable-Baselines3": "stable-baselines3"}
+        packages = {"Understudy": "understudy-rl", "Stable-Baselines3": "stable-baselines3"}
         package = packages.get(peer, "trl")
         version = f"from importlib.metadata import version; print(version({package!r}), version('torch'))"
         versions = subprocess.run(

@@ -13,6 +13,7 @@ import pytest
 
 from understudy import load
 from understudy.cli import main
+from understudy.run.installation import install_hint
 
 SMALL = ["--num-envs", "2", "--rollout", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
 
@@ -113,7 +114,7 @@ def test_a_missing_extra_is_named_with_its_pip_line(here, capsys, monkeypatch, p
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     extra = {"Box2D": "box2d", "moviepy": "video"}.get(package, package)
 
-    refused(capsys, ["control", "ppo", "--quiet", "--steps", "32", *MISSING[package]], 2, f"'understudy[{extra}]'")
+    refused(capsys, ["control", "ppo", "--quiet", "--steps", "32", *MISSING[package]], 2, install_hint(extra))
 
 
 @pytest.mark.parametrize("sink", ["tensorboard", "wandb", "trackio"])
@@ -121,7 +122,7 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
     if importlib.util.find_spec(sink):
         pytest.skip(f"{sink} is installed")
 
-    refused(capsys, ["control", "ppo", "--env", "CartPole-v1", "--quiet", "--log", sink], 2, f"'understudy[{sink}]'")
+    refused(capsys, ["control", "ppo", "--env", "CartPole-v1", "--quiet", "--log", sink], 2, install_hint(sink))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""EnvPool, the extra `pip install 'understudy[envpool]'`, walks as Gymnasium does: its episodes replayed, step by step."""
+"""EnvPool, the extra 'understudy-rl[envpool]', walks as Gymnasium does: its episodes replayed, step by step."""
 
 import gymnasium
 import numpy as np
@@ -13,7 +13,7 @@ from understudy.control.policy import Policy
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
 
-envpool = pytest.importorskip("envpool", reason="the extra is missing: pip install 'understudy[envpool]'")
+envpool = pytest.importorskip("envpool", reason="the extra is missing: pip install 'understudy-rl[envpool]'")
 
 # a Box whose bounds are float64 constants is cast to float32 by EnvPool itself; Gymnasium says so
 pytestmark = pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")

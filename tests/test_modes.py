@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import sys
 
@@ -25,6 +26,7 @@ from understudy.language.scorer import RewardModel
 from understudy.objective import imitate
 from understudy.resuming import resume
 from understudy.run.config import RequestError
+from understudy.run.installation import install_hint
 from understudy.update import update
 
 pytest.importorskip("peft", reason="the adapters of these tests are peft's")
@@ -354,7 +356,7 @@ def test_an_adapter_stays_in_float32_beside_a_bfloat16_model(tmp_path):
 def test_without_peft_lora_is_refused_with_what_to_install(home, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
 
-    with pytest.raises(RequestError, match=r"^lora is '2', .* peft is missing: pip install 'understudy\[lora\]'$"):
+    with pytest.raises(RequestError, match=r"^lora is '2', .* peft is missing: " + re.escape(install_hint("lora"))):
         sft.train(sft_config(home, tmp_path / "run", lora=2))
 
 

@@ -43,8 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         print(HELP, end="")
         return 0
     from understudy.run.config import RequestError
+    from understudy.run.installation import foreign_warning
     from understudy.run.redact import printable, redact
 
+    if (warning := foreign_warning()) is not None:
+        print(f"understudy: warning: {printable(warning)}", file=sys.stderr)
     try:
         return _run(argv[0], argv[1:])
     except RequestError as error:

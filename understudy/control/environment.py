@@ -16,6 +16,7 @@ from understudy.control.rows import Rows, quicken
 from understudy.control.spaces import check_action_space, leaves
 from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
+from understudy.run.installation import install_hint
 
 # the extra of this package that brings what an environment's own package needs, told by its entry point
 EXTRAS = {"box2d": "box2d", "mujoco": "mujoco"}
@@ -215,9 +216,7 @@ def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[s
     try:
         import envpool  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
-        raise RequestError(
-            "vectorization is 'envpool', and EnvPool is missing: pip install 'understudy[envpool]'"
-        ) from error
+        raise RequestError(f"vectorization is 'envpool', and EnvPool is missing: {install_hint('envpool')}") from error
     if env not in envpool.list_all_envs():
         raise RequestError(f"env is {env!r}, which EnvPool does not know{nearest(env, envpool.list_all_envs())}")
     with _explained(env, options):
@@ -233,7 +232,7 @@ def _explained(env: str, options: dict[str, Any]) -> Iterator[None]:
     except gymnasium.error.DependencyNotInstalled as error:
         spec = gymnasium.registry.get(env.rpartition(":")[2])
         point = str(spec.entry_point) if spec is not None else ""
-        mend = next((f"pip install 'understudy[{extra}]'" for word, extra in EXTRAS.items() if word in point), None)
+        mend = next((install_hint(extra) for word, extra in EXTRAS.items() if word in point), None)
         raise RequestError(
             f"env is {env!r}, which needs a package that is missing: {mend or first_sentence(error)}"
         ) from error

@@ -12,6 +12,7 @@ from understudy.control.collect import Walker
 from understudy.control.config import Config
 from understudy.control.policy import Policy
 from understudy.run.config import RequestError
+from understudy.run.installation import install_hint
 from understudy.run.seeds import derive, generator
 
 SEED = 20_261_121  # of every evaluation, whatever the run's seed
@@ -40,7 +41,7 @@ def evaluate(
             envs.envs = [RecordVideo(envs.envs[0], str(video), episode_trigger=lambda n: n < episodes)]  # pyright: ignore
         except Exception as error:
             envs.close()
-            raise RequestError(f"video cannot be recorded ({error}): pip install 'understudy[video]'") from error
+            raise RequestError(f"video cannot be recorded ({error}): {install_hint('video')}") from error
     training = policy.training
     policy.eval()
     try:

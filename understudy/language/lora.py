@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError, nearest
+from understudy.run.installation import install_hint
 
 ADAPTER = "adapter"
 """The folder an adapter is saved in, inside a checkpoint and beside a run's merged model."""
@@ -144,9 +145,7 @@ def merge(model: Any, source: str | Path) -> Any:
 def need_peft(field: str, value: object) -> None:
     """Raise `RequestError` where peft is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise RequestError(
-            f"{field} is {str(value)!r}, for which the package peft is missing: pip install 'understudy[lora]'"
-        )
+        raise RequestError(f"{field} is {str(value)!r}, for which the package peft is missing: {install_hint('lora')}")
 
 
 def _chosen(targets: tuple[str, ...], linear: dict[str, nn.Module]) -> set[str]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from understudy.run.checkpoint import sha256
 from understudy.run.config import RequestError
+from understudy.run.installation import DISTRIBUTION
 from understudy.run.store import SCHEMA, plain, read_config, read_schema, write_json
 from understudy.run.trust import vouch
 
@@ -130,7 +131,7 @@ def code() -> dict[str, Any]:
     """This package: its version, the digest of its source, and the commit where it is a checkout."""
     package = Path(__file__).parents[1]
     source = {str(file.relative_to(package)): sha256(file) for file in sorted(package.rglob("*.py"))}
-    found = {"understudy": _version("understudy"), "sha256": of_data(source)}
+    found = {"understudy": _version(DISTRIBUTION), "sha256": of_data(source)}
     return found | ({"commit": commit} if (commit := _commit(package.parent / ".git")) else {})
 
 

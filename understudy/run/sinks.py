@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from understudy.run.config import RequestError
+from understudy.run.installation import install_hint
 
 
 class Sink(Protocol):
@@ -96,4 +97,4 @@ def _module(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise RequestError(f"log has {name!r}, whose package is missing: pip install 'understudy[{name}]'") from error
+        raise RequestError(f"log has {name!r}, whose package is missing: {install_hint(name)}") from error
