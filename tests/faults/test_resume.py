@@ -222,7 +222,7 @@ def test_a_second_process_on_a_run_is_refused(finished, tmp_path):
         os._exit(0)
     os.read(ready[0], 1)
     try:
-        with pytest.raises(RequestError, match="which another process has open"):
+        with pytest.raises(RequestError, match="which is open in another process"):
             understudy.resume(run)
     finally:
         os.write(done[1], b".")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,8 @@ from safetensors.torch import load_file, save_file
 
 SCHEMA = 1
 """Of the manifest and of state.json; a reader refuses another one by its number."""
+LARGEST_SPARSE = 2**30
+"""Bytes of a file that may be mostly holes; more is refused."""
 LARGEST_JSON = 64 * 2**20
 """Bytes of JSON that are read of a checkpoint; more is no state of ours."""
 
@@ -190,10 +193,9 @@ def read_json(path: Path, *, most: int = LARGEST_JSON, links: bool = False) -> A
         Damaged: it is missing, no plain file, too large, too deep or no JSON.
     """
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise Damaged(f"'{path}' is missing, or is no plain file")
-        if (path.is_symlink() and not links) or path.stat().st_size > most:
-            raise Damaged(f"'{path}' is a link, or has more than {most / 2**20:g} MiB: not read")
+        require_plain(path, links=links)
+        if path.stat().st_size > most:
+            raise Damaged(f"'{path}' has more than {most / 2**20:g} MiB: not read")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, Damaged):
@@ -224,28 +226,70 @@ def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
 @contextmanager
 def _safetensors(path: Path) -> Iterator[None]:
     """Refuse what is no plain file; say what is wrong with one that is not safetensors."""
-    if path.is_symlink() or not path.is_file():
-        raise Damaged(f"'{path}' is missing, or is no plain file")
+    require_plain(path)
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise Damaged(f"'{path}' cannot be read as safetensors ({' '.join(str(error).split())[:100]})") from error
 
 
-def refuse_links(path: Path, folders: Iterable[str]) -> None:
-    """Refuse a directory with a link in it, or in these folders of it: what is written there would land elsewhere.
+def require_plain(path: Path, *, links: bool = False) -> None:
+    """Refuse to read what is no plain file, or a large one that is mostly holes and costs its sender nothing.
+
+    Args:
+        links: whether it may be a link to one.
+
+    Raises:
+        Damaged: it is missing, a link, a directory, a pipe or a device; or sparse.
+    """
+    try:
+        about = path.stat() if links else path.lstat()
+    except OSError as error:
+        raise Damaged(f"'{path}' is missing or cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise Damaged(f"'{path}' is a link, or is no plain file: not read")
+    if about.st_size > LARGEST_SPARSE and _is_sparse(path, about.st_size):
+        raise Damaged(f"'{path}' has {about.st_size:,} bytes, nearly all of which are a hole in the file: not read")
+
+
+def _is_sparse(path: Path, size: int) -> bool:
+    """Whether less than a 64th of a file is data. A file system that does not know calls everything data."""
+    if not hasattr(os, "SEEK_DATA"):
+        return False
+    position = data = 0
+    with path.open("rb") as file:
+        for _ in range(10_000):
+            try:
+                begin = os.lseek(file.fileno(), position, os.SEEK_DATA)
+                position = os.lseek(file.fileno(), begin, os.SEEK_HOLE)
+            except OSError:  # there is no data any more
+                break
+            data += position - begin
+            if 64 * data >= size:
+                return False
+    return True
+
+
+def require_plain_files(path: Path, folders: Iterable[str]) -> None:
+    """Refuse a directory with a link, a pipe or a device in it, or in these folders of it: it would be written through.
 
     Raises:
         Damaged: there is one.
     """
     inside = (found for name in folders for found in (path / name).rglob("*"))
     for found in itertools.chain(path.iterdir(), inside):
-        if found.is_symlink():
-            raise Damaged(f"'{found}' is a link")
+        mode = found.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise Damaged(f"'{found}' is {'a link' if stat.S_ISLNK(mode) else 'a pipe, a socket or a device'}")
 
 
 def sha256(path: Path) -> str:
-    """A file's digest, in hexadecimal."""
+    """A file's digest, in hexadecimal.
+
+    Raises:
+        Damaged: it is no plain file, or a large one that is mostly holes.
+    """
+    require_plain(path, links=True)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

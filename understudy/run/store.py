@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,21 +16,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from understudy.run import checkpoint
+from understudy.run import checkpoint, lock, metrics
 from understudy.run.config import RequestError
 from understudy.run.redact import redact
 from understudy.run.spikes import spikes
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes on one run are then not told apart
-    fcntl = None
 
 _IMPORTED = time.monotonic()
 SCHEMA = 1
 """Of config.json, policy.json, understudy.json and lineage.json. What has none is of 0, which had the same fields."""
 LARGEST = 8 * 2**20  # bytes of such a file
 FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
+SPIKES_EVERY = 1000  # lines, at the latest, in which spikes are looked for
 FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
 
 
@@ -38,7 +34,7 @@ class Run:
     """One run on disk, and what it has come to so far.
 
     Attributes:
-        path: its directory.  metrics: one dict an iteration, as in metrics.jsonl.
+        path: its directory, absolute.  metrics: a sequence of one dict an iteration, as in metrics.jsonl.
         solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold, or None.
         startup_seconds: from process start to the first step.
         stopped: why it ended before its steps were done, where a constraint ended it.
@@ -46,7 +42,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metrics: list[dict[str, Any]] = []
+        self.metrics = metrics.Metrics(path)
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
         self.stopped: str | None = None
@@ -54,7 +50,7 @@ class Run:
         self.refused = 0  # checkpoints in a row that could not be written
         self.looked = 0  # lines of metrics in which spikes were looked for
         self.silent = False  # metrics or events that could not be written: said once
-        self.lock = _locked(path / "lock")
+        self.lock = lock.acquire(path)
 
     @classmethod
     def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
@@ -111,25 +107,31 @@ class Run:
         return run, found
 
     def rewind(self, iteration: int) -> None:
-        """Drop the metrics of iterations after this one: they come again."""
-        kept = [line for line in read_metrics(self.path) if line["iteration"] <= iteration]
-        aside = self.path / "metrics.jsonl.part"
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(aside, self.path / "metrics.jsonl")
-        self.metrics, self.looked = kept, len(kept)
+        """Drop the metrics of iterations after this one: they come again. Damaged lines are noted, the file is copied."""
+        self.metrics, damaged, copy = metrics.cut(self.path, iteration)
+        self.looked = len(self.metrics)
+        if damaged:
+            self.event("metrics_damaged", lines=damaged[:1000], count=len(damaged), copy=str(copy))
+            print(
+                f"understudy: {len(damaged)} lines of '{self.path / metrics.FILE}' cannot be read (the first is number "
+                f"{damaged[0]}) and are left out; the file as it was is '{copy}'",
+                file=sys.stderr,
+            )
 
     def close(self) -> None:
         """Let another process have the run, when its last checkpoint is whole."""
         with suppress(OSError):  # said and noted; `settle` raises it to a run that can still fail
             self.settle()
         if self.lock is not None:
-            os.close(self.lock)
+            lock.release(self.lock)
             self.lock = None
 
-    def log(self, metrics: dict[str, Any]) -> None:
+    def log(self, line: dict[str, Any]) -> None:
         """Append an iteration to metrics.jsonl; on disk when this returns, but for the system's own cache."""
-        self.metrics.append(metrics)
-        self._append("metrics.jsonl", metrics)
+        self.metrics.append(line)
+        self._append(metrics.FILE, line)
+        if len(self.metrics) - self.looked >= SPIKES_EVERY:
+            self._note_spikes()
 
     def event(self, kind: str, **about: Any) -> None:
         """Append a finding or happening to events.jsonl."""
@@ -155,9 +157,7 @@ class Run:
             checkpoint.save_state(aside, {"run": state, "optimizer": rest})
 
         self.settle()
-        for spike in spikes(self.metrics, after=self.looked):
-            self.event("spike", **spike)
-        self.looked = len(self.metrics)
+        self._note_spikes()
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
             self.event("checkpoint_refused", name=name, error="a parameter is not finite")
             return
@@ -185,6 +185,12 @@ class Run:
             self.refused = 0
         except (OSError, checkpoint.Damaged) as error:
             self._refused(name, error)
+
+    def _note_spikes(self) -> None:
+        """Note the spikes in the lines since the last time."""
+        for spike in spikes(self.metrics, after=self.looked):
+            self.event("spike", **spike)
+        self.looked = len(self.metrics)
 
     def _refused(self, name: str, error: Exception) -> None:
         """Note a checkpoint that the disk did not take; end the run at the third in a row."""
@@ -260,25 +266,15 @@ def process_seconds() -> float:
         return time.monotonic() - _IMPORTED
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, none where it has none; a half-written last line is passed over."""
-    file = path / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            yield json.loads(line)
-        except (ValueError, RecursionError):
-            return
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """A run's config.json, which may be anybody's.
 
     Raises:
-        RequestError: there is none, it is not one, or the run has links where we write.
+        RequestError: there is none, it is not one, or the run has links, pipes or devices where we write.
     """
     about = read_schema(run / "config.json", f"run is '{run}', which holds no readable config.json")
     try:
-        checkpoint.refuse_links(run, FOLDERS)
+        checkpoint.require_plain_files(run, FOLDERS)
     except checkpoint.Damaged as error:
         raise RequestError(f"run is '{run}', and {error}: a run's directory holds plain files only") from error
     return about
@@ -355,21 +351,6 @@ def _named(folder: Path, name: str) -> Path:
     except checkpoint.Damaged as error:
         raise RequestError(f"checkpoint is {name!r}, which is damaged ({error}): name another, or none") from error
     return folder / name
-
-
-def _locked(path: Path) -> int | None:
-    """An open handle that holds the run's lock until this process ends, however that comes."""
-    if fcntl is None:
-        return None
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process's own: workers that it forks do not hold it
-    except OSError as error:
-        os.close(handle)
-        raise RequestError(
-            f"out is '{path.parent}', which another process has open: wait for it, or choose another directory"
-        ) from error
-    return handle
 
 
 def _free(parent: Path, name: str) -> Path:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from understudy.run.config import RequestError
-from understudy.run.store import read_config, read_metrics
+from understudy.run.metrics import read_metrics
+from understudy.run.store import read_config
 from understudy.study.statistics import interval, iqm, probability_of_improvement
 
 OWN = ("seed", "out", "quiet", "log", "video")  # fields that make no other experiment

@@ -1,0 +1,209 @@
+"""A run's directory under attack: damaged lines, two writers, kills between two files, leftovers, memory of long runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+import understudy
+from understudy.control import ppo
+from understudy.run import metrics
+from understudy.run.config import RequestError
+from understudy.run.metrics import Metrics, read_metrics
+from understudy.run.store import Run
+
+SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
+
+
+def run_of(out: Path, **fields) -> ppo.Config:
+    return ppo.Config(out=str(out), **SMALL | fields)
+
+
+def events(run: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of six iterations with checkpoints 000002, 000004 and 000006; copied before anything is done to it."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    ppo.train(run_of(path, checkpoint_every=2))
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+# metrics
+
+
+DAMAGES = {
+    "a byte": lambda line: b"\x00" + line[1:],
+    "a bit": lambda line: line.replace(b'"steps"', b'"steps', 1),
+    "no object": lambda line: b"[1, 2]\n",
+    "no iteration": lambda line: b'{"steps": 3}\n',
+    "too deep": lambda line: b"[" * 100_000 + b"\n",
+    "too long": lambda line: b" " * (metrics.LONGEST + 10) + b"\n",
+    "a number too long": lambda line: b'{"iteration": ' + b"1" * 5000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_of_metrics_costs_that_line_alone(damage, run, capsys):
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = DAMAGES[damage](lines[1])
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+
+    again = understudy.resume(run, steps=112)
+
+    assert [line["iteration"] for line in again.metrics] == [1, 3, 4, 5, 6, 7]
+    assert [line["iteration"] for line in read_metrics(run)] == [1, 3, 4, 5, 6, 7]
+    assert (run / "metrics-damaged-1.jsonl").read_bytes() == b"".join(lines)
+    [event] = events(run, "metrics_damaged")
+    assert (event["lines"], event["count"]) == ([2], 1)
+    assert "metrics-damaged-1.jsonl" in capsys.readouterr().err
+
+
+def test_a_line_that_a_kill_cut_off_is_no_damage(run, capsys):
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"iteration": 7, "ste')
+
+    assert [line["iteration"] for line in understudy.resume(run).metrics] == [1, 2, 3, 4, 5, 6]
+    assert not list(run.glob("metrics-damaged*")) and capsys.readouterr().err == ""
+
+
+def test_a_last_line_without_its_end_is_kept_when_it_is_whole(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n{"iteration": 2}')
+
+    kept, damaged, _ = metrics.cut(tmp_path, 5)
+
+    assert (len(kept), damaged) == (2, [])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def long_metrics(path: Path, monkeypatch) -> Metrics:
+    """Ten lines, the last four of which are in memory."""
+    monkeypatch.setattr(metrics, "RECENT", 4)
+    made = Run(path)
+    for number in range(10):
+        made.log({"iteration": number + 1, "steps": 3 * number})
+    made.close()
+    assert len(made.metrics.recent) == 4
+    return made.metrics
+
+
+PLACES = [0, 5, 6, 9, -1, -10, slice(None), slice(7, 9), slice(2, 8, 2), slice(-3, None), slice(None, None, -3)]
+
+
+@pytest.mark.parametrize("place", [*PLACES, slice(8, 2, -1), slice(5, 5)], ids=str)
+def test_metrics_of_a_long_run_are_a_sequence_of_all_lines(place, tmp_path, monkeypatch):
+    lines = long_metrics(tmp_path, monkeypatch)
+
+    assert len(lines) == 10
+    assert lines[place] == [{"iteration": n + 1, "steps": 3 * n} for n in range(10)][place]
+
+
+def test_metrics_of_a_long_run_can_be_walked_through_and_have_an_end(tmp_path, monkeypatch):
+    lines = long_metrics(tmp_path, monkeypatch)
+
+    assert [line["iteration"] for line in lines] == [*range(1, 11)]
+    with pytest.raises(IndexError):
+        lines[10]
+
+
+def test_a_long_file_of_metrics_is_cut_without_being_held(tmp_path, monkeypatch):
+    long_metrics(tmp_path, monkeypatch)
+
+    kept, damaged, copy = metrics.cut(tmp_path, 7)
+
+    assert (len(kept), len(kept.recent), damaged, copy) == (7, 4, [], None)
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [*range(1, 8)]
+
+
+# one writer
+
+
+def test_a_second_run_of_one_process_on_a_directory_is_refused(run):
+    first = understudy.control.ppo.iterate(run_of(run.parent / "other"))
+    next(first)
+
+    with pytest.raises(RequestError, match="is open in another process or in an unfinished run of this one"):
+        Run.reopen(run.parent / "other")
+    first.close()
+    assert understudy.resume(run.parent / "other").metrics[-1]["iteration"] == 6
+
+
+def test_a_file_that_is_read_does_not_end_the_lock(run):
+    """A POSIX record lock would end when any handle of the file is closed."""
+    first, _ = Run.reopen(run)
+    (run / "lock").read_bytes()
+
+    child = os.fork()
+    if child == 0:
+        try:
+            Run.reopen(run)
+        except RequestError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    first.close()
+
+
+def test_of_two_threads_on_a_directory_one_is_refused(tmp_path):
+    outcomes, both = [], threading.Barrier(2)
+
+    def train() -> None:
+        both.wait()
+        try:
+            made = Run.create(str(tmp_path / "run"), "run", {})
+            both.wait()
+            made.close()
+            outcomes.append("made")
+        except RequestError:
+            outcomes.append("refused")
+            both.wait()
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(outcomes) == ["made", "refused"]
+
+
+def test_a_fork_does_not_hold_a_run_whose_process_is_done_with_it(run):
+    first, _ = Run.reopen(run)
+    ready, done = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        first.close()  # nothing of the parent's
+        os.write(ready[1], b".")
+        os.read(done[0], 1)
+        os._exit(0)
+    os.read(ready[0], 1)
+    try:
+        with pytest.raises(RequestError, match="is open in another process"):
+            Run.reopen(run)
+        first.close()
+        Run.reopen(run)[0].close()
+    finally:
+        os.write(done[1], b".")
+        os.waitpid(child, 0)
+
+
+def test_runs_without_a_name_begun_at_once_get_directories_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = [Run.create(None, "ppo", {}) for _ in range(3)]
+
+    assert [one.path.name for one in made] == ["ppo-1", "ppo-2", "ppo-3"]
+    for one in made:
+        one.close()

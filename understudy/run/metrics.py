@@ -1,0 +1,138 @@
+"""metrics.jsonl, one JSON object an iteration: written and read line by line, so that memory does not grow with the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+from understudy.run.checkpoint import Damaged, require_plain, sync
+from understudy.run.config import RequestError
+
+FILE = "metrics.jsonl"
+RECENT = 4096
+"""Lines of a run that are kept in memory."""
+LONGEST = 2**20
+"""Bytes of a line; a longer one is none of ours."""
+
+
+class Line(NamedTuple):
+    """A line of the file: its number from 1, its bytes (the last of them), and its metrics, None where it cannot be read."""
+
+    number: int
+    text: bytes
+    metrics: dict[str, Any] | None
+
+
+class Metrics(Sequence[dict[str, Any]]):
+    """The lines of a run so far, as a sequence. The last `RECENT` are in memory, earlier ones are read from the file."""
+
+    def __init__(self, run: Path) -> None:
+        self.run, self.total = run, 0
+        self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Take in a line that was written to the file."""
+        self.recent.append(line)
+        self.total += 1
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        recent = list(self.recent)
+        if earlier := self.total - len(recent):
+            yield from islice(read_metrics(self.run), earlier)
+        yield from recent
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        places = range(self.total)[index]  # IndexError where there is none
+        first = self.total - len(self.recent)
+        if isinstance(places, int):
+            return self.recent[places - first] if places >= first else next(islice(self, places, None))
+        if places and min(places[0], places[-1]) >= first:
+            return [self.recent[place - first] for place in places]
+        wanted = places if places.step > 0 else places[::-1]
+        lines = list(islice(self, wanted.start, wanted.stop, wanted.step))
+        return lines if places.step > 0 else lines[::-1]
+
+    def __repr__(self) -> str:
+        return f"Metrics of '{self.run}', {self.total} lines"
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, one at a time, none where it has none. Lines that cannot be read are left out.
+
+    Raises:
+        RequestError: metrics.jsonl is no plain file.
+    """
+    return (line.metrics for line in _lines(run) if line.metrics is not None)
+
+
+def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None]:
+    """Drop the lines of a run's metrics.jsonl after an iteration.
+
+    Damaged lines are dropped too, after the whole file was copied aside. An incomplete last line is no damage: a process
+    that is killed leaves one.
+
+    Returns:
+        The lines that stay, the numbers of damaged lines, and the copy, None where no line is damaged.
+    """
+    metrics, damaged = Metrics(run), []
+    file, part = run / FILE, run / f"{FILE}.part"
+    part.unlink(missing_ok=True)
+    with part.open("xb") as out:
+        for line in _lines(run):
+            if line.metrics is not None and line.metrics["iteration"] <= iteration:
+                metrics.append(line.metrics)
+                out.write(line.text if line.text.endswith(b"\n") else line.text + b"\n")
+            elif line.metrics is None and line.text.endswith(b"\n"):
+                damaged.append(line.number)
+    copy = _copied(file) if damaged else None
+    sync(part)
+    os.replace(part, file)
+    return metrics, damaged, copy
+
+
+def _lines(run: Path) -> Iterator[Line]:
+    file = run / FILE
+    if not file.exists():
+        return
+    try:
+        require_plain(file)
+    except Damaged as error:
+        raise RequestError(f"run is '{run}', and {error}: give the directory of a run") from error
+    with file.open("rb") as lines:
+        number = 0
+        while text := lines.readline(LONGEST):
+            number, metrics = number + 1, _parsed(text)
+            while len(text) == LONGEST and not text.endswith(b"\n"):  # the rest of a line that is too long
+                text = lines.readline(LONGEST)
+            yield Line(number, text, metrics)
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and type(found.get("iteration")) is int else None
+
+
+def _copied(file: Path) -> Path:
+    """Copy a damaged file to the next free name beside it."""
+    number = 1
+    while (copy := file.with_name(f"metrics-damaged-{number}.jsonl")).exists():
+        number += 1
+    shutil.copyfile(file, copy)
+    sync(copy)
+    return copy
