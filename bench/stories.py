@@ -32,7 +32,7 @@ from understudy.language.judge import distinct_n
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import load_reward_model
 from understudy.language.text import Tokenizer, prompts
-from understudy.reduce import mean_interval
+from understudy.reduce import mean_interval, share_interval
 from understudy.run.seeds import derive
 
 HERE = Path(__file__).parent
@@ -195,8 +195,8 @@ def learn_to_judge() -> dict[str, Any]:
         gold = torch.tensor([gold_words.logit(text) > 0 for _, text in reviews])
         found[name] = {
             "rows": len(reviews),
-            "reward_model": mean_interval(((raw > 0) == label).float()),
-            "gold": mean_interval((gold == label).float()),
+            "reward_model": share_interval(((raw > 0) == label).float()),
+            "gold": share_interval((gold == label).float()),
         }
     return found
 
@@ -237,7 +237,7 @@ def examine(path: Path) -> dict[str, Any]:
     for name, told in said.items():
         likely = torch.tensor(gold_words.positive([str(text) for text in told.judged.completions]))
         found[name] = {
-            "gold": mean_interval((likely > 0.5).float()),
+            "gold": share_interval((likely > 0.5).float()),
             "score": mean_interval(scorer(told.judged)),
             "distinct_4": distinct_n([completion.ids for completion in told.completions[:DISTINCT_ROWS]], 4),
             "nll": surprise(base, told),

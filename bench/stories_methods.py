@@ -32,7 +32,7 @@ from understudy.language.judge import distinct_n
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import load_reward_model
 from understudy.language.text import Tokenizer
-from understudy.reduce import mean_interval
+from understudy.reduce import mean_interval, share_interval
 
 RESULTS = stories.RESULTS.parent / "stories_methods"
 RUNS = stories.RUNS.parent / "stories_methods"
@@ -136,7 +136,7 @@ def measured(path: Path) -> dict[str, Any]:
     kl = policy(said.record.obs)[0].kl(Reference(base)(said.record.obs)).sum(dim=1)
     return {
         "score": mean_interval(scorer.part(Tokenizer.load(stories.MODEL, stop=stories.STOP))(said.judged)),
-        "gold": mean_interval((likely > 0.5).float()),
+        "gold": share_interval((likely > 0.5).float()),
         "kl": mean_interval(kl),
         "distinct_4": distinct_n([completion.ids for completion in said.completions[: stories.DISTINCT_ROWS]], 4),
         "nll": stories.surprise(base, said),

@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from understudy import load
 from understudy.language import grpo, sft
 from understudy.language.generate import generate
-from understudy.reduce import mean_interval
+from understudy.reduce import share_interval
 
 RESULTS = Path(__file__).parent / "results" / "verifiable"
 PAGE = Path(__file__).parents[1] / "docs" / "verifiable.md"
@@ -169,7 +169,7 @@ def run(name: str, seed: int, **changes: Any) -> dict[str, Any]:
         )
         history = grpo.train(cfg).metrics
         seconds = {"sft_seconds": between - began, "grpo_seconds": time.process_time() - between}
-        score = {stage: mean_interval(correct(out / stage, held_out, task)) for stage in ("sft", "grpo")}
+        score = {stage: share_interval(correct(out / stage, held_out, task)) for stage in ("sft", "grpo")}
     means = [line["score_mean"] for line in history]
     curve = {str(line["steps"]): line["score_mean"] for line in history[:: len(means) // 20]}
     return {"task": name, "seed": seed, "sft_steps": steps, **score, **seconds, "curve": curve, "settings": settings}

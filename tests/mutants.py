@@ -172,6 +172,9 @@ HAND = [
     Mutant(
         "reduce.py", "(square / (size - 1).clamp(min=1))[index]", "(square / size)[index]", "a group's biased variance"
     ),
+    Mutant("reduce.py", "return max(1.0, float(sums", "return min(1.0, float(sums", "copies narrow an interval"),
+    Mutant("reduce.py", "n = different if share", "n = n if share", "copies that agree narrow an interval"),
+    Mutant("reduce.py", "z2 / (4 * n * n)", "0.0", "a share of all or nothing has no width"),
     Mutant("distribution.py", "torch.where(allowed, logits,", "torch.where(~allowed, logits,", "the mask inverted"),
     Mutant("distribution.py", "return cls(logits.log_softmax(dim=-1))", "return cls(logits)", "unnormalised"),
     Mutant("distribution.py", "return -exponential", "return exponential", "noise is not Gumbel"),

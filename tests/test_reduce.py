@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tests.records import flags, row, seeded
 from understudy.reduce import (
+    clusters,
     effective_share,
     explained_variance,
     group_moments,
@@ -20,6 +21,7 @@ from understudy.reduce import (
     per_budget,
     per_row,
     per_step,
+    share_interval,
     standardize,
     whiten,
 )
@@ -174,6 +176,58 @@ def test_one_number_has_no_interval():
     mean, low, high = mean_interval(torch.tensor([5.0]))
 
     assert mean == 5.0 and math.isnan(low) and math.isnan(high)
+
+
+def test_rows_of_a_cluster_count_as_one_in_an_interval():
+    # each number twice: the cluster sums are -2 and 2 around 2, so the variance is 2 / 1 * (4 + 4) / 4^2 = 1, as of 1 and 3
+    x, twice = torch.tensor([1.0, 1, 3, 3]), torch.tensor([7, 7, 9, 9])
+
+    assert_close(torch.tensor(mean_interval(x, twice)), torch.tensor([2.0, 0.04, 3.96]))
+
+
+def test_rows_of_a_single_cluster_are_independent():
+    x = torch.tensor([1.0, 3.0])
+
+    assert mean_interval(x, torch.zeros(2)) == mean_interval(x)
+
+
+def test_clusters_that_balance_each_other_narrow_no_interval():
+    # the cluster sums are 0, and so would be the interval's width: the variance is that of independent rows
+    x = torch.tensor([1.0, 3, 1, 3])
+
+    assert mean_interval(x, torch.tensor([0, 0, 1, 1])) == mean_interval(x)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.1, 500.0])
+def test_numbers_that_are_all_equal_have_no_interval(number):
+    mean, low, high = mean_interval(torch.full((7,), number))
+
+    assert mean == pytest.approx(number) and math.isnan(low) and math.isnan(high)
+
+
+def test_a_shares_interval_is_wilsons():
+    # 3 of 4: z^2 = 3.8416, 1 + z^2 / 4 = 1.9604; middle (0.75 + 0.4802) / 1.9604 = 0.62753; half
+    # sqrt(3.8416 * (0.1875 / 4 + 3.8416 / 64)) / 1.9604 = 0.32689
+    assert share_interval(torch.tensor([1.0, 1, 1, 0])) == pytest.approx((0.75, 0.30064, 0.95442), abs=1e-5)
+
+
+@pytest.mark.parametrize(("share", "low", "high"), [(1.0, 0.5101, 1.0), (0.0, 0.0, 0.4899)])
+def test_a_share_of_all_or_nothing_has_a_width(share, low, high):
+    # 4 of 4: 1 / (1 + 3.8416 / 4) = 0.5101
+    assert share_interval(torch.full((4,), share)) == pytest.approx((share, low, high), abs=1e-4)
+
+
+def test_copies_do_not_narrow_a_shares_interval():
+    # 3 of 4 prompts, each twice: squares around 3/4 sum to 1.5, those of the cluster sums to 3; the design effect is
+    # 3 * 4/3 / (1.5 * 8/7) = 7/3, and eight rows count for 24/7: middle 0.61790, half 0.34136
+    rows, prompts = torch.tensor([1.0, 1, 1, 0]).repeat_interleave(2), torch.arange(4).repeat_interleave(2)
+
+    assert share_interval(rows, prompts) == pytest.approx((0.75, 0.27654, 0.95926), abs=1e-5)
+    assert share_interval(torch.ones(8), prompts) == share_interval(torch.ones(4))
+
+
+def test_rows_with_equal_keys_are_a_cluster():
+    assert clusters(["b", (1, 2), "b", (1, 3)]).tolist() == [0, 1, 0, 2]
 
 
 def test_whitening_keeps_the_mean():

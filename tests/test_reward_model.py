@@ -300,12 +300,24 @@ def test_accuracy_interval_and_length_baseline_by_hand():
     found = reward_model.examine(Lengths(), data)
 
     assert found["accuracy"] == 0.75
-    # deviation of (1, 1, 1, 0) is 0.5; 1.96 * 0.5 / sqrt(4) = 0.49
-    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((0.26, 1.24))
+    # Wilson's interval of 3 of 4: (0.75 + 0.4802) / 1.9604 = 0.6275, and 0.3269 to either side
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx((0.3006, 0.9544), abs=1e-4)
     assert found["length_baseline"] == 0.75
     # sureness sigmoid(2) = 0.8808 in one bin, of which 0.75 are right
     assert found["calibration_error"] == pytest.approx(0.1308, abs=1e-4)
     assert found["rows"] == 4
+
+
+def test_an_accuracys_interval_counts_prompts_and_not_their_pairs():
+    # three of four prompts right, each asked twice: known as well as from four pairs at the most
+    def asked(prompt: str, chosen: int, rejected: int) -> Preference:
+        return Preference((1, chosen), (1, rejected), 0.0, 1, prompt)
+
+    data = [asked(str(i), *sides) for i, sides in enumerate([(20, 0), (20, 0), (20, 0), (0, 20)]) for _ in range(2)]
+    found = reward_model.examine(Lengths(), data)
+
+    assert (found["rows"], found["prompts"]) == (8, 4)
+    assert found["accuracy_low"] <= 0.3006 and found["accuracy_high"] >= 0.9544
 
 
 def test_a_normalised_model_is_examined_by_its_raw_scores():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable, Sequence
 from typing import Literal
 
 import torch
@@ -97,11 +99,57 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return torch.where(spread > 0, 1 - masked_var(target - value, mask) / spread, float("nan"))
 
 
-def mean_interval(x: Tensor) -> tuple[float, float, float]:
-    """Mean of independent numbers and its 95 % interval by the normal approximation; nan without any. x: [N]."""
-    mean, spread = x.double().mean(), x.double().std() if len(x) > 1 else torch.tensor(float("nan"))
-    half = float(1.96 * spread / max(len(x), 1) ** 0.5)
-    return float(mean), float(mean) - half, float(mean) + half
+def mean_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
+    """Mean and its 95 % interval by the normal approximation; nan without any, and bounds nan where nothing varies. x: [N].
+
+    Rows of one cluster may resemble each other: the variance is the larger of the one of independent rows and the
+    cluster-robust one, G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / N^2 (Liang and Zeger 1986). The rows of a single
+    cluster are independent: it is all there is.
+
+    Args:
+        cluster: [N], equal for rows that belong together; each row its own by default.
+    """
+    mean = float(x.double().mean())
+    varies = len(x) > 1 and bool((x != x[0]).any())
+    half = 1.96 * float(x.double().var() / len(x) * design_effect(x, cluster)) ** 0.5 if varies else math.nan
+    return mean, mean - half, mean + half
+
+
+def share_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
+    """Share and its 95 % interval (Wilson 1927), which has a width also at 0 and at 1; nan without any. x: [N] in [0, 1].
+
+    Rows of one cluster count for as many independent ones as leave the variance of the mean (Korn and Graubard 1998): N
+    over the design effect. Where all rows agree that is not known, and every cluster counts for one.
+
+    Args:
+        cluster: as for `mean_interval`.
+    """
+    n, z2 = len(x), 1.96**2
+    if n == 0:
+        return math.nan, math.nan, math.nan
+    share = float(x.double().mean())
+    different = 1 if cluster is None else len(cluster.unique())
+    n = different if share in (0.0, 1.0) and different > 1 else n / design_effect(x, cluster)
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+def clusters(keys: Sequence[Hashable]) -> Tensor:
+    """A number for each row, the same for rows whose keys are equal: int64 [N]."""
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([number[key] for key in keys], dtype=torch.long)
+
+
+def design_effect(x: Tensor, cluster: Tensor | None) -> float:
+    """Variance of the mean of rows that come in clusters over that of independent ones, at least 1. x, cluster: [N]."""
+    x, spread = x.double(), float((x.double() - x.double().mean()).square().sum())
+    if cluster is None or spread == 0 or len(cluster.unique()) < 2:
+        return 1.0
+    _, index = cluster.unique(return_inverse=True)
+    groups = int(index.max()) + 1
+    sums = torch.zeros(groups, dtype=x.dtype).index_add(0, index, x - x.mean())
+    return max(1.0, float(sums.square().sum() * groups / (groups - 1) / (spread * len(x) / (len(x) - 1))))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -192,10 +193,11 @@ def evaluate_run(argv: list[str]) -> int:
         return 0
     for sample in samples[:3]:
         print(f"{sample['prompt']!r}\n  policy:    {sample['completion']!r}\n  reference: {sample['reference']!r}")
+    print(f"{found['rows']} rows" + (f" of {found['prompts']} different prompts" if "prompts" in found else ""))
     for name, x in found.items():
         if isinstance(x, float) and not name.endswith(("_low", "_high")):
-            low, high = found.get(f"{name}_low"), found.get(f"{name}_high")
-            print(f"{name:22} {x:9.4f}" + ("" if low is None else f"   [{low:.4f}, {high:.4f}]"))
+            low, high = found.get(f"{name}_low", math.nan), found.get(f"{name}_high", math.nan)
+            print(f"{name:22} {x:9.4f}" + ("" if math.isnan(low) else f"   [{low:.4f}, {high:.4f}]"))
     return 0
 
 

@@ -108,7 +108,7 @@ class Cast:
             write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": number})
             (path / "samples").mkdir(exist_ok=True)
             write_json(path / "samples" / f"evaluation-{number:06d}.json", found["samples"])
-        return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
+        return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
 
     @torch.no_grad()
     def observe(

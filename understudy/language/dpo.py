@@ -18,7 +18,7 @@ from understudy.language.sft import context, limit_learning, load_policy
 from understudy.language.stage import Iterations
 from understudy.language.text import Preference, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
-from understudy.reduce import mean_interval
+from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, Positive, Unit
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
@@ -78,7 +78,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
             if kept and (not run.on or run.due(cfg.evaluate_every)):
                 found = examine(policy, kept, referred["kept"], objective)
                 write_json(run.run.path / "evaluation.json", found)
-                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
+                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
             yield from run.report(metrics | {"learning_rate": rate})
         return run.run
 
@@ -149,19 +149,23 @@ def _summed(policy: Policy, text: Text) -> Tensor:
 
 @torch.no_grad()
 def examine(policy: Policy, data: Sequence[Preference], referred: Tensor, objective: Any) -> dict[str, Any]:
-    """On pairs it did not learn from: how often the chosen side gained more than the rejected, with its 95 % interval."""
+    """On pairs it did not learn from: how often the chosen side gained more than the rejected, with its 95 % interval,
+    in which the pairs of a prompt count as a cluster.
+    """
     found: list[dict[str, Tensor]] = []
     for at in range(0, len(data), PIECE):
         pairs = gather(data[at : at + PIECE], referred[at : at + PIECE])
         found.append(objective(policy, pairs.to(policy.device))[1])
     metrics = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
-    accuracy, low, high = mean_interval(metrics["accuracy"][:, 0])
+    cluster = clusters(list(map(stage.asked, data)))
+    accuracy, low, high = share_interval(metrics["accuracy"][:, 0].cpu(), cluster)
     names = ("loss", "margin", "chosen_gain", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}
     longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
     baseline = sum(longer) / len(longer)
     return {
         "rows": len(data),
+        "prompts": len(cluster.unique()),
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,

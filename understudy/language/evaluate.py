@@ -1,6 +1,8 @@
-"""Evaluation, held constant: prompts kept apart, a seed for each, intervals, and the reference on the same prompts."""
+"""Evaluation, held constant: prompts kept apart, a seed for each row, intervals, and the reference on the same prompts."""
 
 from __future__ import annotations
+
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -8,10 +10,12 @@ from torch import Tensor
 from understudy.language.collect import Said, Sampler
 from understudy.language.judge import Judge, distinct_n
 from understudy.language.model import Policy, Reference
-from understudy.reduce import mean_interval
+from understudy.reduce import clusters, mean_interval, share_interval
 from understudy.run.seeds import derive
 
 PURPOSE = "evaluate"
+SHARES = ("win_rate", "stopped")
+SCORES = ("score", "gold", "reference_score", "reference_gold")  # shares where all of them are 0 or 1
 
 
 @torch.no_grad()
@@ -20,8 +24,9 @@ def evaluate(
 ) -> dict:
     """What a policy says to held-out prompts, with seeds that depend on the prompts alone.
 
-    `score`, `gold`, `kl` (nats a completion, the exact KL summed over its tokens), `length`: means with `_low` and `_high`,
-    95 %; `stopped`, `distinct_4`; `win_rate` against the reference's own answers, same prompts and seeds, ties by half.
+    `score`, `gold`, `kl` (nats a completion, the exact KL summed over its tokens), `length`, `stopped`; `win_rate` against
+    the reference's own answers, same prompts and seeds, ties by half: means with `_low` and `_high`, 95 %, in which the
+    rows of a prompt count as a cluster. `distinct_4`. `rows` completions of `prompts` different prompts.
     """
     which = [i % len(sampler) for i in range(rows)]
     said = answers(policy, sampler, which)
@@ -34,14 +39,18 @@ def evaluate(
     measured: dict[str, Tensor] = {"score": verdict, "kl": kl.cpu(), "length": length}
     won = (verdict > other).float() + 0.5 * (verdict == other).float()
     measured["win_rate"] = torch.where(verdict.isnan() | other.isnan(), float("nan"), won)
+    measured["stopped"] = torch.tensor([float(c.stopped) for c in said.completions])
     if gold is not None:
         measured["gold"] = gold(said.judged).score
         measured["reference_gold"] = gold(theirs.judged).score
     measured["reference_score"] = other
-    found: dict = {"rows": len(which)}
+    cluster = clusters([prompt.ids for prompt in said.prompts])
+    found: dict = {"rows": len(which), "prompts": len(cluster.unique())}
     for name, x in measured.items():
-        found[name], found[f"{name}_low"], found[f"{name}_high"] = mean_interval(x[~x.isnan()])
-    found["stopped"] = sum(c.stopped for c in said.completions) / len(which)
+        known = ~x.isnan()
+        is_share = name in SHARES or (("score" in name or "gold" in name) and bool(((x == 0) | (x == 1))[known].all()))
+        interval = share_interval if is_share else mean_interval
+        found[name], found[f"{name}_low"], found[f"{name}_high"] = interval(x[known], cluster[known])
     found["distinct_4"] = distinct_n([c.own for c in said.completions], 4)
     found["reference_distinct_4"] = distinct_n([c.own for c in theirs.completions], 4)
     found["samples"] = [
@@ -54,6 +63,11 @@ def evaluate(
 
 
 def answers(policy: Policy, sampler: Sampler, which: list[int]) -> Said:
-    """Answers with seeds made of each prompt's own tokens and its turn, whatever the run's seed."""
-    seeds = [derive(0, PURPOSE, turn // len(sampler), *sampler.prompts[i].ids) for turn, i in enumerate(which)]
+    """Answers with seeds made of each prompt's own tokens and how often it came before, whatever the run's seed."""
+    before: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for i in which:
+        ids = tuple(sampler.prompts[i].ids)
+        seeds.append(derive(0, PURPOSE, before[ids], *ids))
+        before[ids] += 1
     return sampler.answer(policy, which, seeds)

@@ -17,7 +17,7 @@ from understudy.language.scorer import RewardModel
 from understudy.language.stage import Iterations
 from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
-from understudy.reduce import mean_interval
+from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, NonNegative, Positive
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
@@ -81,7 +81,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
             if kept and (not run.on or run.due(cfg.evaluate_every)):
                 found = examine(model, kept)
                 write_json(run.run.path / "evaluation.json", found)
-                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, float)}
+                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
             yield from run.report(metrics | {"learning_rate": rate})
         return run.run
 
@@ -139,25 +139,29 @@ def texts(row: Any) -> list[tuple[int, ...]]:
 def examine(model: RewardModel, data: Sequence[Any]) -> dict[str, Any]:
     """How good the model is on rows it did not learn from.
 
-    `accuracy` with its 95 % interval; `calibration_error`, the gap between how sure it is and how often it is
-    right, averaged over ten equal bins of sureness; `length_correlation` of score and length (of the differences, for
+    `accuracy` with its 95 % interval, in which the pairs of a prompt, or equal texts, count as a cluster;
+    `calibration_error`, the gap between how sure it is and how often it is right, averaged over ten equal bins of sureness;
+    `length_correlation` of score and length (of the differences, for
     pairs); `length_baseline`, the accuracy of always preferring the longer (or the shorter, if that is better).
     """
     if isinstance(data[0], text.Labelled):
         raw = model.score([row.ids for row in data]) * model.scale + model.mean
         length = torch.tensor([float(len(row.ids)) for row in data])
         truth = torch.tensor([row.label > 0.5 for row in data])
+        cluster = clusters([row.ids for row in data])
         longer = length > length.median()
     else:
         chosen, rejected = (model.score([getattr(row, side) for row in data]) for side in ("chosen", "rejected"))
         raw = (chosen - rejected) * model.scale
         length = torch.tensor([float(len(row.chosen) - len(row.rejected)) for row in data])
         truth, longer = torch.ones(len(data), dtype=torch.bool), length > 0
+        cluster = clusters(list(map(stage.asked, data)))
     right = ((raw > 0) == truth).float()
     baseline = float((longer == truth).float().mean())
-    accuracy, low, high = mean_interval(right)
+    accuracy, low, high = share_interval(right, cluster)
     return {
         "rows": len(data),
+        "prompts": len(cluster.unique()),
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
