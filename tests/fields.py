@@ -135,6 +135,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "gold": (PPO + "test_gold_is_measured_and_never_trained_on",),
         "reward_timeout": (PPO + "test_a_reward_function_that_takes_too_long_is_missing",),
+        "unconditional": (
+            REFUSED + "test_an_unconditional_run_starts_every_row_from_bos",
+            "test_text.py::test_unconditional_with_a_prompt_column_is_refused",
+        ),
         "reply": (
             TURNS + "test_a_recipe_learns_from_conversations",
             TURNS + "test_a_files_function_replies_from_a_process_of_its_own",

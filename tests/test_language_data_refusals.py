@@ -63,7 +63,7 @@ def refused(train, tmp_path):
 EVERY = pytest.mark.parametrize("recipe", RECIPES)
 
 
-@pytest.mark.parametrize(("recipe", "column"), [("sft", "text"), ("reward-model", "chosen")])
+@pytest.mark.parametrize(("recipe", "column"), [("sft", "prompt"), ("reward-model", "chosen"), ("ppo", "prompt")])
 def test_a_missing_column_is_named_with_the_flag_that_maps_it(refused, recipe, column):
     said = refused(recipe, [{"question": "the dog", "answer": " smiled ."}])
 
@@ -224,8 +224,8 @@ def test_pairs_that_say_nothing_are_refused(refused):
     assert "chosen equals rejected" in refused("reward-model", [ROWS["reward-model"] | {"rejected": " smiled ."}])
 
 
-def test_prompts_start_from_bos_where_there_is_no_column(train):
-    run = train("ppo", [{"other": "x"}], samples=1)
+def test_an_unconditional_run_starts_every_row_from_bos(train):
+    run = train("ppo", [{"other": "x"}], samples=1, unconditional=True)
 
     line = json.loads((run.path / "samples" / "000001.jsonl").read_text().splitlines()[0])
     assert line["prompt_ids"] == [1]
@@ -237,7 +237,8 @@ def test_no_bos_and_no_prompt_is_refused(refused, tmp_path):
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
 
-    assert "no BOS to start from" in refused("ppo", [{"other": "x"}], model=str(tmp_path / "model"))
+    said = refused("ppo", [{"other": "x"}], model=str(tmp_path / "model"), unconditional=True)
+    assert "no BOS to start from" in said
 
 
 @pytest.mark.parametrize("name", ["max_new", "fixed_length"])

@@ -345,13 +345,40 @@ def test_a_prompt_keeps_the_other_columns_and_its_row():
     assert second == text.Prompt((BOS, *tokens("yo")), "yo", {"answer": 5}, 2)
 
 
-def test_without_a_prompt_column_every_row_starts_from_bos():
-    assert text.prompts([{"n": 1}], made(), max_length=9) == [text.Prompt((BOS,), "", {"n": 1}, 1)]
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"n": 1, "question": "hi"}, "prompt=question"),
+        ({"id": "a7", "Problem": "hi", "answer": "4"}, "prompt=Problem"),
+        ({"n": 1, "words": "hi"}, "prompt=words"),
+        ({"messages": CHAT}, "prompt=messages"),
+    ],
+)
+def test_prompts_without_their_column_are_refused_with_the_likeliest(row, mapping):
+    sentence = f"the data have no column 'prompt' but {', '.join(row)}: map yours with --columns {mapping};"
+
+    with pytest.raises(RequestError, match=f"^{sentence}.* --unconditional"):
+        text.prompts([row], made(template=CHATML), max_length=99)
 
 
-def test_without_a_prompt_column_a_bos_is_needed():
+def test_unconditional_prompts_are_bos_alone_and_keep_their_columns():
+    assert text.prompts([{"n": 1}], made(), max_length=9, unconditional=True) == [text.Prompt((BOS,), "", {"n": 1}, 1)]
+
+
+def test_unconditional_prompts_need_a_bos():
     with pytest.raises(RequestError, match="row 1: the prompt is empty and the tokenizer has no BOS"):
-        text.prompts([{"n": 1}], made(bos=False), max_length=9)
+        text.prompts([{"n": 1}], made(bos=False), max_length=9, unconditional=True)
+
+
+def test_unconditional_with_a_prompt_column_is_refused():
+    with pytest.raises(RequestError, match="unconditional is True, but the data have a column 'prompt'"):
+        text.prompts([{"prompt": "hi"}], made(), max_length=9, unconditional=True)
+
+
+@pytest.mark.parametrize("cell", [" \t\n", [{"role": "user", "content": " "}]], ids=["text", "chat"])
+def test_a_prompt_of_white_space_is_empty(cell):
+    with pytest.raises(RequestError, match="row 1: prompt is empty"):
+        text.prompts([{"prompt": cell}], made(template=CHATML), max_length=99)
 
 
 @pytest.mark.parametrize("cell", ["", None, []])
@@ -409,8 +436,29 @@ def test_of_prompt_and_completion_the_completion_is_learned():
     assert text.examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 4, 1)]
 
 
-def test_a_completion_without_a_prompt_column_starts_from_bos():
-    assert text.examples([{"completion": "yo"}], made(), max_length=9) == [Example((BOS, *tokens("yo"), EOS), 1, 1)]
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"question": "hi", "completion": "yo"}, "no column 'prompt' but .*--columns prompt=question"),
+        ({"prompt": "hi", "answer": "yo"}, "no column 'completion' but .*--columns completion=answer"),
+        ({"prompt": "hi", "text": "yo"}, "the column 'prompt' holds: map them with --columns completion=text"),
+        ({"query": "hi", "text": "yo"}, "'query' holds: map them with --columns prompt=query completion=text"),
+    ],
+)
+def test_a_completion_is_not_learned_without_its_prompt(row, fault):
+    with pytest.raises(RequestError, match=fault):
+        text.examples([row], made(), max_length=9)
+
+
+def test_a_whole_text_that_holds_its_prompt_may_have_it_as_a_column_too():
+    rows = [{"prompt": "hi", "text": "hi yo"}]
+
+    assert text.examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 1, 1)]
+
+
+def test_pairs_are_not_learned_without_their_prompt():
+    with pytest.raises(RequestError, match="'question' holds: map them with --columns prompt=question"):
+        text.preferences([{"question": "hi", "chosen": "yo", "rejected": "no"}], made(), max_length=9)
 
 
 def test_of_a_text_all_but_its_first_token_is_learned():
@@ -442,7 +490,8 @@ def test_a_published_transcript_is_plain_text():
 
 
 def test_a_missing_column_is_refused_with_those_there_and_the_mend():
-    sentence = "the data have no column 'text' but question, answer: map yours with --columns text=question"
+    have = "the data have no column 'prompt' and 'completion' but question, answer"
+    sentence = f"{have}: map yours with --columns prompt=question completion=answer"
 
     with pytest.raises(RequestError, match=sentence):
         text.examples([{"question": "hi", "answer": "yo"}], made(), max_length=9)

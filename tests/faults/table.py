@@ -274,7 +274,7 @@ ROWS = (
             f"{GENERATE}::test_a_row_ends_at_a_stop_id_and_at_the_limit": 1,
             f"{GENERATE}::test_an_empty_prompt_is_refused": 1,
             f"{LANGUAGE}::test_a_policy_that_ends_at_once_or_never_is_counted_and_harms_nothing": 1,
-            f"{LANGUAGE}::test_a_prompt_of_no_tokens_is_refused_with_its_row_or_begins_from_bos": 3,
+            f"{LANGUAGE}::test_a_prompt_of_no_tokens_is_refused_with_its_row": 3,
         },
     ),
     Row(

@@ -189,15 +189,13 @@ def test_a_policy_that_ends_at_once_or_never_is_counted_and_harms_nothing(token,
 # data
 
 
-def test_a_prompt_of_no_tokens_is_refused_with_its_row_or_begins_from_bos(home):
+def test_a_prompt_of_no_tokens_is_refused_with_its_row(home):
     own = Tokenizer.load(home)
-    rows = [{"prompt": "the old"}, {"prompt": " \t"}]
-    assert [prompt.ids for prompt in prompts(rows, own, max_length=9)][1] == (own.bos,)
-
-    own.hf.bos_token = None
-    with pytest.raises(RequestError, match=r"row 2: the prompt is empty and the tokenizer has no BOS"):
-        prompts(rows, own, max_length=9)
-    with pytest.raises(RequestError, match=r"row 2: the prompt is empty"):
+    with pytest.raises(RequestError, match=r"row 2: prompt is empty"):
+        prompts([{"prompt": "the old"}, {"prompt": " \t"}], own, max_length=9)
+    with pytest.raises(RequestError, match=r"row 1: prompt is empty: none of its messages has any text"):
+        prompts([{"prompt": [{"role": "user", "content": ""}]}], own, max_length=9)
+    with pytest.raises(RequestError, match=r"row 2: text is empty"):
         labelled([{"text": "the old", "label": 1}, {"text": " ", "label": 0}], own, max_length=9)
 
 

@@ -67,7 +67,7 @@ class Cast:
             name = "fixed_length" if self.endless else "max_new"
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
         rows, most = read(cfg.data, columns=cfg.renamed), min(room, cfg.max_length)
-        found = prompts(rows, self.tokenizer, max_length=most, too_long=cfg.too_long)
+        found = prompts(rows, self.tokenizer, max_length=most, too_long=cfg.too_long, unconditional=cfg.unconditional)
         self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)

@@ -156,6 +156,8 @@ class Rollouts(Tuning):
     """What is paid: each DIR of a reward model, file.py:function or builtin[:args], optionally *WEIGHT; summed."""
     gold: tuple[str, ...] = ()
     """What is measured and never trained on; specs like those of reward."""
+    unconditional: bool = False
+    """Sample from BOS alone, for data without prompts: each row is a completion, and its columns go to the rewards."""
     reply: str | None = None
     """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
     turns: Count = 8

@@ -46,11 +46,7 @@ def each_row(
     rows: Sequence[Row], one: Callable[[Row, int], Any], *, texts: tuple[str, ...], others: tuple[str, ...] = ()
 ) -> list[Any]:
     """`one` of every row and its number, once its cells are there; all of `texts` chat, or all of them text."""
-    there = column_names(rows)
-    for name in (*texts, *others):
-        if name not in there:
-            have = f"the data have no column {name!r} but {', '.join(there)}"
-            raise RequestError(f"{have}: map yours with --columns {name}={there[0] if there else 'COLUMN'}")
+    _check_columns(rows, (*texts, *others))
     made, chat = [], bool(texts) and isinstance(rows[0].get(texts[0]), list)
     for number, row in enumerate(rows, 1):
         with _at(number):
@@ -77,13 +73,55 @@ def column_names(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
+def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Refuse data that lack one of our columns, with the columns that are most likely meant."""
+    there = column_names(rows)
+    missing = [name for name in names if name not in there]
+    if not missing:
+        return
+    free, mapping = [column for column in there if column not in names], []
+    texts = [column for column in free if isinstance(rows[0].get(column), str | list)]
+    for name in missing:
+        usual = [column for word in USUAL.get(name, ()) for column in free if column.lower() == word]
+        likely = next((column for column in (*usual, *texts, *free) if column not in mapping), "COLUMN")
+        mapping += [likely]
+    pairs = " ".join(f"{ours}={theirs}" for ours, theirs in zip(missing, mapping, strict=True))
+    lacking = " and ".join(map(repr, missing))
+    raise RequestError(
+        f"the data have no column {lacking} but {', '.join(there)}: map yours with --columns {pairs}"
+        + (INSTEAD if "prompt" in missing else "")
+    )
+
+
+def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: str | None = None) -> None:
+    """Refuse data whose whole texts lack the prompt that another column seems to hold.
+
+    Args:
+        names: the columns of whole texts.  completion: our name for the first of them where it follows a prompt.
+    """
+    there = column_names(rows)
+    if not {*names} <= {*there}:
+        return  # which is refused for what is missing
+    for column in (name for name in ("prompt", *USUAL["prompt"]) if name in there and name not in names):
+        cell = rows[0].get(column)
+        if isinstance(cell, str) and cell.strip() and not any(cell.strip() in str(rows[0].get(n)) for n in names):
+            mapping = [] if column == "prompt" else [f"prompt={column}"]
+            mapping += [] if completion is None else [f"{completion}={names[0]}"]
+            raise RequestError(
+                f"{names[0]} would be read as a whole text, without what the column {column!r} holds: map them with "
+                f"--columns {' '.join(mapping)}, or remove {column!r}"
+            )
+
+
 def _check_text(name: str, cell: Any, chat: bool) -> None:
-    if cell in (None, "", []):
+    if cell is None or (isinstance(cell, str) and not cell.strip()) or cell == []:
         raise RequestError(f"{name} is empty: fill it or leave the row out")
     if not isinstance(cell, str | list):
         raise RequestError(f"{name} is {cell!r}: must be text, or a list of messages")
     if isinstance(cell, list) and not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in cell):
         raise RequestError(f"{name} is {str(cell)[:60]}: each message must be an object with a role and a content")
+    if isinstance(cell, list) and not any(str(m["content"] or "").strip() or m.get("tool_calls") for m in cell):
+        raise RequestError(f"{name} is empty: none of its messages has any text; fill it or leave the row out")
     try:
         "".join([cell] if isinstance(cell, str) else [str(m["content"]) for m in cell]).encode()
     except UnicodeEncodeError:
@@ -216,6 +254,18 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
         for row in rows
     ]
 
+
+USUAL = {
+    "prompt": ("prompts", "question", "instruction", "problem", "query", "input", "user", "context", "messages"),
+    "completion": ("completions", "answer", "response", "output", "solution", "target", "assistant"),
+    "text": ("texts", "content", "sentence", "document", "review"),
+    "chosen": ("preferred", "winner", "better", "response_chosen", "choice_a"),
+    "rejected": ("dispreferred", "loser", "worse", "response_rejected", "choice_b"),
+    "label": ("labels", "score", "rating", "class"),
+}
+"""Names under which published data have a column of ours, the likeliest first."""
+INSTEAD = "; data without prompts are the column 'text' in sft, and --unconditional where a policy samples"
+"""What else may be done where there is no column `prompt`."""
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_jsonl,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from understudy.batch import Text
-from understudy.language.data import Row, column_names, each_row, finite
+from understudy.language.data import Row, column_names, each_row, finite, no_prompt_left_out
 from understudy.language.data import read as read
 from understudy.language.files import check_files
 from understudy.language.lora import base_of, tokenizer_of
@@ -232,7 +232,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     text: str | Messages
-    """As the data have it; "" where they have no prompts."""
+    """As the data have it; "" where the run is unconditional."""
     columns: dict[str, Any]
     """Every other column of the row."""
     row: int
@@ -287,31 +287,47 @@ class Fitted(list[Record]):
 
 
 def prompts(
-    rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    too_long: TooLong = "refuse",
+    unconditional: bool = False,
 ) -> Fitted[Prompt]:
-    """Column `prompt`, text or chat. Without such a column every row starts from BOS. None is cut: it is left out."""
+    """Column `prompt`, text or chat. A prompt is never cut: one that is too long is left out.
+
+    Args:
+        unconditional: every row starts from BOS alone; the data then have no column `prompt`.
+    """
     room = _Room(max_length, too_long)
+    if unconditional and "prompt" in column_names(rows):
+        raise RequestError(
+            "unconditional is True, but the data have a column 'prompt': remove the column, or leave out --unconditional"
+        )
 
     def one(row: Row, number: int) -> Prompt | None:
         text, others = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}
         ids = tokenizer.encode_prompt(text)
         return None if room.excess("prompt", ids, 0) is None else Prompt(tuple(ids), text, others, number)
 
-    return room.those_of(each_row(rows, one, texts=("prompt",) if "prompt" in column_names(rows) else ()))
+    return room.those_of(each_row(rows, one, texts=() if unconditional else ("prompt",)))
 
 
 def examples(
     rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int, too_long: TooLong = "refuse"
 ) -> Fitted[Example]:
-    """`completion` after `prompt` (or BOS), else the whole of `text`, else the last turn of `messages`.
+    """`completion` after `prompt`, else the whole of `text`, else the last turn of `messages`.
 
     Chat in any of them is learned from in the last turn alone. Published transcripts in `text` are plain text.
     Cut is what comes before that which is learned; where this is not enough, the row is left out.
     """
     room = _Room(max_length, too_long)
-    there = column_names(rows)
-    name = next((name for name in ("completion", "messages", "text") if name in there), "text")
-    prompt = ("prompt",) if name == "completion" and "prompt" in there else ()
+    there = {*column_names(rows)}
+    whole = [name for name in ("messages", "text") if name in there]
+    pair = {"prompt", "completion"} <= there or (not whole and len(there) > 1)
+    prompt, name = (("prompt",), "completion") if pair else ((), (*whole, "text")[0])
+    if not prompt:
+        no_prompt_left_out(rows, (name,), "completion")
 
     def one(row: Row, number: int) -> Example | None:
         ids, start = _whole(tokenizer, row[name], row["prompt"] if prompt else None)
@@ -330,6 +346,8 @@ def preferences(
     both; where this is not enough, the row is left out.
     """
     prompt = ("prompt",) if "prompt" in column_names(rows) else ()
+    if not prompt:
+        no_prompt_left_out(rows, ("chosen", "rejected"))
     room = _Room(max_length, too_long)
 
     def one(row: Row, number: int) -> Preference | None:
