@@ -134,11 +134,11 @@ def test_groups_that_all_score_the_same_are_replaced(home):
         seen.clear()
         cfg = config(grpo, home, reward=picky, group=2, resample=resample)
         cast = Cast(cfg)
-        run = SimpleNamespace(rows=0)
+        run = SimpleNamespace(rows=0, steps=0)
 
-        def next_rows(size, count, run=run):
-            run.rows += count
-            return [number % size for number in range(run.rows - count, run.rows)]
+        def next_rows(size, count, *, each, run=run):
+            run.rows += count * each
+            return [row // each % size for row in range(run.rows - count * each, run.rows)]
 
         run.next_rows = next_rows
         said, verdict, equal = grpo.sample_groups(run, cast, cfg)

@@ -94,10 +94,11 @@ class Cast:
             self.bounds.begin(means, self.policy, self.optimizer)
         return self.paid(verdict)
 
-    def pretraining(self, first: int, count: int) -> Text | None:
-        """The next rows of pretraining text, if any is mixed in."""
+    def pretraining(self, count: int) -> Text | None:
+        """The iteration's rows of pretraining text, `count` of them, if any is mixed in; they come in turn."""
         if not self.texts:
             return None
+        first = (self.run.iteration + 1) * count
         return pad_examples([self.texts[(first + i) % len(self.texts)] for i in range(count)]).to(self.policy.device)
 
     def evaluate(self) -> dict[str, float]:
@@ -155,7 +156,7 @@ class Cast:
             steps = said.record.mask[i].nonzero()[:, 0].tolist()
             span = slice(steps[0], steps[-1] + 1)  # what others said in between has its place in every column
             line = {
-                "row": self.run.rows - len(batch) + i,
+                "row": said.rows[i],
                 "version": said.completions[i].version,
                 "prompt": said.prompts[i].text,
                 "completion": said.judged.completions[i],

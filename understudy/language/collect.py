@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,8 @@ class Said:
     completions: list[Completion]
     record: Trajectory
     judged: Sampled
+    rows: Sequence[int] = ()
+    """Each one's number in the run; none where it is of no run."""
 
 
 class Sampler:
@@ -61,8 +63,9 @@ class Sampler:
 
     def collect(self, policy: Policy, which: Sequence[int], *, first: int) -> Said:
         """Answers to the prompts of these numbers. `first` is the first row's number in the run; the others follow it."""
-        seeds = [derive(self.seed, "sample", first + i) for i in range(len(which))]
-        return self.answer(policy, which, seeds, engine=self.engine)
+        rows = range(first, first + len(which))
+        seeds = [derive(self.seed, "sample", row) for row in rows]
+        return replace(self.answer(policy, which, seeds, engine=self.engine), rows=rows)
 
     def answer(
         self, policy: Policy, which: Sequence[int], seeds: Sequence[int], *, engine: Engine | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -91,7 +91,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 target=torch.zeros_like(reward),
                 old=SampledTokens(record.action, record.logprob),
                 reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
-                mix=cast.pretraining(run.rows, cfg.rows),
+                mix=cast.pretraining(cfg.rows),
             )
             metrics = update(  # 5 update
                 policy,
@@ -107,7 +107,6 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])
-            run.steps += int(said.record.mask.sum())
             metrics |= cast.observe(said, verdict, batch, reward, referred)
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "groups_equal": equal} | weights
             if metrics["optimizer_steps"]:
@@ -127,14 +126,15 @@ def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, f
     """`group` answers to each of rows / group prompts, judged; and the share of groups whose scores were all the same.
 
     With `resample`, such groups are replaced, at most that many times; what is then still missing is filled with them.
+    Rows and tokens of all rounds are counted, also of groups that are not learned from.
     """
     wanted, kept, dull = cfg.rows // cfg.group, [], []
     asked = 0
     for _ in range(cfg.resample + 1):
         first, count = run.rows, wanted - len(kept)
-        which = run.next_rows(len(cast.sampler), count)
-        seeds_from = first * cfg.group
-        said = cast.sampler.collect(cast.policy, [i for i in which for _ in range(cfg.group)], first=seeds_from)
+        which = run.next_rows(len(cast.sampler), count, each=cfg.group)
+        said = cast.sampler.collect(cast.policy, which, first=first)
+        run.steps += int(said.record.mask.sum())
         verdict = cast.judged(said)
         paid = cast.paid(verdict)
         asked += count
@@ -156,7 +156,8 @@ def _gathered(groups: list[tuple[Said, Verdict, slice]], cast: Cast) -> tuple[Sa
     prompts = [prompt for said, _, rows in groups for prompt in said.prompts[rows]]
     completions = [completion for said, _, rows in groups for completion in said.completions[rows]]
     verdict = _one_verdict([(verdict, rows) for _, verdict, rows in groups])
-    return cast.sampler.written_down(prompts, completions, cast.policy.device), verdict
+    said = cast.sampler.written_down(prompts, completions, cast.policy.device)
+    return replace(said, rows=[row for said, _, rows in groups for row in said.rows[rows]]), verdict
 
 
 def _one_verdict(found: list[tuple[Verdict, slice]]) -> Verdict:

@@ -94,7 +94,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             record, reward, referred = pay(said, paid, cast.reference, reference_coef, cfg)  # 2 score
             old, value = look(policy, record, cfg)  # 3 value
             batch = weigh_up(record, reward, value, old, referred, cfg)  # 4 advantage
-            batch = Batch.of(batch, advantage=weight * batch.advantage, mix=cast.pretraining(run.rows, len(batch)))
+            batch = Batch.of(batch, advantage=weight * batch.advantage, mix=cast.pretraining(len(batch)))
             warming = run.iteration < cfg.critic_warmup
             for parameter in policy.actor_parameters():
                 parameter.requires_grad_(not warming)

@@ -57,9 +57,10 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
         kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
         while run.on:
             reference_coef = kept["kl_reference_coef"]
-            rate, first = run.schedule(), run.rows * size
-            which = [i for i in run.next_rows(len(cast.sampler), cfg.rows // size) for _ in range(size)]
-            said = cast.sampler.collect(policy, which, first=first)  # 1 sample
+            rate = run.schedule()
+            said = cast.sampler.collect(
+                policy, first=run.rows, which=run.next_rows(len(cast.sampler), cfg.rows // size, each=size)
+            )  # 1 sample
             verdict = cast.judged(said)
             said, weight, weights = reweigh(policy, said, cfg)
             paid = cast.constrain(verdict)
@@ -78,7 +79,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 target=to_go,
                 old=SampledTokens(record.action, record.logprob),
                 reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
-                mix=cast.pretraining(run.rows, cfg.rows),
+                mix=cast.pretraining(cfg.rows),
             )
             objective = partial(
                 policy_gradient,

@@ -87,13 +87,17 @@ class Stage:
             group["lr"] = rate * factor * (self.bounds.pace if self.bounds else 1.0)
         return self.optimizer.param_groups[0]["lr"]
 
-    def next_rows(self, size: int, count: int) -> list[int]:
-        """Which of `size` rows come next, `count` of them: every one once an epoch, in an order of its own."""
+    def next_rows(self, size: int, count: int, *, each: int = 1) -> list[int]:
+        """Which of `size` rows of the data come next, `count` of them: every one once an epoch, in an order of its own.
+
+        Args:
+            each: how many rows of the run are made of one row of the data; they follow each other.
+        """
         found = []
-        for number in range(self.rows, self.rows + count):
+        for number in range(self.rows // each, self.rows // each + count):
             epoch, place = divmod(number, size)
-            found.append(int(_order(self.cfg.seed, epoch, size)[place]))
-        self.rows += count
+            found += [int(_order(self.cfg.seed, epoch, size)[place])] * each
+        self.rows += count * each
         return found
 
     def due(self, every: int) -> bool:
