@@ -20,6 +20,7 @@ REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::"
 
 TURNS, OFF = "test_turns.py::", "test_off_policy.py::"
 COUNTS = OFF + "test_a_token_counts_as_the_config_says"
+SCHEDULE = "test_schedule.py::"
 BOUNDS = "test_language_constraints.py::"
 
 READ = "test_how_rows_are_read_does_not_change_what_is_learned"
@@ -97,8 +98,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             REWARD + FIRST_STEP,
             PPO + "test_adamws_epsilon_stands_beside_the_gradients_size",
         ),
-        "learning_rate_schedule": (PPO + "test_the_learning_rate_goes_on_as_its_schedule_says",),
-        "warmup": (PPO + "test_the_learning_rate_rises_over_the_warm_ups_share_of_the_run",),
+        "learning_rate_schedule": (SCHEDULE + "test_the_learning_rate_goes_on_as_its_schedule_says",),
+        "warmup": (
+            SCHEDULE + "test_the_learning_rate_rises_over_the_warm_ups_share_of_the_run",
+            SCHEDULE + "test_the_stated_learning_rate_is_reached_after_the_warm_up",
+        ),
         "adam_eps": (PPO + "test_adamws_epsilon_stands_beside_the_gradients_size",),
         "weight_decay": (PPO + "test_adamw_decays_weights_by_rate_times_decay",),
         "max_grad_norm": (PPO + "test_a_bound_on_the_gradient_holds_it",),

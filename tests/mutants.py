@@ -102,6 +102,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/turns.py": ("test_turns.py",),
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
+    "language/stage.py": ("test_schedule.py",),
 }
 HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
     "run/guard.py",
@@ -115,6 +116,7 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "language/lean.py",
     "language/top.py",
     "language/lora.py",
+    "language/stage.py",
 }
 
 
@@ -582,6 +584,13 @@ HAND = [
     Mutant(
         "language/top.py", "for part in (*layers[-count:], norm)", "for part in layers[-count:]", "the norm is frozen"
     ),
+    Mutant(
+        "language/stage.py",
+        "self.steps - start) / max(self.total - start",
+        "self.steps) / max(self.total",
+        "falls early",
+    ),
+    Mutant("language/stage.py", "min(count, size - self.rows % size)", "min(count, size)", "an epoch overshoots"),
     Mutant("language/lora.py", "torch.manual_seed(seed)", "pass", "an adapter of another seed each time"),
     Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
     Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),

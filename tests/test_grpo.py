@@ -1,5 +1,6 @@
 """GRPO, REINFORCE and DPO on language models: what groups and baselines do, by hand; which rows learn, in tiny runs."""
 
+import dataclasses
 from functools import partial
 from types import SimpleNamespace
 
@@ -281,6 +282,16 @@ def test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains(home, tmp_
     assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)  # log 2: policy and reference are one
     assert last["chosen_gain"] > last["rejected_gain"]
     assert (run.path / "evaluation.json").exists()
+
+
+def test_dpo_learns_from_every_pair_once_an_epoch(home, tmp_path):
+    run = dpo.train(dpo_config(home, tmp_path / "run", epochs=2))
+
+    # 40 pairs, of which 8 are kept: 32 an epoch, in minibatches of 8; with minibatches of 20 there are 12 left
+    assert run.metrics[-1]["rows"] == 64
+    other = dpo.train(dataclasses.replace(dpo_config(home, tmp_path / "other", epochs=2), minibatch_rows=20))
+    assert [line["rows"] for line in other.metrics] == [20, 32, 52, 64]
+    assert other.metrics[-1]["steps"] == run.metrics[-1]["steps"]
 
 
 def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):

@@ -23,8 +23,6 @@ from understudy.language.scorer import RewardModel
 from understudy.language.text import last_token
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution
 from understudy.run.config import RequestError
-from understudy.run.interrupt import Interrupt
-from understudy.run.progress import Progress
 from understudy.run.store import Run
 
 HEAD = Head(nn.Identity())
@@ -262,39 +260,7 @@ def test_the_loss_of_one_choice_by_hand(fields, more, expected):
     assert loss(cfg, **more) == pytest.approx(expected, abs=1e-4)
 
 
-# the stage: learning rates and the optimizer
-
-
-def rates(total: int, at: list[int], tmp_path, **fields) -> list[float]:
-    cfg = config(quiet=True, **fields)
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([{"params": [weight], "lr": 1.0}])
-    run = Run.create(str(tmp_path / "run"), "run", {})
-    walk = stage.Stage(cfg, run, None, optimizer, total, "policy", Progress("", total, quiet=True), Interrupt())
-    found = []
-    for steps in at:
-        walk.steps = steps
-        found.append(walk.schedule())
-    return found
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", [1.0, 1.0, 1.0, 1.0]),
-        ("linear", [1.0, 0.75, 0.5, 0.0]),
-        ("cosine", [1.0, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0.0]),
-    ],
-)
-def test_the_learning_rate_goes_on_as_its_schedule_says(schedule, expected, tmp_path):
-    assert rates(100, [0, 25, 50, 100], tmp_path, learning_rate_schedule=schedule) == pytest.approx(expected)
-
-
-def test_the_learning_rate_rises_over_the_warm_ups_share_of_the_run(tmp_path):
-    # a share of 0.1 of 100 steps: (done + 0.01) / 0.1 at 0, 0.05 and 0.09; then it is there
-    found = rates(100, [0, 5, 9, 10, 60], tmp_path, learning_rate_schedule="constant", warmup=0.1)
-
-    assert found == pytest.approx([0.1, 0.6, 1.0, 1.0, 1.0])
+# the optimizer
 
 
 def one_step(gradient: float, **fields) -> float:

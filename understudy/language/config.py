@@ -86,9 +86,9 @@ class Config:
     learning_rate: Positive = 1e-5
     """AdamW's step size after the warm-up."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How it goes on: constant, or down to 0 over the run, in a line or half a cosine."""
+    """How it goes on after the warm-up: constant, or down to 0 at the end of the run, in a line or half a cosine."""
     warmup: Unit = 0.0
-    """Share of the run over which the learning rate rises from 0."""
+    """Share w of the run over which the learning rate rises: learning_rate * t/w after a share t < w of the run."""
     adam_eps: Positive = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegative = 0.0

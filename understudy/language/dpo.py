@@ -35,7 +35,7 @@ class Config(config.Tuning):
     epochs: Count = 1
     """Passes over the data."""
     minibatch_rows: Count = 16
-    """Pairs an optimizer step sees."""
+    """Pairs an optimizer step sees; the last of an epoch may have fewer."""
     form: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss: DPO's own, or IPO's squared one."""
     kl_reference_coef: Positive = 0.1
@@ -60,7 +60,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
         stage.same_reference(run.run, began)
         while run.on:
             rate = run.schedule()
-            some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
+            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
             pairs = gather([learned[i] for i in some], referred["learned"][some]).to(cfg.device)
             run.steps += sum(size(learned[i]) for i in some)
             metrics = update(  # 5 update

@@ -32,7 +32,7 @@ class Config(config.Config):
     epochs: Count = 1
     """Passes over the data; published reward models make one."""
     minibatch_rows: Count = 16
-    """Pairs or labelled texts an optimizer step sees."""
+    """Pairs or labelled texts an optimizer step sees; the last of an epoch may have fewer."""
     center: NonNegative = 0.0
     """Coefficient of (s_chosen + s_rejected)^2, which holds the scores of pairs around 0."""
     normalize: Literal["none", "mean", "both"] = "both"
@@ -61,7 +61,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     with stage.open_stage("reward-model", cfg, model, optimizer, **about) as run:
         while run.on:
             rate = run.schedule()
-            some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
+            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
             batch = gather([learned[i] for i in some]).to(cfg.device)
             run.steps += sum(size(learned[i]) for i in some)
             metrics = update(  # 5 update

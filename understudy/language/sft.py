@@ -28,7 +28,7 @@ class Config(config.Tuning):
     epochs: Count = 1
     """Passes over the data."""
     minibatch_rows: Count = 16
-    """Rows an optimizer step sees."""
+    """Rows an optimizer step sees; the last of an epoch may have fewer."""
 
 
 def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
@@ -42,7 +42,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens, resume=resume) as run:
         while run.on:
             rate = run.schedule()
-            some = run.next_rows(len(learned), min(cfg.minibatch_rows, len(learned)))
+            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
             text = pad_examples([learned[i] for i in some]).to(cfg.device)
             run.steps += int(text.mask.sum())
             metrics = update(  # 5 update

@@ -76,13 +76,20 @@ class Stage:
         return self.steps < self.total and self.run.stopped is None
 
     def schedule(self) -> float:
-        """Set the learning rates of the coming iteration; that of the first group."""
+        """Set the learning rates of the coming iteration; returns that of the first group.
+
+        With t the share of the run that is done and w the warm-up's: the stated rate times t/w while t < w, so that it is
+        reached at the first iteration with t >= w. It then stays, or falls to 0 over the rest of the run: by 1 - u
+        (linear) or (1 + cos(pi u)) / 2 (cosine), where u goes from 0 at that iteration to 1 at the end.
+        """
         done = min(1.0, self.steps / self.total)
-        left = 1 - done
-        share = {"constant": 1.0, "linear": left, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-        factor = share[self.cfg.learning_rate_schedule]
         if done < self.cfg.warmup:
-            factor *= (done + 1 / max(self.total, 1)) / self.cfg.warmup
+            factor = (done + 1 / max(self.total, 1)) / self.cfg.warmup
+        else:
+            start = self.kept.setdefault("decay_from", self.steps) if self.cfg.warmup else 0
+            fallen = min(1.0, (self.steps - start) / max(self.total - start, 1))
+            share = {"constant": 1.0, "linear": 1 - fallen, "cosine": 0.5 + 0.5 * math.cos(math.pi * fallen)}
+            factor = share[self.cfg.learning_rate_schedule]
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor * (self.bounds.pace if self.bounds else 1.0)
         return self.optimizer.param_groups[0]["lr"]
@@ -99,6 +106,10 @@ class Stage:
             found += [int(_order(self.cfg.seed, epoch, size)[place])] * each
         self.rows += count * each
         return found
+
+    def next_minibatch(self, size: int, count: int) -> list[int]:
+        """The next rows of an epoch over `size` rows, at most `count` of them: the last minibatch of an epoch is smaller."""
+        return self.next_rows(size, min(count, size - self.rows % size))
 
     def due(self, every: int) -> bool:
         """Whether what happens every so many iterations happens in the one that is now being closed."""
