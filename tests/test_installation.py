@@ -95,6 +95,16 @@ def test_the_hint_follows_how_the_package_was_installed(tmp_path, monkeypatch, o
     assert install_hint("video") == hint
 
 
+def test_build_metadata_in_the_current_folder_does_not_hide_the_checkout(tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    fake(tmp_path / "site", DISTRIBUTION, SUMMARY, {"url": "file:///a", "dir_info": {}})
+    fake(tmp_path, DISTRIBUTION, SUMMARY)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    assert install_hint("video") == "pip install '.[video]' in the checkout"
+
+
 def test_another_project_named_understudy_is_warned_of_in_one_sentence(tmp_path, monkeypatch, capsys):
     fake(tmp_path, "understudy", "Evaluate agents.")
     monkeypatch.syspath_prepend(str(tmp_path))

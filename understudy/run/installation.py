@@ -11,23 +11,21 @@ SUMMARY = "One policy-gradient library for agents in Gymnasium environments and 
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra of this package, from the index or from the checkout that it came from."""
-    try:
-        origin = json.loads(metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        origin = {}
-    if "dir_info" not in origin:
+    written = (one.read_text("direct_url.json") for one in metadata.distributions(name=DISTRIBUTION))
+    checkout = next(
+        (origin["dir_info"] for text in written if text and "dir_info" in (origin := json.loads(text))), None
+    )
+    if checkout is None:
         return f"pip install '{DISTRIBUTION}[{extra}]'"
-    editable = "-e " if origin["dir_info"].get("editable") else ""
+    editable = "-e " if checkout.get("editable") else ""
     return f"pip install {editable}'.[{extra}]' in the checkout"
 
 
 def foreign_warning() -> str | None:
     """A sentence where the other project named `understudy` is installed too; its files may have replaced ours."""
-    try:
-        other = metadata.distribution("understudy")
-    except metadata.PackageNotFoundError:
-        return None
-    if other.metadata["Summary"] == SUMMARY:  # an earlier installation of this package
+    # An earlier installation of this package had that name and our summary.
+    others = (one for one in metadata.distributions(name="understudy") if one.metadata["Summary"] != SUMMARY)
+    if (other := next(others, None)) is None:
         return None
     return (
         f"the distribution 'understudy' {other.version} is installed, which is another project and writes to the same "
