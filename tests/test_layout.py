@@ -48,7 +48,6 @@ ONLY_IN = {  # a package of others -> where alone it may be imported
     "transformers": "language/",
     "tokenizers": "language/",
     "peft": "language/",
-    "tyro": "cli",
 }
 LAZY = ("cli/__init__", "__init__")
 EXTRAS = {"envpool", "matplotlib", "moviepy", "peft", "tensorboard", "trackio", "wandb"}  # may be absent or slow

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import sys
 
 HELP = """\
@@ -33,23 +36,20 @@ VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "l
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the program; its exit code: 0 done, 1 failed, 2 the request was wrong, 130 stopped by SIGINT, 143 by SIGTERM."""
-    argv = sys.argv[1:] if argv is None else argv
-    if (
-        not argv
-        or argv[0] in ("-h", "--help", "help")
-        or (argv[0] in VERBS[:2] and argv[1:] in ([], ["-h"], ["--help"]))
-    ):
-        print(HELP, end="")
-        return 0
+    """Run the program.
+
+    Returns:
+        0 done, 1 failed, 2 the request was wrong, 130 stopped by SIGINT, 141 the reader of its output has ended, 143
+        stopped by SIGTERM.
+    """
     from understudy.run.config import RequestError
-    from understudy.run.installation import foreign_warning
     from understudy.run.redact import printable, redact
 
-    if (warning := foreign_warning()) is not None:
-        print(f"understudy: warning: {printable(warning)}", file=sys.stderr)
     try:
-        return _run(argv[0], argv[1:])
+        try:
+            return _answer(sys.argv[1:] if argv is None else argv)
+        finally:
+            sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
     except RequestError as error:
         print(f"understudy: {printable(redact(str(error)))}", file=sys.stderr)
         return 2
@@ -57,9 +57,40 @@ def main(argv: list[str] | None = None) -> int:
         print("understudy: stopped; `understudy resume RUN` goes on from the last checkpoint", file=sys.stderr)
         return 130
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
+        if isinstance(error, BrokenPipeError) and _reader_has_ended():
+            return 141
         said = printable(redact(" ".join(str(error).split())))
         print(f"understudy: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
+
+
+def _reader_has_ended() -> bool:
+    """Whether output goes to a program that has ended, as `head` does; what is still to be written is then dropped."""
+    ended = False
+    for stream in (sys.stdout, sys.stderr):
+        watch = select.poll()
+        with contextlib.suppress(OSError):  # a stream without a descriptor
+            watch.register(stream, 0)  # 0: errors alone, which are always told
+            if watch.poll(0):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                ended = True
+    return ended
+
+
+def _answer(argv: list[str]) -> int:
+    if (
+        not argv
+        or argv[0] in ("-h", "--help", "help")
+        or (argv[0] in VERBS[:2] and argv[1:] in ([], ["-h"], ["--help"]))
+    ):
+        print(HELP, end="")
+        return 0
+    from understudy.run.installation import foreign_warning
+    from understudy.run.redact import printable
+
+    if (warning := foreign_warning()) is not None:
+        print(f"understudy: warning: {printable(warning)}", file=sys.stderr)
+    return _run(argv[0], argv[1:])
 
 
 def _run(verb: str, argv: list[str]) -> int:
@@ -119,7 +150,7 @@ def _compare(argv: list[str]) -> int:
     parser = Parser(prog="understudy compare", description="Runs that differ in their seed only form a group.")
     parser.add_argument("runs", nargs="+", help="directories of runs")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     found = groups([Path(run) for run in args.runs])
     print(json.dumps(found) if args.json else table(found))
     return 0

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
+from understudy.cli.help import show_help
 from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.presets import settings
 from understudy.resuming import described, rebuilt
-from understudy.run.config import RequestError, fields_of, nearest
+from understudy.run.config import RequestError, nearest
 from understudy.run.store import process_seconds, write_json
 from understudy.run.trust import permit
 
@@ -41,16 +42,37 @@ def train(argv: list[str]) -> int:
 
 def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
     """A recipe's config from flags over a config file over a preset over its defaults."""
-    given, argv = fields_in_file(argv)
-    given = fields_of(kind, given, "config")
-    env = take(argv, "env")[0] or given.get("env") or ("CartPole-v1" if asks_for_help(argv) else None)
-    if env is None:
+    helps = asks_for_help(argv)
+    given, argv = fields_in_file(kind, [word for word in argv if word not in ("-h", "--help")])
+    given |= fields_in_flags(kind, argv, prog=prog)
+    env = given.get("env")
+    if helps:
+        defaults = settings(kind, env, given.get("preset", "tuned")) if env else {}
+        whose = (
+            f"those of preset {defaults['preset']} for {env}"
+            if env
+            else f"the recipe's own: see {prog} --env ID --help"
+        )
+        note = f"Defaults are {whose}."
+        show_help(kind, defaults | given, prog=prog, usage="--env ID", epilog=EPILOG.format(prog=prog), note=note)
+    if not isinstance(env, str):
         raise RequestError("env is missing: name a Gymnasium id, as in --env CartPole-v1")
-    name, rest = take(argv, "preset")
-    known(kind, rest, prog=prog)
-    defaults = settings(kind, env, name or given.get("preset", "tuned"))
-    start = kind(**(defaults | given | {"env": env, "preset": defaults["preset"]}))
-    return parse(kind, rest, start, prog=prog)
+    defaults = settings(kind, env, given.get("preset", "tuned"))
+    return kind(**(defaults | given | {"preset": defaults["preset"]}))
+
+
+EPILOG = """\
+your own environment:
+  Any class with Gymnasium's interface, in a file of the current folder: --env my_env:MyEnv
+
+action masks:
+  An environment that forbids actions says which are allowed: 1 or true for an allowed action, 0 or false for a
+  forbidden one, one entry for each action (MultiDiscrete: those of all dimensions after each other). It gives the
+  mask as info["action_mask"] of every reset and step, or as the entry "action_mask" of a Dict observation.
+
+example:
+  {prog} --env CartPole-v1 --steps 1e5 --seed 1
+"""
 
 
 def _summary(run: Any, config: Any, as_json: bool) -> None:
@@ -81,13 +103,13 @@ def _summary(run: Any, config: Any, as_json: bool) -> None:
 def evaluate_run(argv: list[str]) -> int:
     parser = Parser(prog="understudy evaluate", description="Evaluate a run's final policy on seeds never trained on.")
     parser.add_argument("run", help="directory of a run")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes (default 100)")
+    parser.add_argument("--episodes", type=whole_number, default=100, help="episodes (default 100)")
     parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
     parser.add_argument("--wrappers", nargs="*", help="wrappers, where the run's own name code")
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
 
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")

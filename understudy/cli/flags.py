@@ -3,89 +3,184 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
-import itertools
 import json
+import math
+import stat
+import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import tyro
 import yaml
 
 from understudy.run.config import RequestError, nearest
 
+MAX_CONFIG_BYTES = 1_000_000
+MAX_CONFIG_VALUES = 100_000  # aliases in YAML repeat a value without repeating its text
 
-def fields_in_file(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """What --config's YAML file sets, and the command line without that flag."""
+
+def fields_in_file(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The fields that --config's YAML file sets, and the command line without that flag."""
     file, argv = take(argv, "config")
     if file is None:
         return {}, argv
+    given = _read_yaml(file)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if str(name).replace("-", "_") not in names:
+            raise RequestError(
+                f"config is {file!r}, where {name!r} is no field of this recipe{nearest(str(name), names)}"
+            )
+    hints = get_type_hints(kind)
+    given = {str(name).replace("-", "_"): value for name, value in given.items()}
+    return {name: _from_yaml(hints[name], value) for name, value in given.items()}, argv
+
+
+def fields_in_flags(kind: Any, argv: list[str], *, prog: str) -> dict[str, Any]:
+    """The fields that a command line sets. A flag of several values may stand several times: --log a --log b, --log a b."""
+    hints = get_type_hints(kind)
+    flags = {"--" + name.replace("_", "-") for name in hints}
+    switches = {f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool}
+    given: dict[str, Any] = {}
+    for flag, words in _by_flag(argv, prog):
+        if flag not in flags | switches:
+            raise RequestError(f"{flag} is not a flag of `{prog}`{nearest(flag, flags | switches | {'--config'})}")
+        name = flag[2:].replace("-", "_")
+        if flag in switches:
+            name = name.removeprefix("no_")
+        if hints[name] is bool:
+            _stray(words, prog)
+            given[name] = flag not in switches
+        elif get_origin(hints[name]) is tuple:
+            given[name] = (*given.get(name, ()), *(_from_text(name, get_args(hints[name])[0], word) for word in words))
+        elif not words:
+            raise RequestError(f"{flag} has no value: write one after it (`{prog} --help` lists the flags)")
+        else:
+            _stray(words[1:], prog)
+            given[name] = _from_text(name, hints[name], words[0])
+    return given
+
+
+def _by_flag(argv: list[str], prog: str) -> list[tuple[str, list[str]]]:
+    """Each flag of a command line with the words that follow it; --flag=word is one of them."""
+    found: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            found.append((flag.replace("_", "-"), [value] if equals else []))
+        elif found:
+            found[-1][1].append(word)
+        else:
+            _stray([word], prog)
+    return found
+
+
+def _stray(words: list[str], prog: str) -> None:
+    if words:
+        raise RequestError(f"{words[0]!r} belongs to no flag: `{prog} --help` lists the flags")
+
+
+def _from_text(name: str, hint: Any, text: str) -> Any:
+    """A word of the command line as a value of a field's type."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return None if text.lower() == "none" else _from_text(name, args[0], text)
+    if origin is Literal:
+        if text in args:
+            return text
+        raise RequestError(f"{name} is {text[:60]!r}: must be one of {', '.join(args)}{nearest(text, args)}")
+    if hint in (int, float):
+        number = as_number(hint, text)
+        if number is None:
+            raise RequestError(f"{name} is {text[:60]!r}: must be a {'whole ' if hint is int else ''}number")
+        return number
+    if origin is dict:
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{name} is {text[:60]!r}, which is no JSON: {str(error)[:120]}") from error
+        if not isinstance(value, dict):
+            raise RequestError(f"{name} is {text[:60]!r}: must be a JSON object, as in '{{\"key\": 1}}'")
+        return value
+    return text
+
+
+def as_number(kind: type, value: Any) -> Any:
+    """Text or a number as an int or float, None where it is neither; a whole number may be written 1e5."""
     try:
+        if kind is float:
+            return float(value)
+        number = float(value)
+        whole = math.isfinite(number) and number.is_integer()
+        return int(value) if "e" not in str(value).lower() and "." not in str(value) else int(number) if whole else None
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def whole_number(text: str) -> int:
+    """An argparse type: a whole number, which may be written 1e5."""
+    number = as_number(int, text)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return number
+
+
+def _from_yaml(hint: Any, value: Any) -> Any:
+    """A value of a YAML file as one of a field's type: YAML reads 1e5 as text, and a list of one is often written bare."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType) and value is not None:
+        return _from_yaml(args[0], value)
+    if origin is dict:
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise RequestError(f"config has {str(value)[:60]!r}, which JSON cannot hold ({error})") from error
+    if origin is tuple:
+        return tuple(_from_yaml(args[0], x) for x in (value if isinstance(value, list | tuple) else [value]))
+    if hint in (int, float) and isinstance(value, str | float):
+        number = as_number(hint, value)
+        return value if number is None else number
+    return value
+
+
+def _read_yaml(file: str) -> dict[Any, Any]:
+    """A YAML file that maps fields to values, bounded in size and depth.
+
+    Raises:
+        RequestError: it is no such file.
+    """
+    try:
+        if not stat.S_ISREG(Path(file).stat().st_mode):
+            raise RequestError(f"config is {file!r}, which is no plain file: name a YAML file")
+        if (size := Path(file).stat().st_size) > MAX_CONFIG_BYTES:
+            raise RequestError(f"config is {file!r}, which has {size:,} bytes: must be at most {MAX_CONFIG_BYTES:,}")
         given = yaml.safe_load(Path(file).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(
-            f"config is {file!r}, which cannot be read as YAML: {' '.join(str(error).split())}"
+            f"config is {file!r}, which cannot be read as YAML: {' '.join(str(error).split())[:200]}"
         ) from error
     if not isinstance(given, dict):
         raise RequestError(f"config is {file!r}, which holds a {type(given).__name__}: must map fields to values")
-    return given, argv
-
-
-def known(kind: Any, argv: list[str], *, prog: str, others: Iterable[str] = ()) -> None:
-    """Refuse a flag that is no field, with the nearest that is."""
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)}
-    flags |= {"--no-" + flag[2:] for flag in flags} | {"--help"} | {f"--{name}" for name in others}
-    for word in argv:
-        flag = word.split("=")[0].replace("_", "-")
-        if word.startswith("--") and flag not in flags:
-            raise RequestError(f"{flag} is not a flag of `{prog}`{nearest(flag, flags)}")
-
-
-def parse(kind: Any, argv: list[str], start: Any, *, prog: str) -> Any:
-    """A config: `start`, with what the flags say."""
-    registry = tyro.constructors.ConstructorRegistry()
-
-    @registry.primitive_rule
-    def _(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
-        if getattr(info.type, "__origin__", None) is not dict:
-            return None
-        return tyro.constructors.PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="JSON",
-            instance_from_str=lambda words: json.loads(words[0]),
-            is_instance=lambda value: isinstance(value, dict),
-            str_from_instance=lambda value: [json.dumps(value)],
-        )
-
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=gathered(kind, argv), default=start, prog=prog, registry=registry)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise RequestError(_sentence(said.getvalue())) from None
+        values = _count(given, MAX_CONFIG_VALUES)
+    except RecursionError:
+        values = MAX_CONFIG_VALUES + 1
+    if values > MAX_CONFIG_VALUES:
+        raise RequestError(f"config is {file!r}, which nests or repeats its values too often: write them out")
+    return given
 
 
-def gathered(kind: Any, argv: list[str]) -> list[str]:
-    """The command line with a flag of several values, where it stands several times, as one: --log a --log b, --log a b."""
-    several = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(kind) if "tuple" in str(field.type)}
-    kept: list[str] = []
-    values: dict[str, list[str]] = {}
-    into = kept
-    for word in argv:
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
-        if flag in several:
-            into = values.setdefault(flag, [])
-            into += [value] if equals else []
-            continue
-        into = kept if word.startswith("--") else into
-        into.append(word)
-    return [*kept, *(word for flag, words in values.items() for word in (flag, *words))]
+def _count(value: Any, limit: int) -> int:
+    """How many values a structure holds, aliases counted each time; stops counting above `limit`."""
+    total = 1
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if total > limit:
+            break
+        total += _count(inner, limit - total)
+    return total
 
 
 def asks_for_help(argv: list[str]) -> bool:
@@ -95,23 +190,32 @@ def asks_for_help(argv: list[str]) -> bool:
 def take(argv: list[str], name: str) -> tuple[str | None, list[str]]:
     """The value of --NAME in a command line, and the command line without it."""
     for at, word in enumerate(argv):
-        if word == f"--{name}" and at + 1 < len(argv):
+        if word == f"--{name}":
+            if argv[at + 1 : at + 2] == [] or argv[at + 1].startswith("--"):
+                raise RequestError(f"--{name} has no value: write one after it")
             return argv[at + 1], argv[:at] + argv[at + 2 :]
         if word.startswith(f"--{name}="):
             return word.split("=", 1)[1], argv[:at] + argv[at + 1 :]
     return None, argv
 
 
-def _sentence(text: str) -> str:
-    """What tyro's box says, without the box: what stands between its title and its next rule, on one line."""
-    lines = [line.strip(" │╭╮╰╯") for line in text.splitlines()][1:]
-    lines = ["" if not line.strip("-─") else line for line in lines]
-    body = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines))
-    return " ".join(" ".join(body).split()).rstrip(".")
-
-
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusals are sentences like everybody's."""
+    """argparse whose refusals are sentences like everybody's, with the flag nearest to an unknown one."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         raise RequestError(f"{message} (`{self.prog} --help` lists what there is)")
+
+    def read(self, argv: list[str]) -> argparse.Namespace:
+        """The values of a command line."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(unknown[0].split("=")[0])
+        return found
+
+    def refuse(self, word: str) -> None:
+        """Refuse a word that is no flag."""
+        flags: Iterable[str] = self._option_string_actions
+        raise RequestError(f"{word} is not a flag of `{self.prog}`{nearest(word, flags)}")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, known, parse, take
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
+from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
 from understudy.language.evaluate import evaluate
@@ -35,10 +36,51 @@ RECIPES = {
     "grpo": "grpo",
     "dpo": "dpo",
 }
-NEEDED = {
-    "model": "name a directory, run or hub id, as in --model DIR",
-    "data": "name a file, as in --data prompts.jsonl",
-    "reward": "name a reward model's directory, file.py:function or a builtin, as in --reward DIR",
+NEEDED = {  # a field without a default: its value in usage, and the fix
+    "model": "DIR:name a directory, run or hub id, as in --model DIR",
+    "data": "FILE:name a file, as in --data prompts.jsonl",
+    "reward": "SPEC:name a reward model's directory, file.py:function or a builtin, as in --reward DIR",
+}
+PROMPTS = """\
+data, a row each completion starts from:
+  prompt        text, or a list of messages {"role": ..., "content": ...}; a reward function is given all other columns
+"""
+COLUMNS = {
+    "sft": """\
+data, one of these layouts:
+  prompt, completion   both text, or both lists of messages {"role": ..., "content": ...}
+  messages             a chat, learned from its last assistant message
+  text                 plain text, all of it learned
+""",
+    "reward-model": """\
+data, one of these layouts:
+  chosen, rejected     with or without prompt; optionally margin, a number
+  text, label          a text, and 1 or 0
+""",
+    "dpo": """\
+data:
+  chosen, rejected     with or without prompt; each text or a list of messages {"role": ..., "content": ...}
+""",
+    **dict.fromkeys(("ppo", "grpo", "reinforce"), PROMPTS),
+}
+REWARDS = """
+--reward takes one SPEC or several, whose scores are added; SPEC*0.5 gives one a weight:
+  DIR                  a reward model that `language reward-model` saved, or its run
+  file.py:function     def function(prompts, completions, **columns) -> list of floats; None where a row has no score
+  length, length:40    tokens of the completion; minus the relative distance to 40
+  contains:TEXT        1 where the completion has the text in it, else 0
+  regex:PATTERN        1 where the pattern is found in the completion, else 0
+  exact:COLUMN         1 where the completion is the column's text (answer by default)
+  number:COLUMN        1 where the completion's last number is the column's (answer by default)
+  repetition           the share of its 4-grams that the completion has had before
+"""
+EXAMPLES = {
+    "sft": "--model DIR --data demonstrations.jsonl --out runs/sft",
+    "reward-model": "--model runs/sft --data pairs.jsonl --out runs/rm",
+    "ppo": "--model runs/sft --data prompts.jsonl --reward runs/rm --out runs/ppo",
+    "grpo": "--model runs/sft --data questions.jsonl --columns prompt=question --reward number --out runs/grpo",
+    "reinforce": "--model runs/sft --data prompts.jsonl --reward score.py:polite --out runs/reinforce",
+    "dpo": "--model runs/sft --data pairs.jsonl --out runs/dpo",
 }
 
 
@@ -81,21 +123,21 @@ SUMMED = (
 
 def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
     """A recipe's config from flags over a config file over its defaults."""
-    given, argv = fields_in_file(argv)
-    names = [field.name for field in dataclasses.fields(kind)]
-    for name in given:
-        if name.replace("-", "_") not in names:
-            raise RequestError(f"{name} in config is no field{nearest(name, names)}")
-    known(kind, argv, prog=prog)
-    given = {name.replace("-", "_"): tuple(x) if isinstance(x, list) else x for name, x in given.items()}
-    for field in dataclasses.fields(kind):
-        if field.default is not dataclasses.MISSING or field.name in given:
-            continue
-        value, _ = take(argv, field.name)
-        if value is None and not asks_for_help(argv):
-            raise RequestError(f"{field.name} is missing: {NEEDED[field.name]}")
-        given[field.name] = (value or "SPEC",) if field.name == "reward" else value or field.name.upper()
-    return parse(kind, argv, kind(**given), prog=prog)
+    helps = asks_for_help(argv)
+    given, argv = fields_in_file(kind, [word for word in argv if word not in ("-h", "--help")])
+    given |= fields_in_flags(kind, argv, prog=prog)
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if helps:
+        usage = " ".join(f"--{name} {NEEDED[name].partition(':')[0]}" for name in needed)
+        recipe = prog.split()[-1]
+        epilog = (
+            COLUMNS[recipe] + (REWARDS if "reward" in needed else "") + f"\nexample:\n  {prog} {EXAMPLES[recipe]}\n"
+        )
+        show_help(kind, given, prog=prog, usage=usage, epilog=epilog)
+    for name in needed:
+        if name not in given:
+            raise RequestError(f"{name} is missing: {NEEDED[name].partition(':')[2]}")
+    return kind(**given)
 
 
 def say(argv: list[str]) -> int:
@@ -104,16 +146,16 @@ def say(argv: list[str]) -> int:
     parser.add_argument("source", metavar="RUN|DIR", help="run, policy directory or hub id")
     parser.add_argument("--prompt", help="text to go on from; '' begins at BOS")
     parser.add_argument("--chat", action="store_true", help="talk: a line of standard input is a turn")
-    parser.add_argument("--max-new", type=int, default=64, help="tokens a completion may have (default 64)")
-    parser.add_argument("--count", type=int, default=1, help="completions of the prompt (default 1)")
+    parser.add_argument("--max-new", type=whole_number, default=64, help="tokens a completion may have (default 64)")
+    parser.add_argument("--count", type=whole_number, default=1, help="completions of the prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="of sampling (default: the policy's own)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
     parser.add_argument(
         "--stop", nargs="+", default=[], help="tokens that end it, as text or ids (default: the model's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the samples (default 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     if args.chat == (args.prompt is not None):
         raise RequestError("prompt is missing: give --prompt TEXT, or --chat, and not both")
     for name in ("max_new", "count"):
@@ -161,7 +203,7 @@ def evaluate_run(argv: list[str]) -> int:
     """`understudy evaluate RUN` of a language run: held-out rows, fixed seeds."""
     parser = Parser(prog="understudy evaluate", description="Evaluate a language run on rows it did not learn from.")
     parser.add_argument("run", help="directory of a run")
-    parser.add_argument("--rows", type=int, default=256, help="completions to sample (default 256)")
+    parser.add_argument("--rows", type=whole_number, default=256, help="completions to sample (default 256)")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides; the run's own by default")
     parser.add_argument(
@@ -169,7 +211,7 @@ def evaluate_run(argv: list[str]) -> int:
     )
     parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     path = Path(args.run)
     _, recipe, fields = described(path)
     kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config

@@ -16,7 +16,7 @@ def show(argv: list[str]) -> int:
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--verify", action="store_true", help="recompute every digest that can be recomputed")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     found = chain(Path(args.run))
     checks = list(verify(found)) if args.verify else []
     differing = [check for check in checks if check.state == "differs"]

@@ -67,7 +67,7 @@ def rehearse(argv: list[str], sizes: Sizes = FULL) -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
     parser.add_argument("--quiet", action="store_true", help="no words between the stages")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of samples and table")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     if args.seed < 0:
         raise RequestError(f"seed is {args.seed}: must be 0 or more")
     out = Path(args.out) if args.out else _free(Path("runs"))

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from understudy import resume
-from understudy.cli.flags import Parser
+from understudy.cli.flags import Parser, whole_number
 from understudy.run.store import process_seconds
 
 
@@ -14,7 +14,7 @@ def resume_run(argv: list[str]) -> int:
     """Go on with a run where it stopped; `--steps` extends it."""
     parser = Parser(prog="understudy resume", description="Go on with a run where it stopped, to the bit.")
     parser.add_argument("run", help="directory of a run")
-    parser.add_argument("--steps", type=int, help="a new total, for a run that is to go on further")
+    parser.add_argument("--steps", type=whole_number, help="a new total, for a run that is to go on further")
     parser.add_argument("--checkpoint", help="name of one under RUN/checkpoints, and no other (default: the newest)")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
     parser.add_argument("--wrappers", nargs="+", help="wrappers, where the run's own name code")
@@ -25,7 +25,7 @@ def resume_run(argv: list[str]) -> int:
         "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
     )
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
     own |= {"reply": args.reply} if args.reply else {}

@@ -1,26 +1,79 @@
-"""Live progress: a display on a terminal, plain lines elsewhere."""
+"""Live progress: a table of the last iterations on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import deque
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-# metric, heading, format
-SHOWN = [
-    ("steps", "steps", "{:,.0f}"),
-    ("steps_per_second", "steps/s", "{:,.0f}"),
-    ("episode_return_mean", "return (last 100)", "{:.1f}"),
+LAST = 10  # iterations that the table shows
+TREND = 40  # bars of the trend at most; even
+BARS = "▁▂▃▄▅▆▇█"
+Columns = tuple[tuple[str, str, str], ...]  # metric, heading, format; the first one after the counts is the trend's
+
+COUNTS: Columns = (("steps", "steps", "{:,.0f}"), ("steps_per_second", "steps/s", "{:,.0f}"))
+LEFT: Columns = (("seconds_left", "time left", "{}"),)
+CONTROL: Columns = (
+    ("episode_return_mean", "return", "{:.1f}"),
+    ("episode_length_mean", "length", "{:.0f}"),
+    ("explained_variance", "explained variance", "{:.2f}"),
     ("kl_old", "KL(old, new)", "{:.4f}"),
     ("entropy", "entropy", "{:.3f}"),
-    ("entropy_estimate", "entropy (estimate)", "{:.3f}"),
-    ("explained_variance", "explained variance", "{:.2f}"),
-    ("seconds_left", "time left", "{}"),
-]
+    ("entropy_estimate", "entropy", "{:.3f}"),
+)
+LANGUAGE: Columns = (
+    ("score_mean", "score", "{:.3f}"),
+    ("gold_mean", "gold", "{:.3f}"),
+    ("kl_reference", "KL(reference)", "{:.2f}"),
+    ("length_mean", "length", "{:.1f}"),
+    ("stopped", "ended", "{:.0%}"),
+    ("finished_fraction", "ended", "{:.0%}"),
+)
+SUPERVISED: Columns = (
+    ("loss", "loss", "{:.4f}"),
+    ("accuracy", "accuracy", "{:.0%}"),
+    ("evaluation_loss", "held-out loss", "{:.4f}"),
+    ("evaluation_accuracy", "held-out accuracy", "{:.0%}"),
+)
+
+
+def columns_for(metrics: dict[str, Any]) -> Columns:
+    """The columns that fit the recipe whose metrics these are."""
+    kinds = (("episode_return_mean", CONTROL), ("score_mean", LANGUAGE))
+    fitting = next((columns for name, columns in kinds if name in metrics), SUPERVISED)
+    return *COUNTS, *fitting, *LEFT
+
+
+class Trend:
+    """A number over the whole run as a line of bars, each the mean of an equal share of the iterations."""
+
+    def __init__(self) -> None:
+        self.means: list[float] = []
+        self.share = 1  # iterations a bar
+        self.waiting: list[float] = []  # iterations of the next bar
+
+    def add(self, value: float | None) -> None:
+        if value is None or not math.isfinite(value):
+            return
+        self.waiting.append(value)
+        if len(self.waiting) == self.share:
+            self.means.append(sum(self.waiting) / self.share)
+            self.waiting.clear()
+        if len(self.means) == TREND:
+            self.means = [(a + b) / 2 for a, b in zip(self.means[::2], self.means[1::2], strict=True)]
+            self.share *= 2
+
+    def __str__(self) -> str:
+        low, high = min(self.means, default=0.0), max(self.means, default=0.0)
+        scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+        return "".join(BARS[round((mean - low) * scale)] for mean in self.means)
 
 
 class Progress:
@@ -30,8 +83,10 @@ class Progress:
         self.title, self.total, self.quiet = title, total, quiet
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
-        self.every = every if self.live is None else 0.125
-        self.last = 0.0
+        self.every = every if self.live is None else 0.25
+        self.drawn = 0.0
+        self.lines: deque[dict[str, Any]] = deque(maxlen=LAST)
+        self.trend = Trend()
 
     def __enter__(self) -> Progress:
         if self.live is not None:
@@ -40,35 +95,55 @@ class Progress:
 
     def __exit__(self, *_: Any) -> None:
         if self.live is not None:
+            if self.lines:
+                self.live.update(self._table(), refresh=True)
             self.live.__exit__(None, None, None)
 
     def show(self, metrics: dict[str, Any], *, now: bool = False) -> None:
-        """Show an iteration: at most eight times a second on a terminal, every `every` seconds as lines."""
-        if not self.quiet and (now or time.monotonic() - self.last >= self.every):
-            self._draw(metrics)
+        """Show an iteration: at most four times a second on a terminal, every `every` seconds as lines."""
+        if self.quiet:
+            return
+        self.lines.append(metrics)
+        self.trend.add(metrics.get(columns_for(metrics)[len(COUNTS)][0]))
+        if now or time.monotonic() - self.drawn >= self.every:
+            self.drawn = time.monotonic()
+            if self.live is None:
+                cells = (f"{heading} {_text(metrics[name], form)}" for name, heading, form in _there(metrics))
+                self._write(f"{self.title}: " + "  ".join(cells))
+            else:
+                self.live.update(self._table(), refresh=True)
 
     def say(self, text: str) -> None:
         """A line of its own, above the display where there is one."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.live is None:
+            self._write(f"understudy: {text}")
+        else:
             self.console.print(f"understudy: {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def _draw(self, metrics: dict[str, Any]) -> None:
-        self.last = time.monotonic()
-        cells = [(heading, _text(metrics.get(name), form)) for name, heading, form in SHOWN if name in metrics]
-        if self.live is None:
-            print(
-                f"{self.title}: " + "  ".join(f"{heading} {text}" for heading, text in cells),
-                file=sys.stderr,
-                flush=True,
-            )
-            return
-        table = Table(title=self.title, title_justify="left")
-        for heading, _ in cells:
+    def _write(self, line: str) -> None:
+        try:
+            print(line, file=sys.stderr, flush=True)
+        except BrokenPipeError:  # nobody reads any longer; metrics.jsonl has everything
+            self.quiet = True
+
+    def _table(self) -> Table:
+        newest = self.lines[-1]
+        shown = _there(newest)
+        done = min(1.0, newest["steps"] / self.total)
+        table = Table(title=self.title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+        for _, heading, _ in shown:
             table.add_column(heading, justify="right")
-        table.add_row(*(text for _, text in cells))
-        done = min(1.0, metrics["steps"] / self.total)
-        table.caption = "█" * round(40 * done) + "░" * (40 - round(40 * done)) + f" {done:.0%}"
-        self.live.update(table, refresh=True)
+        for metrics in self.lines:
+            table.add_row(*(_text(metrics.get(name), form) for name, _, form in shown))
+        bar = "█" * round(40 * done) + "░" * (40 - round(40 * done)) + f" {done:.0%}"
+        table.caption = f"{bar}\n{shown[len(COUNTS)][1]} {self.trend}"
+        return table
+
+
+def _there(metrics: dict[str, Any]) -> Columns:
+    return tuple(column for column in columns_for(metrics) if column[0] in metrics)
 
 
 def _text(value: Any, form: str) -> str:
