@@ -9,7 +9,7 @@ from typing import Any
 
 from understudy.run import lineage
 from understudy.run.config import RequestError, fields_of
-from understudy.run.store import Resume, Run, read_config, write_json
+from understudy.run.store import Resume, Run, absolute, read_config
 from understudy.run.trust import permit
 
 RECIPES = {
@@ -42,7 +42,7 @@ def resume(
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
     """
-    path = Path(run)
+    path = absolute(run)
     world, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.{world}.{name.replace('-', '_')}")
     named = own | ({"env": env} if isinstance(env, str) else {})
@@ -55,14 +55,16 @@ def resume(
     if steps is not None and steps < config.steps:
         raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")
     opened, found = Run.reopen(path, checkpoint)
-    about: dict[str, Any] = {"checkpoint": None if found is None else found.name}
-    if steps is not None and steps != config.steps:
-        about |= {"extended": {"from": config.steps, "to": steps}}
-        config = dataclasses.replace(config, steps=steps)
-        write_json(path / "config.json", read_config(path) | {"config": fields | {"steps": steps}})
-        if (path / lineage.FILE).exists():
-            lineage.note(path, config=lineage.of_config(fields | {"steps": steps}))
-    return recipe.train(config, resume=Resume(opened, found, about), **objects)
+    try:
+        about: dict[str, Any] = {"checkpoint": None if found is None else found.name}
+        lineage.settle_config(path, fields)
+        if steps is not None and steps != config.steps:
+            about |= {"extended": {"from": config.steps, "to": steps}}
+            config = dataclasses.replace(config, steps=steps)
+            lineage.extend(path, read_config(path), fields | {"steps": steps})
+        return recipe.train(config, resume=Resume(opened, found, about), **objects)
+    finally:
+        opened.close()
 
 
 def described(path: Path) -> tuple[str, str, dict[str, Any]]:

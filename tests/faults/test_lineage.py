@@ -52,14 +52,13 @@ def test_the_chain_leads_back_to_the_base_model(runs, capsys):
     lines = [line.split("  ") for line in said.splitlines()]
     links = [(len(words) - len("  ".join(words).lstrip().split("  ")), "  ".join(words).split()[:2]) for words in lines]
     named = [(depth, role, Path(path).relative_to(runs).as_posix()) for depth, (role, path) in links if role[-1] == ":"]
-    model = [(3, "model:", "base"), (3, "data:", "base/demonstrations.jsonl")]
     assert named == [
         (1, "model:", "sft/policy"),
-        *model,
+        (3, "model:", "base"),
+        (3, "data:", "base/demonstrations.jsonl"),
         (1, "data:", "base/prompts.jsonl"),
         (1, "reward:", "rm/reward_model"),
-        (3, "model:", "sft/policy"),
-        *[(depth + 2, role, path) for depth, role, path in model],
+        (3, "model:", "sft/policy"),  # whose run is above
         (3, "data:", "base/preferences.jsonl"),
     ]
     assert " 0 differs, 0 gone, 0 unknown." in said
@@ -105,7 +104,92 @@ def test_a_chain_that_leads_back_to_itself_ends(runs, capsys):
     (runs / "sft/lineage.json").write_text(json.dumps(about))
 
     assert main(["lineage", str(runs / "ppo")]) == 0
-    assert capsys.readouterr().out.count("(its run is gone)") == 2  # below sft, in both branches
+    assert capsys.readouterr().out.count("(its run is above)") == 2  # ppo below sft, and sft below the reward model
+
+
+def test_a_chain_of_runs_that_each_link_twice_to_the_one_before_is_walked_once(tmp_path, capsys):
+    for number in range(60):
+        run, before = tmp_path / str(number), tmp_path / str(number - 1)
+        run.mkdir()
+        links = [{"role": role, "path": str(before), "run": str(before)} for role in ("model", "reward")]
+        (run / "lineage.json").write_text(json.dumps({"links": links if number else []}))
+        (run / "config.json").write_text("{}")
+
+    assert main(["lineage", str(tmp_path / "59"), "--verify"]) == 1  # no digest is right
+    assert capsys.readouterr().out.count("(its run is above)") == 59
+
+
+NO_LINKS = {
+    "NUL in a path": {"path": "a\0b"},
+    "NUL in a run": {"run": "a\0b"},
+    "NUL in a file": {"files": {"a\0b": "0"}},
+    "a number for a path": {"path": 3},
+    "a list": ["model"],
+}
+
+
+@pytest.mark.parametrize("link", NO_LINKS.values(), ids=NO_LINKS)
+def test_a_lineage_whose_links_are_none_is_refused(link, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "lineage.json").write_text(json.dumps({"links": [link]}))
+
+    assert main(["lineage", str(tmp_path), "--verify"]) == 2
+    assert "has links that are none" in capsys.readouterr().err
+
+
+ODD_LINKS = {
+    "a name too long": {"path": "a" * 5000, "run": "b" * 5000, "files": {"c" * 5000: "0"}},
+    "no path": {"role": "model", "files": {"x": 3}},
+    "digests that are none": {"path": ".", "files": {"../..": [1]}},
+}
+
+
+@pytest.mark.parametrize("link", ODD_LINKS.values(), ids=ODD_LINKS)
+def test_odd_links_are_named_as_gone(link, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "lineage.json").write_text(
+        json.dumps({"links": [link], "vouched": {"code": {"env x": {"y" * 5000: 1}}}})
+    )
+
+    assert main(["lineage", str(tmp_path), "--verify"]) == 1
+    assert "gone" in capsys.readouterr().out
+
+
+def test_a_large_file_that_is_all_holes_is_not_hashed(tmp_path, capsys):
+    with (tmp_path / "data.jsonl").open("wb") as file:
+        file.truncate(2**40)
+    links = [{"role": "data", "path": str(tmp_path / "data.jsonl"), "files": {"data.jsonl": "0"}}]
+    (tmp_path / "lineage.json").write_text(json.dumps({"links": links}))
+    (tmp_path / "config.json").write_text("{}")
+
+    assert main(["lineage", str(tmp_path), "--verify"]) == 1
+    assert "gone  data" in capsys.readouterr().out
+    with pytest.raises(RequestError, match=r"data is .*nearly all of which are a hole"):
+        lineage.link("data", tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize("moment", ["before config.json", "after it"])
+def test_an_extension_that_is_killed_leaves_no_digest_that_differs(moment, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    ppo.train(ppo.Config(env="CartPole-v1", num_envs=2, rollout=8, epochs=1, steps=16, quiet=True, out=str(out)))
+    write, killed = lineage.write_json, False
+
+    def kills(path, data):
+        nonlocal killed
+        if killed or (path.name == "config.json" and moment == "before config.json"):
+            raise KeyboardInterrupt
+        killed = path.name == "config.json"
+        write(path, data)
+
+    monkeypatch.setattr(lineage, "write_json", kills)
+    with pytest.raises(KeyboardInterrupt):
+        understudy.resume(out, steps=32)
+    monkeypatch.undo()
+
+    assert main(["lineage", str(out), "--verify"]) == 0
+    understudy.resume(out)
+    assert "config_before" not in json.loads((out / "lineage.json").read_text())
+    assert main(["lineage", str(out), "--verify"]) == 0
 
 
 def test_ppo_is_refused_where_the_reward_models_data_have_changed(runs):

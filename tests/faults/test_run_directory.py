@@ -12,7 +12,7 @@ import pytest
 
 import understudy
 from understudy.control import ppo
-from understudy.run import metrics
+from understudy.run import lineage, metrics
 from understudy.run.config import RequestError
 from understudy.run.metrics import Metrics, read_metrics
 from understudy.run.store import Run
@@ -207,3 +207,83 @@ def test_runs_without_a_name_begun_at_once_get_directories_of_their_own(tmp_path
     assert [one.path.name for one in made] == ["ppo-1", "ppo-2", "ppo-3"]
     for one in made:
         one.close()
+
+
+# beginnings
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+@pytest.mark.parametrize("after", range(3))
+def test_a_run_that_is_killed_while_it_is_made_is_a_run_or_its_directory_can_be_used(after, tmp_path, monkeypatch):
+    replace, left = os.replace, after
+
+    def kills(source, target):
+        nonlocal left
+        if left:
+            replace(source, target)
+        if left < 2:
+            raise Killed
+        left -= 1
+
+    monkeypatch.setattr(os, "replace", kills)
+    with pytest.raises(Killed):  # before the first file has its name, after it, after the second
+        ppo.train(run_of(tmp_path / "run", env="tests.faults.own_envs:SaysItself"))
+    monkeypatch.undo()
+
+    files = {name for name in ("config.json", "lineage.json") if (tmp_path / "run" / name).exists()}
+    assert files == ({"lineage.json"} if after == 1 else {"lineage.json", "config.json"} if after == 2 else set())
+    if after == 2:
+        assert understudy.resume(tmp_path / "run").metrics[-1]["steps"] == 96
+    else:
+        assert ppo.train(run_of(tmp_path / "run")).metrics[-1]["steps"] == 96
+        assert lineage.verify(lineage.chain(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("removed", ["config.json", "all files", "all but checkpoints"])
+def test_what_is_left_of_a_removed_run_is_not_gone_on_with(removed, run):
+    for path in run.iterdir():
+        if path.name == removed or (removed != "config.json" and path.is_file()):
+            path.unlink()
+        elif removed == "all but checkpoints" and path.name != "checkpoints":
+            shutil.rmtree(path)
+
+    with pytest.raises(RequestError, match=r"holds .*checkpoints.* of an earlier run: choose another"):
+        ppo.train(run_of(run))
+    assert {"000002", "000004", "000006"} <= {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_empty_folders_and_files_of_the_users_own_are_no_run(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/notes.txt").write_text("mine")
+
+    assert ppo.train(run_of(tmp_path / "run")).metrics[-1]["steps"] == 96
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "metrics.jsonl.part", "lock", "checkpoints/000009"])
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(name, run):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+
+    with pytest.raises(RequestError, match="is a pipe, a socket or a device"):
+        understudy.resume(run)
+
+
+def test_a_pipe_in_the_directory_of_a_new_run_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run/events.jsonl")
+
+    with pytest.raises(RequestError, match=r"holds events.jsonl of an earlier run"):
+        ppo.train(run_of(tmp_path / "run"))
+
+
+def test_a_resume_that_is_refused_lets_go_of_the_run(run):
+    (run / "checkpoints/000006/state.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(RequestError, match="which is damaged"):
+            understudy.resume(run, checkpoint="000006")
+    with pytest.raises(RequestError, match="env is 'Nothing-v0'"):
+        understudy.resume(run, env="Nothing-v0")
+    assert understudy.resume(run).metrics[-1]["iteration"] == 6

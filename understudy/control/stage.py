@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -331,12 +331,13 @@ def open_stage(
         policy = cast(policy, cfg, envs).to(cfg.device)
         made = (optimizer or adam)(policy, cfg)
         came = [] if cfg.init is None else [lineage.link("init", policy_path(Path(cfg.init), "init"))]
+        origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
         if resume is None:
             description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
-            run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description)
+            run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description, origin)
         else:
             run = resume.run
-        lineage.begin(run.path, f"control {recipe}", to_json(cfg), came if resume is None else [])
+            lineage.go_on(run.path, origin | {"links": []})  # it has taken what it needs of `init`
         walker = Walker(
             envs,
             seed_of=seed_of,
@@ -345,7 +346,11 @@ def open_stage(
             device=cfg.device,
         )
         title = f"{recipe} {cfg.env} seed {cfg.seed} -> {run.path}"
-        with Progress(title, cfg.steps, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt:
+        with (
+            Progress(title, cfg.steps, quiet=cfg.quiet) as progress,
+            Interrupt(quiet=cfg.quiet) as interrupt,
+            closing(run),
+        ):
             way, renew = way_of(envs, forgets=forgetful), make if env is None else None
             stage = Stage(cfg, run, walker, policy, made, progress, interrupt, way, renew)
             if resume is not None:
@@ -377,7 +382,6 @@ def open_stage(
                 stage.note_faults()
                 for sink in stage.sinks:
                     sink.close()
-                run.close()
     finally:
         (envs if walker is None else walker.envs).close()
 

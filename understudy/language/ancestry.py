@@ -14,13 +14,12 @@ from understudy.language.text import Tokenizer
 from understudy.run import lineage
 from understudy.run.config import RequestError, to_json
 from understudy.run.lineage import FILE, MODEL, changed, digest_of, link, of_data, read_lineage
-from understudy.run.store import Run
 
 
-def begin(run: Run, recipe: str, cfg: Any, tokenizer: Tokenizer | None) -> None:
-    """Write a run's lineage.json, or check it where the run goes on."""
+def describe(recipe: str, cfg: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The lineage.json of a run that begins."""
     content = {} if tokenizer is None else {"tokenizer": digest(tokenizer), "template": template(tokenizer)}
-    lineage.begin(run.path, f"language {recipe}", to_json(cfg), links(cfg, recipe), **content)
+    return lineage.describe(f"language {recipe}", to_json(cfg), links(cfg, recipe), **content)
 
 
 def links(cfg: Any, recipe: str) -> list[dict[str, Any]]:

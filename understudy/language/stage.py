@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -221,21 +221,19 @@ def open_stage(
         resume: the run to go on with, instead of a new one.
     """
     keep_freed()
+    origin = ancestry.describe(recipe, cfg, model.tokenizer)
     if resume is None:
-        run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", {"recipe": f"language {recipe}", "config": to_json(cfg)})
+        description = {"recipe": f"language {recipe}", "config": to_json(cfg)}
+        run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", description, origin)
     else:
         run = resume.run
-    try:
-        ancestry.begin(run, recipe, cfg, model.tokenizer)
-    except RequestError:
-        run.close()
-        raise
+        lineage.go_on(run.path, origin)
     for remark in model.remarks:
         run.event("remark", text=remark)
         if not cfg.quiet:
             print(remark, file=sys.stderr)
     title = f"{recipe} {cfg.model} seed {cfg.seed} -> {run.path}"
-    with Progress(title, total, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt:
+    with Progress(title, total, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt, closing(run):
         stage = Stage(cfg, run, model, optimizer, total, folder, progress, interrupt)
         if resume is not None:
             resume.restore(stage)
@@ -259,7 +257,6 @@ def open_stage(
         finally:
             for sink in stage.sinks:
                 sink.close()
-            run.close()
 
 
 def _smaller(cfg: Config) -> str:

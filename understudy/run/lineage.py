@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from understudy.run.checkpoint import sha256
+from understudy.run.checkpoint import Damaged, sha256
 from understudy.run.config import RequestError
 from understudy.run.installation import DISTRIBUTION
 from understudy.run.store import SCHEMA, plain, read_config, read_schema, write_json
@@ -24,7 +25,7 @@ FILE = "lineage.json"
 PACKAGES = ("torch", "numpy", "safetensors", "gymnasium", "transformers", "tokenizers", "peft")
 MODEL = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
 """Endings of the files that a model's directory is told by."""
-LONGEST = 64  # runs in a chain
+LONGEST, MOST = 64, 1000  # runs in a row, and in all, of a chain
 
 
 class Check(NamedTuple):
@@ -33,7 +34,7 @@ class Check(NamedTuple):
     run: Path
     what: str
     state: str
-    """"same", "differs", "gone" (or not on this machine), or "unknown" where it cannot be computed."""
+    """"same", "differs", "gone" (not on this machine, or no file that is read), or "unknown" where it cannot be computed."""
     was: str
     now: str
 
@@ -43,8 +44,15 @@ def link(role: str, path: Path, *, endings: frozenset[str] | None = None) -> dic
 
     Args:
         endings: of the files that count, where it is a directory; None for all. Folders count one level down.
+
+    Raises:
+        RequestError: a file of it is nearly all holes, or no plain file.
     """
-    found: dict[str, Any] = {"role": role, "path": str(path.resolve()), "files": digests(path, endings)}
+    try:
+        files = digests(path, endings)
+    except Damaged as error:
+        raise RequestError(f"{role} is '{path}', and {error}: name another") from error
+    found: dict[str, Any] = {"role": role, "path": str(path.resolve()), "files": files}
     for run in (path, path.parent):
         if path.is_dir() and (run / FILE).is_file():
             found |= {"run": str(run.resolve()), "lineage": sha256(run / FILE)}
@@ -68,7 +76,7 @@ def digests(path: Path, endings: frozenset[str] | None = None) -> dict[str, str]
 def digest_of(link: dict[str, Any]) -> str:
     """One digest for all files of a link: the file's own where there is one."""
     files = link.get("files") or {}
-    return next(iter(files.values())) if len(files) == 1 else of_data(files)
+    return str(next(iter(files.values()))) if len(files) == 1 else of_data(files)
 
 
 def of_data(data: Any) -> str:
@@ -81,18 +89,12 @@ def of_config(fields: dict[str, Any]) -> str:
     return of_data({name: value for name, value in fields.items() if name != "out"})
 
 
-def begin(path: Path, recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], **more: Any) -> None:
-    """Write lineage.json at a run's start. Of a run that goes on, check that it still reads what it began with.
+def describe(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """The lineage.json of a run that begins.
 
     Args:
-        path: the run's directory.  fields: its config's.  more: what else is to be known by its digest.
-
-    Raises:
-        RequestError: data, model or another link has changed since the run began.
+        fields: its config's.  more: what else is to be known by its digest.
     """
-    if (path / FILE).exists():
-        _unchanged(read_lineage(path).get("links") or [], links)
-        return
     versions = {name: version for name in PACKAGES if (version := _version(name))}
     about = {
         "schema": SCHEMA,
@@ -105,7 +107,46 @@ def begin(path: Path, recipe: str, fields: dict[str, Any], links: list[dict[str,
         **more,
     }
     signed = vouch(fields)
-    write_json(path / FILE, about | ({} if signed is None else {"vouched": signed}))
+    return about | ({} if signed is None else {"vouched": signed})
+
+
+def go_on(path: Path, about: dict[str, Any]) -> None:
+    """Check that a run that goes on still reads what it began with; one without a lineage.json gets this one.
+
+    Args:
+        about: what `describe` gives of it now.
+
+    Raises:
+        RequestError: data, model or another link has changed since the run began.
+    """
+    if (path / FILE).exists():
+        _unchanged(read_lineage(path).get("links") or [], about["links"])
+    else:
+        write_json(path / FILE, about)
+
+
+def extend(path: Path, about: dict[str, Any], fields: dict[str, Any]) -> None:
+    """Write a run's config anew. Killed anywhere in here, config.json and lineage.json still belong together.
+
+    Until config.json has its new fields, lineage.json holds both digests.
+
+    Args:
+        about: config.json as it is.  fields: the config that it is to hold.
+    """
+    had = (path / FILE).exists()
+    if had:
+        note(path, config=of_config(fields), config_before=of_config(about.get("config") or {}))
+    write_json(path / "config.json", about | {"config": fields})
+    if had:
+        settle_config(path, fields)
+
+
+def settle_config(path: Path, fields: dict[str, Any]) -> None:
+    """Leave one digest of a run's config in its lineage.json, where a kill within `extend` left two."""
+    if (path / FILE).exists() and "config_before" in (about := read_lineage(path)):
+        write_json(
+            path / FILE, {k: x for k, x in about.items() if k != "config_before"} | {"config": of_config(fields)}
+        )
 
 
 def note(path: Path, **digests: Any) -> None:
@@ -121,8 +162,7 @@ def read_lineage(path: Path) -> dict[str, Any]:
     """
     about = read_schema(path / FILE, f"run is '{path}', which holds no readable {FILE}")
     links = about.get("links", [])
-    whole = isinstance(links, list) and all(isinstance(x, dict) and isinstance(x.get("files", {}), dict) for x in links)
-    if not whole or not all(isinstance(x.get("path", ""), str) and isinstance(x.get("run", ""), str) for x in links):
+    if not isinstance(links, list) or not all(map(_is_link, links)):
         raise RequestError(f"run is '{path}', whose {FILE} has links that are none: give the directory of a run")
     return about
 
@@ -138,19 +178,24 @@ def code() -> dict[str, Any]:
 def chain(path: Path) -> dict[str, Any]:
     """A run's lineage with that of every run it leads to: each link has its `from`, where it was made by a run.
 
-    A link to a run that is gone, or that led here, has none.
+    A run that several links lead to has its lineage at the first of them, the others are `repeated`. A link to a run that
+    is gone has neither.
     """
-    return _chain(path, ())
+    return _chain(path, set())
 
 
-def _chain(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _chain(path: Path, visited: set[Path], depth: int = 1) -> dict[str, Any]:
     about = read_lineage(path)
-    here = (*above, path.resolve())
+    visited.add(path.resolve())
     links = []
     for one in about.get("links", []):
         run = Path(one["run"]) if "run" in one else None
-        goes_on = run is not None and (run / FILE).is_file() and run.resolve() not in here and len(here) < LONGEST
-        links.append(one | ({"from": _chain(run, here)} if goes_on and run is not None else {}))
+        if run is None or not os.path.isfile(run / FILE) or depth == LONGEST or len(visited) == MOST:
+            links.append(one)
+        elif run.resolve() in visited:
+            links.append(one | {"repeated": True})
+        else:
+            links.append(one | {"from": _chain(run, visited, depth + 1)})
     return about | {"run": str(path), "links": links}
 
 
@@ -161,7 +206,8 @@ def tree(about: dict[str, Any], indent: str = "") -> Iterator[str]:
     what = f"{about.get('recipe')}, seed {about.get('seed')}, config {_short(about.get('config'))}, {by}"
     yield f"{indent}{about['run']}  {what}"
     for one in about["links"]:
-        origin = "" if "from" in one else ("  (its run is gone)" if "run" in one else "")
+        origin = "  (its run is above)" if "repeated" in one else "  (its run is gone)" if "run" in one else ""
+        origin = "" if "from" in one else origin
         yield f"{indent}  {one.get('role')}: {one.get('path')}  {_short(digest_of(one))}{origin}"
         if "from" in one:
             yield from tree(one["from"], indent + "    ")
@@ -174,23 +220,22 @@ def verify(about: dict[str, Any]) -> Iterator[Check]:
     """Recompute every digest of a chain that can be recomputed from files, run by run."""
     run = Path(about["run"])
     now = of_config(read_config(run).get("config") or {})
-    yield _compared(run, "config", str(about.get("config")), now)
-    for field, files in ((about.get("vouched") or {}).get("code") or {}).items():
-        for file, was in files.items():
-            path = Path(file)
-            yield _compared(run, f"code {field} {file}", str(was), sha256(path) if path.is_file() else None)
+    was = str(about.get("config"))
+    yield _compared(run, "config", now if now == about.get("config_before") else was, now)
+    for field, files in _mapping(_mapping(about.get("vouched")).get("code")).items():
+        for file, was in _mapping(files).items():
+            yield _compared(run, f"code {field} {file}", str(was), _digest(Path(file)))
     for one in about["links"]:
-        path, what = Path(one["path"]), f"{one.get('role')} {one['path']}"
+        path, what = Path(one.get("path", "")), f"{one.get('role')} {one.get('path')}"
+        alone = os.path.isfile(path)
         if not one.get("files"):
             yield Check(run, what, "unknown", "", "")
         for name, was in (one.get("files") or {}).items():
-            file = path if path.is_file() else path / name
-            inside = path.is_file() or file.resolve().is_relative_to(path.resolve()) or file.is_symlink()
-            now = sha256(file) if inside and file.is_file() else None
-            yield _compared(run, what if path.is_file() else f"{one.get('role')} {file}", str(was), now)
+            file = path if alone else path / name
+            now = _digest(file) if alone or _is_inside(file, path) else None
+            yield _compared(run, what if alone else f"{one.get('role')} {file}", str(was), now)
         if "run" in one:
-            other = Path(one["run"]) / FILE
-            now = sha256(other) if other.is_file() else None
+            now = _digest(Path(one["run"]) / FILE)
             yield _compared(run, f"lineage of {one['run']}", str(one.get("lineage")), now)
         if "from" in one:
             yield from verify(one["from"])
@@ -199,10 +244,11 @@ def verify(about: dict[str, Any]) -> Iterator[Check]:
 def changed(one: dict[str, Any]) -> str | None:
     """The digest that a link's files have now, where all are there and it is another than was written; else None."""
     path = Path(str(one.get("path")))
-    files = {name: path if path.is_file() else path / name for name in one.get("files") or {}}
-    if not all(file.is_file() for file in files.values()):
+    alone = os.path.isfile(path)
+    files = {name: _digest(path if alone else path / name) for name in one.get("files") or {}}
+    if None in files.values():
         return None
-    now = digest_of({"files": {name: sha256(file) for name, file in files.items()}})
+    now = digest_of({"files": files})
     return None if now == digest_of(one) else now
 
 
@@ -216,6 +262,34 @@ def _unchanged(before: list[dict[str, Any]], links: list[dict[str, Any]]) -> Non
                 f"{old['role']} is '{old['path']}', whose digest is {digest_of(new)[:12]}..., the run began with "
                 f"{digest_of(old)[:12]}...: put back the files it had"
             )
+
+
+def _is_link(one: Any) -> bool:
+    """Whether an entry of a lineage.json, which may be anybody's, has the form of a link."""
+    if not isinstance(one, dict) or not isinstance(one.get("files", {}), dict):
+        return False
+    paths = [one.get("path", ""), one.get("run", ""), *one.get("files", {})]
+    return all(isinstance(path, str) and "\0" not in path for path in paths)
+
+
+def _is_inside(file: Path, path: Path) -> bool:
+    """Whether a file lies in a directory, or is a link in it, as in Hugging Face's cache."""
+    try:
+        return file.is_symlink() or file.resolve().is_relative_to(path.resolve())
+    except (OSError, RuntimeError):  # a name that is too long; links in a circle
+        return False
+
+
+def _digest(file: Path) -> str | None:
+    """A file's digest; None where it is gone, or is not read."""
+    try:
+        return sha256(file) if os.path.isfile(file) else None
+    except (OSError, Damaged):
+        return None
+
+
+def _mapping(found: Any) -> dict[str, Any]:
+    return found if isinstance(found, dict) else {}
 
 
 def _compared(run: Path, what: str, was: str, now: str | None) -> Check:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, goal: float | None = None) -> bool:
+def learning_curve(metrics: Iterable[dict[str, Any]], path: Path, *, title: str, goal: float | None = None) -> bool:
     """Draw the mean return of the last 100 episodes against steps as a PNG; False where there is none to draw.
 
     One point is no curve.

@@ -25,6 +25,7 @@ _IMPORTED = time.monotonic()
 SCHEMA = 1
 """Of config.json, policy.json, understudy.json and lineage.json. What has none is of 0, which had the same fields."""
 LARGEST = 8 * 2**20  # bytes of such a file
+FILES = (metrics.FILE, "events.jsonl", "evaluation.json")
 FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
 SPIKES_EVERY = 1000  # lines, at the latest, in which spikes are looked for
 FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
@@ -53,24 +54,34 @@ class Run:
         self.lock = lock.acquire(path)
 
     @classmethod
-    def create(cls, out: str | None, name: str, config: dict[str, Any]) -> Run:
-        """Make the directory and write config.json. An existing run is never written over.
+    def create(
+        cls, out: str | Path | None, name: str, config: dict[str, Any], lineage: dict[str, Any] | None = None
+    ) -> Run:
+        """Make the directory and write lineage.json and config.json. An existing run is never written over.
+
+        config.json comes last and makes the directory a run: killed before that, it is none, and may be used again.
 
         Raises:
-            RequestError: `out` holds a run already, or cannot be made.
+            RequestError: `out` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
         """
-        path = Path(out) if out else _free(Path("runs"), name)
-        if (path / "config.json").exists():
-            raise RequestError(
-                f"out is '{path}', which holds a run already: choose another directory, or remove that one; "
-                f"`understudy resume {path}` goes on with it"
-            )
+        path = absolute(out) if out else _free(absolute("runs"), name)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
-            write_json(path / "config.json", {"schema": SCHEMA} | config)
         except OSError as error:
             raise RequestError(f"out is '{path}', which cannot be made ({error.strerror}): choose another") from error
+        try:
+            refuse_used(path)
+            if lineage is not None:
+                write_json(path / "lineage.json", lineage)
+            write_json(path / "config.json", {"schema": SCHEMA} | config)
+        except BaseException as error:
+            run.close()
+            if isinstance(error, OSError):
+                raise RequestError(
+                    f"out is '{path}', which cannot be written to ({error.strerror}): choose another"
+                ) from error
+            raise
         return run
 
     @classmethod
@@ -85,6 +96,7 @@ class Run:
         Raises:
             RequestError: another process has the run open; the checkpoint named is missing or damaged; all are damaged.
         """
+        path = absolute(path)
         read_config(path)
         run = cls(path)
         folder = path / "checkpoints"
@@ -353,9 +365,37 @@ def _named(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def refuse_used(path: Path) -> None:
+    """Refuse a directory for a new run that holds a run, or what is left of one: its checkpoints would be gone on with.
+
+    Raises:
+        RequestError: with the names of what is there.
+    """
+    if (path / "config.json").exists():
+        raise RequestError(
+            f"out is '{path}', which holds a run already: choose another directory, or remove that one; "
+            f"`understudy resume {path}` goes on with it"
+        )
+    left = [name for name in FOLDERS if (path / name).is_dir() and any((path / name).iterdir())]
+    left += [name for name in FILES if os.path.lexists(path / name) and not (path / name).is_dir()]
+    if left:
+        raise RequestError(
+            f"out is '{path}', which holds {', '.join(left)} of an earlier run: choose another directory, or remove them"
+        )
+
+
+def absolute(path: str | Path) -> Path:
+    """A path that stays the same when an environment changes the working directory."""
+    return Path(os.path.abspath(path))
+
+
 def _free(parent: Path, name: str) -> Path:
-    """parent/name-1, or the next number that is free."""
+    """parent/name-1, or the next number that is free; made, so that no other run takes it."""
+    parent.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (parent / f"{name}-{number}").exists():
-        number += 1
-    return parent / f"{name}-{number}"
+    while True:
+        try:
+            (parent / f"{name}-{number}").mkdir()
+            return parent / f"{name}-{number}"
+        except FileExistsError:
+            number += 1
