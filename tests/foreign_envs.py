@@ -1,5 +1,6 @@
 """Small environments unlike our own: each is a situation that users of other libraries have met and reported."""
 
+import json
 import socket
 
 import gymnasium as gym
@@ -7,14 +8,21 @@ import numpy as np
 from gymnasium import spaces
 
 
+def notices(run) -> list[str]:
+    """What a run said to its user before its first step."""
+    events = run.path / "events.jsonl"
+    lines = events.read_text().splitlines() if events.exists() else []
+    return [event["text"] for event in map(json.loads, lines) if event["kind"] == "notice"]
+
+
 class TenSteps(gym.Env):
     """Ten-step episodes; three random numbers are seen; action 1 pays 1."""
 
     length = 10
 
-    def __init__(self):
+    def __init__(self, actions=2):
         self.observation_space = spaces.Box(-1, 1, (3,), np.float32)
-        self.action_space = spaces.Discrete(2)
+        self.action_space = spaces.Discrete(actions)
 
     def observe(self):
         return self.np_random.uniform(-1, 1, 3).astype(np.float32)

@@ -364,7 +364,7 @@ HAND = [
         "np.where(mask, 1.0, 1.0)",
         "the running return is not discounted",
     ),
-    Mutant("control/normalize.py", "(scaled[name] - shift)", "scaled[name]", "observations are not centred"),
+    Mutant("control/normalize.py", "(x - shift)", "x", "observations are not centred"),
     Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
     Mutant("control/normalize.py", "returns.T[mask.T]", "returns.T.reshape(-1)", "padding is gathered"),
     Mutant(
@@ -511,9 +511,18 @@ HAND = [
     Mutant("value.py", "isinstance(record, Batch) else _critique", "True else _critique", "what sampled is told anew"),
     Mutant("compiled.py", "told[-min(minibatches, len(batch)) :, 1:]", "told[:, 1:]", "metrics of all epochs"),
     Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
+    Mutant("control/normalize.py", ".clamp(-CLIP, CLIP).float()", ".float()", "observations have no bound"),
     Mutant(
-        "control/normalize.py", ".clamp(-CLIP, CLIP)\n        return", "\n        return", "observations have no bound"
+        "control/normalize.py",
+        "self.shift_and_width(i, x.dtype)",
+        "self.shift_and_width(i, torch.float32)",
+        "float64 is lost",
     ),
+    Mutant("control/policy.py", "super().train(False)", "super().train(mode)", "dropout acts"),
+    Mutant(
+        "control/masks.py", "info if terminated or truncated else self._with_mask(info)", "info", "steps have no mask"
+    ),
+    Mutant("control/spaces.py", "(space.high == 255).all()", "True", "a board is a photograph"),
     Mutant("value.py", "torch.where(mask, value.gather(1, index), 0.0)", "value.gather(1, index)", "V after no step"),
     Mutant(
         "language/tokens.py",

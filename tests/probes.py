@@ -11,11 +11,11 @@ from understudy.control.spaces import MASK, mask_width
 
 OBSERVATIONS = {
     "vector": spaces.Box(-2.0, 2.0, (3,)),
-    "image": spaces.Box(0, 255, (5, 6, 3), np.uint8),
+    "image": spaces.Box(0, 255, (8, 9, 3), np.uint8),
     "Dict": spaces.Dict(
         {
             "arm": spaces.Dict({"joints": spaces.Box(-1.0, 1.0, (2, 2)), "grip": spaces.Discrete(3, start=1)}),
-            "camera": spaces.Box(0, 255, (4, 4), np.uint8),
+            "camera": spaces.Box(0, 255, (8, 8), np.uint8),
             "lamps": spaces.MultiBinary(2),
         }
     ),
@@ -130,7 +130,7 @@ class Task(gymnasium.Env):
         self.parts = 2 if action.startswith("Multi") else 1
         # the target, and whether it is time to choose
         plain = spaces.Box(-1.0, 1.0, (self.parts + 1,))
-        self.observation_space = spaces.Box(0, 255, (6, 6), np.uint8) if show == "image" else plain
+        self.observation_space = spaces.Box(0, 255, (8, 8), np.uint8) if show == "image" else plain
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
@@ -153,9 +153,9 @@ class Task(gymnasium.Env):
         seen = 2.0 * self.target - 1 if self.now == 0 and self.show != "nothing" else 0.0 * self.target
         if self.show != "image":
             return np.append(seen, float(self.now == self.delay)).astype(np.float32)
-        picture = np.zeros((6, 6), np.uint8)  # one bright pixel, anywhere in the left half or the right one
-        row, column = self.np_random.integers(6), self.np_random.integers(3)
-        picture[row, column + 3 * self.target[0]] = 255
+        picture = np.zeros((8, 8), np.uint8)  # one bright pixel, anywhere in the left half or the right one
+        row, column = self.np_random.integers(8), self.np_random.integers(4)
+        picture[row, column + 4 * self.target[0]] = 255
         return picture
 
 

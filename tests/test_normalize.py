@@ -1,5 +1,7 @@
 """Scales inside the policy: what they gather, when it takes effect, and that evaluation leaves them alone."""
 
+from types import SimpleNamespace
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from gymnasium import spaces
 from torch.testing import assert_close
 
 from tests.envs import GAMMA, MODES, Diary, diaries, scripted, walker
+from tests.foreign_envs import notices
 from tests.records import flags, record, row, seeded
 from understudy.batch import consult
 from understudy.control import actor_critic, environment, ppo, reinforce
@@ -15,6 +18,8 @@ from understudy.control.config import Network
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.normalize import CLIP, Moments, ObsScale, RewardScale
 from understudy.control.policy import Policy
+from understudy.control.quick import quick_form
+from understudy.control.stage import open_stage
 from understudy.run.seeds import derive
 from understudy.value import estimate
 
@@ -78,7 +83,7 @@ def test_an_observation_that_never_varies_becomes_zero_and_not_nan():
 
 def test_images_discrete_entries_and_masks_pass_as_they_are():
     parts = {
-        "image": spaces.Box(0, 255, (4, 4), np.uint8),
+        "image": spaces.Box(0, 255, (8, 8), np.uint8),
         "kind": spaces.Discrete(3),
         "place": spaces.Box(-1, 1, (2,), np.float32),
     }
@@ -258,13 +263,11 @@ def test_evaluation_changes_nothing_in_a_policy(learned):
     cfg, policy = learned
     before = {name: x.clone() for name, x in policy.state_dict().items()}
     running = policy.reward_scale.running.clone()
-    policy.train()
 
     evaluate(policy, cfg, episodes=3)
 
     assert_close(policy.state_dict(), before, rtol=0, atol=0)
     assert_close(policy.reward_scale.running, running, rtol=0, atol=0)
-    assert policy.training
 
 
 def test_evaluation_gives_the_unnormalised_return_of_its_own_seeds(learned):
@@ -349,3 +352,58 @@ def scaled_policy():
     shape = Network(hidden=(8,), orthogonal=False)
     spaces_of = envs.single_observation_space, envs.single_action_space
     return Policy.build(*spaces_of, shape, seed=0, scale_obs=True, scale_reward=0.9), walker(envs)
+
+
+# float64
+
+
+def test_what_float32_cannot_hold_is_scaled_before_it_is_cast():
+    scale = ObsScale({"obs": (1,)})
+    clock = 1.7e9 + torch.arange(-30.0, 31.0, dtype=torch.float64)[:, None]
+    scale.seen[0].add(clock)
+
+    scaled = scale(clock[None])
+
+    # 61 whole seconds from -30 to 30: the variance is (61^2 - 1) / 12 = 310
+    assert_close(scaled, (torch.arange(-30.0, 31.0) / 310**0.5)[None, :, None], rtol=1e-6, atol=1e-6)
+    assert isinstance(scaled, torch.Tensor) and scaled.dtype == torch.float32
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["NumPy", "modules"])
+def test_the_sampler_scales_in_float64_too(small):
+    space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
+    policy = Policy.build(space, spaces.Discrete(2), Network(hidden=(4,), orthogonal=False), seed=0, scale_obs=True)
+    clock = 1.7e9 + 17 * torch.randn(50, 2, generator=seeded(), dtype=torch.float64)
+    policy.obs_scale.seen[0].add(clock)
+    rows = 50 if small else 2**16
+    quick = quick_form(policy, SimpleNamespace(rows=rows, hold=1, masked=False, generator=None, sample=False))
+
+    _, logits = quick(clock.numpy())
+
+    with torch.no_grad():
+        expected = policy(clock[:, None])[0].logp[:, 0]
+    assert_close(torch.from_numpy(logits).log_softmax(dim=-1), expected, rtol=1e-5, atol=1e-6)
+    assert expected.std(dim=0).min() > 0.01
+
+
+@pytest.mark.parametrize(("normalize", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_a_record_is_exact_where_the_policy_scales_it(normalize, dtype, tmp_path):
+    cfg = ppo.Config(env="tests.foreign_envs:UnixClock", normalize_obs=normalize, quiet=True, out=str(tmp_path / "run"))
+    with open_stage("ppo", cfg, None, None) as run:
+        record = run.walker.collect(run.policy, 3)
+        action = run.policy.act(np.array([1.7e9]))
+
+        assert record.obs.dtype == dtype and action in (0, 1)
+
+
+def test_a_run_says_what_float32_loses(tmp_path):
+    fields = {"steps": 8, "num_envs": 1, "rollout": 8, "minibatches": 1, "epochs": 1, "log_every": 1000}
+    said = []
+    for name, normalize in (("plain", False), ("scaled", True)):
+        run = ppo.train(
+            ppo.Config(env="tests.foreign_envs:UnixClock", normalize_obs=normalize, out=str(tmp_path / name), **fields)
+        )
+        said.append(notices(run))
+
+    assert len(said[0]) == 1 and said[1] == []
+    assert "observation 'obs' (such as 17" in said[0][0] and "set normalize_obs" in said[0][0]

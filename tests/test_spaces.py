@@ -14,6 +14,7 @@ from understudy.control.spaces import (
     MASK,
     add_batch,
     check_action_space,
+    check_observation_space,
     executable,
     features,
     from_json,
@@ -21,6 +22,7 @@ from understudy.control.spaces import (
     is_batched,
     is_image,
     leaves,
+    lost_in_float32,
     mask_width,
     read,
     to_json,
@@ -71,9 +73,31 @@ def test_a_dict_keeps_its_order_which_is_that_of_the_weights():
     assert list(features(from_json(json.loads(json.dumps(to_json(space)))))) == ["z", "a"]
 
 
-def test_a_dict_that_json_cannot_name_is_not_saved():
-    with pytest.raises(ValueError, match=r"keys \[0\] cannot be saved: use strings"):
-        to_json(spaces.Dict({0: spaces.Discrete(2)}))  # pyright: ignore
+def test_a_key_that_is_no_string_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match="observation_space has the key 0, which is no string: name it '0'"):
+        check_observation_space(spaces.Dict({0: spaces.Discrete(2)}))  # pyright: ignore
+
+
+def test_two_entries_of_one_name_are_refused():
+    space = spaces.Dict({"a.b": spaces.Discrete(2), "a": spaces.Dict({"b": spaces.Discrete(2)})})
+
+    with pytest.raises(ValueError, match=r"has two entries that are called 'a\.b': rename one of them"):
+        check_observation_space(space)
+
+
+@pytest.mark.parametrize(
+    "space", [spaces.Box(-1, 1, (0,)), spaces.Dict({}), spaces.Tuple([]), spaces.Dict({"a": spaces.Box(0, 1, (2, 0))})]
+)
+def test_an_observation_without_a_number_is_refused(space):
+    with pytest.raises(ValueError, match="in which a policy sees no number: add an entry"):
+        check_observation_space(space)
+
+
+@pytest.mark.parametrize("key", ["obs", "a.b", "", "action mask", "."])
+def test_an_entry_may_have_any_name(key):
+    tree = read(spaces.Dict({key: spaces.Discrete(2)}), {key: np.array([1])})
+
+    assert isinstance(tree, dict) and [x.tolist() for x in tree.values()] == [[1]]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +125,7 @@ def test_nested_observations_are_read_leaf_by_leaf():
     space = OBSERVATIONS["Dict"]
     obs = {
         "arm": {"joints": np.ones((2, 2, 2), np.float32), "grip": np.array([1, 3])},
-        "camera": np.full((2, 4, 4), 7, np.uint8),
+        "camera": np.full((2, 8, 8), 7, np.uint8),
         "lamps": np.array([[0, 1], [1, 1]], np.int8),
     }
 
@@ -111,7 +135,7 @@ def test_nested_observations_are_read_leaf_by_leaf():
     assert {name: (tuple(x.shape), x.dtype) for name, x in tree.items()} == {
         "arm.grip": ((2,), torch.int64),
         "arm.joints": ((2, 2, 2), torch.float32),
-        "camera": ((2, 4, 4), torch.uint8),
+        "camera": ((2, 8, 8), torch.uint8),
         "lamps": ((2, 2), torch.float32),
     }
     assert tree["arm.grip"].tolist() == [0, 2]  # its space starts at 1
@@ -164,10 +188,58 @@ def test_a_batch_is_told_from_a_single_observation(name):
     assert is_batched(space, add_batch(space, obs))
 
 
-def test_only_uint8_of_two_dimensions_or_more_is_an_image():
-    shapes = [((5, 6), np.uint8), ((5, 6, 3), np.uint8), ((128,), np.uint8), ((5, 6), np.float32)]
+@pytest.mark.parametrize(
+    ("space", "image"),
+    [
+        (spaces.Box(0, 255, (8, 9), np.uint8), True),
+        (spaces.Box(0, 255, (8, 9, 3), np.uint8), True),
+        (spaces.Box(0, 255, (3, 8, 9), np.uint8), True),
+        (spaces.Box(0, 255, (4, 8, 9, 3), np.uint8), True),
+        (spaces.Box(0, 255, (128,), np.uint8), False),
+        (spaces.Box(0, 255, (8, 9), np.float32), False),
+        (spaces.Box(0, 255, (7, 7, 3), np.uint8), False),  # MiniGrid's categories
+        (spaces.Box(0, 2, (8, 9), np.uint8), False),
+        (spaces.Box(0, 254, (8, 9), np.uint8), False),
+        (spaces.Box(1, 255, (8, 9), np.uint8), False),
+    ],
+    ids=str,
+)
+def test_an_image_has_the_bounds_and_the_size_of_one(space, image):
+    assert is_image(space) is image
 
-    assert [is_image(spaces.Box(0, 255, shape, dtype)) for shape, dtype in shapes] == [True, True, False, False]
+
+def test_a_board_of_bytes_is_read_as_its_numbers():
+    tree = read(spaces.Box(0, 2, (6, 7), np.uint8), np.full((1, 6, 7), 2, np.uint8))
+
+    assert_close(tree, torch.full((1, 6, 7), 2.0))
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int32, np.uint32])
+def test_numbers_that_float32_cannot_hold_are_read_exactly_where_asked(dtype):
+    space = spaces.Box(0, 2**31 - 1, (1,), dtype)
+    seen = np.array([[1_700_000_001]], dtype)
+
+    assert read(space, seen, exact=True).tolist() == [[1_700_000_001]]  # pyright: ignore
+    assert read(space, seen).tolist() == [[1_700_000_000]]  # pyright: ignore  # a multiple of 128
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.uint8])
+def test_numbers_that_float32_holds_are_read_as_float32(dtype):
+    space = spaces.Box(0, 100, (1,), dtype)
+
+    assert read(space, np.ones((1, 1), dtype), exact=True).dtype == torch.float32  # pyright: ignore
+
+
+def test_what_float32_loses_is_named_with_a_value():
+    space = spaces.Dict(
+        {"clock": spaces.Box(-INF, INF, (2,), np.float64), "x": spaces.Box(-INF, INF, (1,), np.float64)}
+    )
+    seen = [
+        {"clock": np.array([0.5, 1.7e9 + second]), "x": np.array([1e9 * second])} for second in (0.0, 1.0, 2.0, 3.0)
+    ]
+
+    assert lost_in_float32(space, seen) == "'clock' (such as 1700000000.0)"
+    assert lost_in_float32(space, [{"clock": np.zeros(2), "x": seen["x"]} for seen in seen]) == ""
 
 
 @pytest.mark.parametrize("squash", ["clip", "tanh"])

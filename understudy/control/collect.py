@@ -19,6 +19,7 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
+from understudy.control.masks import flat_mask
 from understudy.control.quick import Quick, quick_form
 from understudy.control.spaces import MASK, PLAIN, all_forbidden, arrays, mask_width, reader, stacked, tensors
 from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
@@ -61,6 +62,7 @@ class Walker:
         generator: the randomness of the choices.
         hold: noise is drawn anew every `hold` calls.
         sample: draw from the policy's distribution; otherwise take its mode.
+        exact: observations that float32 cannot hold are recorded as float64.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Walker:
         hold: int = 1,
         device: str = "cpu",
         sample: bool = True,
+        exact: bool = False,
     ) -> None:
         self.envs, self.seed_of, self.generator, self.hold, self.device = envs, seed_of, generator, hold, device
         self.sample = sample
@@ -79,7 +82,7 @@ class Walker:
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | Supervised)
         self.seeds_rows = self.mode is AutoresetMode.DISABLED or takes_seeds
-        self.read = reader(envs.single_observation_space)
+        self.read = reader(envs.single_observation_space, exact=exact)
         self.steps = self.calls = 0
         self.finished: deque[Episode] = deque(maxlen=100_000)
         self.episode = np.full(self.rows, -1)
@@ -371,8 +374,7 @@ class Walker:
         for row in np.flatnonzero(choosing):
             if not given[row]:
                 raise ValueError(f'info["{MASK}"] is missing in env {row}: give it at every reset and step, or never')
-            mask = info[MASK][row]  # an array; or, as an object, a list or one array a dimension
-            flat = mask.ravel() if isinstance(mask, np.ndarray) else np.concatenate([np.ravel(part) for part in mask])
+            flat = flat_mask(info[MASK][row])
             if len(flat) != allowed.shape[1]:
                 raise ValueError(
                     f'info["{MASK}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '

@@ -12,8 +12,9 @@ import gymnasium
 import yaml
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
+from understudy.control.masks import check_mask, with_mask, with_masks
 from understudy.control.rows import Rows, quicken
-from understudy.control.spaces import check_action_space, leaves
+from understudy.control.spaces import check_action_space, check_observation_space
 from understudy.control.supervise import Supervised
 from understudy.run.config import RequestError, nearest
 from understudy.run.installation import install_hint
@@ -70,8 +71,9 @@ def make(
 def check_spaces(env: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
     """Refuse an environment whose spaces a policy cannot read or act in."""
     try:
-        list(leaves(observation_space))
+        check_observation_space(observation_space)
         check_action_space(action_space)
+        check_mask(observation_space, action_space)
     except ValueError as error:
         raise RequestError(f"env is {env!r}: its {error}") from error
 
@@ -85,9 +87,12 @@ def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) ->
     if isinstance(env, gymnasium.Env) and isinstance(env, VectorEnv):  # EnvPool's are both
         return SeededWhenMade(env)
     if isinstance(env, gymnasium.Env):
-        return Rows([lambda: env], autoreset_mode=AutoresetMode.DISABLED)
+        return Rows([lambda: with_mask(env)], autoreset_mode=AutoresetMode.DISABLED)
     inner = env.unwrapped
-    if isinstance(inner, SyncVectorEnv) and inner.autoreset_mode is not AutoresetMode.DISABLED:
+    if not isinstance(inner, SyncVectorEnv):
+        return with_masks(env)
+    inner.envs = [with_mask(sub) for sub in inner.envs]
+    if inner.autoreset_mode is not AutoresetMode.DISABLED:
         # one that was adopted before, for another run, gets the seeds of this one
         subs = [sub.env if isinstance(sub, SeededResets) else sub for sub in inner.envs]
         inner.envs = [SeededResets(sub, seed_of, row) for row, sub in enumerate(subs)]
@@ -130,7 +135,7 @@ def single(
                 made = wrap(made, **arguments)
             except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
                 raise RequestError(f"wrappers has {text!r}, which does not fit: {first_sentence(error)}") from error
-        return made
+        return with_mask(made) if isinstance(made, gymnasium.Env) else made
 
     return build
 
@@ -201,13 +206,13 @@ def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[st
     if wrappers:
         raise RequestError(f"wrappers is {wrappers!r}: a native vector env takes none; use vectorization sync")
     if name not in gymnasium.registry:
-        return maker(num_envs=num_envs, **options)  # pyright: ignore[reportReturnType]
+        return with_masks(maker(num_envs=num_envs, **options))  # pyright: ignore[reportArgumentType]
     if gymnasium.registry[name].vector_entry_point is None:
         raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
     with _explained(env, options):
         envs = gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
     quicken(envs)
-    return envs
+    return with_masks(envs)
 
 
 def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int) -> VectorEnv:

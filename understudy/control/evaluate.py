@@ -42,8 +42,6 @@ def evaluate(
         except Exception as error:
             envs.close()
             raise RequestError(f"video cannot be recorded ({error}): {install_hint('video')}") from error
-    training = policy.training
-    policy.eval()
     try:
         with torch.no_grad():
             walker = Walker(
@@ -53,9 +51,9 @@ def evaluate(
                 hold=cfg.hold,
                 device=cfg.device,
                 sample=sample,
+                exact=policy.exact,
             )
             returns = walker.play(policy, -(-episodes // rows))
     finally:
-        policy.train(training)
         envs.close()
     return [episode.episode_return for episode in sorted(returns, key=lambda e: (e.number, e.row))][:episodes]

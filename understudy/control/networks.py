@@ -12,7 +12,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from understudy.control.config import Network
-from understudy.control.spaces import MASK, PLAIN, features, half_width, is_image
+from understudy.control.spaces import MASK, PLAIN, channels_last, features, half_width, image_size, is_image
 from understudy.distribution import (
     Bernoulli,
     Categorical,
@@ -101,15 +101,15 @@ class Body(nn.Module):
 class Cnn(nn.Module):
     """uint8 images [B, T, *shape] to features [B, T, width]; scaled to [0, 1] here (Mnih et al. 2015 from 36 pixels on).
 
-    Channels are told by the space: [H, W]; [H, W, C] where the last dimension is the smallest; [C, H, W] otherwise. A
-    stack of colour images, [K, H, W, C], is K * C channels.
+    The shape says where the channels are: [H, W]; [H, W, C] where the last dimension is the smallest; [C, H, W] otherwise.
+    A stack of colour images, [K, H, W, C], is K * C channels.
     """
 
     def __init__(self, shape: tuple[int, ...], *, orthogonal: bool) -> None:
         super().__init__()
         self.dims = len(shape)
-        self.last = self.dims > 2 and shape[-1] <= min(shape[-3], shape[-2])
-        height, width = shape[-3:-1] if self.last else shape[-2:]
+        self.last = channels_last(shape)
+        height, width = image_size(shape)
         channels = math.prod(shape) // (height * width)
         large = min(height, width) >= 36
         plan = [(32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0)] if large else [(16, 3, 1, 1), (32, 3, 2, 1)]

@@ -57,17 +57,18 @@ class ObsScale(nn.Module):
         self.moments = nn.ModuleList(self.seen)
 
     def forward(self, obs: Tree) -> Tree:
-        """obs: a Tensor [B, T, ...], or a dict of them -> the same."""
+        """obs: a Tensor [B, T, ...], or a dict of them -> the same, float32; what comes in float64 is scaled in it first."""
         scaled = dict(_named(obs))
         for i, name in enumerate(self.names):
-            shift, width = self.shift_and_width(i)
-            scaled[name] = ((scaled[name] - shift) / width).clamp(-CLIP, CLIP)
+            x = scaled[name]
+            shift, width = self.shift_and_width(i, x.dtype)
+            scaled[name] = ((x - shift) / width).clamp(-CLIP, CLIP).float()
         return scaled if isinstance(obs, dict) else scaled[PLAIN]
 
-    def shift_and_width(self, entry: int) -> tuple[Tensor, Tensor]:
-        """What is taken from an entry, and what the rest is divided by, float32."""
+    def shift_and_width(self, entry: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The number that is subtracted from an entry and the one that divides the rest."""
         seen = self.seen[entry]
-        return seen.mean.float(), (seen.var + 1e-8).sqrt().float()
+        return seen.mean.to(dtype), (seen.var + 1e-8).sqrt().to(dtype)
 
     def gather(self, record: Trajectory) -> None:
         """Add the observations at the chosen steps."""

@@ -13,8 +13,11 @@ import torch
 from gymnasium import spaces
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from understudy.control.config import Network
+from understudy.control.masks import checked_mask
 from understudy.control.networks import ActorCritic
 from understudy.control.normalize import ObsScale, RewardScale
 from understudy.control.spaces import (
@@ -41,11 +44,17 @@ LAYERS, WIDEST = 64, 2**20  # of a network that a file describes
 class Policy(nn.Module):
     """`policy(obs) -> distribution, value`; with memory, `policy(obs, state, start) -> distribution, value, state`.
 
+    It is always in evaluation mode, in the update too: with dropout, or with batch normalisation by the statistics of a
+    minibatch, the update would see another policy than the one that acted.
+
     Args:
         network: an `ActorCritic`, or any module with the same call; one with memory has `state_size` > 0.
         squash: how a Box action gets to its bounds, "clip" or "tanh".
         scale_obs: keep a running scale of float observations.
         scale_reward: the gamma of a running scale of rewards; None for rewards as they are.
+
+    Attributes:
+        has_action_mask: it was trained with masks that are no part of its observations; `act` then asks for one.
     """
 
     def __init__(
@@ -62,6 +71,7 @@ class Policy(nn.Module):
         check_action_space(action_space)
         self.network, self.squash = network, squash
         self.made_of: dict[str, Any] | None = None
+        self.has_action_mask = False
         self.state_size: int = getattr(network, "state_size", 0)
         self.memory = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
@@ -72,6 +82,7 @@ class Policy(nn.Module):
         }
         self.obs_scale = ObsScale(shapes) if scale_obs else None
         self.reward_scale = None if scale_reward is None else RewardScale(scale_reward)
+        self.eval()
 
     @classmethod
     def build(
@@ -92,9 +103,29 @@ class Policy(nn.Module):
         policy.made_of = {field.name: getattr(made_of, field.name) for field in dataclasses.fields(Network)}
         return policy
 
+    def train(self, mode: bool = True) -> Policy:
+        """Stay in evaluation mode; recurrent layers without dropout stay in training mode, which cuDNN's backward needs."""
+        super().train(False)
+        for module in self.modules():
+            if isinstance(module, nn.RNNBase) and not module.dropout:
+                module.train()
+        return self
+
+    @property
+    def layers_held(self) -> list[str]:
+        """The kinds of layers in the network that would act differently in training mode."""
+        kinds = (_DropoutNd, _NormBase, nn.RNNBase)
+        found = [layer for layer in self.network.modules() if isinstance(layer, kinds)]
+        return sorted({type(layer).__name__ for layer in found if not isinstance(layer, nn.RNNBase) or layer.dropout})
+
     def initial_state(self, rows: int) -> Tensor | None:
         """The state before an episode, [rows, S]; None without memory."""
         return torch.zeros(rows, self.state_size, device=self.device) if self.memory else None
+
+    @property
+    def exact(self) -> bool:
+        """Whether observations that float32 cannot hold are to be read as float64: they are scaled before they are cast."""
+        return self.obs_scale is not None
 
     @property
     def device(self) -> torch.device:
@@ -139,17 +170,25 @@ class Policy(nn.Module):
             sample: draw from the distribution; otherwise its mode.
             state: with memory, what the last call returned; None at the start.
             start: with memory, True where an episode begins, per row.
-            action_mask: as `info["action_mask"]`, where the environment gives it there.
+            action_mask: as `info["action_mask"]` or `action_masks()` gives it, one a row for a batch; True allows all.
 
         Returns:
             The action; a policy with memory returns (action, state).
+
+        Raises:
+            ValueError: the policy was trained with action masks and none is given, or the mask does not fit.
         """
+        if action_mask is None and self.has_action_mask:
+            raise ValueError(
+                "action_mask is missing, and this policy was trained with action masks: give "
+                'info["action_mask"] or what action_masks() returns, or True to allow every action'
+            )
         batched = is_batched(self.observation_space, obs)
         obs = obs if batched else add_batch(self.observation_space, obs)
-        mask = None if action_mask is None else np.asarray(action_mask)
+        mask = None if action_mask is None or action_mask is True else action_mask
         if mask is not None:
-            mask = mask.reshape(len(mask) if batched else 1, -1)
-        tree = read(self.observation_space, obs, mask)
+            mask = np.stack([checked_mask(self.action_space, row) for row in (mask if batched else [mask])])
+        tree = read(self.observation_space, obs, mask, exact=self.exact)
         rows = len(next(iter(tree.values())) if isinstance(tree, dict) else tree)
         column = (
             {k: v[:, None].to(self.device) for k, v in tree.items()}
@@ -178,6 +217,7 @@ class Policy(nn.Module):
             "squash": self.squash,
             "scale_obs": self.obs_scale is not None,
             "scale_reward": None if self.reward_scale is None else self.reward_scale.gamma,
+            "has_action_mask": self.has_action_mask,
             "network": self.made_of,
         }
         # clones: a network of one's own may share a weight between layers, which safetensors refuses
@@ -220,6 +260,7 @@ class Policy(nn.Module):
                 f"{' '.join(str(error).split())[:120]}): give the directory of a run"
             ) from error
         load_weights(policy, tensors_of(weights))
+        policy.has_action_mask = about.get("has_action_mask") is True
         return policy
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from understudy.control.networks import ActorCritic, Body, CategoricalHead, GaussianHead
 from understudy.control.normalize import CLIP, ObsScale
-from understudy.control.spaces import stacked
+from understudy.control.spaces import is_wide, stacked
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.products import Tanh
 
@@ -43,15 +43,16 @@ class Quick:
         generator: torch.Generator | None,
         *,
         small: int,
+        dtype: torch.dtype,
     ) -> None:
-        last = head.logits if isinstance(head, CategoricalHead) else head.mean
-        self.says = Layers(body, last, scale, small) if small else partial(_by_modules, body, last, scale)
+        last = _last(head)
+        self.says = Layers(body, last, scale, small, dtype) if small else partial(_by_modules, body, last, scale)
         self.log_std = None if isinstance(head, CategoricalHead) else head.log_std.detach().clone()
         self.width = last.out_features
         self.generator, self.noise = generator, list[np.ndarray]()
 
     def __call__(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """obs: float32 [B, D] -> action [B] or [B, K], said [B, K]."""
+        """obs: [B, D] -> action [B] or [B, K], said [B, K]."""
         x = self.says(obs)
         y = x if self.generator is None else x + self._noise(len(x))
         return (y.argmax(axis=1) if self.log_std is None else y), x
@@ -76,20 +77,20 @@ class Quick:
 
 
 class Layers:
-    """An actor's layers in NumPy, as its weights are now, for `rows` rows."""
+    """An actor's layers in NumPy, as its weights are now, for `rows` rows of observations of this dtype."""
 
-    def __init__(self, body: Body, last: nn.Linear, scale: ObsScale | None, rows: int) -> None:
+    def __init__(self, body: Body, last: nn.Linear, scale: ObsScale | None, rows: int, dtype: torch.dtype) -> None:
         linear = [_numbers(x, rows) for x in (*body.mlp, last) if isinstance(x, nn.Linear)]
         then = [ACTIVATIONS[type(x)] for x in body.mlp if not isinstance(x, nn.Linear)]
         self.hidden = [(*numbers, activate) for numbers, activate in zip(linear, then, strict=False)]
         self.last = linear[-1]
-        self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0))
+        self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0, dtype))
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
-        """obs: float32 [B, D] -> what the last layer says, [B, K]."""
+        """obs: [B, D] -> what the last layer says, [B, K]."""
         x = obs
         if self.scale is not None:
-            x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP)
+            x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP).astype(np.float32, copy=False)
         for weight, bias, activate in self.hidden:
             x = x.dot(weight)
             x += bias
@@ -119,11 +120,16 @@ def quick_form(policy: Any, walker: Any) -> Quick | None:
     plain = space.shape is not None and len(space.shape) == 1 and space.dtype.kind == "f"
     assert isinstance(head, CategoricalHead | GaussianHead)
     one = not (head.sizes or head.bits) if isinstance(head, CategoricalHead) else not (head.state_noise or head.squash)
-    weights = list(body.parameters())
+    weights = [*body.parameters(), *_last(head).parameters()]
     if not plain or not one or any(x.dtype != torch.float32 for x in weights):
         return None
     small = walker.rows if walker.rows * max(x.numel() for x in weights) <= PRODUCTS else 0
-    return Quick(body, head, policy.obs_scale, walker.generator if walker.sample else None, small=small)
+    dtype = torch.float64 if policy.exact and is_wide(space) else torch.float32
+    return Quick(body, head, policy.obs_scale, walker.generator if walker.sample else None, small=small, dtype=dtype)
+
+
+def _last(head: CategoricalHead | GaussianHead) -> nn.Linear:
+    return head.logits if isinstance(head, CategoricalHead) else head.mean
 
 
 def _numbers(layer: nn.Linear, rows: int) -> tuple[np.ndarray, np.ndarray]:

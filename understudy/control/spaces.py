@@ -21,17 +21,21 @@ MASK = "action_mask"
 PLAIN = "obs"
 LARGEST = 2**24
 """Entries of a space that is read from a file, all its leaves together: sixteen megapixels."""
+SMALLEST_IMAGE = 8
+"""Height and width from which on bytes are pixels; MiniGrid's 7 x 7 x 3, say, are categories."""
 
 
 def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnasium.Space]]:
     """The plain spaces inside an observation space, by path; a plain space is its own only leaf, called "obs".
 
     Raises:
-        ValueError: a leaf is of a kind that cannot be a Tensor (Text, Graph, Sequence, ...).
+        ValueError: a leaf is of a kind that cannot be a Tensor (Text, Graph, Sequence, ...), or a key is no string.
     """
     if isinstance(space, spaces.Dict | spaces.Tuple):
         items = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
         for name, inner in items:
+            if isinstance(space, spaces.Dict) and not isinstance(name, str):
+                raise ValueError(f"observation_space has the key {name!r}, which is no string: name it {str(name)!r}")
             yield from leaves(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
         yield path or PLAIN, space
@@ -42,22 +46,37 @@ def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnas
         )
 
 
+def check_observation_space(space: gymnasium.Space) -> None:
+    """Raises ValueError, naming the entry, where a policy cannot read observations of this space."""
+    paths = [path for path, _ in leaves(space)]
+    if twice := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"observation_space has two entries that are called {twice[0]!r}: rename one of them")
+    if not any(math.prod(leaf.shape or ()) for path, leaf in leaves(space) if path != MASK):
+        raise ValueError(f"observation_space is {space}, in which a policy sees no number: add an entry")
+
+
 def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
     """The leaves a network sees: all but the action mask."""
     return {path: leaf for path, leaf in leaves(space) if path != MASK}
 
 
-def reader(space: gymnasium.Space) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
-    """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...]."""
-    casts = {path: _cast(leaf, path) for path, leaf in leaves(space)}
-    if list(casts) == [PLAIN]:
+def reader(space: gymnasium.Space, *, exact: bool = False) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
+    """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...].
+
+    Args:
+        exact: numbers that float32 cannot hold are read as float64.
+    """
+    casts = {path: _cast(leaf, path, exact) for path, leaf in leaves(space)}
+    if not isinstance(space, spaces.Dict | spaces.Tuple):
         return casts[PLAIN]
     return lambda obs: {path: casts[path](x) for path, x in zip(casts, _arrays(space, obs), strict=True)}
 
 
-def read(space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None) -> Tensor | dict[str, Tensor]:
+def read(
+    space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None, *, exact: bool = False
+) -> Tensor | dict[str, Tensor]:
     """One batched observation as `reader` reads it; `allowed` [B, width] joins as `action_mask`."""
-    tree = tensors(reader(space)(obs))
+    tree = tensors(reader(space, exact=exact)(obs))
     if allowed is None:
         return tree
     return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: torch.tensor(allowed, dtype=torch.bool)}
@@ -102,8 +121,44 @@ def outside(space: gymnasium.Space, obs: Any, path: str) -> str:
 
 
 def is_image(space: gymnasium.Space) -> bool:
-    """A Box of uint8 with two dimensions or more."""
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) >= 2
+    """A Box of uint8 whose bounds are 0 and 255 throughout, and whose height and width are 8 or more.
+
+    Anything else of uint8, such as a board with values 0 to 2, is numbers.
+    """
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) < 2:
+        return False
+    height, width = image_size(space.shape)
+    return min(height, width) >= SMALLEST_IMAGE and bool((space.low == 0).all() and (space.high == 255).all())
+
+
+def channels_last(shape: tuple[int, ...]) -> bool:
+    """Whether an image [H, W], [H, W, C], [C, H, W] or [K, H, W, C] has its channels in the last dimension."""
+    return len(shape) > 2 and shape[-1] <= min(shape[-3], shape[-2])
+
+
+def image_size(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The height and width of an image of this shape."""
+    height, width = shape[-3:-1] if channels_last(shape) else shape[-2:]
+    return height, width
+
+
+def is_wide(space: gymnasium.Space) -> bool:
+    """A Box of numbers that float32 cannot hold: float64, and whole numbers of 32 bits or more."""
+    return isinstance(space, spaces.Box) and not np.can_cast(space.dtype, np.float32)
+
+
+def lost_in_float32(space: gymnasium.Space, observations: Sequence[Any]) -> str:
+    """The entry of which float32 would lose what is seen, with its values; empty where there is none.
+
+    That is where the rounding of some observations varies by more than a tenth of what they vary by.
+    """
+    for (path, leaf), *values in zip(leaves(space), *(_arrays(space, obs) for obs in observations), strict=True):
+        if path != MASK and is_wide(leaf):
+            seen = np.array(values, np.float64).reshape(len(values), -1)
+            lost = (seen - seen.astype(np.float32)).std(axis=0) > 0.1 * seen.std(axis=0)
+            if lost.any():
+                return f"{path!r} (such as {seen[0, np.argmax(lost)]})"
+    return ""
 
 
 def is_batched(space: gymnasium.Space, obs: Any) -> bool:
@@ -121,22 +176,26 @@ def add_batch(space: gymnasium.Space, obs: Any) -> Any:
     return np.asarray(obs)[None]
 
 
-def mask_width(space: gymnasium.Space) -> int:
-    """How wide an action mask of this action space is, all its dimensions flat; 0 where it can have none.
+def mask_sizes(space: gymnasium.Space) -> list[int]:
+    """How many entries an action mask has for each dimension of this action space; none where it can have no mask.
 
-    Discrete: n. MultiDiscrete: the sum of its sizes. MultiBinary: 2 a bit (may be 0, may be 1).
+    Discrete: n. MultiDiscrete: its sizes. MultiBinary: 2 a bit (may be 0, may be 1).
     """
     if isinstance(space, spaces.Discrete):
-        return int(space.n)
+        return [int(space.n)]
     if isinstance(space, spaces.MultiDiscrete):
-        return int(space.nvec.sum())
-    return 2 * int(np.prod(space.shape)) if isinstance(space, spaces.MultiBinary) else 0
+        return space.nvec.reshape(-1).tolist()
+    return [2] * math.prod(space.shape) if isinstance(space, spaces.MultiBinary) else []
+
+
+def mask_width(space: gymnasium.Space) -> int:
+    """How wide an action mask of this action space is, all its dimensions flat; 0 where it can have none."""
+    return sum(mask_sizes(space))
 
 
 def all_forbidden(space: gymnasium.Space, allowed: Tensor) -> Tensor:
     """Rows of an action mask [B, W] that leave the action, or one of its dimensions, nothing to choose from. [B]."""
-    sizes = space.nvec.reshape(-1).tolist() if isinstance(space, spaces.MultiDiscrete) else allowed.shape[-1]
-    parts = allowed.split(2 if isinstance(space, spaces.MultiBinary) else sizes, dim=-1)
+    parts = allowed.split(mask_sizes(space), dim=-1)
     return ~torch.stack([part.any(dim=-1) for part in parts]).all(dim=0)
 
 
@@ -182,8 +241,6 @@ def half_width(space: spaces.Box) -> Tensor:
 def to_json(space: gymnasium.Space) -> dict[str, Any]:
     """A space as plain data; bounds as numbers or "inf"/"-inf" strings."""
     if isinstance(space, spaces.Dict):
-        if not all(isinstance(name, str) for name in space.spaces):
-            raise ValueError(f"a Dict space with keys {list(space.spaces)} cannot be saved: use strings")
         return {"kind": "Dict", "spaces": {name: to_json(inner) for name, inner in space.spaces.items()}}
     if isinstance(space, spaces.Tuple):
         return {"kind": "Tuple", "spaces": [to_json(inner) for inner in space.spaces]}
@@ -271,13 +328,13 @@ def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
         yield obs
 
 
-def _cast(space: gymnasium.Space, path: str) -> Callable[[Any], np.ndarray]:
+def _cast(space: gymnasium.Space, path: str, exact: bool) -> Callable[[Any], np.ndarray]:
     """Makes a leaf's own array: images stay uint8, discrete ones count from 0, whatever the space starts at."""
     if path == MASK:
         return lambda array: np.array(array, dtype=bool).reshape(len(array), -1)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         return lambda array: np.asarray(array, dtype=np.int64) - space.start
-    kind = np.uint8 if is_image(space) else np.float32
+    kind = np.uint8 if is_image(space) else np.float64 if exact and is_wide(space) else np.float32
     return lambda array: np.array(array, dtype=kind)
 
 

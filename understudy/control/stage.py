@@ -117,6 +117,7 @@ class Stage:
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: count its episodes, log and show it, evaluate and checkpoint when due. Yields its line."""
         self.iteration += 1
+        self.policy.has_action_mask |= bool(self.walker.masked)
         self.unlogged.append(metrics)
         if self.walker.finished:
             self._count()
@@ -158,7 +159,7 @@ class Stage:
 
     def _settle(self, bounds: Bounds) -> None:
         """Answer the bounds that this iteration's episodes broke."""
-        self.unlogged[-1] |= bounds.close({}, self.policy, self.optimizer, self._tell)
+        self.unlogged[-1] |= bounds.close({}, self.policy, self.optimizer, self.tell)
         self.run.stopped, self.stopped = bounds.stopped, self.stopped or bounds.stopped is not None
         self.kept["bounds"] = bounds.state
 
@@ -166,7 +167,7 @@ class Stage:
         envs: Any = self.walker.envs
         return envs
 
-    def _tell(self, kind: str, **about: Any) -> None:
+    def tell(self, kind: str, **about: Any) -> None:
         """An event, which is said too where it is not one of many."""
         self.run.event(kind, iteration=self.iteration, steps=self.walker.steps, **about)
         if about.get("response") != "hold":
@@ -316,14 +317,17 @@ def open_stage(
         )
         return priced(made)
 
-    forgetful = True  # of a user's own or a supervised environment nothing is tried out: on resuming, a digest tells
+    lost, forgetful = (
+        "",
+        True,
+    )  # of a user's own or a supervised environment nothing is tried out: on resuming, a digest tells
     if env is None and cfg.vectorization == "supervised":
         single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
         patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
-        apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
+        lost = apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
     if env is None and cfg.vectorization in ("sync", "async"):
         single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
-        check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
+        lost = check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
         forgetful = forgets(single(), derive(cfg.seed, "preflight"))
     envs = make() if env is None else priced(environment.adopt(env, seed_of))
     walker = None
@@ -344,6 +348,7 @@ def open_stage(
             generator=generator(cfg.seed, "sample", cfg.device),
             hold=cfg.hold,
             device=cfg.device,
+            exact=policy.exact,
         )
         title = f"{recipe} {cfg.env} seed {cfg.seed} -> {run.path}"
         with (
@@ -353,6 +358,8 @@ def open_stage(
         ):
             way, renew = way_of(envs, forgets=forgetful), make if env is None else None
             stage = Stage(cfg, run, walker, policy, made, progress, interrupt, way, renew)
+            for text in notices(cfg, policy, lost) if resume is None else ():
+                stage.tell("notice", text=text)
             if resume is not None:
                 resume.restore(stage)
             try:
@@ -384,6 +391,24 @@ def open_stage(
                     sink.close()
     finally:
         (envs if walker is None else walker.envs).close()
+
+
+def notices(cfg: Config, policy: Policy, lost: str) -> Iterator[str]:
+    """What a user should know before the first step, a sentence each.
+
+    Args:
+        lost: the entry of the observation of which float32 loses what is seen, if any.
+    """
+    if lost and not policy.exact:
+        yield (
+            f"observation {lost} varies by less than float32 can hold, so the policy cannot see it: "
+            "set normalize_obs, which scales it in float64 first, or let the environment subtract a constant"
+        )
+    if layers := policy.layers_held:
+        yield (
+            f"the network has {', '.join(layers)}: it stays in evaluation mode, in the update too, because the update must "
+            "see the policy that acted"
+        )
 
 
 def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:

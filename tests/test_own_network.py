@@ -1,0 +1,113 @@
+"""Networks of one's own whose layers act differently in training mode: one policy samples, learns, acts and is judged."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+from torch.testing import assert_close
+
+from tests.foreign_envs import notices
+from understudy import load
+from understudy.control import actor_critic, ppo, reinforce
+from understudy.control.evaluate import evaluate
+from understudy.control.policy import Policy
+from understudy.distribution import Categorical
+
+SEEN = np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3)
+
+
+class Own(nn.Module):
+    """A network with a layer that drops, or that normalises by its batch."""
+
+    def __init__(self, layer: nn.Module, memory: bool = False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.layer, self.head = nn.Linear(3, 8), layer, nn.Linear(8, 3)
+
+    def forward(self, obs):
+        features = self.body(obs)
+        out = self.head(self.layer(features.flatten(0, 1)).unflatten(0, features.shape[:2]))
+        return Categorical.of(out[..., :2]), out[..., 2]
+
+
+LAYERS = {"Dropout": lambda: nn.Dropout(0.5), "BatchNorm1d": lambda: nn.BatchNorm1d(8)}
+EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
+
+
+def config(path, kind=ppo, **fields):
+    sizes = {"steps": 40, "num_envs": 2, "log_every": 1000, "quiet": True, "out": str(path)}
+    if kind is ppo:
+        sizes |= {"rollout": 10, "epochs": 1, "minibatches": 1, "clip": 1e-6, "log_every": 2}
+    return kind.Config(env="tests.foreign_envs:TenSteps", **(sizes | fields))
+
+
+def policy(name: str) -> Policy:
+    return Policy(Own(LAYERS[name]()), spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+
+
+@EVERY_LAYER
+def test_the_update_sees_the_policy_that_acted(tmp_path, name):
+    run = ppo.train(config(tmp_path, learning_rate=1e-12), policy=Own(LAYERS[name]()))
+
+    assert run.metrics[0]["clip_fraction"] == 0 and run.metrics[0]["ratio"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("recipe", [ppo, actor_critic, reinforce])
+def test_every_recipe_trains_in_evaluation_mode(tmp_path, recipe):
+    own = Own(nn.BatchNorm1d(8))
+    recipe.train(config(tmp_path, recipe), policy=own)
+
+    assert int(own.layer.num_batches_tracked) == 0 and not own.training  # pyright: ignore
+
+
+@EVERY_LAYER
+def test_act_is_the_same_every_time_and_changes_nothing(name):
+    own = policy(name).train()
+    before = {key: x.clone() for key, x in own.state_dict().items()}
+
+    first = own(torch.from_numpy(SEEN)[:, None])[1]
+    own.act(SEEN)
+
+    assert_close(own(torch.from_numpy(SEEN)[:, None])[1], first, rtol=0, atol=0)
+    assert_close(own.state_dict(), before, rtol=0, atol=0)
+
+
+@EVERY_LAYER
+def test_a_loaded_policy_is_in_evaluation_mode(tmp_path, name):
+    own = policy(name)
+    own.save(tmp_path)
+
+    loaded = Policy.load(tmp_path, network=Own(LAYERS[name]()).train())
+
+    assert not loaded.network.training and not loaded.network.layer.training
+    assert_close(loaded(torch.from_numpy(SEEN)[:, None])[1], own(torch.from_numpy(SEEN)[:, None])[1], rtol=0, atol=0)
+
+
+@EVERY_LAYER
+def test_evaluation_is_the_same_every_time(tmp_path, name):
+    own = policy(name).train()
+
+    assert evaluate(own, config(tmp_path), episodes=4) == evaluate(own, config(tmp_path), episodes=4)
+
+
+@EVERY_LAYER
+def test_a_run_says_which_layers_stay_in_evaluation_mode(tmp_path, name):
+    run = ppo.train(config(tmp_path), policy=Own(LAYERS[name]()))
+
+    (text,) = notices(run)
+    assert text.startswith(f"the network has {name}: it stays in evaluation mode")
+
+
+def test_a_recurrent_layer_stays_in_the_mode_in_which_it_can_learn():
+    layers = nn.ModuleList([nn.GRU(2, 2), nn.LSTM(2, 2, num_layers=2, dropout=0.5), nn.Dropout()])
+    own = Policy(layers, spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
+
+    assert [layer.training for layer in layers] == [True, False, False]
+    assert own.layers_held == ["Dropout", "LSTM"]
+
+
+def test_our_own_networks_have_no_such_layer(tmp_path):
+    ppo.train(config(tmp_path))
+
+    assert load(tmp_path).layers_held == []

@@ -1,0 +1,139 @@
+"""Action masks: where an environment gives them, whether they fit its actions, and a random action that one allows.
+
+A mask is a top-level entry `action_mask` of a Dict observation, `info["action_mask"]` at every reset and step, or what a
+method `action_masks()` returns (the convention of sb3-contrib), which is turned into the second form here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import VectorEnv, VectorWrapper
+
+from understudy.control.spaces import MASK, executable, mask_sizes, mask_width
+
+METHOD = "action_masks"
+
+
+class MaskInInfo(gymnasium.Wrapper):
+    """Adds what the environment's `action_masks()` returns to every info that another choice follows, unless it is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("get_state", "set_state"):  # this wrapper has no state: the environment's methods are enough
+            return getattr(self.env, name)
+        raise AttributeError(name)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return obs, self._with_mask(info)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        return obs, reward, terminated, truncated, info if terminated or truncated else self._with_mask(info)
+
+    def _with_mask(self, info: dict[str, Any]) -> dict[str, Any]:
+        return info if MASK in info else info | {MASK: flat_mask(self.env.get_wrapper_attr(METHOD)())}
+
+
+class MasksInInfo(VectorWrapper):
+    """The same for a vector env: `masks()` returns one mask a row."""
+
+    def __init__(self, envs: VectorEnv, masks: Any) -> None:
+        super().__init__(envs)
+        self.masks = masks
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
+        obs, info = self.env.reset(seed=seed, options=options)
+        return obs, self._with_masks(info)
+
+    def step(self, actions: Any) -> Any:
+        *result, info = self.env.step(actions)
+        return *result, self._with_masks(info)
+
+    def _with_masks(self, info: dict[str, Any]) -> dict[str, Any]:
+        every = np.ones(self.num_envs, dtype=bool)
+        return info if MASK in info else info | {MASK: list(self.masks()), f"_{MASK}": every}
+
+
+def with_mask(env: gymnasium.Env) -> gymnasium.Env:
+    """The environment, whose `action_masks()`, if it has one, is read into info."""
+    wanted = _can_have_mask(env.observation_space, env.action_space) and env.has_wrapper_attr(METHOD)
+    return MaskInInfo(env) if wanted and not isinstance(env, MaskInInfo) else env
+
+
+def with_masks(envs: VectorEnv) -> VectorEnv:
+    """The vector env, whose own `action_masks()` or that of its environments, if there is one, is read into info."""
+    if not _can_have_mask(envs.single_observation_space, envs.single_action_space):
+        return envs
+    if callable(masks := getattr(envs.unwrapped, METHOD, None)):
+        return MasksInInfo(envs, masks)
+    call: Any = getattr(envs.unwrapped, "call", None)
+    if isinstance(envs.unwrapped, gymnasium.vector.AsyncVectorEnv) and all(call("has_wrapper_attr", METHOD)):
+        return MasksInInfo(envs, lambda: call(METHOD))
+    return envs
+
+
+def check_mask(observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
+    """Raises ValueError where the entry `action_mask` of an observation space is no mask of the action space."""
+    if not isinstance(observation_space, spaces.Dict) or MASK not in observation_space.spaces:
+        return
+    mask, width = observation_space[MASK], mask_width(action_space)
+    if not width:
+        raise ValueError(f"observation_space has {MASK!r}, but action_space is {action_space}, which takes no mask")
+    if not isinstance(mask, spaces.Box | spaces.MultiBinary):
+        raise ValueError(f"observation_space has {MASK!r} as a {type(mask).__name__}: use one MultiBinary({width})")
+    if (found := int(np.prod(mask.shape))) != width:
+        raise ValueError(
+            f"observation_space has {MASK!r} of {found} entries: it must have {width} for action_space {action_space}"
+        )
+
+
+def mask_of(action_space: gymnasium.Space, obs: Any, info: dict[str, Any]) -> np.ndarray | None:
+    """The mask that came with one observation, bool [width]; None where there is none.
+
+    Raises:
+        ValueError: it has the wrong width, or allows nothing.
+    """
+    mask = info.get(MASK)
+    if mask is None and isinstance(obs, dict):
+        mask = obs.get(MASK)
+    return None if mask is None else checked_mask(action_space, mask)
+
+
+def checked_mask(action_space: gymnasium.Space, mask: Any) -> np.ndarray:
+    """A mask of any form as bool [width].
+
+    Raises:
+        ValueError: it has the wrong width, or allows nothing.
+    """
+    allowed, width = flat_mask(mask), mask_width(action_space)
+    if len(allowed) != width:
+        raise ValueError(f"{MASK} has {len(allowed)} entries: it must have {width} for {action_space}")
+    if not all(part.any() for part in _parts(action_space, allowed)):
+        raise ValueError(f"{MASK} allows no action: allow at least one, in every dimension")
+    return allowed
+
+
+def flat_mask(mask: Any) -> np.ndarray:
+    """A mask given as an array, a list, or one array for each dimension of the action, as bool [width]."""
+    if isinstance(mask, np.ndarray) and mask.dtype != object:
+        return mask.astype(bool).ravel()
+    return np.concatenate([np.ravel(part) for part in mask]).astype(bool)
+
+
+def random_allowed(action_space: gymnasium.Space, allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An action drawn uniformly among those that a mask [width] allows, as the environment takes it."""
+    choice = np.array([rng.choice(np.flatnonzero(part)) for part in _parts(action_space, allowed)])
+    return executable(action_space, choice if isinstance(action_space, spaces.Discrete) else choice[None], "clip")[0]
+
+
+def _parts(action_space: gymnasium.Space, allowed: np.ndarray) -> list[np.ndarray]:
+    return np.split(allowed, np.cumsum(mask_sizes(action_space))[:-1])
+
+
+def _can_have_mask(observation_space: gymnasium.Space, action_space: gymnasium.Space) -> bool:
+    in_observation = isinstance(observation_space, spaces.Dict) and MASK in observation_space.spaces
+    return mask_width(action_space) > 0 and not in_observation
