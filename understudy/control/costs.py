@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import Tensor
 
 from understudy.batch import Trajectory
+from understudy.control.infos import entry
 from understudy.run.config import RequestError
 
 
@@ -48,7 +49,7 @@ class Costs(VectorWrapper):
         for rows, info in ((made & ~last, found[4]), (last, found[4].get("final_info", {}))):
             for into, name in zip(cost, self.names, strict=True):
                 _read(name, info, rows, into)
-            self.known = self.known or ", ".join(key for key in info if not key.startswith(("_", "final_")))
+            self.known = self.known or ", ".join(key for key in map(str, info) if not key.startswith(("_", "final_")))
         self.calls.append((self.over.copy(), cost))
         return found
 
@@ -103,12 +104,15 @@ def _read(name: str, info: Any, rows: np.ndarray, into: np.ndarray) -> None:
         RequestError: it is no number.
         FloatingPointError: it is not a finite one.
     """
-    for row in np.flatnonzero(rows & np.broadcast_to(info.get(f"_{name}", name in info), rows.shape)):
+    for row in np.flatnonzero(rows):
+        value = entry(info, name, int(row))
+        if value is None:
+            continue
         try:
-            into[row] = float(info[name][row])
+            into[row] = float(value)
         except (TypeError, ValueError):
             raise RequestError(
-                f"constraint names {name!r}, and info has {info[name][row]!r} there in env {row}: it must be a number"
+                f"constraint names {name!r}, and info has {value!r} there in env {row}: it must be a number"
             ) from None
         if not np.isfinite(into[row]):
             raise FloatingPointError(

@@ -12,6 +12,8 @@ import gymnasium
 import yaml
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
+from understudy.control.infos import SendableInfo, merge
+from understudy.control.parallel import Async
 from understudy.control.masks import check_mask, with_mask, with_masks
 from understudy.control.rows import Rows, quicken
 from understudy.control.spaces import check_action_space, check_observation_space
@@ -57,7 +59,7 @@ def make(
         envs = _native(env, num_envs, options, wrappers)
     else:
         kinds: dict[str, Any] = {"sync": partial(Rows, copy=False)}  # a walker copies what it keeps
-        kinds["async"] = AsyncVectorEnv
+        kinds["async"] = Async
         kinds["supervised"] = partial(Supervised, step_timeout=step_timeout)
         envs = kinds[vectorization]([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
     try:

@@ -10,8 +10,10 @@ from gymnasium.spaces import Discrete, MultiDiscrete
 from gymnasium.vector import SyncVectorEnv
 from gymnasium.vector.utils import concatenate
 
+from understudy.control.infos import ExactInfos
 
-class Rows(SyncVectorEnv):
+
+class Rows(ExactInfos, SyncVectorEnv):
     """Gymnasium's vector env, for `AutoresetMode.DISABLED` alone: the walker resets rows. A step gives what its own gives.
 
     Of an observation space that is no Box, it writes over the observations it gave before.

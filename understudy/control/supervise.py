@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import faulthandler
 import math
 import mmap
@@ -34,6 +33,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 
+from understudy.control.infos import ExactInfos, sendable
+from understudy.control.parallel import end_with_parent
 from understudy.control.spaces import leaves, outside
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive
@@ -81,7 +82,7 @@ class _Broken(ValueError):
     """What an environment returned is not what it must be."""
 
 
-class Supervised(VectorEnv):
+class Supervised(ExactInfos, VectorEnv):
     """Environments in processes of their own; one that fails is restarted, and its episode ends where it was last seen.
 
     At the call that it leaves unanswered its row holds the last observation that it gave, reward 0, not terminated but
@@ -481,8 +482,7 @@ def _lone(life: Callable[[], None]) -> tuple[int, IO[bytes]]:
     words, parent = tempfile.TemporaryFile(), os.getpid()  # noqa: SIM115  # it lives as long as the fork
 
     def alone() -> None:
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        end_with_parent()
         if os.getppid() != parent:
             return
         # no session of its own: that would be scheduled apart from the trainer (Linux's autogroup), at half the speed
@@ -555,7 +555,7 @@ class _Work:
         answer = _paid(reward), bool(terminated), bool(truncated), _told(info)
         if self.same_step and (terminated or truncated):
             *_, begun = self.reset(None, None)
-            return *answer[:3], {"final_info": info, "final_obs": obs} | begun
+            return *answer[:3], {"final_info": answer[3], "final_obs": obs} | begun
         return answer
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any]:
@@ -611,7 +611,8 @@ def _paid(reward: Any) -> float:
 def _told(info: Any) -> dict[str, Any]:
     if not isinstance(info, dict):
         raise _Broken(f"info is {info!r}: must be a dict")
-    return {name: told for name, told in info.items() if name != "fault"} if "fault" in info else info
+    info = {name: told for name, told in info.items() if name != "fault"} if "fault" in info else info
+    return sendable(info)
 
 
 def _account(error: BaseException) -> _Failure:
