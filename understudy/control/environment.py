@@ -1,23 +1,29 @@
-"""Environments by id, entry point or object, as one vector env; what is missing or misspelt is said in a sentence."""
+"""Environments by id, entry point, function or object, as one vector env; what is misspelt is said in a sentence."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import gymnasium
 import yaml
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from understudy.control.infos import SendableInfo, merge
-from understudy.control.parallel import Async
+from understudy.control.infos import merge
 from understudy.control.masks import check_mask, with_mask, with_masks
+from understudy.control.parallel import Async
 from understudy.control.rows import Rows, quicken
 from understudy.control.spaces import check_action_space, check_observation_space
 from understudy.control.supervise import Supervised
+from understudy.control.wrappers import Evaluated, RewardSum, SendableInfo
 from understudy.run.config import RequestError, nearest
 from understudy.run.installation import install_hint
 
@@ -25,49 +31,136 @@ from understudy.run.installation import install_hint
 EXTRAS = {"box2d": "box2d", "mujoco": "mujoco"}
 
 
+Function = Callable[..., gymnasium.Env]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes one environment, wrapped, here or in another process that it is sent to."""
+
+    env: str | Function
+    """A Gymnasium id, `module:id`, an entry point `module:Class` or `FILE.py:Class`; or a function that makes one."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the environment."""
+    wrappers: tuple[str, ...] = ()
+    """Each "Name key=value ...", Name from gymnasium.wrappers or as an entry point; the first is innermost."""
+    outer: tuple[Callable[[gymnasium.Env], gymnasium.Env], ...] = ()
+    """Wrappers of our own, outside these."""
+    evaluated: int | None = None
+    """Give the reward below all wrappers, and cut episodes at this many steps."""
+    spec: EnvSpec | None = None
+    """What an id stands for, where it is sent to a process that has not registered it."""
+
+    def __call__(self) -> gymnasium.Env:
+        if self.spec is not None:
+            gymnasium.registry.setdefault(self.spec.id, self.spec)
+        make = _maker(self.env)
+        with _explained(named(self.env), self.options):
+            made: Any = make(**self.options)
+        if not isinstance(made, gymnasium.Env):
+            raise RequestError(
+                f"env is {named(self.env)!r}, which makes a {type(made).__name__}: it must be a gymnasium.Env"
+            )
+        quicken(made)
+        own = None
+        if self.evaluated is not None:
+            made = own = RewardSum(made)
+        for text in self.wrappers:
+            wrap, arguments = _wrapper(text)
+            try:
+                made = wrap(made, **arguments)
+            except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
+                raise RequestError(f"wrappers has {text!r}, which does not fit: {first_sentence(error)}") from error
+        made = with_mask(made)
+        for wrap in self.outer:
+            made = wrap(made)
+        return made if own is None or self.evaluated is None else Evaluated(made, own, self.evaluated)
+
+
+def single(
+    env: str | Function, options: dict[str, Any] | None = None, wrappers: tuple[str, ...] = (), **more: Any
+) -> Maker:
+    """Makes one environment. Its names are resolved now, so that a wrong one is refused before any process begins."""
+    _maker(env)
+    for text in wrappers:
+        _wrapper(text)
+    known = gymnasium.registry.get(env.rpartition(":")[2]) if isinstance(env, str) else None
+    return Maker(env, dict(options or {}), wrappers, spec=known, **more)
+
+
 def make(
-    env: str,
+    env: str | Function,
     *,
     num_envs: int,
     vectorization: str = "sync",
     options: dict[str, Any] | None = None,
     wrappers: tuple[str, ...] = (),
-    render: bool = False,
     step_timeout: float | None = None,
+    bounds: bool = True,
     seed: int = 0,
+    **more: Any,
 ) -> VectorEnv:
     """A vector env of `num_envs` copies; sync, async and supervised ones never reset by themselves.
 
     Args:
-        env: a Gymnasium id, `module:id`, or an entry point `module:Class`.
+        env, options, wrappers: of `Maker`, as are `more`.
         vectorization: "sync", "async" (a process each), "supervised" (the same, restarted on faults), "native" (the id's
             own vector env), or "envpool".
-        options: keyword arguments of the environment.
-        wrappers: each "Name key=value ...", Name from gymnasium.wrappers or `module:Class`; the first is innermost.
         step_timeout: only for supervised ones, seconds that a step or a reset may take; None for no limit.
+        bounds: only for supervised ones, whether an observation outside the bounds of its space is a fault.
         seed: only for EnvPool, which takes it when it is made.
 
     Raises:
         RequestError: unknown id, missing extra, unknown wrapper, unsupported space.
     """
     options = dict(options or {})
-    if render:
-        options["render_mode"] = "rgb_array"
     if vectorization == "envpool":
         envs = _envpool(env, num_envs, options, wrappers, seed)
     elif vectorization == "native":
         envs = _native(env, num_envs, options, wrappers)
     else:
-        kinds: dict[str, Any] = {"sync": partial(Rows, copy=False)}  # a walker copies what it keeps
-        kinds["async"] = Async
-        kinds["supervised"] = partial(Supervised, step_timeout=step_timeout)
-        envs = kinds[vectorization]([single(env, options, wrappers)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+        maker = single(env, options, wrappers, **more)
+        if vectorization == "sync":
+            envs = in_this_process(maker, num_envs)
+        elif vectorization == "async":
+            makers = [replace(maker, outer=(*maker.outer, SendableInfo))] * num_envs
+            envs = Async(makers, autoreset_mode=AutoresetMode.DISABLED)
+        else:
+            how: dict[str, Any] = {"step_timeout": step_timeout, "bounds": bounds}
+            envs = Supervised([maker] * num_envs, autoreset_mode=AutoresetMode.DISABLED, **how)
     try:
-        check_spaces(env, envs.single_observation_space, envs.single_action_space)
+        check_spaces(named(env), envs.single_observation_space, envs.single_action_space)
     except RequestError:
         envs.close()
         raise
     return envs
+
+
+def in_this_process(maker: Callable[[], gymnasium.Env], num_envs: int) -> Rows:
+    """Copies that are stepped in turn. Where one cannot be made, those before it are closed."""
+    made: list[gymnasium.Env] = []
+    try:
+        for _ in range(num_envs):
+            made.append(maker())
+    except BaseException:
+        for env in made:
+            env.close()
+        raise
+    # the walker copies what it keeps
+    return Rows([partial(_given, env) for env in made], copy=False, autoreset_mode=AutoresetMode.DISABLED)
+
+
+def _given(env: gymnasium.Env) -> gymnasium.Env:
+    return env
+
+
+def named(env: Any) -> str:
+    """What an environment is called in a sentence: its name, or its function's, or its class's."""
+    if isinstance(env, str):
+        return env
+    if isinstance(env, gymnasium.Env | VectorEnv):
+        return type(env.unwrapped).__name__
+    return getattr(env, "__qualname__", type(env).__name__)
 
 
 def check_spaces(env: str, observation_space: gymnasium.Space, action_space: gymnasium.Space) -> None:
@@ -80,17 +173,28 @@ def check_spaces(env: str, observation_space: gymnasium.Space, action_space: gym
         raise RequestError(f"env is {env!r}: its {error}") from error
 
 
-def adopt(env: gymnasium.Env | VectorEnv, seed_of: Callable[[int, int], int]) -> VectorEnv:
+def adopt(
+    env: gymnasium.Env | VectorEnv,
+    seed_of: Callable[[int, int], int],
+    outer: tuple[Callable[[gymnasium.Env], gymnasium.Env], ...] = (),
+) -> VectorEnv:
     """A user's own env as a vector env whose episodes get their seeds where that is possible.
 
     A single env becomes a vector env of one. In a `SyncVectorEnv` that resets by itself each sub-env is wrapped so that
     its resets are seeded; other vector envs that reset by themselves are seeded once, at the start.
+
+    Args:
+        outer: wrappers of our own around a single env.
     """
     if isinstance(env, gymnasium.Env) and isinstance(env, VectorEnv):  # EnvPool's are both
         return SeededWhenMade(env)
     if isinstance(env, gymnasium.Env):
+        for wrap in outer:
+            env = wrap(env)
         return Rows([lambda: with_mask(env)], autoreset_mode=AutoresetMode.DISABLED)
-    inner = env.unwrapped
+    inner: Any = env.unwrapped
+    if isinstance(inner, SyncVectorEnv | AsyncVectorEnv):
+        inner._add_info = partial(merge, num_envs=inner.num_envs)  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(inner, SyncVectorEnv):
         return with_masks(env)
     inner.envs = [with_mask(sub) for sub in inner.envs]
@@ -118,28 +222,6 @@ class SeededWhenMade(VectorWrapper):
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> Any:
         return self.env.reset()
-
-
-def single(
-    env: str, options: dict[str, Any] | None = None, wrappers: tuple[str, ...] = ()
-) -> Callable[[], gymnasium.Env]:
-    """Makes one environment, wrapped. Its names are resolved now, so that a wrong one is refused before any process."""
-    maker = _maker(env)
-    wraps = [_wrapper(text) for text in wrappers]
-
-    def build() -> gymnasium.Env:
-        with _explained(env, options or {}):
-            made = maker(**(options or {}))
-        if isinstance(made, gymnasium.Env):
-            quicken(made)
-        for text, (wrap, arguments) in zip(wrappers, wraps, strict=True):
-            try:
-                made = wrap(made, **arguments)
-            except (TypeError, ValueError, AssertionError, gymnasium.error.Error) as error:
-                raise RequestError(f"wrappers has {text!r}, which does not fit: {first_sentence(error)}") from error
-        return with_mask(made) if isinstance(made, gymnasium.Env) else made
-
-    return build
 
 
 def check_kind(field: str, name: str) -> None:
@@ -173,59 +255,95 @@ def first_sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _maker(env: str) -> Callable[..., gymnasium.Env]:
+def _maker(env: str | Function) -> Function:
+    if not isinstance(env, str):
+        return env
     module, _, name = env.rpartition(":")
     if module:
-        try:
-            loaded = importlib.import_module(module)
-        except ImportError as error:
-            raise RequestError(f"env is {env!r}: module {module!r} cannot be imported ({error}); install it") from error
+        loaded = _module(module, f"env is {env!r}")
         if hasattr(loaded, name):
             return getattr(loaded, name)
+        if module.endswith(".py"):
+            raise RequestError(f"env is {env!r}, but that file has no {name!r}{nearest(name, dir(loaded))}")
     if name not in gymnasium.registry:
         raise RequestError(f"env is {env!r}, which Gymnasium does not know{nearest(name, gymnasium.registry)}")
     # the passive checker looks at the first step only; the walker looks at all of them
     return lambda **options: gymnasium.make(name, disable_env_checker=True, **options)
 
 
+def _module(name: str, what: str) -> Any:
+    """A module by its name, or by its file, FILE.py, which is found from the current directory.
+
+    Raises:
+        RequestError: it cannot be imported.
+    """
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        file = Path(name).resolve()
+        known = sys.modules.get(file.stem)
+        if known is not None and getattr(known, "__file__", None) == str(file):
+            return known
+        spec = importlib.util.spec_from_file_location(file.stem, file)
+        if spec is None or spec.loader is None or not file.is_file():
+            raise RequestError(f"{what}: there is no file {name!r} in '{Path.cwd()}'; give its path")
+        loaded = importlib.util.module_from_spec(spec)
+        if known is None:
+            sys.modules[file.stem] = loaded  # where classes of its own are looked up
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        spec.loader.exec_module(loaded)
+        return loaded
+    except RequestError:
+        raise
+    except ImportError as error:
+        raise RequestError(f"{what}: module {name!r} cannot be imported ({error}); install it") from error
+    except Exception as error:  # whatever a user's file raises
+        raise RequestError(
+            f"{what}: importing {name!r} raises {type(error).__name__}: {first_sentence(error)}; fix it"
+        ) from error
+
+
 def _wrapper(text: str) -> tuple[Callable[..., gymnasium.Env], dict[str, Any]]:
     name, *pairs = text.split()
     module, _, attribute = name.rpartition(":")
-    try:
-        source = importlib.import_module(module or "gymnasium.wrappers")
-        wrap = getattr(source, attribute)
-    except (ImportError, AttributeError) as error:
+    wrap = getattr(_module(module or "gymnasium.wrappers", f"wrappers has {text!r}"), attribute, None)
+    if wrap is None:
         close = "" if module else nearest(attribute, dir(gymnasium.wrappers))
-        raise RequestError(f"wrappers has {text!r}: there is no {name!r}{close}") from error
+        raise RequestError(f"wrappers has {text!r}: there is no {name!r}{close}")
     if any("=" not in pair for pair in pairs):
         raise RequestError(f"wrappers has {text!r}: write its arguments as key=value")
     return wrap, {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs)}
 
 
-def _native(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...]) -> VectorEnv:
+def _native(env: str | Function, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...]) -> VectorEnv:
     maker = _maker(env)
-    name = env.rpartition(":")[2]
+    name = env.rpartition(":")[2] if isinstance(env, str) else ""
     if wrappers:
         raise RequestError(f"wrappers is {wrappers!r}: a native vector env takes none; use vectorization sync")
     if name not in gymnasium.registry:
-        return with_masks(maker(num_envs=num_envs, **options))  # pyright: ignore[reportArgumentType]
+        with _explained(named(env), options):
+            return with_masks(maker(num_envs=num_envs, **options))  # pyright: ignore[reportArgumentType]
     if gymnasium.registry[name].vector_entry_point is None:
         raise RequestError(f"vectorization is 'native', but {env!r} has no vector env of its own: use sync or async")
-    with _explained(env, options):
+    with _explained(name, options):
         envs = gymnasium.make_vec(name, num_envs, vectorization_mode="vector_entry_point", **options)
     quicken(envs)
     return with_masks(envs)
 
 
-def _envpool(env: str, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int) -> VectorEnv:
+def _envpool(
+    env: str | Function, num_envs: int, options: dict[str, Any], wrappers: tuple[str, ...], seed: int
+) -> VectorEnv:
     if wrappers:
         raise RequestError(f"wrappers is {wrappers!r}: EnvPool takes none; use vectorization sync")
     try:
         import envpool  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError as error:
         raise RequestError(f"vectorization is 'envpool', and EnvPool is missing: {install_hint('envpool')}") from error
-    if env not in envpool.list_all_envs():
-        raise RequestError(f"env is {env!r}, which EnvPool does not know{nearest(env, envpool.list_all_envs())}")
+    if not isinstance(env, str) or env not in envpool.list_all_envs():
+        close = nearest(named(env), envpool.list_all_envs())
+        raise RequestError(f"env is {named(env)!r}, which EnvPool does not know{close}")
     with _explained(env, options):
         made: Any = envpool.make(env, env_type="gymnasium", num_envs=num_envs, seed=seed, **options)
     return SeededWhenMade(made)
@@ -243,5 +361,8 @@ def _explained(env: str, options: dict[str, Any]) -> Iterator[None]:
         raise RequestError(
             f"env is {env!r}, which needs a package that is missing: {mend or first_sentence(error)}"
         ) from error
-    except (gymnasium.error.Error, TypeError) as error:
-        raise RequestError(f"env is {env!r} with env_options {options}: {first_sentence(error)}") from error
+    except RequestError:
+        raise
+    except Exception as error:  # whatever a user's environment raises
+        kind = "" if isinstance(error, gymnasium.error.Error | TypeError) else f"{type(error).__name__}: "
+        raise RequestError(f"env is {env!r} with env_options {options}: {kind}{first_sentence(error)}") from error

@@ -32,9 +32,8 @@ def evaluate(
         cfg.env,
         num_envs=rows,
         vectorization="sync",
-        options=cfg.env_options,
+        options=cfg.env_options | ({"render_mode": "rgb_array"} if video else {}),
         wrappers=cfg.wrappers,
-        render=video is not None,
     )
     if video is not None:
         try:

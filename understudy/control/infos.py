@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 _NUMBERS = (int, float, bool)
@@ -33,12 +32,17 @@ def merge(infos: dict[str, Any], info: Mapping[Any, Any], row: int, *, num_envs:
         if isinstance(key, str) and key.startswith("_") and key[1:] in info:
             continue  # its place is that of another key's rows
         name, known = f"_{key}", infos.get(key)
-        given = infos.setdefault(name, np.zeros(num_envs, dtype=bool))
-        if isinstance(value, dict) and (known is None or isinstance(known, dict)):
+        given = infos.get(name)
+        given = np.zeros(num_envs, dtype=bool) if given is None else given
+        if key == "final_obs":  # an observation, whole, and no info of its own
+            infos[key] = np.full(num_envs, None, dtype=object) if known is None else known
+            infos[key][row] = value
+        elif isinstance(value, dict) and (known is None or isinstance(known, dict)):
             infos[key] = merge(known or {}, value, row, num_envs=num_envs)
         else:
             infos[key] = _stored(known, value, row, given)
         given[row] = True
+        infos[name] = given
     return infos
 
 
@@ -49,21 +53,9 @@ def entry(infos: Mapping[Any, Any], key: Any, row: int) -> Any:
         return None
     value = infos[key]
     if isinstance(value, Mapping):
-        inner = [name for name in value if not (isinstance(name, str) and name[:1] == "_" and name[1:] in value)]
+        inner = value.keys() - {f"_{name}" for name in value}
         return {name: found for name in inner if (found := entry(value, name, row)) is not None}
     return value[row] if isinstance(value, list | tuple) or np.ndim(value) else value
-
-
-class SendableInfo(gymnasium.Wrapper):
-    """Leaves out what cannot be sent to another process, at any depth of info."""
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        obs, info = self.env.reset(seed=seed, options=options)
-        return obs, sendable(info)
-
-    def step(self, action: Any) -> Any:
-        *answer, info = self.env.step(action)
-        return *answer, sendable(info)
 
 
 def sendable(info: Any) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import signal
 import sys
+import time
 from typing import Any
 
 from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
 from understudy.control.infos import ExactInfos
+
+CLOSE_SECONDS = 5.0
+"""How long all environments together may take to close; then they are ended."""
 
 
 class Async(ExactInfos, AsyncVectorEnv):
@@ -20,16 +25,19 @@ class Async(ExactInfos, AsyncVectorEnv):
         super().__init__(*args, worker=work, **named)
 
     def close_extras(self, timeout: float | None = None, terminate: bool = False) -> None:
-        """Close the environments; end them where an exception left a call unanswered."""
-        if self._state is AsyncState.DEFAULT and not terminate and all(pipe is not None for pipe in self.parent_pipes):
-            super().close_extras(timeout, terminate)
-            return
+        """Let the environments close within `CLOSE_SECONDS`, and end those that do not; all, where a call is unanswered."""
+        orderly = self._state is AsyncState.DEFAULT and not terminate
+        pipes = [pipe for pipe in self.parent_pipes if pipe is not None and not pipe.closed]
+        for pipe in pipes if orderly else ():
+            with contextlib.suppress(OSError):
+                pipe.send(("close", None))
+        until = time.monotonic() + (CLOSE_SECONDS if orderly else 0)
         for process in self.processes:
+            process.join(max(0, until - time.monotonic()))
             process.kill()
             process.join()
-        for pipe in self.parent_pipes:
-            if pipe is not None:
-                pipe.close()
+        for pipe in pipes:
+            pipe.close()
 
 
 def work(*args: Any) -> None:

@@ -92,18 +92,26 @@ def arrays(tree: Any) -> Any:
     return {name: x.numpy() for name, x in tree.items()} if isinstance(tree, dict) else tree.numpy()
 
 
-def outside(space: gymnasium.Space, obs: Any, path: str) -> str:
-    """What puts an observation outside its space; a float64 where the space says float32 is let pass."""
+def outside(space: gymnasium.Space, obs: Any, path: str, *, bounds: bool = True) -> str:
+    """What puts an observation outside its space, or an empty text.
+
+    Numbers are compared with a Box's bounds in its own dtype: as a float64, 0.1 is below a bound of float32 0.1.
+
+    Args:
+        bounds: whether the bounds of Boxes count.
+    """
     if isinstance(space, spaces.Dict):
         if not isinstance(obs, dict) or set(obs) != set(space.spaces):
             keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
             return f"{path} has {keys}, the space {sorted(space.spaces)}"
-        return next((p for key, inner in space.spaces.items() if (p := outside(inner, obs[key], f"{path}.{key}"))), "")
+        return next(
+            (p for k, inner in space.spaces.items() if (p := outside(inner, obs[k], f"{path}.{k}", bounds=bounds))), ""
+        )
     if isinstance(space, spaces.Tuple):
         if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
             return f"{path} is {type(obs).__name__}, the space a tuple of {len(space.spaces)}"
         parts = enumerate(zip(space.spaces, obs, strict=True))
-        return next((p for i, (inner, part) in parts if (p := outside(inner, part, f"{path}.{i}"))), "")
+        return next((p for i, (inner, part) in parts if (p := outside(inner, part, f"{path}.{i}", bounds=bounds))), "")
     array = np.asarray(obs)
     if array.dtype.kind not in ("biuf" if np.issubdtype(space.dtype, np.floating) else "biu"):
         return f"{path} is of {array.dtype}, the space of {space.dtype}"
@@ -112,8 +120,11 @@ def outside(space: gymnasium.Space, obs: Any, path: str) -> str:
     if isinstance(space, spaces.Box):
         if not np.isfinite(array).all():
             return f"{path} is not finite: {array.reshape(-1)[:4]}"
+        if array.dtype != space.dtype and np.issubdtype(space.dtype, np.floating):
+            with np.errstate(over="ignore"):
+                array = array.astype(space.dtype)
         below, above = array < space.low, array > space.high
-        if (below | above).any():
+        if bounds and (below | above).any():
             at = tuple(int(i) for i in np.argwhere(below | above)[0])
             return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
         return ""

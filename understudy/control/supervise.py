@@ -34,15 +34,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 
 from understudy.control.infos import ExactInfos, sendable
-from understudy.control.parallel import end_with_parent
+from understudy.control.parallel import CLOSE_SECONDS, end_with_parent
 from understudy.control.spaces import leaves, outside
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive
 
 START_SECONDS = 60.0
 """How long an environment may take to be made."""
-CLOSE_SECONDS = 5.0
-"""How long all environments together may take to close; then they are ended."""
 _ALL = "those of all environments"
 LOOK_SECONDS = 1.0
 """How often a wait looks up: the nursery for its trainer, the trainer for whether it was itself stopped meanwhile."""
@@ -93,6 +91,7 @@ class Supervised(ExactInfos, VectorEnv):
     Args:
         make_envs: a function for each environment; all spaces must be equal.
         step_timeout: seconds that a step or a reset may take; None for no limit.
+        bounds: whether an observation outside the bounds of its space is a fault.
         restarts: how many are allowed, over all environments; one more fault raises `RestartsSpent`.
 
     Attributes:
@@ -108,6 +107,7 @@ class Supervised(ExactInfos, VectorEnv):
         *,
         step_timeout: float | None,
         restarts: int = 100,
+        bounds: bool = True,
         autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
     ) -> None:
         self._owner: int | None = None  # until there is something to close
@@ -139,7 +139,8 @@ class Supervised(ExactInfos, VectorEnv):
         self._pipes: dict[int, Connection] = {}
         self._polls: dict[int, select.poll] = {}
         spaces = self.single_observation_space, self.single_action_space
-        self._work = [_Work(make, spaces, self._memory, row, self.autoreset_mode) for row, make in enumerate(make_envs)]
+        shared = spaces, self._memory
+        self._work = [_Work(make, *shared, row, self.autoreset_mode, bounds) for row, make in enumerate(make_envs)]
         self._nursery = _Nursery(self._work)
         self._owner = os.getpid()
         for row in range(self.num_envs):
@@ -521,8 +522,16 @@ def _ended(pid: int) -> str:
 class _Work:
     """What a worker does: one environment, asked until it fails, is told to close, or nobody is left to ask."""
 
-    def __init__(self, make: Callable[[], gymnasium.Env], spaces: Any, memory: Any, row: int, mode: AutoresetMode):
-        self.make, self.spaces, self.memory, self.row = make, spaces, memory, row
+    def __init__(
+        self,
+        make: Callable[[], gymnasium.Env],
+        spaces: Any,
+        memory: Any,
+        row: int,
+        mode: AutoresetMode,
+        bounds: bool,
+    ) -> None:
+        self.make, self.spaces, self.memory, self.row, self.bounds = make, spaces, memory, row, bounds
         self.same_step = mode is AutoresetMode.SAME_STEP
         self.env: Any = None
 
@@ -568,7 +577,7 @@ class _Work:
 
     def keep(self, obs: Any) -> None:
         """Hand an observation on, if it lies in its space."""
-        if problem := outside(self.spaces[0], obs, "observation"):
+        if problem := outside(self.spaces[0], obs, "observation", bounds=self.bounds):
             raise _Broken(problem)
         _write(self.memory, self.row, obs)
 
