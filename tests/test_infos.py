@@ -1,6 +1,7 @@
 """Infos of several environments as one: every number exact, and what nobody reads never in the way."""
 
 import multiprocessing
+import pickle
 import threading
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
@@ -156,7 +157,7 @@ def test_async_environments_close_whatever_ended_a_step(ends):
         def failing(*_):
             raise RuntimeError("in the trainer")
 
-        inner._add_info = failing
+        inner._add_info = failing  # pyright: ignore[reportAttributeAccessIssue]
     else:
         inner.processes[0].kill()
     with pytest.raises((RuntimeError, EOFError, OSError)):
@@ -170,7 +171,7 @@ def test_a_maker_works_where_its_id_was_never_registered(monkeypatch):
     sent = ForkingPickler.dumps(environment.single("foreign/TenSteps-v0"))
     monkeypatch.delitem(gymnasium.registry, "foreign/TenSteps-v0")
 
-    made = ForkingPickler.loads(sent)()
+    made = pickle.loads(sent)()
     assert isinstance(made.unwrapped, TenSteps)
 
 
