@@ -118,6 +118,7 @@ def test_sampled_tokens_have_the_models_distribution():
 
 def test_equal_prompts_are_read_once():
     policy = Policy(tiny("llama"))
+    policy.cached = True
     rows = []
     hook = policy.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

@@ -190,9 +190,9 @@ def test_dropout_is_caught(made, whose):
     models = {
         "policy": cast.policy.model,
         "critic": cast.policy.critic.trunk,
-        "reference": cast.reference.policy.model.train(),
+        "reference": cast.reference.policy.model,
     }
-    for part in models[whose].modules():
+    for part in models[whose].train().modules():
         if hasattr(part, "attention_dropout"):
             part.attention_dropout = 0.3
 
@@ -400,7 +400,7 @@ def test_a_reward_model_with_dropout_is_caught(made, foreign):
     cast = made(reward=str(foreign))
     [(model, _)] = cast.models.values()
     model.model.base_model.layers[0].self_attn.attention_dropout = 0.3
-    model.train()
+    model.model.train()
 
     assert "the reward model" in refused(cast)
 

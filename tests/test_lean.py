@@ -8,7 +8,8 @@ from tests.models import LEAN, V, tiny, tiny_lean
 from understudy.batch import Text
 from understudy.language import lean as lean_module
 from understudy.language.lean import _groups, _Normed, _places, _Turned, lean
-from understudy.language.model import Policy, read
+from understudy.language.model import Policy
+from understudy.language.reading import read
 
 
 def rows(T: int = 13) -> Text:

@@ -22,6 +22,7 @@ from understudy.language.evaluate import evaluate
 from understudy.language.generate import Engine
 from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
+from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel, load_reward_model
 from understudy.language.sft import context, limit_learning, load_policy, pad_examples
 from understudy.language.stage import Stage
@@ -75,6 +76,7 @@ class Cast:
         self.sampler = self._sampler([found[i] for i in learned], engine)
         self.examiner = self._sampler([found[i] for i in kept or learned])
         self.texts = self._texts()
+        check_reading(self.policy, [prompt.ids for prompt in self.sampler.prompts])
         self.optimizer = self._optimizer()
         self.run: Stage
 

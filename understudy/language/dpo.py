@@ -14,6 +14,7 @@ from understudy.batch import Pairs, Text
 from understudy.language import config, stage
 from understudy.language.ancestry import check_reference
 from understudy.language.model import Policy, digest, home
+from understudy.language.reading import check_reading
 from understudy.language.sft import context, limit_learning, load_policy
 from understudy.language.stage import Iterations
 from understudy.language.text import Preference, check_ids, common, pad, preferences, read
@@ -51,6 +52,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
     learned, kept = split(policy, cfg)
+    check_reading(policy, [pair.chosen for pair in learned])
     referred, began = ask_reference(policy, {"learned": learned, "kept": kept}, cfg)
     limit_learning(policy, cfg)
     objective = loss(cfg)
@@ -113,6 +115,8 @@ def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config
     if given is not None:
         check_reference(given, other, policy)
     reference = policy if other is None else other.to(cfg.device)
+    if reference is not policy:
+        check_reading(reference, [pair.chosen for pair in data["learned"]])
     return {name: refer(reference, some) for name, some in data.items()}, digest(reference.model)
 
 

@@ -1,10 +1,16 @@
-"""What may be read of a directory in Hugging Face's layout, which may be anybody's: JSON and safetensors, no code."""
+"""Models are loaded from directories that may be anybody's: JSON and safetensors are read, and no code is run."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig
+
+from understudy.language.lora import base_of, merge
 from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError
 
@@ -21,6 +27,76 @@ BOUNDS = {
     "vocab_size": 2**23,
     "max_position_embeddings": 2**25,
 }
+
+
+def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+    """A model of a directory or hub id, none of whose weights is missing; see `load_reported`."""
+    model, loading = load_reported(kind, source, dtype=dtype, trust_remote_code=trust_remote_code)
+    if missing := sorted(loading["missing_keys"]):
+        raise RequestError(
+            f"model is '{source}', which holds no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''} of a "
+            f"{type(model).__name__}: give a causal language model with its head"
+        )
+    return model
+
+
+def load_reported(
+    kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """A model of a directory or hub id, and transformers' report of missing and mismatched weights.
+
+    Where the directory holds an adapter, the model is its base with the adapter merged into it. Weights are read from
+    safetensors alone, and code that comes with the model is run only where that is asked for. A model without fused
+    attention (SDPA) computes its attention plainly (eager).
+
+    Raises:
+        RequestError: none can be loaded from there, or it has an encoder.
+    """
+    check_files(source, trust_remote_code=trust_remote_code)
+    if base := base_of(source):
+        check_files(base, trust_remote_code=trust_remote_code)
+        if base_of(base):
+            raise RequestError(
+                f"model is '{source}', an adapter whose base '{base}' is an adapter too: merge that first"
+            )
+        model, loading = load_reported(kind, base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+        return merge(model, source), loading
+    check_pickles(source)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        check_sizes(config, source)
+        check_decoder(config, source)
+        options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        load = partial(kind.from_pretrained, source, output_loading_info=True, **options)
+        # torch's fused attention knows no soft-cap inside (Gemma 2)
+        if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
+            return load(attn_implementation="eager")
+        try:
+            return load(attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            return load(attn_implementation="eager")
+    except RequestError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise RequestError(
+            f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
+            "id in Hugging Face layout"
+        ) from error
+
+
+def attention_remark(model: Any) -> str:
+    """A sentence where transformers has no fused attention for a model; empty where it has."""
+    config = model.config
+    about = config.get_text_config()
+    capped = getattr(about, "attn_logit_softcapping", None) is not None
+    if model._supports_sdpa or capped or not hasattr(about, "num_attention_heads"):
+        return ""
+    return (
+        f"model is '{config._name_or_path}', a {type(model).__name__}, for which transformers has no fused attention "
+        "(SDPA): attention is computed plainly (eager), which takes more memory"
+    )
 
 
 def check_files(source: str | Path, *, trust_remote_code: bool) -> None:
@@ -67,6 +143,15 @@ def check_sizes(config: Any, source: str | Path) -> None:
         for one in x if isinstance(x := getattr(about, name, None), list | tuple) else [x]:
             if isinstance(one, int) and one > most:
                 raise RequestError(f"model is '{source}', whose {name} is {one}: at most {most} is read")
+
+
+def check_decoder(config: Any, source: str | Path) -> None:
+    """Refuse a model that has an encoder: `AutoModelForCausalLM` would load half of it, or nothing."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise RequestError(
+            f"model is '{source}', an encoder-decoder ({config.model_type}), and only decoders are trained here: give a "
+            "causal language model"
+        )
 
 
 def _check_config(about: Any, file: Path, trust_remote_code: bool) -> None:

@@ -13,12 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicLayer
 
 from understudy.batch import Text, Trajectory
 from understudy.language.lean import lean
 from understudy.language.model import Policy
+from understudy.language.reading import TOLERANCE, distance
 from understudy.language.tokens import pick
+from understudy.run.config import RequestError
 
 STEP = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
 
@@ -119,7 +122,7 @@ class Grid:
 
     def __init__(self, policy: Policy, slots: int, capacity: int, longest: int) -> None:
         config, dtype = policy.model.config.get_text_config(), policy.model.dtype
-        self.trunk = policy.model.base_model
+        self.trunk = policy.trunk
         self.lean = lean(self.trunk)
         self.turning = None if self.lean is None else self.lean.turning(capacity)
         self.layers = [Slots(self) for _ in range(config.num_hidden_layers)]
@@ -130,7 +133,7 @@ class Grid:
         self.mask = torch.full((slots, capacity), self.hidden, dtype=dtype, device=policy.device)
         self.place = torch.arange(capacity, device=policy.device)
         kinds = getattr(config, "layer_types", None) or []
-        self.window = getattr(config, "sliding_window", None)
+        self.window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
         self.mixed = "sliding_attention" in kinds
 
     def read(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -241,6 +244,8 @@ def generate(
     training = policy.training
     policy.eval()  # in training mode, a model that recomputes activations keeps no cache
     try:
+        if policy.cached is None:
+            settle_sampling(policy, prompts)
         if policy.cached:
             return _generate_in_slots(policy, prompts, limit, stops, seeds, starts, sample, slots)
         return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, sample))
@@ -355,28 +360,35 @@ def _generate_by_hugging_face(
     starts: Sequence[int],
     sample: bool,
 ) -> Iterator[Completion]:
-    """Row by row through `model.generate`, for a model whose cache we do not know."""
-    for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((seed, start)) if start else seed)  # how a turn goes on must not repeat how it began
-            ids = torch.tensor([list(prompt)], device=policy.device)
-            out = policy.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
-                max_new_tokens=limit - start,
-                do_sample=sample,
-                temperature=policy.temperature if sample else None,
-                top_k=0 if sample else None,
-                top_p=1.0 if sample else None,
-                eos_token_id=sorted(stops) or None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        ids = out.sequences[0, len(prompt) :]
-        logp = (torch.stack(out.logits)[:, 0].float() / policy.temperature).log_softmax(dim=-1)
-        chosen = logp.gather(1, ids[:, None])[:, 0]
-        yield Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
+    """Row by row through `model.generate`, for a model whose cache we do not know.
+
+    The settings that the model came with (min_p, a repetition penalty, suppressed tokens) are set aside meanwhile. The
+    log-probs are those of the distribution that was sampled from, so that any setting left would be noticed.
+    """
+    model, temperature = policy.model, policy.temperature
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {}
+    try:
+        for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(hash((seed, start)) if start else seed)  # a turn must not repeat how it began
+                ids = torch.tensor([list(prompt)], device=policy.device)
+                out = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
+                    max_new_tokens=limit - start,
+                    eos_token_id=sorted(stops) or None,
+                    pad_token_id=0,
+                    output_scores=True,
+                    return_dict_in_generate=True,
+                    **drawn,
+                )
+            ids = out.sequences[0, len(prompt) :]
+            score = torch.stack(out.scores)[:, 0].float() / (1.0 if sample else temperature)
+            chosen = score.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+            yield Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
+    finally:
+        model.generation_config = own
 
 
 def lay_out(
@@ -404,10 +416,49 @@ def lay_out(
     return Trajectory(text, text.action, logprob, mask, torch.zeros(shape), terminated, truncated)
 
 
+def settle_sampling(policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
+    """Sample from our cache only where it gives the log-probs of a pass without it; a remark where it does not.
+
+    Raises:
+        RequestError: Hugging Face's `generate` does not give them either.
+    """
+    some = sorted(prompts, key=len)[:: max(1, len(prompts) - 1)]
+    if policy.fast:
+        policy.cached = True
+        if not (problem := _sampling_problem(policy, some)):
+            return
+        policy.remarks.append(f"the key-value cache {problem}: Hugging Face's generate samples instead, row by row")
+    policy.cached = False
+    if problem := _sampling_problem(policy, some):
+        raise not_sampled(policy, problem)
+
+
+def not_sampled(policy: Policy, problem: str) -> RequestError:
+    """The refusal of a model that no way of sampling suits."""
+    return RequestError(
+        f"model is a {type(policy.model).__name__}, which cannot be sampled from (Hugging Face's generate {problem}): give "
+        "another, or train it without samples, by sft or dpo"
+    )
+
+
+def _sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
+    """What is wrong with sampling on the policy's path, as the end of a sentence; empty where nothing is."""
+    try:
+        gap = check_cache(policy, prompts)
+    except Exception as error:  # whatever a model raises that is handed a cache it does not expect
+        return failing(error)
+    return "" if gap <= 4 * TOLERANCE[policy.model.dtype] else f"is {gap:.2g} nats from a pass without it"
+
+
+def failing(error: Exception) -> str:
+    """An exception as the end of a sentence."""
+    return f"fails on this model ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+
+
 @torch.no_grad()
 def check_cache(policy: Policy, prompts: Sequence[Sequence[int]], *, steps: int = 4) -> float:
-    """The largest gap in nats between the log-probs of our cache and those of an uncached pass, on real prompts."""
+    """The distance in nats between the log-probs of our cache and those of an uncached pass, on real prompts."""
     said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)))
     record = lay_out(prompts, said)
     distribution, _ = policy(record.obs)
-    return float((distribution.log_prob(record.action) - record.logprob)[record.mask].abs().max())
+    return distance((distribution.log_prob(record.action) - record.logprob)[record.mask])

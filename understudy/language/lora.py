@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from understudy.language.reading import trunk_of
 from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError, nearest
 from understudy.run.installation import install_hint
@@ -42,7 +43,7 @@ class Adapter:
         from peft import LoraConfig, inject_adapter_in_model
 
         self.model = model
-        linear = linear_layers(model.base_model)
+        linear = linear_layers(trunk_of(model))
         self.config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft divides by rank, and takes any number)

@@ -5,23 +5,29 @@ from __future__ import annotations
 import copy
 import hashlib
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
-from understudy.language.files import check_files, check_pickles, check_sizes
-from understudy.language.lean import lean
-from understudy.language.lora import ADAPTER, Adapter, base_of, merge
+from understudy.language.files import attention_remark, load_model
+from understudy.language.lora import ADAPTER, Adapter, base_of
+from understudy.language.reading import (
+    TOLERANCE,
+    check_causal,
+    keep_from_training_mode,
+    read,
+    silence_dropout,
+    trunk_of,
+)
 from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
 from understudy.language.top import Top, below, make_top
@@ -32,8 +38,6 @@ from understudy.run.store import SCHEMA, read_schema, write_json
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # a fresh score head is no news
 CriticKind = Literal["none", "shared", "separate", "top"]
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float64: 1e-8}
-"""In nats: how far log-probs computed in two right ways may lie apart."""
 
 
 class Critic(nn.Module):
@@ -62,7 +66,8 @@ class Policy(nn.Module):
     Attributes:
         version: optimizer updates so far; what was sampled carries the version that sampled it.
         fast: head and trunk give the model's own logits; otherwise the model's forward is used as it is.
-        cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples.
+        cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples. None until the
+            first prompts were continued both ways.
         tokenizer: its `Tokenizer`, where it has one; saved with it.
         remarks: what was found out while loading, to be said once.
         adapter: the LoRA adapter it learns by, where it has one.
@@ -78,7 +83,8 @@ class Policy(nn.Module):
         self.model, self.critic, self.packing = model, critic, packing
         self.temperature = temperature
         self.version = 0
-        self.fast = self.cached = True
+        self.fast = True
+        self.cached: bool | None = None
         self.tokenizer: Any = None
         self.remarks: list[str] = []
         self.adapter: Adapter | None = None
@@ -118,13 +124,16 @@ class Policy(nn.Module):
             recompute_activations(model)
         trunk = None
         if critic in ("separate", "top"):
-            trunk = copy.deepcopy(model.base_model) if critic == "separate" else make_top(model, critic_layers)
+            trunk = copy.deepcopy(trunk_of(model)) if critic == "separate" else make_top(model, critic_layers)
         made = None if critic == "none" else Critic(width_of(model), trunk, init=critic_init)
         policy = cls(model, made, temperature=temperature, packing=packing)
         if base := base_of(source):
             policy.remarks.append(f"model '{source}' is an adapter on '{base}': it is merged into its weights")
+        if remark := attention_remark(model):
+            policy.remarks.append(remark)
         vocabulary = model.get_input_embeddings().num_embeddings
         policy.settle([torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()])
+        check_causal(policy)
         return policy
 
     @classmethod
@@ -195,6 +204,11 @@ class Policy(nn.Module):
             parameter.requires_grad_(name not in self.frozen)
 
     @property
+    def trunk(self) -> Any:
+        """The model without its head."""
+        return trunk_of(self.model)
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
@@ -216,12 +230,12 @@ class Policy(nn.Module):
         """
         text = obs if isinstance(obs, Text) else Text(obs, torch.ones_like(obs, dtype=torch.bool))
         own = None if self.critic is None else self.critic.trunk
-        with own.watch(self.model.base_model) if isinstance(own, Top) else nullcontext([]) as calls:
+        with own.watch(self.trunk) if isinstance(own, Top) else nullcontext([]) as calls:
             if self.fast:
-                hidden = seen = read(self.model.base_model, text, packing=self.packing)
+                hidden = seen = read(self.trunk, text, packing=self.packing)
             else:
-                out = self.model(text.ids, use_cache=False, output_hidden_states=True)
-                hidden, seen = out.logits, out.hidden_states[-1]
+                out = self.model(text.ids, use_cache=False, output_hidden_states=self.critic is not None)
+                hidden, seen = out.logits, out.logits if self.critic is None else out.hidden_states[-1]
         if isinstance(own, Top):
             seen = read(partial(own.follow, calls), text, packing=self.packing) if self.fast else own(calls)
         elif own is not None:
@@ -235,23 +249,44 @@ class Policy(nn.Module):
             return self(text)[1]
         return self.critic(read(self.critic.trunk, text, packing=self.packing))
 
+    def numbers(self, text: Text) -> Tensor:
+        """The log-probs of the tokens at the masked-in columns, [n]: what checks compare."""
+        return self(text)[0].log_prob(text.action)[text.mask]
+
     @torch.no_grad()
     def settle(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Take the fast path only where it gives the model's own log-probs on these prompts; a remark where it does not."""
+        """Take the fast path only where it gives the model's own log-probs on these prompts; a remark where it does not.
+
+        Raises:
+            RequestError: the model cannot read a row of tokens.
+        """
         if not self.fast:
             return
         ids = torch.tensor([list(prompts[0])], device=self.device)
-        own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
-        ours = self.head(read(self.model.base_model, Text(ids, torch.ones_like(ids, dtype=torch.bool)))).log_softmax(
-            dim=-1
-        )
-        gap = float((ours - own).abs().max())
-        if not gap <= TOLERANCE[self.model.dtype]:
-            self.fast = self.cached = False
+        name = type(self.model).__name__
+        try:
+            own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
+        except Exception as error:  # whatever a model raises that wants more than tokens
+            raise RequestError(
+                f"model is a {name}, which cannot read a row of tokens ({type(error).__name__}: "
+                f"{' '.join(str(error).split())[:120]}): give another"
+            ) from error
+        try:
+            ours = self.head(read(self.trunk, Text(ids, torch.ones_like(ids, dtype=torch.bool)))).log_softmax(dim=-1)
+            gap = float((ours - own).abs().max())
+            problem = "" if gap <= TOLERANCE[self.model.dtype] else f"is {gap:.2g} nats from this model's own log-probs"
+        except Exception as error:
+            problem = f"cannot be used apart ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        if problem:
+            self.fast = False
             self.remarks.append(
-                f"the head on the trunk is {gap:.2g} nats from this model's own log-probs: it runs through its own logits "
-                "and through Hugging Face's generate"
+                f"the head on the trunk {problem}: it runs through its own logits and through Hugging Face's generate"
             )
+
+    def train(self, mode: bool = True) -> Policy:
+        super().train(mode)
+        keep_from_training_mode(self.model, self.critic)
+        return self
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that learn."""
@@ -282,48 +317,6 @@ class Reference(nn.Module):
         return self.policy(text)[0]
 
 
-def read(trunk: Callable[..., Any], text: Text, *, packing: bool = False) -> Tensor:
-    """The trunk's last hidden states, [B, T, H]; 0 at columns that nothing needs.
-
-    Needed are a row's columns from its first choice to the one after its last, from which a cut row is bootstrapped.
-    """
-    column = torch.arange(text.ids.shape[1], device=text.ids.device)
-    needed = (torch.where(text.mask, column, -1).amax(dim=1) + 2).clamp(max=text.ids.shape[1])
-    width = int(needed.max())
-    if (simple := lean(trunk, whole=True)) is not None:
-        wanted = (column >= torch.where(text.mask, column, len(column)).amin(dim=1)[:, None]) & (
-            column < needed[:, None]
-        )
-        hidden = simple.read(text.ids[:, :width], needed, wanted[:, :width])
-        return nn.functional.pad(hidden, (0, 0, 0, len(column) - width))
-    if packing and len(text) > 1 and int(needed.sum()) < 0.9 * len(text) * width:
-        return _read_packed(trunk, text.ids, needed.tolist())
-    hidden = trunk(input_ids=text.ids[:, :width], use_cache=False).last_hidden_state
-    hidden = torch.where((column[:width] < needed[:, None])[..., None], hidden, 0.0)
-    return nn.functional.pad(hidden, (0, 0, 0, text.ids.shape[1] - width))
-
-
-def _read_packed(trunk: Callable[..., Any], ids: Tensor, needed: list[int]) -> Tensor:
-    """Rows side by side in as few rows as first-fit finds; positions that begin again keep them apart."""
-    width = max(needed)
-    space: list[int] = []
-    place: list[tuple[int, int]] = [(0, 0)] * len(needed)
-    for row in sorted(range(len(needed)), key=lambda r: -needed[r]):
-        packed = next((p for p, used in enumerate(space) if used + needed[row] <= width), len(space))
-        if packed == len(space):
-            space.append(0)
-        place[row] = (packed, space[packed])
-        space[packed] += needed[row]
-    flat = ids.new_zeros(len(space), width)
-    position = torch.zeros_like(flat)
-    for row, (packed, at) in enumerate(place):
-        flat[packed, at : at + needed[row]] = ids[row, : needed[row]]
-        position[packed, at : at + needed[row]] = torch.arange(needed[row], device=ids.device)
-    hidden = trunk(input_ids=flat, position_ids=position, use_cache=False).last_hidden_state
-    rows = [hidden[packed, at : at + needed[row]] for row, (packed, at) in enumerate(place)]
-    return torch.stack([nn.functional.pad(row, (0, 0, 0, ids.shape[1] - len(row))) for row in rows])
-
-
 def _load_critic(model: Any, kind: str, layers: int, path: Path) -> Critic | None:
     """The critic that `Policy.save` wrote."""
     if kind == "none":
@@ -332,48 +325,11 @@ def _load_critic(model: Any, kind: str, layers: int, path: Path) -> Critic | Non
     if kind == "separate":
         trunk = load_model(AutoModel, path, dtype=torch.float32)
     if kind == "top":
-        trunk = Top(model.base_model, layers)
+        trunk = Top(trunk_of(model), layers)
         trunk.load_state_dict(tensors_of(path / "top.safetensors"))
     critic = Critic(width_of(model), trunk)
     critic.head.load_state_dict(tensors_of(path / "head.safetensors"))
     return critic
-
-
-def load_model(
-    kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any
-) -> Any:
-    """A model of a directory or hub id; where the directory holds an adapter, its base with that merged into it.
-
-    Weights are read from safetensors alone, and code that comes with the model is run only where that is asked for.
-
-    Raises:
-        RequestError: none can be loaded from there.
-    """
-    check_files(source, trust_remote_code=trust_remote_code)
-    if base := base_of(source):
-        check_files(base, trust_remote_code=trust_remote_code)
-        if base_of(base):
-            raise RequestError(
-                f"model is '{source}', an adapter whose base '{base}' is an adapter too: merge that first"
-            )
-        model = load_model(kind, base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-        return (merge(model[0], source), *model[1:]) if isinstance(model, tuple) else merge(model, source)
-    check_pickles(source)
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        check_sizes(config, source)
-        # torch's fused attention knows no soft-cap inside (Gemma 2)
-        fused = getattr(config.get_text_config(), "attn_logit_softcapping", None) is None
-        options["attn_implementation"] = "sdpa" if fused else "eager"
-        options |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
-        return kind.from_pretrained(source, dtype=dtype, **options)
-    except RequestError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise RequestError(
-            f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
-            "id in Hugging Face layout"
-        ) from error
 
 
 def save_model(model: Any, adapter: Adapter | None, path: Path) -> None:
@@ -400,7 +356,7 @@ def head_of(model: Any, temperature: float) -> Head:
     """The output embedding of a causal LM, and what its config says is done after it."""
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    softcap = float(getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None) or 0.0)
     return Head(model.get_output_embeddings(), scale=scale, softcap=softcap, temperature=temperature)
 
 
@@ -409,23 +365,13 @@ def width_of(model: Any) -> int:
     return model.config.get_text_config().hidden_size
 
 
-def silence_dropout(module: nn.Module) -> None:
-    """Sampler and scorer are one function: no dropout, in whatever mode the modules are."""
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
-        for name in ("attention_dropout", "dropout", "activation_dropout"):
-            if isinstance(getattr(part, name, None), float):
-                setattr(part, name, 0.0)
-
-
 def generation_config(model: Any, temperature: float, stops: Iterable[int]) -> GenerationConfig:
-    """How the policy is sampled, in Hugging Face's words."""
-    config = copy.deepcopy(model.generation_config)
-    config.do_sample, config.temperature, config.top_k, config.top_p = True, temperature, 0, 1.0
+    """How the policy is sampled, in Hugging Face's words: nothing but the temperature, whatever the model came with."""
+    given = model.generation_config
+    ids = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if stops := sorted(stops):
-        config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    return config
+        ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    return GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
 
 
 def digest(module: nn.Module) -> str:

@@ -16,7 +16,9 @@ from torch.nn.functional import pad
 
 from understudy.batch import Batch, Text, map_tensors
 from understudy.language.collect import Said
-from understudy.language.model import TOLERANCE, Policy
+from understudy.language.generate import failing, not_sampled
+from understudy.language.model import Policy
+from understudy.language.reading import TOLERANCE, trunk_of
 from understudy.language.scorer import RewardModel
 from understudy.language.text import last_token
 from understudy.language.tokens import SampledTokens
@@ -72,13 +74,20 @@ class Ground:
         policy, reference = self.policy, self.cast.reference.policy
         for each in (policy, reference):
             each.settle([self.longest])
-        if policy.cached:
+        if policy.fast and policy.cached is not False:
+            policy.cached = True
             said, problem = self._sample_in_slots()
             if said is not None:
+                reference.cached = True
                 return said
-            policy.cached = reference.cached = False
             policy.remarks.append(f"the key-value cache {problem}: Hugging Face's generate samples instead, row by row")
-        return self.ask(ROWS, self.limit)
+        policy.cached = reference.cached = False
+        try:
+            return self.ask(ROWS, self.limit)
+        except RequestError:
+            raise
+        except Exception as error:
+            raise not_sampled(policy, failing(error)) from error
 
     @cached_property
     def trained(self) -> Any:
@@ -151,7 +160,7 @@ class Ground:
         try:
             said = self.ask(ROWS, self.limit)
         except Exception as error:  # whatever a model raises that is handed a cache it does not expect
-            return None, f"fails on this model ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            return None, failing(error)
         gap = self.apart(said, self.read(said))
         return (said, "") if gap <= self.tolerance else (None, f"is {gap:.2g} nats from a pass without it")
 
@@ -191,7 +200,7 @@ def dropout_off(ground: Ground) -> Finding | None:
     models: dict[str, Any] = {"policy": ground.policy.model, "reference": ground.cast.reference.policy.model}
     own = None if critic is None or isinstance(critic.trunk, Top) else critic.trunk  # a Top reads no ids
     models |= {} if own is None else {"critic": own}
-    models |= {f"reward model {name}": model.model.base_model for name, (model, _) in ground.cast.models.items()}
+    models |= {f"reward model {name}": trunk_of(model.model) for name, (model, _) in ground.cast.models.items()}
     for name, model in models.items():
         ids = torch.tensor([ground.longest] * ROWS, device=ground.policy.device)
         ids = ids.clamp(max=model.get_input_embeddings().num_embeddings - 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from understudy.batch import Labelled, Pairs
 from understudy.language import config, stage, text
 from understudy.language.model import home
+from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel
 from understudy.language.stage import Iterations
 from understudy.language.text import last_token, read
@@ -54,6 +55,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     )
     model.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
     learned, kept = split(model, cfg)
+    check_reading(model, [ids for row in learned for ids in texts(row)])
     objective: Any = classify if model.form == "text" else partial(prefer, center=cfg.center)
     total = cfg.epochs * sum(map(size, learned))
     optimizer = stage.adamw(cfg, stage.all_of(model))

@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from understudy.batch import Text
+from understudy.language.files import load_reported
 from understudy.language.judge import Sampled
 from understudy.language.model import (
     Critic,
     digest,
-    load_model,
-    read,
     recompute_activations,
-    silence_dropout,
     width_of,
 )
+from understudy.language.reading import check_causal, keep_from_training_mode, read, silence_dropout, trunk_of
 from understudy.language.text import Tokenizer, last_token
 from understudy.run.config import RequestError
 
@@ -38,6 +37,7 @@ class RewardModel(nn.Module):
     """
 
     memory = True  # rows are read whole
+    fast = True  # the head is read apart from the trunk
 
     def __init__(self, model: Any, tokenizer: Tokenizer, *, packing: bool = False) -> None:
         super().__init__()
@@ -47,6 +47,7 @@ class RewardModel(nn.Module):
         self.form: Form = about.get("form", "completion")
         self.remarks: list[str] = []
         silence_dropout(self)
+        self.train()
 
     @classmethod
     def from_pretrained(
@@ -67,9 +68,8 @@ class RewardModel(nn.Module):
         Raises:
             RequestError: no model there, or one with more than one output.
         """
-        options = {"num_labels": 1, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        options["trust_remote_code"] = trust_remote_code
-        model, loading = load_model(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
+        options = {"num_labels": 1, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
+        model, loading = load_reported(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
         if loading["mismatched_keys"]:
             raise RequestError(f"model is '{source}', which gives a text several scores: name one that gives one")
         tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, trust_remote_code)
@@ -78,7 +78,9 @@ class RewardModel(nn.Module):
             _pad_apart(tokenizer, model)
         if checkpointing:
             recompute_activations(model)
-        return cls(model, tokenizer, packing=packing)
+        made = cls(model, tokenizer, packing=packing)
+        check_causal(made)
+        return made
 
     def save(self, path: Path) -> None:
         """A directory that `AutoModelForSequenceClassification.from_pretrained` loads; its logits are the raw scores."""
@@ -90,8 +92,17 @@ class RewardModel(nn.Module):
 
     def forward(self, text: Text) -> Tensor:
         """Raw scores where `text.mask` is True, one a row: [B, 1]."""
-        hidden = read(self.model.base_model, text, packing=self.packing)[text.mask]
+        hidden = read(trunk_of(self.model), text, packing=self.packing)[text.mask]
         return self.model.score(hidden).float()
+
+    def train(self, mode: bool = True) -> RewardModel:
+        super().train(mode)
+        keep_from_training_mode(self.model)
+        return self
+
+    def numbers(self, text: Text) -> Tensor:
+        """Raw scores at the masked-in columns, [n]: what checks compare."""
+        return self(text)[:, 0]
 
     @torch.no_grad()
     def score(self, rows: Sequence[Sequence[int]], *, micro: int = 64) -> Tensor:
@@ -118,7 +129,7 @@ class RewardModel(nn.Module):
 
     def critic(self, *, weight: float = 1.0) -> Critic:
         """A critic that begins by expecting this model's score, times `weight`, at every token."""
-        made = Critic(width_of(self.model), copy.deepcopy(self.model.base_model))
+        made = Critic(width_of(self.model), copy.deepcopy(trunk_of(self.model)))
         with torch.no_grad():
             made.head.weight.copy_(self.model.score.weight * (weight / self.scale))
             bias = 0.0 if self.model.score.bias is None else self.model.score.bias

@@ -10,6 +10,7 @@ import torch
 
 from understudy.language import config, stage
 from understudy.language.model import Policy, home
+from understudy.language.reading import check_reading
 from understudy.language.stage import Iterations
 from understudy.language.text import Example, Tokenizer, check_ids, examples, pad, read
 from understudy.objective import imitate
@@ -37,6 +38,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     policy = load_policy(cfg)
     limit_learning(policy, cfg)
     learned, kept = split(policy, cfg)
+    check_reading(policy, [example.ids for example in learned])
     tokens = cfg.epochs * sum(len(example.ids) - example.start for example in learned)
     optimizer = stage.adamw(cfg, stage.all_of(policy))
     with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens, resume=resume) as run:

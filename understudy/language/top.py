@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from understudy.language.reading import trunk_of
 from understudy.run.config import RequestError
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -67,11 +68,12 @@ def make_top(model: Any, count: int) -> Top:
         RequestError: it has fewer layers, or its layers read apart do not give what they give in place.
     """
     check_count(model, "critic_layers", count)
-    top = Top(model.base_model, count)
+    trunk = trunk_of(model)
+    top = Top(trunk, count)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.arange(9, device=model.device)[None] % vocabulary
-    with torch.no_grad(), top.watch(model.base_model) as calls:
-        inside = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    with torch.no_grad(), top.watch(trunk) as calls:
+        inside = trunk(input_ids=ids, use_cache=False).last_hidden_state
         gap = float((top(calls) - inside).abs().max() / inside.abs().max())
     if not gap <= 1e-3:
         raise RequestError(
@@ -90,7 +92,7 @@ def below(model: Any, count: int) -> frozenset[str]:
         RequestError: it has fewer layers, or they cannot be told apart.
     """
     check_count(model, "train_layers", count)
-    layers, norm = layers_of(model.base_model)
+    layers, norm = layers_of(trunk_of(model))
     above = {id(p) for part in (*layers[-count:], norm) for p in part.parameters()}
     return frozenset(name for name, p in model.named_parameters() if id(p) not in above)
 
@@ -98,7 +100,7 @@ def below(model: Any, count: int) -> frozenset[str]:
 def check_count(model: Any, field: str, count: int) -> None:
     """Raise `RequestError` where a model has not that many layers, or they cannot be told apart."""
     try:
-        layers, _ = layers_of(model.base_model)
+        layers, _ = layers_of(trunk_of(model))
     except LookupError:
         raise RequestError(
             f"{field} is {count}: which the layers of a {type(model).__name__} are is not known; leave it out"
