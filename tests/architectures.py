@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-VOCABULARY = 30
+VOCABULARY = 177  # of the tokenizer of rehearsal.py
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,

@@ -94,6 +94,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
         "faults/test_hostile.py::test_a_pipe_is_not_waited_for",
     ),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
+    "language/reading.py": ("test_reading.py", "test_model.py"),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
     "products.py": ("test_products.py",),
@@ -112,6 +113,7 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "control/stage.py",
     "compiled.py",
     "language/model.py",
+    "language/reading.py",
     "language/generate.py",
     "language/lean.py",
     "language/top.py",
@@ -564,18 +566,33 @@ HAND = [
         "language/tokens.py", "return gap.exp() - 1 - gap", "return -gap", "the KL of single tokens can be negative"
     ),
     Mutant(
-        "language/model.py",
+        "language/reading.py",
         "torch.where(text.mask, column, -1).amax(dim=1) + 2",
         "torch.where(text.mask, column, -1).amax(dim=1) + 1",
         "nothing to bootstrap a cut row from",
     ),
     Mutant(
-        "language/model.py",
+        "language/reading.py",
         "position[packed, at : at + needed[row]] = torch.arange(needed[row]",
         "position[packed, at : at + needed[row]] = at + torch.arange(needed[row]",
         "packed rows see each other",
     ),
-    Mutant("language/model.py", "part.p = 0.0", "pass", "dropout stays on"),
+    Mutant(
+        "language/reading.py",
+        "                _silence_rates(owner, NOISE)\n",
+        "                pass\n",
+        "noise stays on",
+    ),
+    Mutant(
+        "language/reading.py",
+        "            module.eval()\n",
+        "            pass\n",
+        "dropout is on where nobody named it",
+    ),
+    Mutant("language/reading.py", "ids[1, :half] = ids[0, :half]", "ids[1] = ids[0]", "no later token is another one"),
+    Mutant(
+        "language/reading.py", "if packing and (moved :=", "if not packing and (moved :=", "packed rows see each other"
+    ),
     Mutant(
         "language/model.py",
         "copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared})",
@@ -617,6 +634,15 @@ HAND = [
         "language/turns.py", "seed for row in going]", "seed for row in rows[: len(going)]]", "rows take others' seeds"
     ),
     Mutant("language/generate.py", "torch.tensor(said.chosen)", "True", "what others say is learned from"),
+    Mutant(
+        "language/generate.py",
+        "own, model.generation_config = model.generation_config, GenerationConfig()",
+        "own = model.generation_config",
+        "a checkpoint's own settings change what is sampled",
+    ),
+    Mutant(
+        "language/generate.py", "torch.stack(out.scores)", "torch.stack(out.logits)", "log-probs of another sampler"
+    ),
     Mutant(
         "language/generate.py",
         "torch.manual_seed(hash((seed, start)) if start else seed)",

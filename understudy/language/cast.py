@@ -76,7 +76,8 @@ class Cast:
         self.sampler = self._sampler([found[i] for i in learned], engine)
         self.examiner = self._sampler([found[i] for i in kept or learned])
         self.texts = self._texts()
-        check_reading(self.policy, [prompt.ids for prompt in self.sampler.prompts])
+        for each in (self.policy, self.reference.policy):
+            check_reading(each, [prompt.ids for prompt in self.sampler.prompts])
         self.optimizer = self._optimizer()
         self.run: Stage
 

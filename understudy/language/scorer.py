@@ -72,6 +72,11 @@ class RewardModel(nn.Module):
         model, loading = load_reported(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
         if loading["mismatched_keys"]:
             raise RequestError(f"model is '{source}', which gives a text several scores: name one that gives one")
+        if not isinstance(getattr(model, "score", None), nn.Linear):
+            raise RequestError(
+                f"model is '{source}', a {type(model).__name__}, which does not score a causal trunk's last token by one "
+                "linear layer: give a causal language model"
+            )
         tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, trust_remote_code)
         if any(name.startswith("score") for name in loading["missing_keys"]):
             nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
