@@ -29,7 +29,7 @@ WORLDS = {  # what a file of a world may import besides its own world; files not
     "control/networks": {"distribution", "products"},
     "control/collect": {"sample", "batch"},
     "language/model": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
-    "language/generate": {"sample", "batch"},
+    "language/generate": {"sample", "batch", "run/config"},
 }
 HOUSES = {  # a folder or file -> the folders and files of ours that all of it may import
     "control": ANYTHING_SHARED,
