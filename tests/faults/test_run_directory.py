@@ -7,6 +7,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,15 @@ from understudy.run.config import RequestError
 from understudy.run.metrics import Metrics, read_metrics
 from understudy.run.store import Run
 
-SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
+SMALL: dict[str, Any] = {
+    "env": "CartPole-v1",
+    "num_envs": 2,
+    "rollout": 8,
+    "epochs": 1,
+    "steps": 96,
+    "seed": 3,
+    "quiet": True,
+}
 
 
 def run_of(out: Path, **fields) -> ppo.Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, json_object, whole_number
 from understudy.cli.help import show_help
 from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
@@ -107,6 +107,9 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
     parser.add_argument("--wrappers", nargs="*", help="wrappers, where the run's own name code")
+    parser.add_argument(
+        "--env-options", metavar="JSON", help="a JSON object, where the run's own may reach files or memory"
+    )
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
@@ -118,6 +121,7 @@ def evaluate_run(argv: list[str]) -> int:
     recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
     own = {"env": args.env} if args.env else {}
     own |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
+    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
     for code in permit(path, fields, given=own):
         check_kind(code.field, code.name)
     config = rebuilt(recipe.Config, fields | own)

@@ -95,15 +95,18 @@ def _from_text(name: str, hint: Any, text: str) -> Any:
         if number is None:
             raise RequestError(f"{name} is {text[:60]!r}: must be a {'whole ' if hint is int else ''}number")
         return number
-    if origin is dict:
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"{name} is {text[:60]!r}, which is no JSON: {str(error)[:120]}") from error
-        if not isinstance(value, dict):
-            raise RequestError(f"{name} is {text[:60]!r}: must be a JSON object, as in '{{\"key\": 1}}'")
-        return value
-    return text
+    return json_object(name, text) if origin is dict else text
+
+
+def json_object(name: str, text: str) -> dict[str, Any]:
+    """A word of the command line that must be a JSON object."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is {text[:60]!r}, which is no JSON: {str(error)[:120]}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} is {text[:60]!r}: must be a JSON object, as in '{{\"key\": 1}}'")
+    return value
 
 
 def as_number(kind: type, value: Any) -> Any:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from understudy import resume
-from understudy.cli.flags import Parser, whole_number
+from understudy.cli.flags import Parser, json_object, whole_number
 from understudy.run.store import process_seconds
 
 
@@ -18,6 +18,9 @@ def resume_run(argv: list[str]) -> int:
     parser.add_argument("--checkpoint", help="name of one under RUN/checkpoints, and no other (default: the newest)")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
     parser.add_argument("--wrappers", nargs="+", help="wrappers, where the run's own name code")
+    parser.add_argument(
+        "--env-options", metavar="JSON", help="a JSON object, where the run's own may reach files or memory"
+    )
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides, where the run's own name code")
     parser.add_argument("--reply", help="who speaks between turns, where the run's own names code")
@@ -28,6 +31,7 @@ def resume_run(argv: list[str]) -> int:
     args = parser.read(argv)
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
+    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
     own |= {"reply": args.reply} if args.reply else {}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ class Range:
         return f"above {self.low:g}" if self.above else f"{self.low:g} or more"
 
 
+DEEPEST, MOST = 32, 100_000
+"""Levels and entries that a field which is a dict may have."""
 Unit = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
@@ -49,7 +52,7 @@ def check(config: Any) -> None:
         value = getattr(config, name)
         problem = _problem(hint, value)
         if problem:
-            raise RequestError(f"{name} is {value!r}: must be {problem}")
+            raise RequestError(f"{name} is {_shown(value)}: must be {problem}")
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -72,6 +75,28 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def _shown(value: Any) -> str:
+    """A value for an error: without its middle where it is long, by its type where it is deep or cannot be written."""
+    try:
+        text = repr(value) if _is_small(value) else f"of type {type(value).__name__}"
+    except ValueError:  # a whole number of thousands of digits
+        return f"of type {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-30:]}"
+
+
+def _is_small(tree: Any) -> bool:
+    """Whether a tree of dicts and lists is neither deep nor large; a part that is in it several times counts each time."""
+    left, waiting = MOST, [(tree, 0)]
+    while waiting and left > 0:
+        value, depth = waiting.pop()
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+        if depth > DEEPEST or len(parts) > left:
+            return False
+        left -= 1
+        waiting += [(part, depth + 1) for part in parts]
+    return not waiting
+
+
 def _problem(hint: Any, value: Any) -> str:
     """What is wrong with a value, as the end of the sentence "must be ..."; empty where nothing is."""
     origin, args = get_origin(hint), get_args(hint)
@@ -89,11 +114,14 @@ def _problem(hint: Any, value: Any) -> str:
             return "a tuple"
         return next((f"a tuple whose entries are {p}" for x in value if (p := _problem(args[0], x))), "")
     if hint is float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return "" if good else "a finite number"
     if hint is int:
-        return "" if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+        good = isinstance(value, int) and not isinstance(value, bool)
+        return "a whole number" if not good else "" if abs(value) < 2**63 else "a whole number below 2^63"
     if hint is type(None):
         return "" if value is None else "none"
+    if origin is dict and isinstance(value, dict):
+        return "" if _is_small(value) else f"nested at most {DEEPEST} deep, with at most {MOST:,} entries"
     kind = origin or hint
     return "" if kind is Any or isinstance(value, kind) else f"a {kind.__name__}"

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from understudy.run.checkpoint import Damaged, read_json, sha256
 from understudy.run.config import RequestError
+from understudy.run.foreign import unusual
 
 
 class Code(NamedTuple):
@@ -60,7 +61,7 @@ def named(fields: dict[str, Any]) -> list[Code]:
 
 
 def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) -> list[Code]:
-    """Refuse code that a run's config names and that nobody vouches for.
+    """Refuse code that a run's config names and that nobody vouches for, and arguments that only one's own run may have.
 
     Args:
         run: the run's directory.  fields: its config's.  given: fields that the user names now, whatever they hold.
@@ -69,7 +70,8 @@ def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) ->
         What is an installed package's: it may be imported, to see whether it is an environment or a wrapper.
 
     Raises:
-        RequestError: code is in the run's directory, or is neither installed nor what the user's own run wrote down.
+        RequestError: code is in the run's directory, or is neither installed nor what the user's own run wrote down; or an
+            argument reaches files or memory, and the run is not the user's.
     """
     installed, own = [], _vouched(run)
     for code in named(fields):
@@ -83,7 +85,7 @@ def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) ->
         elif code.module and all(_is_installed(file) for file in files):
             installed.append(code)
             continue
-        elif own.get(f"{code.field} {code.name}") == _digests(code):
+        elif (digests := _digests(code)) and own.get(f"{code.field} {code.name}") == digests:
             continue
         else:
             why = "which is no installed package's, and not what a run of yours began with"
@@ -91,15 +93,22 @@ def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) ->
             f"run '{run}' names code as its {code.field} ({code.name!r}), {why}: "
             f"name it yourself with --{code.field.replace('_', '-')}"
         )
+    for field, text, why, fix in unusual(fields):
+        if field not in given and f"{field} {text}" not in own:
+            raise RequestError(
+                f"run '{run}' has {field} {text[:200]!r}, {why}, and is not known to be yours: "
+                f"{fix.format(field.replace('_', '-'))}"
+            )
     return installed
 
 
 def vouch(fields: dict[str, Any]) -> dict[str, Any] | None:
-    """What a run writes down at its start of the code that its config names, signed with the user's key.
+    """What a run writes down at its start of code and unusual arguments that its config names, signed with the user's key.
 
-    None where there is no such code. Without a key, which needs a directory that can be written to, nothing is signed.
+    None where there is neither. Without a key, which needs a directory that can be written to, nothing is signed.
     """
     codes = {f"{code.field} {code.name}": _digests(code) for code in named(fields) if code.files}
+    codes |= {f"{field} {text}": {} for field, text, *_ in unusual(fields)}
     if not codes:
         return None
     key = _key(make=True)
@@ -141,7 +150,10 @@ def _is_installed(file: Path) -> bool:
 
 
 def _digests(code: Code) -> dict[str, str]:
-    return {str(file.resolve()): sha256(file) for file in code.files}
+    try:
+        return {str(file.resolve()): sha256(file) for file in code.files}
+    except Damaged:  # nobody's code is a large file of holes
+        return {}
 
 
 def _vouched(run: Path) -> dict[str, Any]:
