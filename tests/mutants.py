@@ -95,6 +95,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     ),
     "language/tokens.py": ("test_tokens.py", "test_model.py"),
     "language/reading.py": ("test_reading.py", "test_model.py"),
+    "language/optimizer.py": ("test_master_weights.py",),
     "language/model.py": ("test_model.py", "test_generate.py", "test_modes.py"),
     "language/generate.py": ("test_generate.py", "test_turns.py"),
     "products.py": ("test_products.py",),
@@ -114,6 +115,7 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "compiled.py",
     "language/model.py",
     "language/reading.py",
+    "language/optimizer.py",
     "language/generate.py",
     "language/lean.py",
     "language/top.py",
@@ -621,6 +623,13 @@ HAND = [
     Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
     Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),
     Mutant("language/lora.py", "return set(targets) or names", "return names", "an adapter on every layer"),
+    Mutant(
+        "language/optimizer.py", "[MASTER] = parameter.data", "[MASTER] = half.float()", "the copies are rounded, too"
+    ),
+    Mutant(
+        "language/optimizer.py", "value.to(parameter.device, copy=True)", "value.to(parameter)", "a state is rounded"
+    ),
+    Mutant("language/optimizer.py", " or not torch.equal(copy.to(half.dtype), half)", "", "old weights come back"),
     Mutant("language/turns.py", "self.chosen += [False]", "self.chosen += [True]", "what others say is learned from"),
     Mutant("language/turns.py", "len(ids) >= limit", "len(ids) > limit", "no room is left for the policy"),
     Mutant("language/turns.py", "if turn < turns - 1 else []", "", "somebody is asked after the last turn"),

@@ -75,7 +75,8 @@ class Config:
     threads: Count = 1
     """Torch threads; small models are fastest with one or two."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of parameters and activations; logits and losses are float32."""
+    """Of parameters and activations; logits and losses are float32. AdamW keeps float32 copies of bfloat16 parameters that
+    learn: 12 bytes each."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     trust_remote_code: bool = False

@@ -21,6 +21,7 @@ from understudy.constrain import Bounds
 from understudy.language import ancestry
 from understudy.language.config import Config, Rollouts
 from understudy.language.lora import ADAPTER
+from understudy.language.optimizer import AdamW
 from understudy.language.text import Preference
 from understudy.products import keep_freed
 from understudy.run import lineage
@@ -281,9 +282,9 @@ def same_reference(run: Run, digest: str) -> None:
 
 
 def adamw(cfg: Config, *groups: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW over parameter groups; each may have its own `lr` and `max_grad_norm`."""
+    """AdamW over parameter groups; each may have its own `lr` and `max_grad_norm`. Half precision has float32 copies."""
     fused = torch.device(cfg.device).type in ("cpu", "cuda")
-    return torch.optim.AdamW(
+    return AdamW(
         [group for group in groups if group["params"]],
         lr=cfg.learning_rate,
         eps=cfg.adam_eps,
