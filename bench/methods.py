@@ -41,7 +41,7 @@ METHODS = {
     "actor-critic, n-step": ("actor_critic", {}),
     "ppo, clip": ("ppo", {}),
     "ppo, KL fixed": ("ppo", {"objective": "penalty", "kl_coef": 3.0}),
-    "ppo, KL adaptive": ("ppo", {"objective": "penalty", "kl_coef": 1.0, "kl_target": 0.01}),
+    "ppo, KL adaptive": ("ppo", {"objective": "penalty", "kl_coef": 1.0, "adaptive_kl_target": 0.01}),
 }
 
 

@@ -201,7 +201,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "objective": (BY_HAND,),
         "clip": (BY_HAND,),
         "kl_coef": (BY_HAND,),
-        "kl_target": (PPO + "test_the_penaltys_coefficient_follows_its_target",),
+        "adaptive_kl_target": (PPO + "test_the_penaltys_coefficient_follows_its_target",),
         "value_coef": (BY_HAND,),
         "value_clip": (BY_HAND,),
         "entropy_coef": (BY_HAND,),

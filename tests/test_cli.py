@@ -237,7 +237,7 @@ def test_every_field_is_a_flag_with_a_line_of_help(here, capsys):
 
     assert stop.value.code == 0
     said = re.sub(r"[^\S\n]+", " ", capsys.readouterr().out)
-    for flag in ("--env", "--gamma", "--learning-rate", "--preset", "--device", "--stop-kl", "--evaluate-every"):
+    for flag in ("--env", "--gamma", "--learning-rate", "--preset", "--device", "--target-kl", "--evaluate-every"):
         assert flag in said
     assert "Discount per step" in said
 

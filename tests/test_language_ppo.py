@@ -555,7 +555,7 @@ def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home,
     run = go(
         reward=lambda completions: [None] * len(completions),
         objective=objective,
-        kl_target=0.01,
+        adaptive_kl_target=0.01,
         kl_reference_target=4.0,
         kl_reference_horizon=8,
         learning_rate=1e-3,
@@ -573,7 +573,8 @@ def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home,
 
 def test_the_penaltys_coefficient_follows_its_target(go):
     low, high, fixed = (
-        go(objective="penalty", kl_coef=0.5, kl_target=target, learning_rate=1e-4).metrics for target in (1e-9, 9.0, 0)
+        go(objective="penalty", kl_coef=0.5, adaptive_kl_target=target, learning_rate=1e-4).metrics
+        for target in (1e-9, 9.0, 0)
     )
 
     assert [line["kl_coef"] for line in low] == [0.5, 1.0]
@@ -582,7 +583,7 @@ def test_the_penaltys_coefficient_follows_its_target(go):
 
 
 def test_coefficients_stand_still_while_the_critic_warms_up(go):
-    how = {"kl_target": 0.1, "kl_reference_target": 4.0, "kl_reference_horizon": 8, "critic_warmup": 99}
+    how = {"adaptive_kl_target": 0.1, "kl_reference_target": 4.0, "kl_reference_horizon": 8, "critic_warmup": 99}
     lines = go(objective="penalty", **how).metrics
 
     assert {(line["kl_coef"], line["kl_reference_coef"]) for line in lines} == {(1.0, 0.05)}

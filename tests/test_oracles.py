@@ -443,7 +443,7 @@ def defaults_of_cleanrl(case: str) -> dict:
         "value_coef": d["vf_coef"],
         "entropy_coef": d["ent_coef"],
         "max_grad_norm": d["max_grad_norm"],
-        "stop_kl": d["target_kl"] or 0.0,
+        "target_kl": d["target_kl"] or 0.0,
         "learning_rate": d["optimizer"]["lr"],
         "learning_rate_schedule": "linear" if d["anneal_lr"] else "constant",
         "adam_eps": d["optimizer"]["eps"],
@@ -483,7 +483,7 @@ def defaults_of_sb3(case: str, algorithm: str = "PPO") -> dict:
         "clip": a["clip_range"],
         "value_clip": a["clip_range_vf"] or 0.0,
         "standardize": "minibatch" if a["normalize_advantage"] else "none",
-        "stop_kl": a["target_kl"] or 0.0,
+        "target_kl": a["target_kl"] or 0.0,
     }
 
 

@@ -55,7 +55,7 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo-kl-penalty": (
         control_ppo,
         {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "objective": "penalty"}
-        | {"kl_target": 0.001, "log_every": 3},
+        | {"adaptive_kl_target": 0.001, "log_every": 3},
     ),
     "ppo-recurrent": (
         control_ppo,

@@ -49,8 +49,11 @@ TINY = {
 PPO = {"rollout": 32, "epochs": 3, "minibatches": 4, "learning_rate": 3e-3}
 RUNS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "ppo": (ppo, PPO | {"entropy_coef": 0.01, "learning_rate_schedule": "linear", "normalize_obs": True}),
-    "ppo_penalty": (ppo, PPO | {"objective": "penalty", "kl_target": 0.01, "refresh": True, "normalize_reward": True}),
-    "ppo_gru": (ppo, PPO | {"memory": "gru", "memory_size": 8, "value_clip": 0.2, "stop_kl": 0.02}),
+    "ppo_penalty": (
+        ppo,
+        PPO | {"objective": "penalty", "adaptive_kl_target": 0.01, "refresh": True, "normalize_reward": True},
+    ),
+    "ppo_gru": (ppo, PPO | {"memory": "gru", "memory_size": 8, "value_clip": 0.2, "target_kl": 0.02}),
     "reinforce": (reinforce, {"baseline": "standardize"}),
     "reinforce_value": (reinforce, {"baseline": "value", "episodes": 2}),
     "reinforce_group": (reinforce, {"baseline": "group", "group_size": 2}),

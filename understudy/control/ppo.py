@@ -49,9 +49,9 @@ class Config(config.Config):
     """How far the value may go from the old one before its loss is clipped; 0 for off."""
     kl_coef: NonNegative = 1.0
     """Coefficient of the KL penalty, initial where it adapts."""
-    kl_target: NonNegative = 0.0
+    adaptive_kl_target: NonNegative = 0.0
     """KL(old, new) in nats an adaptive coefficient aims at, by doubling and halving; 0 for a fixed one."""
-    stop_kl: NonNegative = 0.0
+    target_kl: NonNegative = 0.0
     """End the update before a minibatch whose mean KL(old, new) is above this, in nats; 0 for off."""
     adapt_learning_rate: NonNegative = 0.0
     """KL in nats around which the learning rate is divided or multiplied by 1.5 every minibatch (rsl_rl); 0 for off."""
@@ -90,7 +90,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
                 max_grad_norm=cfg.max_grad_norm,
                 refresh=partial(reconsider, run.policy, paid, cfg) if cfg.refresh else None,
                 prepare=standardized if cfg.standardize == "minibatch" else None,
-                steer=partial(steer, run.optimizer, cfg) if cfg.stop_kl or cfg.adapt_learning_rate else None,
+                steer=partial(steer, run.optimizer, cfg) if cfg.target_kl or cfg.adapt_learning_rate else None,
                 reshuffle=cfg.reshuffle,
                 guard=run.guard,
                 generator=run.shuffle,
@@ -121,7 +121,7 @@ def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
         "memory": cfg.memory != "none",
         "exploration": cfg.exploration == "gsde",
         "refresh": cfg.refresh,
-        "stop_kl": cfg.stop_kl > 0,
+        "target_kl": cfg.target_kl > 0,
         "adapt_learning_rate": cfg.adapt_learning_rate > 0,
         "clip_grad_apart": cfg.clip_grad_apart,
         "device": not cfg.device.startswith("cpu"),
@@ -167,14 +167,14 @@ def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, floa
                 group["lr"] = max(group["lr"] / 1.5, 1e-5)
             elif 0 < kl < cfg.adapt_learning_rate / 2:
                 group["lr"] = min(group["lr"] * 1.5, 1e-2)
-    return 0 < cfg.stop_kl < kl
+    return 0 < cfg.target_kl < kl
 
 
 def adapt_penalty(run: Stage, batch: Batch, cfg: Config) -> dict[str, float]:
     """The penalty's coefficient and the KL it led to; with a target, another coefficient for the next iteration."""
     coef, kl = run.kept["kl_coef"], kl_since(run.policy, batch)
-    if cfg.kl_target:
-        run.kept["kl_coef"] = adapt_kl_coef(coef, kl, target=cfg.kl_target)
+    if cfg.adaptive_kl_target:
+        run.kept["kl_coef"] = adapt_kl_coef(coef, kl, target=cfg.adaptive_kl_target)
     return {"kl_coef": coef, "kl_old": kl}
 
 

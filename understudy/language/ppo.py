@@ -59,7 +59,7 @@ class Config(config.Rollouts):
     """How far the ratio may go from 1 before it is clipped."""
     kl_coef: NonNegative = 1.0
     """Coefficient of KL(old, new) in the penalty objective, initial where it adapts."""
-    kl_target: NonNegative = 0.0
+    adaptive_kl_target: NonNegative = 0.0
     """KL(old, new) in nats a token that an adaptive kl_coef aims at, by doubling and halving; 0 for a fixed one."""
     value_coef: NonNegative = 0.1
     """Coefficient of the critic's error."""
@@ -120,8 +120,8 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate} | weights
             if cfg.objective == "penalty":
                 metrics |= {"kl_coef": kl_coef, "kl_old": kl_since(policy, batch)}
-                if cfg.kl_target and moved:
-                    kept["kl_coef"] = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.kl_target)
+                if cfg.adaptive_kl_target and moved:
+                    kept["kl_coef"] = adapt_kl_coef(kl_coef, metrics["kl_old"], target=cfg.adaptive_kl_target)
             if moved:
                 kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.on or run.due(cfg.evaluate_every):
