@@ -18,6 +18,7 @@ CONFIGS = {
 PPO, SFT, REWARD = "test_language_ppo.py::", "test_sft.py::", "test_reward_model.py::"
 REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::", "test_generate.py::"
 
+TRUST = "test_trust_region.py::"
 TURNS, OFF = "test_turns.py::", "test_off_policy.py::"
 COUNTS = OFF + "test_a_token_counts_as_the_config_says"
 SCHEDULE = "test_schedule.py::"
@@ -202,6 +203,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "clip": (BY_HAND,),
         "kl_coef": (BY_HAND,),
         "adaptive_kl_target": (PPO + "test_the_penaltys_coefficient_follows_its_target",),
+        "target_kl": (TRUST + "test_target_kl_ends_an_update_early",),
         "value_coef": (BY_HAND,),
         "value_clip": (BY_HAND,),
         "entropy_coef": (BY_HAND,),
@@ -217,6 +219,11 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "kl_reference_target": (KL_HELD, PPO + "test_without_a_target_the_coefficient_decides_how_far_the_policy_goes"),
         "kl_reference_horizon": (PPO + "test_the_reference_coefficient_follows_its_target_within_its_horizon", KL_HELD),
+        "trust_region_kl": (
+            TRUST + "test_a_run_undoes_an_update_that_went_too_far",
+            TRUST + "test_a_run_inside_the_region_is_the_run_without_one",
+        ),
+        "trust_region_fraction": (TRUST + "test_a_sixteenth_of_the_rows_is_measured_at_least_eight",),
         "truncation": (CUT,),
         "truncation_penalty": (CUT,),
         "missing_eos_penalty": (CUT,),
@@ -249,6 +256,7 @@ TABLE["grpo"] = ROLLOUTS | {
     ),
     "epochs": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
     "minibatches": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
+    "target_kl": (TRUST + "test_target_kl_ends_an_update_early",),
     "entropy_coef": (GRPO + "test_the_objective_is_the_one_that_was_named",),
     "resample": (GRPO + "test_groups_that_all_score_the_same_are_replaced",),
     "overlong": (

@@ -52,7 +52,9 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
         f"{GUARD}::test_an_update_that_is_not_finite_leaves_no_trace",
         f"{GUARD}::test_a_step_size_that_was_steered_comes_back",
         f"{GUARD}::test_a_record_in_which_nothing_was_chosen_is_no_fault",
+        "test_trust_region.py::test_an_update_that_is_rejected_leaves_no_trace",
     ),
+    "language/trust_region.py": ("test_trust_region.py",),
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
     "control/quick.py": ("test_quick.py",),
@@ -338,6 +340,12 @@ HAND = [
     Mutant(
         "update.py", "if not minibatch.mask.any():\n                    continue", "", "an empty minibatch makes a step"
     ),
+    Mutant("update.py", " or verify is not dict", "", "a single step that is rejected cannot be undone"),
+    Mutant("update.py", "(FloatingPointError, UpdateRejected)", "FloatingPointError", "a rejection ends the run"),
+    Mutant("language/trust_region.py", "policy.head.frozen()", "policy.head", "the old head learns along"),
+    Mutant("language/trust_region.py", "old.kl(new)", "new.kl(old)", "the KL is the other way round"),
+    Mutant("language/trust_region.py", 'if not metrics["kl_update"] <=', 'if metrics["kl_update"] >', "nan passes"),
+    Mutant("language/trust_region.py", "* len(batch) // count", "", "the first rows are measured"),
     Mutant("update.py", "if prepare is None else prepare(shuffled[rows])", "", "advantages are not standardised"),
     Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
     Mutant("update.py", "zero_grad(set_to_none=True)\n    totals", "step()\n    totals", "gradients pile up"),
@@ -818,8 +826,8 @@ HAND = [
         "update.py", "not math.isfinite(value.item())", "math.isnan(value.item())", "what is infinite is stepped with"
     ),
     Mutant("update.py", "not math.isfinite(value.item())", "math.isinf(value.item())", "nan is stepped with"),
-    Mutant("update.py", "epochs * minibatches > 1 else", "epochs > 1 else", "no way back within one epoch"),
-    Mutant("update.py", "epochs * minibatches > 1 else", "minibatches > 1 else", "no way back between epochs"),
+    Mutant("update.py", "(epochs * minibatches > 1", "(epochs > 1", "no way back within one epoch"),
+    Mutant("update.py", "(epochs * minibatches > 1", "(minibatches > 1", "no way back between epochs"),
     Mutant(
         "update.py",
         "copy.deepcopy((optimizer, [*policy.buffers()]))",

@@ -13,6 +13,15 @@ from torch import Tensor
 from understudy.batch import Batch
 from understudy.reduce import per_step
 
+
+class UpdateRejected(ArithmeticError):
+    """A finished update is not to stand; `metrics` are what was measured to decide it."""
+
+    def __init__(self, reason: str, metrics: dict[str, float]) -> None:
+        super().__init__(reason)
+        self.metrics = metrics
+
+
 LOSS, NORM = "look at rewards, advantages and targets", "lower learning_rate or max_grad_norm"  # what mends them
 
 
@@ -31,7 +40,8 @@ def update(
     prepare: Callable[[Batch], Batch] | None = None,
     steer: Callable[[dict[str, float]], bool] | None = None,
     reshuffle: bool = True,
-    guard: Callable[[FloatingPointError], None] | None = None,
+    guard: Callable[[ArithmeticError], None] | None = None,
+    verify: Callable[[], dict[str, float]] = dict,
     generator: torch.Generator,
 ) -> dict[str, float]:
     """Improve the policy on a record: `epochs` passes over it in shuffled minibatches, one optimizer step each.
@@ -55,18 +65,22 @@ def update(
         guard: told of a loss or gradient that is not finite, and then the update is left out: parameters, buffers and
             optimizer are, bit for bit, what they were before it. Costs a copy of what learns, and of the optimizer, while
             an update makes more than one step.
+        verify: called after the last optimizer step; returns further metrics. Where it raises `UpdateRejected`, the update
+            is undone and the guard is told, as for one that is not finite; the copy is then made for a single step, too.
         generator: shuffles.
 
     Returns:
         Each metric averaged over the minibatches of the last epoch begun; `grad_norm` before clipping;
-        `optimizer_steps` and `epochs` made; of an update that was left out these alone, 0, and `updates_skipped`, 1.
+        `optimizer_steps` and `epochs` made; of an update that was left out these alone, 0, and `updates_skipped`, 1;
+        what `verify` measured.
 
     Raises:
         FloatingPointError: without a guard, a loss or gradient is not finite; the parameters stay as they were before
             that step.
     """
     seen, taken, epoch, order = [], 0, 0, None
-    before = copy.deepcopy((optimizer, [*policy.buffers()])) if guard and epochs * minibatches > 1 else None
+    undoable = guard and (epochs * minibatches > 1 or verify is not dict)
+    before = copy.deepcopy((optimizer, [*policy.buffers()])) if undoable else None
     try:
         for epoch in range(1, epochs + 1):
             record = refresh(record) if refresh is not None and epoch > 1 else record
@@ -80,13 +94,13 @@ def update(
                     continue
                 metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
                 if steer is not None and steer(mean_of([metrics])):
-                    return mean_of(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch}
+                    return mean_of(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch} | verify()
                 metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
                 optimizer.step()
                 taken += 1
                 seen.append(metrics)
-        return mean_of(seen) | {"optimizer_steps": taken, "epochs": epoch}
-    except FloatingPointError as error:
+        return mean_of(seen) | {"optimizer_steps": taken, "epochs": epoch} | verify()
+    except (FloatingPointError, UpdateRejected) as error:
         return left_out(error, guard, policy, optimizer, before)
 
 
@@ -121,8 +135,8 @@ def finite(what: str, value: Tensor, mend: str) -> Tensor:
 
 
 @torch.no_grad()
-def left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
-    """Undo an update that met what is not finite, as the guard wants it: back to `before`, where steps were made since."""
+def left_out(error: ArithmeticError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
+    """Undo an update that is not finite or was rejected: back to `before`, where steps were made since; tell the guard."""
     if guard is None:
         raise error
     if before is not None:
@@ -135,7 +149,7 @@ def left_out(error: FloatingPointError, guard: Any, policy: Any, optimizer: Any,
         optimizer.load_state_dict(twin.state_dict())
     optimizer.zero_grad(set_to_none=True)
     guard(error)
-    return {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0}
+    return {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0} | getattr(error, "metrics", {})
 
 
 def split(size: int, parts: int) -> list[slice]:

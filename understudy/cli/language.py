@@ -36,6 +36,7 @@ RECIPES = {
     "grpo": "grpo",
     "dpo": "dpo",
 }
+ROLLOUTS = ("reinforce", "ppo", "grpo")
 NEEDED = {  # a field without a default: its value in usage, and the fix
     "model": "DIR:name a directory, run or hub id, as in --model DIR",
     "data": "FILE:name a file, as in --data prompts.jsonl",
@@ -61,7 +62,7 @@ data, one of these layouts:
 data:
   chosen, rejected     with or without prompt; each text or a list of messages {"role": ..., "content": ...}
 """,
-    **dict.fromkeys(("ppo", "grpo", "reinforce"), PROMPTS),
+    **dict.fromkeys(ROLLOUTS, PROMPTS),
 }
 REWARDS = """
 --reward takes one SPEC or several, whose scores are added; SPEC*0.5 gives one a weight:
@@ -73,6 +74,8 @@ REWARDS = """
   exact:COLUMN         1 where the completion is the column's text (answer by default)
   number:COLUMN        1 where the completion's last number is the column's (answer by default)
   repetition           the share of its 4-grams that the completion has had before
+
+--fail-if-worse        exit with 1 where the run ended worse than it began, which it always says
 """
 EXAMPLES = {
     "sft": "--model DIR --data demonstrations.jsonl --out runs/sft",
@@ -88,24 +91,32 @@ def train(argv: list[str]) -> int:
     """`understudy language RECIPE ...`."""
     if argv[0] not in RECIPES:
         raise RequestError(f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{nearest(argv[0], RECIPES)}")
-    as_json, argv = "--json" in argv, [word for word in argv if word != "--json"]
+    as_json, strict = "--json" in argv, "--fail-if-worse" in argv
+    argv = [word for word in argv if word not in ("--json", "--fail-if-worse")]
+    if strict and argv[0] not in ROLLOUTS:
+        raise RequestError(
+            f"fail_if_worse is given to {argv[0]}: only {', '.join(ROLLOUTS)} end better or worse; leave it out"
+        )
     recipe = importlib.import_module(f"understudy.language.{RECIPES[argv[0]]}")
     config = _configure(recipe.Config, argv[1:], prog=f"understudy language {argv[0]}")
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         run = recipe.train(config)
-    last = run.metrics[-1]
+    last, code = run.metrics[-1], int(strict and run.ended_worse is not None)
     if as_json:
         line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
         line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
         line |= {} if run.stopped is None else {"stopped": run.stopped}
+        line |= {} if run.ended_worse is None else {"ended_worse": run.ended_worse}
         print(json.dumps(line | {name: last[name] for name in last if name == "score_mean" or name == "loss"}))
-        return 0
+        return code
     if run.stopped is not None:
         print(f"Stopped by a constraint: {run.stopped}.")
     shown = [f"{name} {last[name]:.4g}" for name in SUMMED if name in last]
     print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {run.path}")
+    if run.ended_worse is not None:
+        print(f"Warning: {run.ended_worse}.")
     print(f"Next: understudy evaluate {run.path}")
-    return 0
+    return code
 
 
 SUMMED = (

@@ -32,6 +32,8 @@ from understudy.run.store import write_json
 LIMIT = 24  # tokens a completion may have
 COMMON = {"quiet": True, "learning_rate_schedule": "cosine", "warmup": 0.1}
 TEMPERATURE = 0.05  # of the made-up people's noisy preferences, in units of the true score
+MARK = {"gap_closed": 0.5, "kl": 10.0, "distinct_4": 0.8, "copied": 0.5}
+"""What a rehearsal is to reach: at least, at most (nats), at least (share of SFT's), below."""
 Said = tuple[list[int], Completion, str]  # the prompt's ids, the completion, both as text
 
 
@@ -78,12 +80,44 @@ def rehearse(argv: list[str], sizes: Sizes = FULL) -> int:
     found = pipeline(
         out, args.seed, sizes, say=lambda text: None if args.quiet else print(text, file=sys.stderr, flush=True)
     )
+    code = int(ended_worse(found))
+    if missed := shortfalls(found):
+        said = "The rehearsal ended worse than it began" if code else "The rehearsal missed its mark"
+        print(
+            f"understudy: {said}: {', '.join(missed)}; another --seed may not, and {out} holds every stage",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps({"run": str(out), "seed": args.seed, **found}))
-        return 0
+        return code
     show(found)
     print(f"\nEverything is under {out}. Next: understudy generate {out}/ppo --prompt 'the old'")
-    return 0
+    return code
+
+
+def shortfalls(found: dict[str, Any]) -> list[str]:
+    """In what a rehearsal misses its mark: half of the gap closed, KL, variety and novelty within bounds."""
+    before, after = found["sft"], found["ppo"]
+    least = MARK["distinct_4"] * before["distinct_4"]
+    missed = []
+    if found["gap_closed"] < MARK["gap_closed"]:
+        missed.append(f"PPO closes {found['gap_closed']:.0%} of the gap, which is less than {MARK['gap_closed']:.0%}")
+    if found["kl"] > MARK["kl"]:
+        missed.append(f"its KL to SFT is {found['kl']:.3g} nats, above {MARK['kl']:g}")
+    if after["distinct_4"] < least:
+        missed.append(
+            f"its distinct-4 is {after['distinct_4']:.3f}, below {MARK['distinct_4']:g} of SFT's, {least:.3f}"
+        )
+    if after["copied"] >= MARK["copied"]:
+        missed.append(f"{after['copied']:.0%} of its sentences are copied from the demonstrations")
+    return missed
+
+
+def ended_worse(found: dict[str, Any]) -> bool:
+    """Whether PPO ended below SFT by the true score, far over the KL, or with under half of SFT's variety or grammar."""
+    before, after = found["sft"], found["ppo"]
+    collapsed = any(after[name] < before[name] / 2 for name in ("distinct_4", "grammatical"))
+    return after["true_score"] < before["true_score"] or found["kl"] > 3 * MARK["kl"] or collapsed
 
 
 def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from understudy.language import preflight, stage
 from understudy.language.ancestry import as_declared, check_reference
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Rollouts
-from understudy.language.evaluate import evaluate
+from understudy.language.evaluate import ended_worse, evaluate
 from understudy.language.generate import Engine
 from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
@@ -313,8 +313,19 @@ def open_cast(
                 run.run.event("preflight", check=finding.check, text=str(finding))
             lineage.note(run.run.path, **{f"reward {name}": model.digest for name, (model, _) in cast.models.items()})
             yield run, cast
+            _conclude(run, cfg)
     finally:
         close(cast)
+
+
+def _conclude(run: Stage, cfg: Rollouts) -> None:
+    """Say it, and write an event, where a run ended worse than it began."""
+    text = ended_worse(run.run.metrics[-1], kl_target=cfg.kl_reference_target) if run.run.metrics else None
+    run.run.ended_worse = text
+    if text is not None:
+        run.run.event("ended_worse", iteration=run.iteration, text=text)
+        if not cfg.quiet:
+            print(f"understudy: {text}", file=sys.stderr)
 
 
 def close(cast: Cast) -> None:

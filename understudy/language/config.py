@@ -205,6 +205,12 @@ class Rollouts(Tuning):
     """KL in nats a completion that an adaptive kl_reference_coef aims at; 0 for a fixed one."""
     kl_reference_horizon: Count = 10_000
     """Completions it takes to change an adaptive kl_reference_coef by up to 20 %."""
+    trust_region_kl: NonNegative = 0.3
+    """Bound on KL(old, new) after an update, in nats a token: above it weights and optimizer return to a copy taken before,
+    and the learning rate is halved and grows back over 10 updates. 0 for off, which saves the copy: in floats, three times
+    what learns."""
+    trust_region_fraction: Unit = 1 / 16
+    """Share of an iteration's completions on which that KL is measured; at least 8 completions."""
     truncation: Cut = "terminal"
     """A completion cut by max_new: score paid and over, a penalty instead, V bootstrapped from, or row dropped."""
     truncation_penalty: float = -1.0

@@ -114,7 +114,8 @@ def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: st
 
 
 def _check_text(name: str, cell: Any, chat: bool) -> None:
-    if cell is None or (isinstance(cell, str) and not cell.strip()) or cell == []:
+    blank = isinstance(cell, str) and not (cell.strip() if name == "prompt" else cell)  # an answer may be a space
+    if cell is None or blank or cell == []:
         raise RequestError(f"{name} is empty: fill it or leave the row out")
     if not isinstance(cell, str | list):
         raise RequestError(f"{name} is {cell!r}: must be text, or a list of messages")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,9 @@ from understudy.reduce import clusters, mean_interval, share_interval
 from understudy.run.seeds import derive
 
 PURPOSE = "evaluate"
-SHARES = ("win_rate", "stopped")
+SHARES = ("win_rate", "stopped", "reference_stopped")
+FAR = 3.0
+"""Times `kl_reference_target` from which on a KL is far over it."""
 SCORES = ("score", "gold", "reference_score", "reference_gold")  # shares where all of them are 0 or 1
 
 
@@ -40,6 +44,7 @@ def evaluate(
     won = (verdict > other).float() + 0.5 * (verdict == other).float()
     measured["win_rate"] = torch.where(verdict.isnan() | other.isnan(), float("nan"), won)
     measured["stopped"] = torch.tensor([float(c.stopped) for c in said.completions])
+    measured["reference_stopped"] = torch.tensor([float(c.stopped) for c in theirs.completions])
     if gold is not None:
         measured["gold"] = gold(said.judged).score
         measured["reference_gold"] = gold(theirs.judged).score
@@ -71,3 +76,33 @@ def answers(policy: Policy, sampler: Sampler, which: list[int]) -> Said:
         seeds.append(derive(0, PURPOSE, before[ids], *ids))
         before[ids] += 1
     return sampler.answer(policy, which, seeds)
+
+
+def ended_worse(line: Mapping[str, Any], *, kl_target: float = 0.0) -> str | None:
+    """What the last evaluation says against a run, in one sentence; None where it did not end worse than it began.
+
+    A run ended worse if its policy scores below the reference with 95 % confidence (mean and win rate), if the KL to the
+    reference is above three times its target, or if the policy collapsed: the share of its completions that end, or
+    their distinct 4-grams, are less than half of the reference's.
+
+    Args:
+        line: metrics with `evaluation_...`, as in the last line of metrics.jsonl.
+        kl_target: `kl_reference_target`, nats a completion; 0 for none.
+    """
+    found = {name.removeprefix("evaluation_"): x for name, x in line.items() if name.startswith("evaluation_")}
+    reasons = []
+    if found.get("score_high", 0) < found.get("reference_score", 0) and found["win_rate_high"] < 0.5:
+        low, high = found["score_low"], found["score_high"]
+        reasons.append(
+            f"its score {found['score']:.3g} [{low:.3g}, {high:.3g}] is below the reference's {found['reference_score']:.3g}"
+        )
+    if kl_target and found.get("kl", 0) > FAR * kl_target:
+        reasons.append(f"its KL to the reference is {found['kl']:.3g} nats, where kl_reference_target is {kl_target:g}")
+    for name, what in (("stopped", "the share of completions that end"), ("distinct_4", "distinct 4-grams")):
+        if found.get(name, 0) < found.get(f"reference_{name}", 0) / 2:
+            reasons.append(
+                f"the policy collapsed ({what}: {found[name]:.2g}, the reference's {found[f'reference_{name}']:.2g})"
+            )
+    if not reasons:
+        return None
+    return f"the run ended worse than it began: {', and '.join(reasons)}; lower learning_rate, or set target_kl"

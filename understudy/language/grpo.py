@@ -18,6 +18,7 @@ from understudy.language.generate import Engine
 from understudy.language.judge import Verdict
 from understudy.language.stage import Iterations, Stage
 from understudy.language.tokens import SampledTokens
+from understudy.language.trust_region import stop_early, verify
 from understudy.objective import cispo, grpo, gspo, with_pretraining
 from understudy.reduce import per_budget, per_row, per_step
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Whole
@@ -48,6 +49,8 @@ class Config(config.Rollouts):
     """Passes over the record."""
     minibatches: Count = 1
     """Optimizer steps a pass."""
+    target_kl: NonNegative = 0.0
+    """End the update before a minibatch whose KL(old, new) is above this, in nats a token; 0 for off."""
     entropy_coef: NonNegative = 0.0
     """Coefficient of the entropy bonus."""
     resample: Whole = 0
@@ -103,7 +106,9 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
                 weigh=weigh,
+                steer=stop_early(cfg.target_kl),
                 guard=run.guard,
+                verify=verify(policy, batch, cfg),
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

@@ -18,6 +18,7 @@ from understudy.language.generate import Engine
 from understudy.language.model import Policy
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens, TokenDistribution
+from understudy.language.trust_region import stop_early, verify
 from understudy.objective import Losses, adapt_kl_coef, critic_alone, ppo, ppo_penalty, with_pretraining
 from understudy.reduce import masked_mean, standardize
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole
@@ -61,6 +62,8 @@ class Config(config.Rollouts):
     """Coefficient of KL(old, new) in the penalty objective, initial where it adapts."""
     adaptive_kl_target: NonNegative = 0.0
     """KL(old, new) in nats a token that an adaptive kl_coef aims at, by doubling and halving; 0 for a fixed one."""
+    target_kl: NonNegative = 0.0
+    """End the update before a minibatch whose KL(old, new) is above this, in nats a token; 0 for off."""
     value_coef: NonNegative = 0.1
     """Coefficient of the critic's error."""
     value_clip: NonNegative = 0.2
@@ -110,7 +113,9 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
                 prepare=standardized if cfg.standardize == "minibatch" else None,
+                steer=None if warming else stop_early(cfg.target_kl),
                 guard=run.guard,
+                verify=dict if warming else verify(policy, batch, cfg),
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

@@ -17,6 +17,7 @@ from understudy.language.generate import Engine
 from understudy.language.grpo import with_pretrained
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens
+from understudy.language.trust_region import verify
 from understudy.objective import policy_gradient, squared_error
 from understudy.reduce import masked_mean, standardize
 from understudy.run.config import Count, NonNegative, RequestError, Unit
@@ -98,6 +99,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None 
                 max_grad_norm=cfg.max_grad_norm,
                 micro=cfg.micro or None,
                 guard=run.guard,
+                verify=verify(policy, batch, cfg),
                 generator=run.shuffle,
             )
             policy.version += int(metrics["optimizer_steps"])

@@ -92,7 +92,7 @@ class Stage:
             share = {"constant": 1.0, "linear": 1 - fallen, "cosine": 0.5 + 0.5 * math.cos(math.pi * fallen)}
             factor = share[self.cfg.learning_rate_schedule]
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor * (self.bounds.pace if self.bounds else 1.0)
+            group["lr"] = rate * factor * (self.bounds.pace if self.bounds else 1.0) * self.kept.get("lr_scale", 1.0)
         return self.optimizer.param_groups[0]["lr"]
 
     def next_rows(self, size: int, count: int, *, each: int = 1) -> list[int]:
@@ -134,6 +134,8 @@ class Stage:
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: log, show and checkpoint when due. Yields its line."""
         self.iteration += 1
+        if metrics["optimizer_steps"]:
+            self.guard.accept()
         self.unlogged.append(metrics)
         if self.iteration % self.cfg.log_every == 0 or not self.on:
             iterations, self.unlogged = self.unlogged, []

@@ -1,4 +1,4 @@
-"""What a run does when an update is not finite, or memory runs out: go on without it, or stop and say how to go on."""
+"""What a run does when an update is not finite or leaves the trust region, or memory runs out: go on without it, or stop."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from understudy.run.store import Run
 
 IN_A_ROW = 3
 """Updates left out one after another that end a run."""
+GROWS_BACK = 10
+"""Updates over which a learning rate that was halved is back where it was."""
 
 
 class Guard:
@@ -24,13 +26,18 @@ class Guard:
     def __init__(self, stage: Any) -> None:
         self.stage = stage
 
-    def __call__(self, error: FloatingPointError) -> None:
+    def __call__(self, error: ArithmeticError) -> None:
         """Note it.
 
+        Args:
+            error: a `FloatingPointError` of a loss or gradient, or the `UpdateRejected` of the trust region.
+
         Raises:
-            FloatingPointError: it is the third in a row.
+            FloatingPointError: it is the third in a row that is not finite.
         """
         run, number = self.stage.run, self.stage.iteration + 1
+        if not isinstance(error, FloatingPointError):
+            return self._reject(error, number)
         last = self.stage.kept["skipped"] = [*self.stage.kept.get("skipped", ()), number][-IN_A_ROW:]
         run.event("update_skipped", iteration=number, reason=str(error))
         if last == [*range(number - IN_A_ROW + 1, number + 1)]:
@@ -39,6 +46,25 @@ class Guard:
             ) from error
         if not self.stage.cfg.quiet:
             print(f"understudy: update {number} is left out: {error}", file=sys.stderr)
+
+    def _reject(self, error: ArithmeticError, number: int) -> None:
+        """Lower the learning rate of the coming updates; the first rejection of a run is printed, each is an event."""
+        kept, run = self.stage.kept, self.stage.run
+        kept["lr_scale"] = kept.get("lr_scale", 1.0) / 2
+        kept["rejected"] = kept.get("rejected", 0) + 1
+        run.event("update_rejected", iteration=number, reason=str(error), lr_scale=kept["lr_scale"])
+        if kept["rejected"] == 1 and not self.stage.cfg.quiet:
+            print(
+                f"understudy: update {number} is undone: {error}; the learning rate is halved and grows back over "
+                f"{GROWS_BACK} updates (further ones are counted in events.jsonl)",
+                file=sys.stderr,
+            )
+
+    def accept(self) -> None:
+        """After an update that stands: let a learning rate that was halved grow back."""
+        kept = self.stage.kept
+        if kept.get("lr_scale", 1.0) < 1.0:
+            kept["lr_scale"] = min(1.0, kept["lr_scale"] * 2 ** (1 / GROWS_BACK))
 
 
 def out_of_memory(error: BaseException, run: Run, mend: str) -> RequestError:

@@ -50,6 +50,7 @@ class Run:
         self.settling: tuple[str, Future[None]] | None = None  # the checkpoint that is on its way to the disk
         self.refused = 0  # checkpoints in a row that could not be written
         self.looked = 0  # lines of metrics in which spikes were looked for
+        self.ended_worse: str | None = None  # why the run ended worse than it began, where it did
         self.silent = False  # metrics or events that could not be written: said once
         self.lock = lock.acquire(path)
 

@@ -1,0 +1,75 @@
+"""Step 5, update: the KL trust region. An update that moved the policy too far from the one that sampled is undone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from understudy.batch import Batch
+from understudy.language.config import Rollouts
+from understudy.language.model import Policy
+from understudy.language.tokens import TokenDistribution
+from understudy.reduce import masked_mean
+from understudy.update import UpdateRejected
+
+LEAST = 8
+"""Rows that are measured at least, where there are so many."""
+
+
+def verify(policy: Policy, batch: Batch, cfg: Rollouts) -> Callable[[], dict[str, float]]:
+    """What `update` is to verify: a `TrustRegion` around the policy as it now is; nothing where `trust_region_kl` is 0."""
+    return TrustRegion(policy, batch, cfg) if cfg.trust_region_kl else dict
+
+
+def stop_early(target_kl: float) -> Callable[[dict[str, float]], bool] | None:
+    """What `update` is steered by: end it before a minibatch whose `kl_old` is above the bound; None where that is 0."""
+    return (lambda metrics: metrics["kl_old"] > target_kl) if target_kl else None
+
+
+class TrustRegion:
+    """Measures KL(old, new) of one update, exact over the vocabulary, on rows that are chosen before it.
+
+    The bound on the mean KL is TRPO's (Schulman et al. 2015, eq. 12). TRPO searches along its step for a point inside;
+    here a step that ends outside is undone and the coming ones are smaller (`Guard`).
+
+    Args:
+        policy: as it was when it sampled; its head is copied, for it may learn.
+        batch: what the update learns from; every k-th of its rows is measured.
+        cfg: `trust_region_kl` is the bound, in nats a token; `trust_region_fraction` of the rows are measured, at least 8.
+    """
+
+    def __init__(self, policy: Policy, batch: Batch, cfg: Rollouts) -> None:
+        count = min(len(batch), max(LEAST, math.ceil(cfg.trust_region_fraction * len(batch))))
+        rows = torch.arange(count, device=batch.mask.device) * len(batch) // count
+        self.policy, self.max_kl, self.size = policy, cfg.trust_region_kl, cfg.micro or count
+        self.text, self.mask = batch.obs[rows], batch.mask[rows]
+        head = policy.head.frozen()
+        self.old = [replace(distribution, head=head) for distribution in self._read()]
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, float]:
+        """Measure the policy as it now is.
+
+        Returns:
+            `kl_update`: mean KL(old, new) over the tokens of the measured rows, in nats.
+
+        Raises:
+            UpdateRejected: it is above the bound, or not a number.
+        """
+        pairs = zip(self.old, self._read(), strict=True)
+        kl = torch.cat([old.kl(new) for old, new in pairs])
+        metrics = {"kl_update": float(masked_mean(kl, self.mask))}
+        if not metrics["kl_update"] <= self.max_kl:
+            raise UpdateRejected(
+                f"KL(old, new) is {metrics['kl_update']:.3g} nats a token, above trust_region_kl {self.max_kl:g}",
+                metrics,
+            )
+        return metrics
+
+    @torch.no_grad()
+    def _read(self) -> list[TokenDistribution]:
+        found = [self.policy(self.text[at : at + self.size]) for at in range(0, len(self.text), self.size)]
+        return [distribution for distribution, _ in found]
