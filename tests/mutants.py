@@ -58,6 +58,8 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "control/normalize.py": ("test_normalize.py",),
     "control/collect.py": ("test_collect.py",),
     "control/quick.py": ("test_quick.py",),
+    "control/masks.py": ("test_masks.py",),
+    "control/spaces.py": ("test_spaces.py",),
     "control/networks.py": ("test_quick.py",),
     "control/policy.py": ("test_quick.py",),
     "control/optimizer.py": ("test_optimizer.py",),
