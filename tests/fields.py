@@ -67,7 +67,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             PPO + "test_chat_is_laid_out_by_the_template_which_is_saved_with_the_policy",
             SFT + "test_only_the_last_turn_of_a_chat_is_learned_from",
         ),
-        "max_length": (REFUSED + "test_a_row_longer_than_asked_for_is_refused",),
+        "add_bos": (
+            "test_text.py::test_a_bos_can_be_forced_and_is_saved_with_the_tokenizer",
+            "test_text.py::test_a_bos_that_does_not_exist_cannot_be_forced",
+            REFUSED + "test_a_bos_is_forced_where_it_was_asked_for",
+        ),
+        "max_length": (
+            REFUSED + "test_a_row_longer_than_asked_for_is_refused",
+            "test_text.py::test_the_field_that_limits_a_row_is_named",
+        ),
         "too_long": (
             REFUSED + "test_a_run_goes_on_without_the_rows_that_are_too_long",
             "test_text.py::test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos",
@@ -123,6 +131,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "sft": TUNING
     | {
+        "train_on": (
+            "test_chat_templates.py::test_the_turns_that_were_asked_for_are_learned",
+            SFT + "test_all_turns_of_a_chat_are_learned_from_where_asked",
+        ),
         "epochs": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
         "minibatch_rows": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
     },
@@ -143,6 +155,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "unconditional": (
             REFUSED + "test_an_unconditional_run_starts_every_row_from_bos",
             "test_text.py::test_unconditional_with_a_prompt_column_is_refused",
+        ),
+        "keep_special_tokens": (
+            "test_chat_templates.py::test_completions_keep_special_tokens_where_asked",
+            PPO + "test_a_reward_function_reads_special_tokens_where_asked",
         ),
         "reply": (
             TURNS + "test_a_recipe_learns_from_conversations",

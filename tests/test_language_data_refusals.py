@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable
 
 import pytest
+from tokenizers import processors
 
 from tests.models import tiny
 from tests.rehearsed import furnish, letters, ppo_config, reward_config, sft_config
 from tests.test_text import CHATML
 from understudy.language import ppo, rehearsal, reward_model, sft
+from understudy.language.text import Tokenizer
 from understudy.run.config import RequestError
 
 RECIPES: dict[str, Callable] = {
@@ -113,7 +115,7 @@ def test_a_row_longer_than_the_context_is_named_with_its_length(refused, recipe)
 
 @EVERY
 def test_a_row_longer_than_asked_for_is_refused(refused, recipe):
-    assert "the context holds 2" in refused(recipe, [ROWS[recipe]], max_length=2)
+    assert "max_length is 2 (the model reads 64): raise --max-length" in refused(recipe, [ROWS[recipe]], max_length=2)
 
 
 @EVERY
@@ -210,6 +212,36 @@ def test_a_sink_without_its_package_is_refused(recipe, home, tmp_path):
 )
 def test_a_value_out_of_range_is_refused(refused, recipe, field, value):
     assert refused(recipe, **{field: value}).startswith(f"{field} is {value!r}: must be ")
+
+
+@pytest.mark.parametrize("label", [1, 0.25])
+def test_labels_that_are_all_the_same_are_refused(refused, label):
+    rows = [{"text": f"{actor} smiled .", "label": label} for actor in ("the dog", "a cat", "the fox")]
+
+    said = refused("reward-model", rows)
+
+    assert said.startswith(f"label is {label} in each of the 3 rows") and "give good and bad texts" in said
+
+
+def test_pairs_with_a_label_beside_them_are_pairs(train):
+    run = train("reward-model", [ROWS["reward-model"] | {"label": 1}] * 4)
+
+    about = json.loads((run.path / "reward_model" / "config.json").read_text())["understudy"]
+    assert about["form"] == "completion"
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_a_bos_is_forced_where_it_was_asked_for(train, tmp_path, add_bos):
+    furnish(tmp_path / "model")
+    bare = rehearsal.tokenizer()
+    bare.backend_tokenizer.post_processor = processors.Sequence([])
+    bare.save_pretrained(tmp_path / "model")
+
+    run = train("ppo", model=str(tmp_path / "model"), samples=1, add_bos=add_bos)
+
+    line = json.loads((run.path / "samples" / "000001.jsonl").read_text().splitlines()[0])
+    assert (line["prompt_ids"][0] == 1) is add_bos
+    assert (Tokenizer.load(run.path / "policy").front == [1]) is add_bos
 
 
 def test_a_label_out_of_range_is_named_with_its_row(refused):

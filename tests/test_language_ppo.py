@@ -476,6 +476,21 @@ def test_a_reward_models_digest_is_written_down_and_it_does_not_move(go, judge):
 # rewards
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_reward_function_reads_special_tokens_where_asked(go, home, keep):
+    tokenizer, seen = AutoTokenizer.from_pretrained(home), []
+
+    def score(completions, completion_ids):
+        seen.extend(zip(completions, completion_ids, strict=True))
+        return [0.0] * len(completions)
+
+    go(reward=score, keep_special_tokens=keep, stop=("</s>",))
+
+    special = [(words, ids) for words, ids in seen if "<s>" in tokenizer.decode(ids)]
+    assert special
+    assert all(("<s>" in words) is keep and "</s>" not in words for words, _ in special)
+
+
 def test_a_python_function_is_a_reward_and_config_json_names_it(go):
     def shortness(prompts, completions):
         return [-float(len(completion)) for completion in completions]

@@ -402,3 +402,10 @@ def test_a_classifier_of_several_classes_is_no_reward_model(home, tmp_path):
 
     with pytest.raises(RequestError, match=r"gives a text several scores: name one that gives one"):
         load_reward_model(str(tmp_path / "three"))
+
+
+def test_labels_on_one_side_are_noted_because_their_accuracy_says_nothing():
+    assert reward_model.check_labels([0.6, 0.9]) == [
+        "all labels lie between 0.6 and 0.9, on one side of 0.5: the accuracy says nothing"
+    ]
+    assert reward_model.check_labels([0.0, 0.5]) != [] and reward_model.check_labels([0.2, 0.6]) == []

@@ -108,6 +108,16 @@ def test_only_the_last_turn_of_a_chat_is_learned_from(go, tmp_path):
     assert AutoTokenizer.from_pretrained(run.path / "policy").chat_template == template
 
 
+def test_all_turns_of_a_chat_are_learned_from_where_asked(go, tmp_path):
+    turns = [{"role": "user", "content": "the dog"}, {"role": "assistant", "content": "smiled </s>"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [*turns, *turns]}) + "\n")
+    template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
+
+    run = go(data=str(tmp_path / "chat.jsonl"), template=template, train_on="all", **ONE_STEP)
+
+    assert run.metrics[0]["steps"] == 4  # twice: smiled and the stop
+
+
 def test_a_stop_that_was_named_is_learned_and_saved(go, home):
     run = go(stop=("<pad>",), **ONE_STEP)
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def tokens(string: str) -> list[int]:
     return ids
 
 
-def built(*, bos=True, eos=True, adds_bos=False, blank_in_front=False, template=None) -> PreTrainedTokenizerFast:
+def built(*, bos=True, eos=True, adds_bos=True, blank_in_front=False, template=None) -> PreTrainedTokenizerFast:
     vocab = {s: i for i, s in enumerate(SPECIAL)} | CHARS | {"ab": AB}
     backend = Backend(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
@@ -55,7 +56,7 @@ def built(*, bos=True, eos=True, adds_bos=False, blank_in_front=False, template=
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         steps = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         backend.decoder = decoders.Sequence(steps)
-    if adds_bos:
+    if bos and adds_bos:
         backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     names = {"bos_token": "<s>" if bos else None, "eos_token": "</s>" if eos else None}
     more = ["<|im_start|>", "<|im_end|>"]
@@ -86,10 +87,39 @@ def saved(tmp_path):
 # a prompt
 
 
-@pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("prompt", ["hi", "<s>hi", "<s><s>hi"])
-def test_a_prompt_begins_with_exactly_one_bos(adds_bos, prompt):
-    assert made(adds_bos=adds_bos).encode_prompt(prompt) == [BOS, *tokens("hi")]
+def test_a_prompt_begins_with_exactly_one_bos(prompt):
+    assert made().encode_prompt(prompt) == [BOS, *tokens("hi")]
+
+
+def test_a_prompt_is_what_the_tokenizer_itself_makes_of_a_text():
+    for adds_bos in (False, True):
+        assert made(adds_bos=adds_bos).encode_prompt("hi") == built(adds_bos=adds_bos)("hi").input_ids
+
+    example, pair = [{"text": "yo"}], [{"prompt": "hi ", "chosen": "yo", "rejected": "no"}]
+    assert text.examples(example, made(adds_bos=False), max_length=9) == [Example((*tokens("yo"), EOS), 1, 1)]
+    assert text.preferences(pair, made(adds_bos=False), max_length=9)[0].chosen == (*tokens("hi yo"), EOS)
+
+
+@pytest.mark.parametrize("blank_in_front", [False, True])
+def test_a_bos_can_be_forced_and_is_saved_with_the_tokenizer(saved, tmp_path, blank_in_front):
+    forced = Tokenizer.load(saved(adds_bos=False, blank_in_front=blank_in_front), add_bos=True)
+    forced.save(tmp_path / "policy")
+
+    for tokenizer in (forced, Tokenizer.load(tmp_path / "policy")):
+        assert tokenizer.encode_prompt("hi")[0] == BOS
+        assert tokenizer.encode_prompt("hi")[1:] == Tokenizer.load(
+            saved(adds_bos=False, blank_in_front=blank_in_front)
+        ).encode_prompt("hi")
+
+
+def test_a_bos_that_the_tokenizer_adds_itself_is_not_doubled(saved):
+    assert Tokenizer.load(saved(), add_bos=True).encode_prompt("hi") == [BOS, *tokens("hi")]
+
+
+def test_a_bos_that_does_not_exist_cannot_be_forced(saved):
+    with pytest.raises(RequestError, match="add_bos is True, but the tokenizer has no BOS: leave out --add-bos"):
+        Tokenizer.load(saved(bos=False), add_bos=True)
 
 
 def test_a_tokenizer_without_bos_puts_nothing_in_front():
@@ -407,9 +437,31 @@ def test_a_message_without_content_is_refused_with_its_row():
 def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
     rows = [{"prompt": "hi"}, {"prompt": "hello"}]
 
-    with pytest.raises(RequestError, match="row 2: prompt has 6 tokens, the context holds 5"):  # BOS and five
+    with pytest.raises(RequestError, match="row 2: prompt has 6 tokens, and max_length is 5"):  # BOS and five
         text.prompts(rows, made(), max_length=5)
     assert len(text.prompts(rows, made(), max_length=6)) == 2
+
+
+@pytest.mark.parametrize(
+    ("context", "max_length", "completion", "tokens", "reason"),
+    [
+        (32768, 512, 0, 512, r"max_length is 512 \(the model reads 32768\): raise --max-length"),
+        (None, 512, 0, 512, "max_length is 512: raise --max-length"),
+        (64, 512, 0, 64, "the model's context is 64: give a model that reads more"),
+        (64, 512, 24, 40, "the model's context of 64 leaves 40 beside max_new 24: lower --max-new"),
+        (64, 30, 24, 30, r"max_length is 30 \(the model reads 64\)"),
+    ],
+)
+def test_the_field_that_limits_a_row_is_named(context, max_length, completion, tokens, reason):
+    config = SimpleNamespace(max_position_embeddings=context)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    limit = text.Limit.of(model, max_length, completion=completion)
+
+    assert limit.tokens == tokens
+    with pytest.raises(
+        RequestError, match=f"row 1: prompt has 1001 tokens, and {reason}.*, or shorten it or leave it out"
+    ):
+        text.prompts([{"prompt": "a" * 1000}], made(), max_length=limit._replace(tokens=tokens % 1000))
 
 
 @pytest.mark.parametrize("cells", [["hi", "hi", CHAT], [CHAT, CHAT, "hi"]])
@@ -498,7 +550,7 @@ def test_a_missing_column_is_refused_with_those_there_and_the_mend():
 
 
 def test_an_example_longer_than_the_context_is_refused_and_not_cut():
-    with pytest.raises(RequestError, match="row 1: completion has 7 tokens, the context holds 6"):  # BOS, 5, EOS
+    with pytest.raises(RequestError, match="row 1: completion has 7 tokens, and max_length is 6"):  # BOS, 5, EOS
         text.examples([{"prompt": "hi ", "completion": "yo"}], made(), max_length=6)
 
 
@@ -650,7 +702,7 @@ def test_a_labelled_text_loses_its_beginning():
 
 
 def test_rows_that_are_all_too_long_are_refused():
-    with pytest.raises(RequestError, match="too_long is 'skip' and leaves no row: the context holds 3 tokens"):
+    with pytest.raises(RequestError, match="too_long is 'skip' and leaves no row, since max_length is 3"):
         text.prompts([{"prompt": "hello"}], made(), max_length=3, too_long="skip")
 
 

@@ -24,9 +24,9 @@ from understudy.language.judge import Judge, Part, Verdict, distinct_n
 from understudy.language.model import Policy, Reference, home
 from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel, load_reward_model
-from understudy.language.sft import context, limit_learning, load_policy, pad_examples
+from understudy.language.sft import limit_learning, load_policy, pad_examples
 from understudy.language.stage import Stage
-from understudy.language.text import Example, Tokenizer, check_ids, examples, prompts, read
+from understudy.language.text import Example, Limit, Tokenizer, check_ids, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
 from understudy.language.top import below
 from understudy.language.turns import Reply
@@ -63,12 +63,12 @@ class Cast:
         self._cast_critic()
         self.reference = self._reference()
         limit_learning(self.policy, cfg)
-        room = context(self.policy, cfg.max_length + cfg.limit) - cfg.limit
-        if room < 1:
-            name = "fixed_length" if self.endless else "max_new"
+        name = "fixed_length" if self.endless else "max_new"
+        limit = Limit.of(self.policy.model, cfg.max_length, completion=cfg.limit, name=name)
+        if limit.tokens < 1:
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
-        rows, most = read(cfg.data, columns=cfg.renamed), min(room, cfg.max_length)
-        found = prompts(rows, self.tokenizer, max_length=most, too_long=cfg.too_long, unconditional=cfg.unconditional)
+        rows = read(cfg.data, columns=cfg.renamed)
+        found = prompts(rows, self.tokenizer, max_length=limit, too_long=cfg.too_long, unconditional=cfg.unconditional)
         self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)
@@ -270,9 +270,9 @@ class Cast:
     def _texts(self) -> list[Example]:
         if self.cfg.pretraining is None:
             return []
-        room = context(self.policy, self.cfg.max_length)
+        limit = Limit.of(self.policy.model, self.cfg.max_length)
         try:
-            found = examples(read(self.cfg.pretraining), self.tokenizer, max_length=room, too_long=self.cfg.too_long)
+            found = examples(read(self.cfg.pretraining), self.tokenizer, max_length=limit, too_long=self.cfg.too_long)
             check_ids(found, self.policy.model)
         except RequestError as error:
             raise RequestError(f"pretraining is {self.cfg.pretraining!r}: {error}") from None

@@ -66,6 +66,8 @@ class Config:
     """Tokens that end a completion, as text or ids; the model's own by default."""
     template: str | None = None
     """Jinja chat template, or its file, instead of the tokenizer's own."""
+    add_bos: bool = False
+    """Begin text with BOS even where the tokenizer adds none of itself; saved with the tokenizer."""
     max_length: Count = 512
     """Tokens a row of data may have; at most the model's context."""
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
@@ -159,6 +161,8 @@ class Rollouts(Tuning):
     """What is measured and never trained on; specs like those of reward."""
     unconditional: bool = False
     """Sample from BOS alone, for data without prompts: each row is a completion, and its columns go to the rewards."""
+    keep_special_tokens: bool = False
+    """Completions reach reward functions, replies and samples with special tokens, such as <think>, as text."""
     reply: str | None = None
     """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
     turns: Count = 8

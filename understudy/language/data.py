@@ -49,7 +49,7 @@ def each_row(
     _check_columns(rows, (*texts, *others))
     made, chat = [], bool(texts) and isinstance(rows[0].get(texts[0]), list)
     for number, row in enumerate(rows, 1):
-        with _at(number):
+        with at_row(number):
             for name in texts:
                 _check_text(name, row.get(name), chat)
             for name in others:
@@ -104,13 +104,18 @@ def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: st
         return  # which is refused for what is missing
     for column in (name for name in ("prompt", *USUAL["prompt"]) if name in there and name not in names):
         cell = rows[0].get(column)
-        if isinstance(cell, str) and cell.strip() and not any(cell.strip() in str(rows[0].get(n)) for n in names):
+        if isinstance(cell, str) and cell.strip() and not any(cell.strip() in _plain(rows[0].get(n)) for n in names):
             mapping = [] if column == "prompt" else [f"prompt={column}"]
             mapping += [] if completion is None else [f"{completion}={names[0]}"]
             raise RequestError(
                 f"{names[0]} would be read as a whole text, without what the column {column!r} holds: map them with "
                 f"--columns {' '.join(mapping)}, or remove {column!r}"
             )
+
+
+def _plain(cell: Any) -> str:
+    """The words of text or of a chat."""
+    return "\n".join(str(m.get("content")) for m in cell) if isinstance(cell, list) else str(cell)
 
 
 def _check_text(name: str, cell: Any, chat: bool) -> None:
@@ -133,7 +138,8 @@ def _check_text(name: str, cell: Any, chat: bool) -> None:
 
 
 @contextmanager
-def _at(number: int) -> Iterator[None]:
+def at_row(number: int) -> Iterator[None]:
+    """Put the number of the row before what is refused within."""
     try:
         yield
     except RequestError as error:

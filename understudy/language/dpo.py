@@ -15,9 +15,9 @@ from understudy.language import config, stage
 from understudy.language.ancestry import check_reference
 from understudy.language.model import Policy, digest, home
 from understudy.language.reading import check_reading
-from understudy.language.sft import context, limit_learning, load_policy
+from understudy.language.sft import limit_learning, load_policy
 from understudy.language.stage import Iterations
-from understudy.language.text import Preference, check_ids, common, pad, preferences, read
+from understudy.language.text import Limit, Preference, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, Positive, Unit
@@ -97,8 +97,8 @@ def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
     """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
-    rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
-    data = preferences(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    rows, limit = read(cfg.data, columns=cfg.renamed), Limit.of(policy.model, cfg.max_length)
+    data = preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
     check_ids(data, policy.model)
     policy.remarks += data.remark(cfg.data)
     learned, kept = stage.hold_out(list(map(stage.asked, data)), cfg.held_out)

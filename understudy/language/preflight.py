@@ -225,11 +225,11 @@ def ids_known(ground: Ground) -> Finding | None:
 
 
 def one_bos(ground: Ground) -> Finding | None:
-    """No prompt begins with two BOS, and text begins with one, where the tokenizer has any."""
+    """No prompt begins with two BOS, and text begins with one, where the tokenizer adds it."""
     bos = ground.tokenizer.bos
     for prompt in ground.cast.sampler.prompts:
         front = next((i for i, token in enumerate(prompt.ids) if token != bos), len(prompt.ids))
-        if bos is not None and (front > 1 or (front == 0 and isinstance(prompt.text, str))):
+        if bos is not None and (front > 1 or (front == 0 and ground.tokenizer.front and isinstance(prompt.text, str))):
             mend = "take it out of the data or the template" if front else "mend the tokenizer's post-processor"
             return Finding("one BOS", f"the prompt in row {prompt.row} begins with {front} BOS instead of one", mend)
     return None

@@ -19,7 +19,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
 from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, NonNegative, Positive
+from understudy.run.config import Count, NonNegative, Positive, RequestError
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
@@ -49,6 +49,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
         source,
         stop=cfg.stop,
         template=cfg.template,
+        add_bos=cfg.add_bos,
         packing=cfg.packing,
         checkpointing=cfg.checkpointing,
         trust_remote_code=cfg.trust_remote_code,
@@ -99,15 +100,34 @@ def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
     Pairs of one prompt are all learned from, or all kept. The model remembers which of the two it reads.
     """
     rows = read(cfg.data, columns=cfg.renamed)
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or cfg.max_length
-    model.form = "text" if "label" in rows[0] else "completion"
+    limit = text.Limit.of(model.model, cfg.max_length)
+    columns = text.column_names(rows)
+    model.form = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
     kind: Any = text.labelled if model.form == "text" else text.preferences
-    data = kind(rows, model.tokenizer, max_length=min(limit, cfg.max_length), too_long=cfg.too_long)
+    data = kind(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
     text.check_ids(data, model.model)
     model.remarks += data.remark(cfg.data)
     keys = [(row.ids, row.label) if model.form == "text" else stage.asked(row) for row in data]
     learned, kept = stage.hold_out(keys, cfg.held_out)
+    if model.form == "text":
+        model.remarks += check_labels([data[i].label for i in learned])
     return [data[i] for i in learned], [data[i] for i in kept]
+
+
+def check_labels(labels: Sequence[float]) -> list[str]:
+    """Refuse labels that are all the same; the sentence to print where all are on one side of 0.5.
+
+    Raises:
+        RequestError: there is one label only, which any model that ignores the text gets right.
+    """
+    low, high = min(labels), max(labels)
+    if low == high:
+        raise RequestError(
+            f"label is {low:g} in each of the {len(labels)} rows to learn from, which teach nothing: give good and bad texts"
+        )
+    if low > 0.5 or high <= 0.5:
+        return [f"all labels lie between {low:g} and {high:g}, on one side of 0.5: the accuracy says nothing"]
+    return []
 
 
 def gather(data: Sequence[Any]) -> Pairs | Labelled:

@@ -56,6 +56,7 @@ class RewardModel(nn.Module):
         *,
         stop: tuple[str, ...] = (),
         template: str | None = None,
+        add_bos: bool = False,
         packing: bool = False,
         checkpointing: bool = False,
         trust_remote_code: bool = False,
@@ -77,7 +78,7 @@ class RewardModel(nn.Module):
                 f"model is '{source}', a {type(model).__name__}, which does not score a causal trunk's last token by one "
                 "linear layer: give a causal language model"
             )
-        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, trust_remote_code)
+        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, add_bos, trust_remote_code)
         if any(name.startswith("score") for name in loading["missing_keys"]):
             nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
             _pad_apart(tokenizer, model)
@@ -127,8 +128,10 @@ class RewardModel(nn.Module):
         same = theirs.items() <= own.items()
 
         def judge(sampled: Sampled) -> Tensor:
-            zipped = zip(sampled.prompts, sampled.completions, sampled.completion_ids, sampled.truncated, strict=True)
-            return self.score([self._row(*given, tokenizer.stops if same else None) for given in zipped])
+            given = (sampled.prompts, sampled.completions, sampled.completion_ids, sampled.truncated)
+            columns = [{name: cells[i] for name, cells in sampled.columns.items()} for i in range(len(sampled))]
+            zipped = zip(*given, columns, strict=True)
+            return self.score([self._row(*row, tokenizer.stops if same else None) for row in zipped])
 
         return judge
 
@@ -145,17 +148,26 @@ class RewardModel(nn.Module):
     def digest(self) -> str:
         return digest(self.model)
 
-    def _row(self, prompt: Any, completion: Any, ids: list[int], truncated: bool, stops: frozenset[int] | None):
+    def _row(
+        self,
+        prompt: Any,
+        completion: Any,
+        ids: list[int],
+        truncated: bool,
+        columns: dict[str, Any],
+        stops: frozenset[int] | None,
+    ) -> list[int]:
         """What a completion is to this model; `stops` are the policy's where both speak the same tokens."""
+        tokenizer = self.tokenizer if isinstance(prompt, str) else self.tokenizer.for_row(columns)
         if stops is not None:
             said = ids[:-1] if self.form == "text" and not truncated and ids and ids[-1] in stops else ids
-            return [*self.tokenizer.encode_prompt(prompt), *said]
+            return [*tokenizer.encode_prompt(prompt), *said]
         if self.form == "text" and isinstance(prompt, str):
-            return self.tokenizer.encode_prompt(prompt + completion)
-        said = self.tokenizer.encode_completion(completion, prompt)
-        if truncated and said and said[-1] in self.tokenizer.stops:
+            return tokenizer.encode_prompt(prompt + completion)
+        said = tokenizer.encode_completion(completion, prompt)
+        if truncated and said and said[-1] in tokenizer.stops:
             said = said[:-1]
-        return [*self.tokenizer.encode_prompt(prompt), *said]
+        return [*tokenizer.encode_prompt(prompt), *said]
 
 
 def _about(model: Any) -> dict[str, Any]:
@@ -163,14 +175,15 @@ def _about(model: Any) -> dict[str, Any]:
     return getattr(model.config, "understudy", None) or {}
 
 
-def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None, trust: bool) -> Tokenizer:
+def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None, add_bos: bool, trust: bool) -> Tokenizer:
     """The tokenizer with these stop ids, or the model's own; with none where it names none, for plain text needs none."""
+    options: dict[str, Any] = {"template": template, "add_bos": add_bos, "trust_remote_code": trust}
     try:
-        return Tokenizer.load(source, stop=tuple(stop), template=template, trust_remote_code=trust)
+        return Tokenizer.load(source, stop=tuple(stop), **options)
     except RequestError:
         if stop:
             raise
-        return Tokenizer.load(source, fixed_length=True, template=template, trust_remote_code=trust)
+        return Tokenizer.load(source, fixed_length=True, **options)
 
 
 def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:

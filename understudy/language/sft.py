@@ -12,7 +12,7 @@ from understudy.language import config, stage
 from understudy.language.model import Policy, home
 from understudy.language.reading import check_reading
 from understudy.language.stage import Iterations
-from understudy.language.text import Example, Tokenizer, check_ids, examples, pad, read
+from understudy.language.text import Example, Limit, Tokenizer, TrainOn, check_ids, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive
 from understudy.run.seeds import derive
@@ -23,6 +23,9 @@ from understudy.update import update
 @dataclass(frozen=True, kw_only=True)
 class Config(config.Tuning):
     """Rows of prompt and completion, text, or chat."""
+
+    train_on: TrainOn = "last"
+    """Of a chat, the turns of the assistant that are learned from: the last, or all that follow the prompt."""
 
     learning_rate: Positive = 1e-4
     """AdamW's step size after the warm-up."""
@@ -39,7 +42,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     limit_learning(policy, cfg)
     learned, kept = split(policy, cfg)
     check_reading(policy, [example.ids for example in learned])
-    tokens = cfg.epochs * sum(len(example.ids) - example.start for example in learned)
+    tokens = cfg.epochs * sum(example.learned for example in learned)
     optimizer = stage.adamw(cfg, stage.all_of(policy))
     with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens, resume=resume) as run:
         while run.on:
@@ -73,8 +76,9 @@ def train(cfg: Config, *, resume: Resume | None = None) -> Run:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
-    rows, most = read(cfg.data, columns=cfg.renamed), context(policy, cfg.max_length)
-    data = examples(rows, policy.tokenizer, max_length=most, too_long=cfg.too_long)
+    rows, limit = read(cfg.data, columns=cfg.renamed), Limit.of(policy.model, cfg.max_length)
+    fields = {"max_length": limit, "too_long": cfg.too_long, "train_on": cfg.train_on}
+    data = examples(rows, policy.tokenizer, **fields)
     check_ids(data, policy.model)
     policy.remarks += data.remark(cfg.data)
     learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
@@ -97,6 +101,8 @@ def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Poli
         stop=cfg.stop,
         fixed_length=endless,
         template=cfg.template,
+        add_bos=cfg.add_bos,
+        keep_special_tokens=getattr(cfg, "keep_special_tokens", False),
         trust_remote_code=cfg.trust_remote_code,
     )
     return policy.to(cfg.device)
@@ -111,13 +117,9 @@ def limit_learning(policy: Policy, cfg: config.Tuning) -> None:
         policy.train_top(cfg.train_layers)
 
 
-def context(policy: Policy, wanted: int) -> int:
-    """Tokens a row may have: what is wanted, within the model's context."""
-    return min(wanted, getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or wanted)
-
-
 def pad_examples(some: Sequence[Example]):
-    return pad([example.ids for example in some], [example.start for example in some])
+    starts, unlearned = [example.start for example in some], [example.unlearned for example in some]
+    return pad([example.ids for example in some], starts, unlearned)
 
 
 @torch.no_grad()

@@ -114,7 +114,8 @@ class _Row:
             raise RequestError(f"reply is {reply.spec!r}: it gave {answer!r}; give text, ids, messages or None")
         if isinstance(self.prompt.text, str):
             raise RequestError(f"reply is {reply.spec!r}: it gave a message to a prompt of text; give text or ids")
-        return tokenizer.encode_turn([*self.prompt.text, *self.messages[:-1]], several), several
+        before = [*self.prompt.text, *self.messages[:-1]]
+        return tokenizer.for_row(self.prompt.columns).encode_turn(before, several), several
 
     def done(self) -> Completion:
         """The row as it stands."""

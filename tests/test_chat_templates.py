@@ -1,0 +1,238 @@
+"""What chat templates are given and what becomes of it: tools, thinking, beginnings of answers, and which turns teach."""
+
+import json
+
+import pytest
+import torch
+
+from tests.test_text import CHAT, CHATML, EOS, THINKING, TURN_END, built, made, tokens
+from understudy.language import text
+from understudy.language.collect import Sampler
+from understudy.language.generate import Completion
+from understudy.language.sft import pad_examples
+from understudy.language.text import Prompt, Tokenizer
+from understudy.language.turns import converse
+from understudy.run.config import RequestError
+
+TOOLING = (
+    "{% for t in tools or [] %}#{{ t.name }}{% endfor %}{% if mood is defined %}~{{ mood }}{% endif %}"
+    + CHATML.removesuffix("{% endif %}")
+    + "{% if enable_thinking is defined and not enable_thinking %}/think {% endif %}{% endif %}"
+)
+USER = CHAT[:1]
+HAS = {"tools": [{"name": "add"}], "enable_thinking": False, "chat_template_kwargs": {"mood": "up"}}
+AS_JSON = {name: json.dumps(cell) for name, cell in HAS.items()}
+START = "#add~up<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n/think "
+ASKED = "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+BEGUN = [*USER, {"role": "assistant", "content": "y"}]
+LONG = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]
+
+
+def chatty(template=CHATML, **options) -> Tokenizer:
+    return made(EOS, TURN_END, template=template, **options)
+
+
+# arguments of the template
+
+
+@pytest.mark.parametrize("columns", [HAS, AS_JSON], ids=["objects", "JSON"])
+@pytest.mark.parametrize("recipe", ["prompts", "examples", "pairs", "labels"])
+def test_every_recipe_gives_the_template_what_a_row_has_for_it(recipe, columns):
+    tokenizer, answer = chatty(TOOLING), tokens("yo<|im_end|>")
+    if recipe == "prompts":
+        ids = text.prompts([{"prompt": USER, **columns}], tokenizer, max_length=99)[0].ids
+        answer = []
+    elif recipe == "examples":
+        ids = text.examples([{"messages": CHAT, **columns}], tokenizer, max_length=99)[0].ids
+    elif recipe == "pairs":
+        row = {"prompt": USER, "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "no"}], **columns}
+        ids = text.preferences([row], tokenizer, max_length=99)[0].chosen
+    else:
+        ids = text.labelled([{"text": CHAT, "label": 1, **columns}], tokenizer, max_length=99)[0].ids
+
+    assert list(ids) == [*tokens(START), *answer]
+
+
+def test_the_next_row_is_without_the_arguments_of_the_one_before():
+    rows = [{"prompt": USER, "enable_thinking": False}, {"prompt": USER, "enable_thinking": None}]
+    first, second = text.prompts(rows, chatty(TOOLING), max_length=99)
+
+    assert list(first.ids) == tokens(ASKED + "/think ") and list(second.ids) == tokens(ASKED)
+
+
+def test_a_reply_is_written_by_the_template_with_the_rows_arguments():
+    template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ mood }}")
+    (prompt,) = text.prompts([{"prompt": USER, "chat_template_kwargs": {"mood": "!"}}], chatty(template), max_length=99)
+
+    def speak(prompts, **_):
+        return [Completion([*tokens("yo"), TURN_END], [0.0] * 3, True, 0) for _ in prompts]
+
+    (row,) = converse(
+        speak,
+        lambda sampled, stops: [{"role": "user", "content": "so"}],
+        lambda prompts, completions: [],
+        chatty(template),
+        [prompt],
+        [0],
+        limit=99,
+        turns=2,
+    )
+
+    assert row.ids == tokens("yo<|im_end|>\n<|im_start|>user\nso!<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>")
+
+
+def test_arguments_that_the_template_does_not_use_are_noted():
+    found = text.prompts([{"prompt": USER, **HAS}], chatty(TOOLING.replace("tools", "nothing")), max_length=99)
+
+    assert found.notes == ("tools of the rows changes nothing: the chat template does not use it",)
+
+
+def test_columns_of_these_names_beside_plain_text_are_columns():
+    assert text.prompts([{"prompt": "hi", "tools": "a hammer"}], made(), max_length=9)[0].columns == {
+        "tools": "a hammer"
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "fault"),
+    [
+        ("tools", "a hammer", "tools is 'a hammer': must be a list, or its JSON"),
+        ("chat_template_kwargs", [1], r"chat_template_kwargs is '\[1\]': must be an object, or its JSON"),
+        ("chat_template_kwargs", {"tokenize": False}, "has 'tokenize', which is set by the library: leave it out"),
+        ("enable_thinking", "perhaps", "enable_thinking is 'perhaps': must be true or false"),
+    ],
+)
+def test_arguments_of_another_form_are_refused_with_their_row(column, cell, fault):
+    with pytest.raises(RequestError, match=f"row 1: {fault}|row 1: {column} {fault}"):
+        text.prompts([{"prompt": USER, column: cell}], chatty(), max_length=99)
+
+
+# the beginning of an answer
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+def test_a_prompt_that_ends_with_the_assistant_is_not_closed(template):
+    asked = ASKED if template is CHATML else ASKED.replace("<s>", "<s>1: ")
+
+    assert chatty(template).encode_prompt(BEGUN) == tokens(asked + "y")
+
+
+def test_white_space_that_the_template_writes_before_an_answer_comes_before_its_beginning():
+    turn = "{{ '[' + m.content + ']' if m.role == 'user' else ' ' + m.content + ' </s>' }}"
+    llama = "{% for m in messages %}" + turn + "{% endfor %}"
+
+    assert made(template=llama).encode_prompt(BEGUN) == tokens("[hi] y")
+
+
+def test_what_follows_a_beginning_is_the_rest_of_the_turn():
+    rest = [{"role": "assistant", "content": "o"}]
+
+    assert chatty().encode_completion(rest, BEGUN) == tokens("o<|im_end|>")
+    # "ab" is one token, but a model that was given "a" can only go on with "b"
+    begun = [*USER, {"role": "assistant", "content": "a"}]
+    assert chatty().encode_completion([{"role": "assistant", "content": "b"}], begun) == tokens("b<|im_end|>")
+
+
+def test_a_reply_to_a_turn_that_was_begun_comes_behind_its_end():
+    after = chatty().encode_turn(BEGUN, [{"role": "user", "content": "so"}])
+
+    assert after == tokens("\n<|im_start|>user\nso<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize("recipe", ["examples", "pairs"])
+def test_an_answer_that_was_begun_is_learned_as_it_is_sampled(recipe):
+    row = {"prompt": BEGUN, "completion": [{"role": "assistant", "content": "o"}]}
+    row |= {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "es"}]}
+    if recipe == "examples":
+        (one,) = text.examples([row], chatty(), max_length=99)
+        assert (list(one.ids), one.start) == (tokens(ASKED + "yo<|im_end|>"), len(tokens(ASKED)) + 1)
+    else:
+        (pair,) = text.preferences([row], chatty(), max_length=99)
+        assert list(pair.rejected) == tokens(ASKED + "yes<|im_end|>")
+
+
+def test_prompts_that_the_policy_continues_are_counted():
+    found = text.prompts([{"prompt": BEGUN}, {"prompt": USER}], chatty(), max_length=99)
+
+    assert found.notes == ("1 prompts end with words of the assistant, which the policy continues",)
+
+
+def test_a_prompt_that_ends_with_tool_calls_is_refused():
+    calls = [*USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
+
+    with pytest.raises(RequestError, match="row 1: the prompt ends with tool calls of the assistant"):
+        text.prompts([{"prompt": calls}], chatty(), max_length=99)
+
+
+# which turns are learned
+
+
+def taught(rows: list[dict], tokenizer: Tokenizer, train_on: str) -> list[str]:
+    """What each row teaches, as text, in pieces."""
+    found = text.examples(rows, tokenizer, max_length=999, train_on=train_on)
+    batch = pad_examples(found)
+    assert [int(row.sum()) for row in batch.mask] == [example.learned for example in found]
+    return [tokenizer.hf.decode(ids[1:][mask[:-1]]) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("train_on", "row", "expected"),
+    [
+        ("last", {"messages": LONG}, "no<|im_end|>"),
+        ("all", {"messages": LONG}, "yo<|im_end|>no<|im_end|>"),
+        ("all", {"text": LONG}, "yo<|im_end|>no<|im_end|>"),
+        ("all", {"prompt": LONG[:3], "completion": LONG[3:]}, "no<|im_end|>"),
+        ("all", {"prompt": LONG[:1], "completion": LONG[1:]}, "yo<|im_end|>no<|im_end|>"),
+        ("last", {"prompt": LONG[:1], "completion": LONG[1:]}, "no<|im_end|>"),
+        ("all", {"messages": CHAT}, "yo<|im_end|>"),
+    ],
+)
+def test_the_turns_that_were_asked_for_are_learned(train_on, row, expected):
+    assert taught([row], chatty(), train_on) == [expected]
+
+
+def test_all_turns_are_laid_out_as_the_template_writes_the_chat():
+    (one,) = text.examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    whole = built(template=CHATML).apply_chat_template(LONG, return_dict=False)
+
+    assert list(one.ids) == whole[:-1]  # less the newline behind the last turn
+
+
+def test_a_turn_that_the_template_would_now_write_otherwise_is_learned_as_it_is_sampled():
+    chat = [USER[0], {"role": "assistant", "content": "hm /think yo"}, *LONG[2:]]
+
+    assert taught([{"messages": chat}], chatty(THINKING), "all") == ["hm /think yo<|im_end|>no<|im_end|>"]
+
+
+def test_a_chat_loses_its_beginning_and_keeps_the_turns_that_are_learned():
+    (whole,) = text.examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    (cut,) = text.examples(
+        [{"messages": LONG}], chatty(), max_length=len(whole.ids) - 4, too_long="cut", train_on="all"
+    )
+
+    assert cut.learned == whole.learned and cut.ids[1:] == whole.ids[5:]
+    (begin, end), (was, _) = cut.unlearned[0], whole.unlearned[0]
+    assert (begin, cut.ids[begin:end]) == (was - 4, whole.ids[was : was + end - begin])
+
+
+def test_all_turns_of_plain_text_are_refused():
+    with pytest.raises(RequestError, match="row 1: train_on is 'all', but the data are text"):
+        text.examples([{"prompt": "hi", "completion": "yo"}], made(), max_length=9, train_on="all")
+
+
+# special tokens of completions
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"), [(False, "hm yo"), (True, "<|im_start|>hm<unk> yo")], ids=["dropped", "kept"]
+)
+def test_completions_keep_special_tokens_where_asked(keep, expected):
+    tokenizer = Tokenizer(built(template=CHATML), frozenset((EOS, TURN_END)), keep_special_tokens=keep)
+    ids = [*tokens("<|im_start|>hm<unk> yo<|im_end|>")]
+    prompt = Prompt(tuple(tokenizer.encode_prompt("hi ")), "hi ", {}, 1)
+    sampler = Sampler([prompt], tokenizer, limit=99, endless=False, seed=0, slots=1)
+
+    sampled = sampler.written_down([prompt], [Completion(ids, [0.0] * len(ids), True, 0)], torch.device("cpu")).judged
+
+    assert sampled.completions == [expected]
+    assert sampled.completion_ids == [ids]

@@ -1,0 +1,372 @@
+"""A tokenizer and its chat template: prompts, completions and turns as ids, and ids as text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import jinja2
+from tokenizers import processors
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from understudy.language.files import check_files
+from understudy.language.lora import base_of, tokenizer_of
+from understudy.run.config import RequestError
+
+Messages = list[dict[str, Any]]
+"""A chat: `[{"role": ..., "content": ...}, ...]`."""
+
+DUMMY = "what-the-assistant-says"
+"""Words put into the assistant's mouth to see what a chat template writes around them."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer and what the library must know about it."""
+
+    hf: PreTrainedTokenizerBase
+    stops: frozenset[int]
+    """Ids that end a completion; empty where completions have a fixed length."""
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as `tools`."""
+    keep_special_tokens: bool = False
+    """Whether `decode` writes special tokens, such as `<think>`, as text. The stop at the end is never written."""
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        stop: tuple[str, ...] = (),
+        fixed_length: bool = False,
+        template: str | None = None,
+        add_bos: bool = False,
+        keep_special_tokens: bool = False,
+        trust_remote_code: bool = False,
+    ) -> Tokenizer:
+        """The tokenizer of a directory or hub id. No code that comes with it is run, unless that is asked for.
+
+        Args:
+            stop: in place of the ids in generation_config.json, or else the tokenizer's EOS: each entry one token, as its
+                text (`</s>`, a newline) or its id in digits.
+            fixed_length: completions have no end, whatever the model says.
+            template: a Jinja chat template or the path of one, in place of the tokenizer's own.
+            add_bos: text begins with BOS even where the tokenizer adds none of itself; `save` keeps it that way.
+        """
+        check_files(source, trust_remote_code=trust_remote_code)
+        try:
+            hf = AutoTokenizer.from_pretrained(tokenizer_of(source), trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise RequestError(f"model is {str(source)!r}: no tokenizer there; name a directory or hub id") from None
+        if template is not None:
+            hf.chat_template = _template(hf, template)
+        if add_bos:
+            _begin_with_bos(hf)
+        options: dict[str, Any] = {"keep_special_tokens": keep_special_tokens}
+        if fixed_length:
+            return cls(hf, frozenset(), **options)
+        stops = frozenset(_token_id(hf, entry) for entry in stop) or _own_stops(hf, base_of(source) or source)
+        if not stops:
+            raise RequestError(
+                f"model is {str(source)!r}: it names no stop id; give one with --stop, or --fixed-length N"
+            )
+        return cls(hf, stops, **options)
+
+    def for_row(self, row: Mapping[str, Any]) -> Tokenizer:
+        """This tokenizer with what a row of data has for the chat template: `tools`, a list of their JSON schemas;
+        `enable_thinking`; and `chat_template_kwargs`, an object of further arguments. Lists and objects may be JSON text.
+
+        Raises:
+            RequestError: one of them is of another form.
+        """
+        arguments = dict(_parsed("chat_template_kwargs", row.get("chat_template_kwargs"), dict) or {})
+        if taken := RESERVED & arguments.keys():
+            raise RequestError(f"chat_template_kwargs has {min(taken)!r}, which is set by the library: leave it out")
+        if (tools := _parsed("tools", row.get("tools"), list)) is not None:
+            arguments["tools"] = tools
+        if (thinking := row.get("enable_thinking")) not in (None, ""):
+            if (word := str(thinking).strip().lower()) not in ("true", "false"):
+                raise RequestError(f"enable_thinking is {thinking!r}: must be true or false")
+            arguments["enable_thinking"] = word == "true"
+        return replace(self, template_arguments=arguments) if arguments else self
+
+    def unused(self, names: Sequence[str]) -> list[str]:
+        """Those of some arguments that the chat template never names."""
+        template = str(self.hf.chat_template or "")
+        return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)]
+
+    @property
+    def bos(self) -> int | None:
+        return cast("int | None", self.hf.bos_token_id)
+
+    @cached_property
+    def front(self) -> list[int]:
+        """What the tokenizer itself puts before a text: BOS, or nothing."""
+        ids = self.hf.encode("a", verbose=False)[:1]
+        return ids if ids == [self.bos] else []
+
+    @property
+    def stop(self) -> int | None:
+        """The stop id that is put behind a text that has none: EOS if it is a stop, else the lowest."""
+        return self.hf.eos_token_id if self.hf.eos_token_id in self.stops else min(self.stops, default=None)
+
+    def encode_prompt(self, prompt: str | Messages) -> list[int]:
+        """Text: what `tokenizer(text)` gives, with one BOS or none, and without an end; "" is BOS alone.
+
+        Chat: as the template has it, up to where the assistant begins to speak; of several BOS in front one is kept. An
+        assistant's message at the end is not closed: its words follow the call to speak, and the policy continues them.
+        """
+        if isinstance(prompt, str):
+            ids = self._text(prompt) or ([] if self.bos is None else [self.bos])
+        else:
+            ids = self._ids(self._begun(prompt) if _is_prefill(prompt) else self._render(prompt, answer=True))
+        if not ids:
+            raise RequestError("the prompt is empty and the tokenizer has no BOS to start from: begin with a text")
+        return ids
+
+    def encode_completion(self, completion: str | Messages, prompt: str | Messages = "") -> list[int]:
+        """What follows `encode_prompt(prompt)`, with a stop id at the end if there is any.
+
+        Text is tokenized with its prompt, so that it reads as it was written. Where a token would lie across the seam,
+        which a model that starts from the prompt's ids cannot produce, the completion is tokenized apart.
+        Chat: what the template adds to the prompt, less the white space after the turn's end. Where it writes the prompt
+        otherwise when an answer follows (dropping earlier thoughts, say), it is what it writes from the answer's beginning
+        on: a model that samples starts from the prompt's own ids.
+        """
+        if isinstance(completion, str):
+            if not isinstance(prompt, str):
+                raise RequestError("the completion is text and its prompt is chat: give both as text or both as chat")
+            before, whole = self._text(prompt), self._text(prompt + completion)
+            ids = whole[len(before) :] if whole[: len(before)] == before else _inside(self.hf, completion)
+        else:
+            if isinstance(prompt, str):
+                raise RequestError("the completion is chat and its prompt is text: give both as text or both as chat")
+            before = self.encode_prompt(prompt)
+            whole = self._ids(self._render(_joined(prompt, completion), answer=False))
+            adds = whole[: len(before)] == before
+            ids = self._closed(whole[len(before) :] if adds else _inside(self.hf, self._answer(prompt, completion)))
+        return ids if self.stop is None or (ids and ids[-1] in self.stops) else [*ids, self.stop]
+
+    def encode_turn(self, before: Messages, messages: Messages) -> list[int]:
+        """The ids between an assistant's turn, which came after `before`, and its next: `messages`, and the call to speak.
+
+        They are the end of a render in which the assistant says something else, to be put behind the ids there are. So
+        nothing that was sampled is tokenized again, nor lost to a template that would now write earlier turns otherwise.
+        The stop that ended the turn is not among them.
+        """
+        ids = _inside(self.hf, self._around(before, messages, answer=True)[1])
+        end = _inside(self.hf, self._around(before, [], answer=False)[1])
+        stop = next((t + 1 for t, token in enumerate(ids) if token in self.stops), 0)
+        ended = ids[:stop] == end[:stop] or not self._decode(ids[: stop - 1]).strip()
+        return ids[stop:] if stop and ended else ids
+
+    def turn_end(self) -> list[int]:
+        """What the chat template writes behind an assistant's words, white space apart; [] where it writes nothing."""
+        after = self._around([{"role": "user", "content": "?"}], [], answer=False)[1].strip()
+        return _inside(self.hf, after) if after else []
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text that is put behind other ids, as it is: no BOS, no stop."""
+        return _inside(self.hf, text)
+
+    def continued(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """The text of ids as it stands behind others': some tokenizers drop the blank in front of a text."""
+        front, whole = self._words(list(before)), self.decode([*before, *ids])
+        return whole[len(front) :] if whole.startswith(front) else self.decode(ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text without the stop it ends with, and without special tokens unless they are to be kept."""
+        ids = list(ids)
+        while ids and ids[-1] in self.stops:
+            ids.pop()
+        return self._words(ids)
+
+    def decode_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Each token's own text, special ones by name, leading blanks kept; for displays."""
+        before = self.hf.encode("a", add_special_tokens=False)
+        seen = self._decode(before)
+        behind = {i: self._decode([*before, i]) for i in set(ids)}
+        texts = {i: t[len(seen) :] if t.startswith(seen) else self._decode([i]) for i, t in behind.items()}
+        return [texts[i] for i in ids]
+
+    def save(self, path: str | Path) -> None:
+        """Everything `load` needs, the template included; stop ids belong in the model's generation_config.json."""
+        self.hf.save_pretrained(path)
+
+    def _words(self, ids: list[int]) -> str:
+        return self._decode(ids, skip_special_tokens=not self.keep_special_tokens)
+
+    def _decode(self, ids: list[int], **options: Any) -> str:
+        return str(self.hf.decode(ids, clean_up_tokenization_spaces=False, **options))
+
+    def _text(self, text: str) -> list[int]:
+        return self._one_bos([*self.front, *self.hf.encode(text, add_special_tokens=False, verbose=False)])
+
+    def _ids(self, rendered: str) -> list[int]:
+        """The ids of what a chat template wrote."""
+        return self._one_bos(self.hf.encode(rendered, add_special_tokens=False, verbose=False))
+
+    def _begun(self, messages: Messages) -> str:
+        """A chat up to the words of the assistant's last message, which is not closed."""
+        *before, last = messages
+        if last.get("tool_calls"):
+            raise RequestError(
+                "the prompt ends with tool calls of the assistant: add the tool's answer, or leave them out"
+            )
+        call, front = self._render(before, answer=True), self._around(before, [], answer=False)[0]
+        blank = front.removeprefix(call) if front.startswith(call) else ""
+        return call + (blank if blank.isspace() else "") + last["content"]
+
+    def _render(self, messages: Messages, *, answer: bool) -> str:
+        if not self.hf.chat_template:
+            raise RequestError(
+                "the data are chat and the tokenizer has no chat template: give one with --template FILE"
+            )
+        try:
+            return str(
+                self.hf.apply_chat_template(
+                    messages, add_generation_prompt=answer, tokenize=False, **self.template_arguments
+                )
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise RequestError(f"the chat template refuses messages of roles {roles}: {error}") from None
+
+    def _around(self, before: Messages, after: Messages, *, answer: bool) -> tuple[str, str]:
+        """What the chat template writes before an assistant's words between `before` and `after`, and what behind them."""
+        messages = [*_joined(before, [{"role": "assistant", "content": DUMMY}]), *after]
+        text = self._begun(messages) if answer and _is_prefill(after) else self._render(messages, answer=answer)
+        if text.count(DUMMY) != 1:
+            raise RequestError(
+                "the chat template does not write each of the assistant's turns once, so that what stands before and "
+                "behind one cannot be told: give another with --template"
+            )
+        front, _, behind = text.partition(DUMMY)
+        return front, behind
+
+    def _answer(self, prompt: Messages, completion: Messages) -> str:
+        """What the chat template writes after the call to speak, which it writes in a prompt that ends with it."""
+        whole = _joined(prompt, completion)
+        begun = str(prompt[-1]["content"]) if _is_prefill(prompt) else ""
+        asked = prompt[:-1] if _is_prefill(prompt) else prompt
+        call = self._render(asked, answer=True).removeprefix(self._render(asked, answer=False))
+        front, _ = self._around(asked, completion[1:], answer=False)
+        at = front.rindex(call) + len(call) if call in front else len(front)
+        text = self._render(whole, answer=False)
+        _, same, answer = text[at:].partition(begun) if begun else ("", "", text[at:])
+        if text[:at] != front[:at] or same != begun:
+            raise RequestError(
+                "the chat template writes the prompt otherwise for every answer, so that what is learned from is not what "
+                "is sampled: give a template that does not with --template"
+            )
+        return answer
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        while self.bos is not None and ids[:2] == [self.bos, self.bos]:
+            ids = ids[1:]
+        return ids
+
+    def _closed(self, ids: list[int]) -> list[int]:
+        """Up to the last stop id, where the template writes only white space after it."""
+        end = max((t + 1 for t, token in enumerate(ids) if token in self.stops), default=0)
+        return ids[:end] if end and not self._decode(ids[end:]).strip() else ids
+
+
+RESERVED = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"}
+RESERVED |= {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+"""Arguments of `apply_chat_template` that are not the template's."""
+
+
+def _is_prefill(messages: Messages) -> bool:
+    """Whether a chat ends with words of the assistant, which it is to continue."""
+    return bool(messages) and messages[-1]["role"] == "assistant"
+
+
+def _joined(before: Messages, after: Messages) -> Messages:
+    """A chat and what follows it; the assistant's words that it ends with become the beginning of those that follow."""
+    if not (_is_prefill(before) and after and after[0]["role"] == "assistant"):
+        return [*before, *after]
+    return [*before[:-1], {**after[0], "content": f"{before[-1]['content']}{after[0]['content']}"}, *after[1:]]
+
+
+def _parsed(name: str, cell: Any, kind: type) -> Any:
+    """A list or object, which may be written as JSON; None where there is none."""
+    if cell is None or cell == "":
+        return None
+    with suppress(json.JSONDecodeError):
+        cell = json.loads(cell) if isinstance(cell, str) else cell
+    if not isinstance(cell, kind):
+        raise RequestError(
+            f"{name} is {str(cell)[:40]!r}: must be {'a list' if kind is list else 'an object'}, or its JSON"
+        )
+    return cell
+
+
+def _begin_with_bos(hf: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer put BOS before every text, as its own doing, which is saved with it."""
+    backend: Any = getattr(hf, "backend_tokenizer", None)
+    if hf.bos_token is None or backend is None:
+        lacks = "has no BOS" if hf.bos_token is None else "cannot be changed"
+        raise RequestError(f"add_bos is True, but the tokenizer {lacks}: leave out --add-bos")
+    if hf.encode("a", verbose=False)[:1] == [hf.bos_token_id]:
+        return
+    bos = TemplateProcessing(single=f"{hf.bos_token} $A", special_tokens=[(hf.bos_token, hf.bos_token_id)])
+    own = backend.post_processor
+    backend.post_processor = bos if own is None else processors.Sequence([own, bos])
+
+
+def _template(hf: PreTrainedTokenizerBase, template: str) -> str:
+    """The text of a template, from a file where it is no text itself; tried once, for its grammar."""
+    text = template
+    if "{{" not in template and "{%" not in template:
+        if not Path(template).is_file():
+            raise RequestError(
+                f"template is {template!r}: unknown template, neither a file nor Jinja; give one of them"
+            )
+        text = Path(template).read_text(encoding="utf-8")
+    try:
+        hf.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(
+            f"template is {template[:40]!r}: not Jinja in line {error.lineno} ({error.message})"
+        ) from None
+    except jinja2.TemplateError:
+        pass  # it asks for other messages than this one
+    return text
+
+
+def _own_stops(hf: PreTrainedTokenizerBase, source: str | Path) -> frozenset[int]:
+    own: Any = None
+    with suppress(OSError):  # it has no generation_config.json
+        own = GenerationConfig.from_pretrained(source).eos_token_id
+    own = hf.eos_token_id if own is None else own
+    return frozenset() if own is None else frozenset(own if isinstance(own, list) else [own])
+
+
+def _token_id(hf: PreTrainedTokenizerBase, entry: str) -> int:
+    """The id of one token, named by its digits, its entry in the vocabulary or its text."""
+    vocabulary = hf.get_vocab()
+    if entry.isdecimal():
+        if int(entry) <= (highest := max(vocabulary.values())):
+            return int(entry)
+        raise RequestError(f"stop is {entry}: the vocabulary has ids from 0 to {highest}")
+    if entry in vocabulary:
+        return vocabulary[entry]
+    for ids in (hf.encode(entry, add_special_tokens=False), _inside(hf, entry)):
+        if len(ids) == 1 and ids[0] != hf.unk_token_id:
+            return ids[0]
+    raise RequestError(f"stop is {entry!r}: must be exactly one token; give a token's text or its id")
+
+
+def _inside(hf: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of text that is not the first: without the blank that some tokenizers put in front of a text."""
+    before, whole = (hf.encode(t, add_special_tokens=False, verbose=False) for t in ("\n", "\n" + text))
+    stable = whole[: len(before)] == before
+    return whole[len(before) :] if stable else hf.encode(text, add_special_tokens=False, verbose=False)
