@@ -477,18 +477,22 @@ def test_a_reward_models_digest_is_written_down_and_it_does_not_move(go, judge):
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_a_reward_function_reads_special_tokens_where_asked(go, home, keep):
-    tokenizer, seen = AutoTokenizer.from_pretrained(home), []
+def test_a_reward_function_reads_special_tokens_where_asked(go, tmp_path, keep):
+    model, seen = furnish(tmp_path / "model"), []
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    special = sorted(set(tokenizer.get_vocab()) - {"</s>"})[:100]
+    tokenizer.add_special_tokens({"extra_special_tokens": special})
+    tokenizer.save_pretrained(model)
 
     def score(completions, completion_ids):
         seen.extend(zip(completions, completion_ids, strict=True))
         return [0.0] * len(completions)
 
-    go(reward=score, keep_special_tokens=keep, stop=("</s>",))
+    go(model=str(model), reward=score, keep_special_tokens=keep)
 
-    special = [(words, ids) for words, ids in seen if "<s>" in tokenizer.decode(ids)]
-    assert special
-    assert all(("<s>" in words) is keep and "</s>" not in words for words, _ in special)
+    said = {(word in words.split()) for words, ids in seen for word in special if word in tokenizer.decode(ids).split()}
+    assert said == {keep}
+    assert not any("</s>" in words for words, _ in seen)
 
 
 def test_a_python_function_is_a_reward_and_config_json_names_it(go):
