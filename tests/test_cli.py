@@ -50,6 +50,16 @@ WRONG_REQUESTS = {
     "infinite": (["--env", "CartPole-v1", "--learning-rate", "inf"], ["learning_rate is inf", "finite"]),
     "above its range": (["--env", "CartPole-v1", "--gamma", "1.5"], ["gamma is 1.5", "between 0 and 1"]),
     "below its range": (["--env", "CartPole-v1", "--num-envs", "0"], ["num_envs is 0", "1 or more"]),
+    "above what float32 holds": (["--env", "CartPole-v1", "--clip", "1e40"], ["clip is 1e+40", "1.7e+38"]),
+    "a timeout beyond the clock": (["--env", "CartPole-v1", "--step-timeout", "1e300"], ["step_timeout is 1e+300"]),
+    "more threads than any machine has": (["--env", "CartPole-v1", "--threads", "2147483648"], ["threads", "1024"]),
+    "unknown device": (["--env", "CartPole-v1", "--device", "banana"], ["device is 'banana'", "try cpu"]),
+    "a device that holds nothing": (["--env", "CartPole-v1", "--device", "meta"], ["device is 'meta'", "try cpu"]),
+    "no device": (["--env", "CartPole-v1", "--device="], ["device is ''", "try cpu"]),
+    "a device too many": (["--env", "CartPole-v1", "--device", "cuda:99"], ["device is 'cuda:99'", "try cpu"]),
+    "a network beyond memory": (["--env", "CartPole-v1", "--hidden", "1000000", "1000000"], ["memory", "hidden"]),
+    "too long a name": (["--env", "CartPole-v1", "--init", "a" * 5000], ["aaa", "too long"]),
+    "more minibatches than steps": (["--env", "CartPole-v1", "--minibatches", "2049"], ["minibatches is 2049", "128"]),
     "at an open end": (["--env", "CartPole-v1", "--clip", "0"], ["clip is 0.0", "above 0"]),
     "no such choice": (["--env", "CartPole-v1", "--memory", "elephant"], ["elephant", "gru"]),
     "options that are no JSON": (["--env", "CartPole-v1", "--env-options", "{x"], ["env_options", "JSON"]),
@@ -90,6 +100,10 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(here, capsys, case):
         (["evaluate"], ["run", "--help"]),
         (["control", "reinforce", "--env", "CartPole-v1", "--preset", "cleanrl"], ["cleanrl", "reinforce"]),
         (
+            ["control", "reinforce", "--env", "CartPole-v1", "--baseline", "group", "--group-size", "1"],
+            ["group_size is 1", "2 or more"],
+        ),
+        (
             ["control", "reinforce", "--env", "CartPole-v1", "--baseline", "group", "--num-envs", "6"],
             ["num_envs is 6", "multiple of group_size 4"],
         ),
@@ -115,6 +129,7 @@ def test_a_missing_extra_is_named_with_its_pip_line(here, capsys, monkeypatch, p
     extra = {"Box2D": "box2d", "moviepy": "video"}.get(package, package)
 
     refused(capsys, ["control", "ppo", "--quiet", "--steps", "32", *MISSING[package]], 2, install_hint(extra))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("sink", ["tensorboard", "wandb", "trackio"])
@@ -123,6 +138,7 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
         pytest.skip(f"{sink} is installed")
 
     refused(capsys, ["control", "ppo", "--env", "CartPole-v1", "--quiet", "--log", sink], 2, install_hint(sink))
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(

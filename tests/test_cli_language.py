@@ -100,6 +100,11 @@ WRONG_REQUESTS = {
     "a language model as reward": (ppo(reward=("model",)), ["reward", "model"]),
     "limit as long as the context": (ppo("--max-new", "64"), ["max_new is 64", "context"]),
     "generate without a prompt": (["generate", "model"], ["prompt is missing", "--chat"]),
+    "a device that holds nothing": (ppo("--device", "meta"), ["device is 'meta'", "try cpu"]),
+    "decay beyond the weights": (ppo("--weight-decay", "1e30"), ["weight_decay is 1e+30", "learning_rate"]),
+    "sampling beyond float32": (ppo("--temperature", "1e-300"), ["temperature is 1e-300", "between 1e-06"]),
+    "a weight beyond float32": (ppo(reward=("length*1e39",)), ["1e39", "1e+06"]),
+    "no tracker": (ppo("--log", "trackio"), ["trackio", "trackio]'"]),
     "generate nothing": (["generate", "model", "--prompt", "the", "--max-new", "0"], ["max_new is 0"]),
     "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "--greedy"]),
 }

@@ -194,7 +194,8 @@ def test_a_built_in_may_mention_a_file():
 
 
 BAD_SPECS = {
-    "length*x": "the weight 'x' must be a finite number, as in length*0.5",
+    "length*x": "the weight 'x' must be a finite number, at most 1e+06, as in length*0.5",
+    "length*1e39": "the weight '1e39' must be a finite number, at most 1e+06",
     "length*inf": "the weight 'inf' must be a finite number",
     "lenght": "no builtin 'lenght'; did you mean 'length'",
     "": "no such directory, and no builtin ''",

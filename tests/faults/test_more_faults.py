@@ -22,7 +22,7 @@ from tests.rehearsed import furnish, ppo_config
 from understudy import update as room
 from understudy.control import ppo
 from understudy.language import ppo as language_ppo
-from understudy.run import checkpoint, sinks
+from understudy.run import checkpoint
 from understudy.run.config import RequestError
 from understudy.run.spikes import spikes
 
@@ -318,28 +318,23 @@ def test_a_clock_that_jumps_changes_no_byte(jump, tmp_path, monkeypatch):
 # trackers
 
 
-class Outage:
-    """A tracker that fails where it is told to."""
+OUTAGE = """
+def _fail(where):
+    if where == {where!r}:
+        raise ConnectionError("503\\nservice unavailable")
 
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.fail("opening")
-
-    def fail(self, where: str) -> None:
-        if where == self.where:
-            raise ConnectionError("503\nservice unavailable")
-
-    def log(self, metrics, step) -> None:
-        self.fail("logging")
-
-    def close(self) -> None:
-        self.fail("closing")
+def init(**given): _fail("opening")
+def log(metrics, step): _fail("logging")
+def finish(): _fail("closing")
+"""
 
 
 @pytest.mark.parametrize("where", ["opening", "logging", "closing"])
 @pytest.mark.parametrize("world", ["control", "language"])
 def test_a_tracker_that_fails_is_said_once_and_ends_no_run(world, where, home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sinks, "Tracker", lambda name, path, config: Outage(where))
+    (tmp_path / "wandb.py").write_text(OUTAGE.format(where=where))  # a tracker's package that fails there
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
     if world == "control":
         run, plain = (ppo.train(run_of(tmp_path / n, log=x)) for n, x in (("run", ("wandb",)), ("plain", ())))
     else:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import select
 import sys
 
@@ -59,9 +61,24 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
             return 141
+        if (refusal := _too_large(error)) is not None:
+            print(f"understudy: {printable(redact(refusal))}", file=sys.stderr)
+            return 2
         said = printable(redact(" ".join(str(error).split())))
         print(f"understudy: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
+
+
+def _too_large(error: Exception) -> str | None:
+    """The refusal of a request that does not fit into memory or into a file name, wherever it was met; else None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:  # of NumPy and Python; of torch on a CPU
+        tried = re.search(r"you tried to allocate (\d+ bytes)", text)
+        amount = f" ({tried[1]} at once)" if tried else ""
+        return f"memory ran out{amount}: lower the sizes asked for, such as hidden, num_envs, rollout, rows or max_new"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:40]!r}... is too long for the name of a file: give a shorter one"
+    return None
 
 
 def _reader_has_ended() -> bool:

@@ -172,8 +172,10 @@ def say(argv: list[str]) -> int:
     for name in ("max_new", "count"):
         if getattr(args, name) < 1:
             raise RequestError(f"{name} is {getattr(args, name)}: must be 1 or more")
-    if args.temperature is not None and not args.temperature > 0:
-        raise RequestError(f"temperature is {args.temperature}: must be above 0; --greedy takes the likeliest token")
+    if args.temperature is not None and not 1e-6 <= args.temperature <= 1e6:
+        raise RequestError(
+            f"temperature is {args.temperature}: must be between 1e-06 and 1e+06; --greedy takes the likeliest token"
+        )
     source = home(args.source, "policy")
     policy = load(source) if (Path(source) / "understudy.json").is_file() else Policy.from_pretrained(source)
     policy.temperature = args.temperature or policy.temperature

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from understudy.constrain import Constraint
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Seconds, Threads, Unit, Whole, check
+from understudy.run.device import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Config(Network):
     """Wrappers, innermost first, each 'Name key=value ...'; Name from gymnasium.wrappers or module:Class."""
     vectorization: Literal["sync", "async", "supervised", "native", "envpool"] = "sync"
     """How copies run: in turn, a process each, the same and restarted on faults, the id's own vector env, or EnvPool."""
-    step_timeout: Positive = 60.0
+    step_timeout: Seconds = 60.0
     """Seconds that a step or a reset of a supervised environment may take before it is restarted."""
     num_envs: Count = 8
     """Copies of the environment, one row of the record each."""
@@ -65,7 +66,7 @@ class Config(Network):
     """Where defaults come from: tuned (this env's own; the command line's default), none, cleanrl, sb3, rsl_rl."""
     device: str = "cpu"
     """Torch device of policy and update."""
-    threads: Count = 1
+    threads: Threads = 1
     """Torch threads; tiny tensors are fastest with one."""
 
     gamma: Unit = 0.99
@@ -119,6 +120,7 @@ class Config(Network):
 
     def __post_init__(self) -> None:
         check(self)
+        check_device(self.device)
         for text in self.constraint:
             Constraint.parse(text)
         if self.squash == "tanh" and self.exploration == "gsde":

@@ -66,6 +66,14 @@ class Config(config.Config):
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the optimizer step, which takes some seconds once; auto: where the run is long enough to win them back."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minibatches > self.num_envs * self.rollout:
+            raise RequestError(
+                f"minibatches is {self.minibatches}: an iteration has num_envs {self.num_envs} times rollout {self.rollout} "
+                "steps, and a minibatch needs at least one"
+            )
+
 
 def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""

@@ -40,6 +40,11 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.grouped and self.group_size < 2:
+            raise RequestError(
+                f"group_size is {self.group_size}: baseline {self.baseline} compares the episodes of a group, so it must be "
+                "2 or more"
+            )
         if self.grouped and self.num_envs % self.group_size:
             raise RequestError(
                 f"num_envs is {self.num_envs}: must be a multiple of group_size {self.group_size} with this baseline"

@@ -36,11 +36,12 @@ from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
+from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
-from understudy.run.sinks import open_sinks
+from understudy.run.sinks import check_sinks, open_sinks
 from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
 Env = gymnasium.Env | VectorEnv | None
@@ -297,6 +298,9 @@ def open_stage(
     """
     torch.set_num_threads(cfg.threads)
     keep_freed()
+    check_sinks(cfg.log)
+    if cfg.video:
+        need_package("moviepy", "video", "video is on")
 
     def seed_of(row: int, episode: int) -> int:
         return derive(cfg.seed, "episode", row // group_size, episode)

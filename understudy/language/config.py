@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from understudy.constrain import Constraint
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole, check
+from understudy.run.config import Count, NonNegative, Positive, RequestError, Temperature, Threads, Unit, Whole, check
+from understudy.run.device import check_device
 from understudy.score import Cut
 
 
@@ -32,16 +31,6 @@ def specs(given: Any) -> tuple[str, ...]:
     """A spec or a function, or several of them, as a tuple."""
     several = given if isinstance(given, tuple | list) else (given,)
     return tuple(Function.of(one) if callable(one) else one for one in several)
-
-
-def check_device(name: str) -> None:
-    """Raise `RequestError` for a device that torch does not know or this machine lacks."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise RequestError(
-            f"device is {name!r}, which is not here ({str(error).splitlines()[0][:80]}): try cpu"
-        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +63,7 @@ class Config:
     """A row that is longer: refused, left out, or cut at its beginning where an answer follows; how many is said."""
     device: str = "cpu"
     """Torch device."""
-    threads: Count = 1
+    threads: Threads = 1
     """Torch threads; small models are fastest with one or two."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; logits and losses are float32. AdamW keeps float32 copies of bfloat16 parameters that
@@ -117,6 +106,11 @@ class Config:
     def __post_init__(self) -> None:
         check(self)
         check_device(self.device)
+        if self.weight_decay * self.learning_rate >= 1:
+            raise RequestError(
+                f"weight_decay is {self.weight_decay:g}: times learning_rate {self.learning_rate:g} it must be below 1, "
+                "or a step turns every weight around"
+            )
         for pair in self.columns:
             if not all(pair.partition("=")):
                 raise RequestError(f"columns is {pair!r}: must be ours=theirs, as in prompt=question")
@@ -182,7 +176,7 @@ class Rollouts(Tuning):
     """Tokens a completion may have."""
     fixed_length: Whole = 0
     """Every completion has this many tokens and no other end; 0 for off."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of sampling, and of every log-prob."""
     slots: Count = 64
     """Completions continued at a time."""

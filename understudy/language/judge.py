@@ -275,6 +275,7 @@ BUILTINS: dict[str, Callable[[str], Part]] = {
     "number": number,
     "repetition": repetition,
 }
+LARGEST_WEIGHT = 1e6  # a larger one takes scores out of float32's range
 FREE_TEXT = ("contains:", "regex:")  # a '*' in these need not be a weight
 
 
@@ -320,11 +321,11 @@ def _weighted(spec: str) -> tuple[str, float]:
     if not star or os.path.exists(spec):
         return spec, 1.0
     with contextlib.suppress(ValueError):
-        if math.isfinite(weight := float(tail)):
+        if abs(weight := float(tail)) <= LARGEST_WEIGHT:
             return text, weight
     if spec.startswith(FREE_TEXT):
         return spec, 1.0
-    raise RequestError(f"the weight {tail!r} must be a finite number, as in {text}*0.5")
+    raise RequestError(f"the weight {tail!r} must be a finite number, at most {LARGEST_WEIGHT:g}, as in {text}*0.5")
 
 
 def _of_file(file: str, function: str, timeout: float) -> Function:

@@ -31,7 +31,7 @@ from understudy.run.guard import Guard, out_of_memory
 from understudy.run.interrupt import Interrupt
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
-from understudy.run.sinks import open_sinks
+from understudy.run.sinks import check_sinks, open_sinks
 from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
 GOES_ON = {"iteration", "steps", "rows", "kept", "unlogged", "shuffle"}  # of a stage, in its checkpoint
@@ -225,6 +225,7 @@ def open_stage(
     """
     keep_freed()
     origin = ancestry.describe(recipe, cfg, model.tokenizer)
+    check_sinks(cfg.log)
     if resume is None:
         description = {"recipe": f"language {recipe}", "config": to_json(cfg)}
         run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", description, origin)

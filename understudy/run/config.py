@@ -44,6 +44,10 @@ Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+Seconds = Annotated[float, Range(0, 10_000_000, above=True)]
+Temperature = Annotated[float, Range(1e-6, 1e6)]
+Threads = Annotated[int, Range(1, 1024)]
+LARGEST = float(2**127)  # of numbers in a config: tensors of float32 hold no larger power of 2
 
 
 def check(config: Any) -> None:
@@ -115,7 +119,7 @@ def _problem(hint: Any, value: Any) -> str:
         return next((f"a tuple whose entries are {p}" for x in value if (p := _problem(args[0], x))), "")
     if hint is float:
         good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        return "" if good else "a finite number"
+        return ("" if abs(value) <= LARGEST else f"at most {LARGEST:.2g} in size") if good else "a finite number"
     if hint is int:
         good = isinstance(value, int) and not isinstance(value, bool)
         return "a whole number" if not good else "" if abs(value) < 2**63 else "a whole number below 2^63"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from importlib import metadata
+
+from understudy.run.config import RequestError
 
 DISTRIBUTION = "understudy-rl"  # the index gives `understudy` to another project
 SUMMARY = "One policy-gradient library for agents in Gymnasium environments and language models under a reward."
@@ -19,6 +22,12 @@ def install_hint(extra: str) -> str:
         return f"pip install '{DISTRIBUTION}[{extra}]'"
     editable = "-e " if checkout.get("editable") else ""
     return f"pip install {editable}'.[{extra}]' in the checkout"
+
+
+def need_package(package: str, extra: str, request: str) -> None:
+    """Raise `RequestError` where a package of an extra is missing; `request` says what it is for, as "video is on"."""
+    if importlib.util.find_spec(package) is None:
+        raise RequestError(f"{request}, for which the package {package} is missing: {install_hint(extra)}")
 
 
 def foreign_warning() -> str | None:

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from understudy.run.config import RequestError
-from understudy.run.installation import install_hint
+from understudy.run.installation import need_package
 
 
 class Sink(Protocol):
@@ -17,12 +16,14 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def open_sinks(names: tuple[str, ...], path: Path, config: dict[str, Any]) -> list[Sink]:
-    """A sink for each of "tensorboard", "wandb", "trackio". One that fails later, or cannot be reached, ends no run.
+def check_sinks(names: tuple[str, ...]) -> None:
+    """Raise `RequestError` for a sink whose package is missing."""
+    for name in names:
+        need_package(name, name, f"log has {name!r}")
 
-    Raises:
-        RequestError: its package is missing.
-    """
+
+def open_sinks(names: tuple[str, ...], path: Path, config: dict[str, Any]) -> list[Sink]:
+    """A sink for each of "tensorboard", "wandb", "trackio". One that fails, or cannot be reached, ends no run."""
     kinds = {"tensorboard": TensorBoard, "wandb": Tracker, "trackio": Tracker}
     return [Steady(name, lambda name=name: kinds[name](name, path, config)) for name in names]
 
@@ -39,8 +40,6 @@ class Steady:
         self.sink: Sink | None = None
         try:
             self.sink = make()
-        except RequestError:
-            raise
         except Exception as error:  # whatever a tracker raises
             self._say(error)
 
@@ -69,7 +68,7 @@ class TensorBoard:
     """Scalars under RUN/tensorboard."""
 
     def __init__(self, name: str, path: Path, config: dict[str, Any]) -> None:
-        self.writer = _module("torch.utils.tensorboard", name).SummaryWriter(path / "tensorboard")
+        self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(path / "tensorboard")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         for name, value in metrics.items():
@@ -83,7 +82,7 @@ class Tracker:
     """wandb and trackio, which share one interface."""
 
     def __init__(self, name: str, path: Path, config: dict[str, Any]) -> None:
-        self.module = _module(name, name)
+        self.module = importlib.import_module(name)
         self.module.init(project="understudy", name=path.name, config=config)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -91,10 +90,3 @@ class Tracker:
 
     def close(self) -> None:
         self.module.finish()
-
-
-def _module(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise RequestError(f"log has {name!r}, whose package is missing: {install_hint(name)}") from error
