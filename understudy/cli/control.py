@@ -13,6 +13,7 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, json_object, whole_number
 from understudy.cli.help import show_help
+from understudy.cli.paths import short
 from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.presets import settings
@@ -81,7 +82,7 @@ def _summary(run: Any, config: Any, as_json: bool) -> None:
     if as_json:
         total = process_seconds()
         line = {
-            "run": str(run.path),
+            "run": short(run.path),
             "steps": last["steps"],
             "seconds": total,
             "train_seconds": last["seconds"],
@@ -96,8 +97,8 @@ def _summary(run: Any, config: Any, as_json: bool) -> None:
     if run.stopped is not None:
         print(f"Stopped by a constraint: {run.stopped}.")
     shown = "no episode finished" if mean is None else f"mean return of the last 100 episodes {mean:.1f}"
-    print(f"{last['steps']:,} steps, {shown}. Policy: {run.path}/policy  Curve: {run.path}/curve.png")
-    print(f"Next: understudy evaluate {run.path}")
+    print(f"{last['steps']:,} steps, {shown}. Policy: {short(run.path)}/policy  Curve: {short(run.path)}/curve.png")
+    print(f"Next: understudy evaluate {short(run.path)}")
 
 
 def evaluate_run(argv: list[str]) -> int:

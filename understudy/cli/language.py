@@ -14,6 +14,7 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
 from understudy.cli.help import show_help
+from understudy.cli.paths import short
 from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
 from understudy.language.evaluate import evaluate
@@ -103,7 +104,7 @@ def train(argv: list[str]) -> int:
         run = recipe.train(config)
     last, code = run.metrics[-1], int(strict and run.ended_worse is not None)
     if as_json:
-        line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
+        line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
         line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
         line |= {} if run.stopped is None else {"stopped": run.stopped}
         line |= {} if run.ended_worse is None else {"ended_worse": run.ended_worse}
@@ -112,10 +113,10 @@ def train(argv: list[str]) -> int:
     if run.stopped is not None:
         print(f"Stopped by a constraint: {run.stopped}.")
     shown = [f"{name} {last[name]:.4g}" for name in SUMMED if name in last]
-    print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {run.path}")
+    print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {short(run.path)}")
     if run.ended_worse is not None:
         print(f"Warning: {run.ended_worse}.")
-    print(f"Next: understudy evaluate {run.path}")
+    print(f"Next: understudy evaluate {short(run.path)}")
     return code
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
+from understudy.cli.paths import short
 from understudy.run.store import process_seconds
 
 
@@ -38,9 +39,9 @@ def resume_run(argv: list[str]) -> int:
     last = run.metrics[-1]
     if args.json:
         shown = ("episode_return_mean", "score_mean", "loss")
-        line = {"run": str(run.path), "steps": last["steps"], "seconds": process_seconds()}
+        line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
         line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
         print(json.dumps(line | {name: last[name] for name in shown if name in last} | {"solved_at": run.solved_at}))
     else:
-        print(f"{last['steps']:,} steps. Run: {run.path}  Next: understudy evaluate {run.path}")
+        print(f"{last['steps']:,} steps. Run: {short(run.path)}  Next: understudy evaluate {short(run.path)}")
     return 0
