@@ -53,7 +53,7 @@ scores: .venv/dev ## ten seeds of the tuned presets, evaluated: bench/results/sc
 methods: .venv/dev ## every method on CartPole over five seeds
 	$(BIN)/python bench/methods.py
 
-rehearse: .venv/dev ## the rehearsal over five seeds: bench/results/rehearse and docs/rehearse.md
+rehearse: .venv/dev ## the rehearsal over 120 seeds: bench/results/rehearse and docs/rehearse.md
 	$(BIN)/python bench/rehearse.py
 
 over-optimisation: .venv/dev ## best-of-n and PPO away from proxies of three data sizes: docs/over-optimisation.md and its picture

@@ -1,37 +1,41 @@
-"""`understudy rehearse` over five seeds: `make rehearse`. Results are saved as they come and not run again.
+"""`understudy rehearse` over 120 seeds: `make rehearse`. Results are saved as they come and not run again.
 
-Done means, in 5 of 5 seeds: PPO closes at least half the gap between the SFT policy and its best of 64 on the true score,
-at KL <= 10 nats a completion, distinct-4 >= 0.8 of SFT's, under half of the sentences copied from the SFT data. The seeds
-were not looked at before the settings were fixed; tuning used 0, 100 and 101.
+The mark of a seed, which the command itself holds it to: PPO closes at least half the gap between the SFT policy and its
+best of 64 on the true score, at KL <= 10 nats a completion, distinct-4 >= 0.8 of SFT's, under half of the sentences copied
+from the SFT data. The settings were chosen on other seeds and frozen before these were run, once.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from understudy.cli.rehearse import ended_worse, shortfalls
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "rehearse"
 PAGE = ROOT / "docs" / "rehearse.md"
-SEEDS = range(1, 6)
+SEEDS = range(20_000, 20_120)
 HEADINGS = (
     "seed | SFT | PPO | best of 64 | gap closed | KL, nats | distinct-4 | of SFT's | grammatical | copied | "
-    "reward model | noise allows | CPU s"
+    "reward model | noise allows | updates undone | CPU s"
 )
 
 
 def run(seed: int) -> dict[str, Any]:
-    """What the command prints as JSON, with the CPU seconds of its process and the versions it ran on."""
+    """What the command prints as JSON, with its exit code, the CPU seconds of its process and the versions it ran on."""
     path = RESULTS / f"{seed}.json"
     if not path.exists():
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with tempfile.TemporaryDirectory() as out:
             command = [
                 sys.executable,
@@ -44,23 +48,22 @@ def run(seed: int) -> dict[str, Any]:
                 "--out",
                 f"{out}/r",
             ]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = json.loads(done.stdout.splitlines()[-1])
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+                assert process.stdout is not None
+                printed = process.stdout.read()
+                _, status, used = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode not in (0, 1):
+            raise SystemExit(f"seed {seed} ended with exit code {process.returncode}")
+        found = json.loads(printed.splitlines()[-1])
         del found["run"]
-        found["cpu_seconds"] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        found |= {"exit_code": process.returncode, "cpu_seconds": used.ru_utime + used.ru_stime}
         found["versions"] = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
         found["versions"] |= {"python": platform.python_version(), "machine": platform.machine()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=2) + "\n")
+        path.write_text(json.dumps(found) + "\n")
     return json.loads(path.read_text())
-
-
-def passes(found: dict[str, Any]) -> bool:
-    """Whether a seed does all that is asked of it."""
-    sft, ppo = found["sft"], found["ppo"]
-    varied = ppo["distinct_4"] >= 0.8 * sft["distinct_4"]
-    return found["gap_closed"] >= 0.5 and found["kl"] <= 10 and varied and ppo["copied"] < 0.5
 
 
 def line(found: dict[str, Any]) -> str:
@@ -79,38 +82,61 @@ def line(found: dict[str, Any]) -> str:
         f"{ppo['copied']:.3f}",
         f"{found['reward_model_accuracy']:.3f}",
         f"{found['reward_model_ceiling']:.3f}",
+        f"{found['updates_undone']}",
         f"{found['cpu_seconds']:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
+SETTINGS = [
+    "Settings, as in `understudy/cli/rehearse.py`: 20,000 sentences for the base model (learning rate 3e-3, one pass), 4000 "
+    "demonstrations (1e-3, two), 6000 preferences (3e-3, two, 32 pairs a step), PPO with a separate critic: about 40 "
+    "iterations of 128 completions, two passes in four minibatches, 1e-3, KL coefficient 0.15 paid token by token. None of "
+    "the seeds they were chosen on stands in the table.",
+]
+
+
 def page(seeds: list[dict[str, Any]]) -> str:
     """docs/rehearse.md."""
-    good = sum(map(passes, seeds))
+    missed = {found["seed"]: texts for found in seeds if (texts := shortfalls(found))}
+    worse = [str(found["seed"]) for found in seeds if ended_worse(found)]
+    gaps = sorted(found["gap_closed"] for found in seeds)
+    undone = [found["updates_undone"] for found in seeds]
     used = ", ".join(f"{name} {number}" for name, number in seeds[0]["versions"].items())
     first = seeds[0]
     samples = [f"| {a} | {b} |" for a, b in zip(first["sft"]["samples"], first["ppo"]["samples"], strict=True)]
     return "\n".join(
         [
-            "# The rehearsal over five seeds",
+            f"# The rehearsal over {len(seeds)} seeds",
             "",
-            "`make rehearse` runs `understudy rehearse --seed N` for N from 1 to 5 and writes this page. The true score is "
-            "the rule of `language/rehearsal.py`, which no stage of the training sees; SFT and PPO are means over 512 "
-            "sampled completions of 128 openings, best of 64 the mean over those openings of the best of 64 completions by "
-            "the SFT policy. KL(PPO, SFT) is exact at every token and summed over a completion. Reward model: accuracy on "
-            "400 held-out pairs, next to what the noise in the preferences allows. CPU s: of the process, one thread.",
+            f"`make rehearse` runs `understudy rehearse --seed N` for N from {SEEDS[0]} to {SEEDS[-1]} and writes "
+            "this page. The true score is the rule of `language/rehearsal.py`, which no stage of the training "
+            "sees; SFT and PPO are means over 512 sampled completions of 128 openings, best of 64 the mean over "
+            "those openings of the best of 64 completions by the SFT policy. KL(PPO, SFT) is exact at every token "
+            "and summed over a completion. Reward model: accuracy on 400 held-out pairs, next to what the noise "
+            "in the preferences allows. Updates undone: by the trust region, of about 40. CPU s: of the process, "
+            "one thread.",
             "",
-            f"**{good} of {len(seeds)} seeds** close at least half the gap at KL <= 10 nats, distinct-4 >= 0.8 of SFT's and "
-            "under half of the sentences copied from the SFT data.",
+            f"**{len(seeds) - len(missed)} of {len(seeds)} seeds** close at least half the gap at KL <= 10 nats, distinct-4 "
+            ">= 0.8 of SFT's and under half of the sentences copied from the SFT data. The gap closed: median "
+            f"{statistics.median(gaps):.0%}, from {gaps[0]:.0%} to {gaps[-1]:.0%}. The trust region acted in "
+            f"{sum(map(bool, undone))} runs, {sum(undone)} times in all. "
+            + (
+                f"Ended worse than they began, and exited 1: {', '.join(worse)}."
+                if worse
+                else "No seed ended worse than it began."
+            ),
             "",
+            *(
+                f"- Seed {seed} missed its mark, and the command says so: {', '.join(texts)}."
+                for seed, texts in missed.items()
+            ),
+            *([""] if missed else []),
             f"| {HEADINGS} |",
             "|" + "---|" * (HEADINGS.count("|") + 1),
             *map(line, seeds),
             "",
-            "Settings, as in `understudy/cli/rehearse.py`: 20,000 sentences for the base model (learning rate 3e-3, one "
-            "pass), 4000 demonstrations (1e-3, two), 6000 preferences (3e-3, two, 32 pairs a step), PPO with a separate "
-            "critic: about 40 iterations of 128 completions, two passes in four minibatches, 1e-3, KL coefficient 0.15 paid "
-            "token by token. They were chosen on seeds 0, 100 and 101, none of which stands in the table.",
+            *SETTINGS,
             "",
             "What did not work: a base model pretrained at 1e-2. Its loss is 0.005 lower; on its weights the reward model "
             "gets 0.68 of held-out pairs right, where it gets 0.79 on those pretrained at 3e-3 and 0.82 on weights that are "
@@ -123,7 +149,7 @@ def page(seeds: list[dict[str, Any]]) -> str:
             "",
             f"Versions: {used}.",
             "",
-            "What seed 1 says to the first five openings:",
+            f"What seed {first['seed']} says to the first five openings:",
             "",
             "| SFT | PPO |",
             "|---|---|",
@@ -134,7 +160,12 @@ def page(seeds: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    seeds = [run(seed) for seed in SEEDS]
+    parser = argparse.ArgumentParser(description="The rehearsal over 120 seeds.")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="seeds that run at a time, a thread each"
+    )
+    with ThreadPoolExecutor(parser.parse_args().workers) as pool:
+        seeds = list(pool.map(run, SEEDS))
     PAGE.write_text(page(seeds))
     print(PAGE.read_text())
 

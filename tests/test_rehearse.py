@@ -12,7 +12,17 @@ from understudy.cli.rehearse import Sizes, pipeline, rehearse, show
 
 SMALL = Sizes(texts=2000, demonstrations=200, pairs=100, openings=50, rows=16, iterations=2, tested=4, best_of=4)
 PARTS = {"true_score", "proxy_score", "distinct_4", "grammatical", "copied", "samples"}
-FOUND = {"best_of", "kl", "sft", "ppo", "gap_closed", "reward_model_accuracy", "reward_model_ceiling", "seconds"}
+FOUND = {
+    "best_of",
+    "kl",
+    "sft",
+    "ppo",
+    "gap_closed",
+    "reward_model_accuracy",
+    "reward_model_ceiling",
+    "updates_undone",
+    "seconds",
+}
 
 
 @pytest.fixture(scope="module")

@@ -136,7 +136,9 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) 
     say(f"  accuracy {accuracy:.3f} on held-out pairs; the noise allows {ceiling:.3f}")
 
     say("4 PPO with a critic and a KL to the SFT policy")
+    undone = 0
     for line in ppo.iterate(reinforced(out, seed, sizes)):
+        undone += int(line.get("updates_skipped", 0))
         if line["iteration"] % 10 == 0:
             say(f"  iteration {line['iteration']}: score {line['score_mean']:.2f}, KL {line['kl_reference']:.1f} nats")
 
@@ -144,7 +146,8 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, say: Callable[[str], None]) 
     judge = RewardModel.from_pretrained(out / "reward_model" / "reward_model")
     demonstrated = {row["prompt"] + row["completion"] for row in rehearsal.demonstrations(sizes.demonstrations, seed)}
     found = examine(policy, load(out / "ppo"), judge, demonstrated, seed, sizes)
-    found |= {"reward_model_accuracy": accuracy, "reward_model_ceiling": ceiling, "seconds": time.time() - began}
+    found |= {"reward_model_accuracy": accuracy, "reward_model_ceiling": ceiling, "updates_undone": undone}
+    found["seconds"] = time.time() - began
     write_json(out / "rehearsal.json", found)
     return found
 
