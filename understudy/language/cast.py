@@ -33,7 +33,7 @@ from understudy.language.turns import Reply
 from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
 from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
 from understudy.run import lineage
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, check_effects
 from understudy.run.redact import printable, redact
 from understudy.run.store import Resume, write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
@@ -296,6 +296,8 @@ def open_cast(
     recipe: str, cfg: Any, engine: Engine | None = None, *, resume: Resume | None = None
 ) -> Generator[tuple[Stage, Cast]]:
     """A run with everybody in place: preflight checked, digests written, judges closed at the end."""
+    if resume is None:
+        check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
     cast = Cast(cfg, engine)

@@ -115,6 +115,10 @@ class Config:
             if not all(pair.partition("=")):
                 raise RequestError(f"columns is {pair!r}: must be ours=theirs, as in prompt=question")
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        """Which fields have an effect, and what those lack that have none: see `run.config.check_effects`."""
+        return []
+
     @property
     def renamed(self) -> dict[str, str]:
         """`columns` as a mapping from our names to the data's."""
@@ -141,6 +145,9 @@ class Tuning(Config):
                 f"train_layers is {self.train_layers} beside lora {self.lora}: an adapter learns in place of the layers; "
                 "leave one of them out"
             )
+
+    def needs(self) -> list[tuple[bool, str, str]]:
+        return [(self.lora > 0, "lora_alpha lora_targets", "has no effect without an adapter: give lora a rank")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +259,61 @@ class Rollouts(Tuning):
         problem = self._reference_problem()
         if problem:
             raise RequestError(f"reference_mode is {self.reference_mode!r}{problem}")
+
+    def needs(self) -> list[tuple[bool, str, str]]:
+        hold, back = (
+            any(Constraint.parse(text).response == how for text in self.constraint) for how in ("hold", "rollback")
+        )
+        files = any(".py" in spec for spec in (*self.reward, *self.gold, *self.constraint, self.reply or ""))
+        ends, weighted = not self.fixed_length, self.off_policy != "none"
+        coef, target = self.kl_reference_coef > 0, self.kl_reference_target > 0
+        return [
+            *super().needs(),
+            (self.reply is not None, "turns", "has no effect without a reply: name one in reply"),
+            (hold, "constraint_rate", "has no effect without a held constraint: give one that ends in :hold"),
+            (
+                back,
+                "constraint_rollbacks",
+                "has no effect without a constraint that goes back: give one that ends in :rollback",
+            ),
+            (files, "reward_timeout", "has no effect without a file.py:function: name one in reward, gold or reply"),
+            (
+                ends,
+                "max_new truncation truncation_penalty missing_eos_penalty",
+                "has no effect with a fixed_length: leave that out",
+            ),
+            (
+                self.truncation == "penalty",
+                "truncation_penalty",
+                "has no effect with this truncation: make truncation penalty",
+            ),
+            (
+                self.truncation == "terminal",
+                "missing_eos_penalty",
+                "has no effect with this truncation: make truncation terminal",
+            ),
+            (
+                weighted,
+                "off_policy_ratio off_policy_low off_policy_high",
+                "has no effect without weights: set off_policy",
+            ),
+            (
+                self.off_policy != "truncate",
+                "off_policy_low",
+                "where weights are cut at the top alone: make off_policy mask",
+            ),
+            (
+                coef,
+                "kl_reference kl_reference_target",
+                "has no effect with a kl_reference_coef of 0: give it a value above 0",
+            ),
+            (target, "kl_reference_horizon", "has no effect without a target: set kl_reference_target"),
+            (
+                self.pretraining is not None,
+                "pretraining_coef",
+                "has no effect without text: name a file in pretraining",
+            ),
+        ]
 
     def _reference_problem(self) -> str:
         """Why the reference cannot be kept as asked for, as the end of a sentence; empty where it can."""

@@ -20,7 +20,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import Limit, Preference, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, Positive, Unit
+from understudy.run.config import Count, Positive, Unit, check_effects
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
@@ -46,9 +46,22 @@ class Config(config.Tuning):
     reference: str | None = None
     """Directory of the frozen reference; by default the policy as it starts."""
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        return [
+            *super().needs(),
+            (
+                self.held_out > 0,
+                "evaluate_every",
+                "has no effect without rows to evaluate on: make held_out more than 0",
+            ),
+            (self.form == "sigmoid", "smoothing", "has no effect with IPO's loss: make form sigmoid"),
+        ]
+
 
 def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
+    if resume is None:
+        check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
     learned, kept = split(policy, cfg)

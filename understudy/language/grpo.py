@@ -71,6 +71,21 @@ class Config(config.Rollouts):
         if self.objective == "gspo" and self.aggregate != "row":
             raise RequestError(f"aggregate is {self.aggregate!r}: GSPO's ratio is a row's; use aggregate row")
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        return [
+            *super().needs(),
+            (
+                not self.fixed_length,
+                "overlong",
+                "has no effect where every completion has the same length: give max_new instead",
+            ),
+            (
+                False,
+                "whiten_rewards",
+                "scales rewards token by token, where GRPO compares whole completions: use scale",
+            ),
+        ]
+
 
 def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""

@@ -78,6 +78,20 @@ class Config(config.Rollouts):
         if self.off_policy != "none" and self.standardize == "minibatch":
             raise RequestError("standardize is 'minibatch': it would undo the weights of off_policy; use batch or none")
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        clipped, penalty = self.objective == "clip", self.objective == "penalty"
+        return [
+            *super().needs(),
+            (self.critic == "top", "critic_layers", "has no effect on this critic: make critic top"),
+            (clipped, "clip", "has no effect in this objective: make objective clip"),
+            (penalty, "kl_coef kl_target", "has no effect in this objective: make objective penalty"),
+            (
+                self.kl_coef > 0,
+                "kl_target",
+                "has no effect on a kl_coef of 0, which stays 0: give kl_coef a value above 0",
+            ),
+        ]
+
 
 def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""

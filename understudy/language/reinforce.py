@@ -49,6 +49,20 @@ class Config(config.Rollouts):
         if self.truncation == "bootstrap":
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        whole, moving = self.baseline == "leave_one_out", self.baseline == "moving"
+        return [
+            *super().needs(),
+            (whole, "group", "has no effect on this baseline: make baseline leave_one_out"),
+            (moving, "moving", "has no effect on this baseline: make baseline moving"),
+            (not whole, "gamma", "has no effect where completions are compared whole: take another baseline"),
+            (
+                not (whole or moving),
+                "whiten_rewards",
+                "scales rewards token by token, where this baseline is of whole completions: take whitened or none",
+            ),
+        ]
+
 
 def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""

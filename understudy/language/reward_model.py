@@ -19,7 +19,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
 from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, NonNegative, Positive, RequestError
+from understudy.run.config import Count, NonNegative, Positive, RequestError, check_effects
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
@@ -39,9 +39,21 @@ class Config(config.Config):
     normalize: Literal["none", "mean", "both"] = "both"
     """What is taken out of scores, over the learned-from texts: nothing, the mean, or mean and deviation."""
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        return [
+            *super().needs(),
+            (
+                self.held_out > 0,
+                "evaluate_every",
+                "has no effect without rows to evaluate on: make held_out more than 0",
+            ),
+        ]
+
 
 def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
+    if resume is None:
+        check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)  # a fresh score head is drawn by torch's own generator
     source = home(cfg.model, "reward_model") if home(cfg.model, "policy") == cfg.model else home(cfg.model, "policy")
@@ -103,6 +115,10 @@ def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
     limit = text.Limit.of(model.model, cfg.max_length)
     columns = text.column_names(rows)
     model.form = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
+    if model.form == "text" and cfg.center:
+        raise RequestError(
+            f"center is {cfg.center}, which has no effect on labelled texts: give pairs, or leave center out"
+        )
     kind: Any = text.labelled if model.form == "text" else text.preferences
     data = kind(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
     text.check_ids(data, model.model)

@@ -14,7 +14,7 @@ from understudy.language.reading import check_reading
 from understudy.language.stage import Iterations
 from understudy.language.text import Example, Limit, Tokenizer, TrainOn, check_ids, examples, pad, read
 from understudy.objective import imitate
-from understudy.run.config import Count, Positive
+from understudy.run.config import Count, Positive, check_effects
 from understudy.run.seeds import derive
 from understudy.run.store import Resume, Run
 from understudy.update import update
@@ -34,9 +34,21 @@ class Config(config.Tuning):
     minibatch_rows: Count = 16
     """Rows an optimizer step sees; the last of an epoch may have fewer."""
 
+    def needs(self) -> list[tuple[bool, str, str]]:
+        return [
+            *super().needs(),
+            (
+                self.held_out > 0,
+                "evaluate_every",
+                "has no effect without rows to evaluate on: make held_out more than 0",
+            ),
+        ]
+
 
 def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
+    if resume is None:
+        check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     policy = load_policy(cfg)
     limit_learning(policy, cfg)

@@ -59,6 +59,21 @@ def check(config: Any) -> None:
             raise RequestError(f"{name} is {_shown(value)}: must be {problem}")
 
 
+def check_effects(config: Any, needs: Iterable[tuple[bool, str, str]]) -> None:
+    """Raise `RequestError` for the first field that differs from its default while the others leave it without effect.
+
+    Args:
+        needs: whether some fields have an effect, their names with spaces between, and why not and what to do, as the middle
+            of the sentence "NAME is VALUE, which ..., or leave NAME out".
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for has_effect, names, lack in needs:
+        for name in () if has_effect else names.split():
+            value = getattr(config, name)
+            if value != fields[name].default:
+                raise RequestError(f"{name} is {value!r}, which {lack}, or leave {name} out")
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Every field of a config as plain data."""
     return dataclasses.asdict(config)
