@@ -220,7 +220,7 @@ def test_evaluate_writes_what_compare_reads(here, capsys):
 
     assert main(["compare", "1", "2", "--json"]) == 0
     (group,) = json.loads(capsys.readouterr().out)
-    assert (group["seeds"], group["evaluated"]) == ([1, 2], True)
+    assert (group["seeds"], group["measure"]) == ([1, 2], "evaluation return")
     assert group["scores"][0] == sum(json.loads(Path("1/evaluation.json").read_text())["returns"]) / 3
 
 

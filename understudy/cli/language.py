@@ -17,7 +17,6 @@ from understudy.cli.help import show_help
 from understudy.cli.paths import short
 from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
-from understudy.language.evaluate import evaluate
 from understudy.language.generate import generate
 from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
@@ -308,6 +307,6 @@ def _held_out_answers(path: Path, cfg: Any, rows: int) -> dict[str, Any]:
     cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:
         _same(cast.reference.digest, path, cfg)
-        return evaluate(cast.policy, cast.examiner, cast.judge, cast.gold, cast.reference, rows=rows)
+        return cast.examine(rows)
     finally:
         close(cast)

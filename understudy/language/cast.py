@@ -104,9 +104,14 @@ class Cast:
         first = (self.run.iteration + 1) * count
         return pad_examples([self.texts[(first + i) % len(self.texts)] for i in range(count)]).to(self.policy.device)
 
+    def examine(self, rows: int) -> dict[str, Any]:
+        """What `language.evaluate.evaluate` measures on held-out prompts, and the specs that it was measured by."""
+        found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=rows)
+        return found | {"specs": {"reward": list(self.cfg.reward), "gold": list(self.cfg.gold)}}
+
     def evaluate(self) -> dict[str, float]:
         """Held-out prompts and seeds of their own; written to evaluation.json, samples and all."""
-        found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=self.cfg.evaluate_rows)
+        found = self.examine(self.cfg.evaluate_rows)
         path, number = self.run.run.path, self.run.iteration + 1
         with self._spared():
             write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": number})

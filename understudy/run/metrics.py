@@ -17,6 +17,8 @@ from understudy.run.config import RequestError
 FILE = "metrics.jsonl"
 RECENT = 4096
 """Lines of a run that are kept in memory."""
+BLOCK = 2**16
+"""Bytes that are read at a time from the end."""
 LONGEST = 2**20
 """Bytes of a line; a longer one is none of ours."""
 
@@ -78,6 +80,21 @@ def read_metrics(run: Path) -> Iterator[dict[str, Any]]:
     return (line.metrics for line in _lines(run) if line.metrics is not None)
 
 
+def newest_first(run: Path) -> Iterator[dict[str, Any]]:
+    """The same from the last line to the first, so that the newest value of a metric is found in no time."""
+    if (file := _plain(run)) is None:
+        return
+    with file.open("rb") as lines:
+        end, rest = lines.seek(0, os.SEEK_END), b""
+        while end:
+            start = max(0, end - BLOCK)
+            lines.seek(start)
+            rest, *whole = (lines.read(end - start) + rest).split(b"\n")
+            rest, end = rest if len(rest) <= LONGEST else b"", start
+            yield from filter(None, map(_parsed, reversed(whole)))
+        yield from filter(None, [_parsed(rest)])
+
+
 def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None]:
     """Drop the lines of a run's metrics.jsonl after an iteration.
 
@@ -104,13 +121,8 @@ def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None]:
 
 
 def _lines(run: Path) -> Iterator[Line]:
-    file = run / FILE
-    if not file.exists():
+    if (file := _plain(run)) is None:
         return
-    try:
-        require_plain(file)
-    except Damaged as error:
-        raise RequestError(f"run is '{run}', and {error}: give the directory of a run") from error
     with file.open("rb") as lines:
         number = 0
         while text := lines.readline(LONGEST):
@@ -118,6 +130,18 @@ def _lines(run: Path) -> Iterator[Line]:
             while len(text) == LONGEST and not text.endswith(b"\n"):  # the rest of a line that is too long
                 text = lines.readline(LONGEST)
             yield Line(number, text, metrics)
+
+
+def _plain(run: Path) -> Path | None:
+    """A run's metrics.jsonl, None where it has none."""
+    file = run / FILE
+    if not file.exists():
+        return None
+    try:
+        require_plain(file)
+    except Damaged as error:
+        raise RequestError(f"run is '{run}', and {error}: give the directory of a run") from error
+    return file
 
 
 def _parsed(text: bytes) -> dict[str, Any] | None:
