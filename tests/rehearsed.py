@@ -47,19 +47,7 @@ def furnish(path: Path) -> Path:
 
 
 def ppo_config(home: Path, out: Path, **fields: Any) -> ppo.Config:
-    given = {
-        "model": str(home),
-        "data": str(home / "prompts.jsonl"),
-        "out": str(out),
-        **effective(PPO, fields),
-        **fields,
-    }
-    return ppo.Config(**given)
-
-
-def effective(few: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """The small numbers of a test, without a limit that a fixed length leaves no effect."""
-    return {name: x for name, x in few.items() if name != "max_new" or "fixed_length" not in fields}
+    return ppo.Config(**{"model": str(home), "data": str(home / "prompts.jsonl"), "out": str(out), **PPO, **fields})
 
 
 def sft_config(home: Path, out: Path, **fields: Any) -> sft.Config:

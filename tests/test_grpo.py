@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.rehearsed import effective, furnish
+from tests.rehearsed import furnish
 from understudy.language import dpo, grpo, rehearsal, reinforce
 from understudy.language.cast import Cast, pay
 from understudy.language.generate import Completion
@@ -37,13 +37,7 @@ def alike(prompts, **_):
 
 
 def config(kind, home, out=None, **fields):
-    given = {
-        "model": str(home),
-        "data": str(home / "prompts.jsonl"),
-        "reward": by_length,
-        **effective(FEW, fields),
-        **fields,
-    }
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, **FEW, **fields}
     return kind.Config(out=str(out) if out else None, **given)
 
 

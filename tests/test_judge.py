@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.rehearsed import furnish, ppo_config
 from understudy.language import worker
+from understudy.language.cast import Cast
 from understudy.language.judge import HANGS, Function, Judge, Sampled, distinct_n
 from understudy.run.config import RequestError
 
@@ -116,6 +118,63 @@ def test_a_row_with_a_missing_part_is_missing_and_never_zero():
     same(verdict.score, NAN, 4)
 
 
+def odd(completions):
+    return [None if len(text) % 2 == 0 else 1.0 for text in completions]
+
+
+def even(completions):
+    return [2.0 if text and len(text) % 2 == 0 else None for text in completions]
+
+
+def fails(completions):
+    return [1.0 / len(text) for text in completions]
+
+
+ROWS = ("a", "ab", "abc", "")
+
+
+def test_none_leaves_the_row_to_the_other_terms():
+    # "" has an answer from neither
+    verdict = judge((odd, 3.0), even)(sampled(*ROWS))
+
+    same(verdict.score, 3, 2, 3, NAN)
+    same(verdict.parts["odd"], 1, NAN, 1, NAN)
+
+
+def test_none_leaves_out_the_row_where_that_is_asked_for():
+    same(judge(odd, "length", missing="row")(sampled(*ROWS)).score, 2, NAN, 4, NAN)
+
+
+def test_a_run_leaves_out_what_it_was_asked_to(tmp_path):
+    home = furnish(tmp_path)
+
+    def never(completions):
+        return [None] * len(completions)
+
+    given = {"reward": (("length", 0.5), never), "fixed_length": 6}
+    for missing, score in (("term", 3.0), ("row", NAN)):
+        cast = Cast(ppo_config(home, tmp_path / "run", missing_score=missing, **given))
+        same(cast.judge(sampled("x", ids=[[0] * 6])).score, score)
+
+
+def test_a_failure_leaves_out_the_row_in_any_case():
+    one = judge(fails, "length")
+
+    same(one(sampled("ab", "")).score, 2.5, NAN)
+    assert one.failures["raised"] == 1
+
+
+def test_an_empty_cell_leaves_the_row_to_the_other_terms():
+    rows = sampled("5", "x", answer=["5", None])
+
+    same(judge("number", "length")(rows).score, 2, 1)
+    same(judge("exact", "length", missing="row")(rows).score, 2, NAN)
+
+
+def test_a_term_that_is_only_measured_scores_no_row():
+    same(judge(("length", 0.0), odd)(sampled("a", "ab")).score, 1, NAN)
+
+
 def test_a_part_that_is_only_measured_may_be_missing():
     verdict = Judge([("a", 1.0, said(1, 3)), ("b", 0.0, said(NAN, 2))])(sampled("x", "y"))
 
@@ -209,8 +268,8 @@ BAD_SPECS = {
     "regex": "regex needs a pattern",
     "regex:(": "the pattern does not compile",
     "repetition:4": "repetition takes nothing after its name",
-    ("length", math.nan): "and its weight, a finite number",
-    ("length", "2"): "and its weight, a finite number",
+    ("length", math.nan): "and its weight, a finite number, at most 1e+06",
+    ("length", "2"): "and its weight, a finite number, at most 1e+06",
     5: "it must be DIR, file.py:function, a builtin, or a Python function",
 }
 
@@ -694,7 +753,29 @@ NUMBERS = [
     ("1,2,3", "3", 1),
     ("no number", "3", 0),
     ("42", "6 * 7 = <<6*7=42>>42\n#### 42", 1),
-    ("42", "41 #### 42 (of 50)", 0),
+    ("42", "41 #### 42 (of 50)", 1),
+    ("#### 42\nLet me check problem 7.", "#### 42", 1),
+    ("#### 42 is the answer to problem 7", "42", 1),
+    ("7 #### 42", "7", 0),
+    ("3/2", "1/2", 0),
+    ("3/2", "3/2", 1),
+    ("3 / 2", "1.5", 1),
+    ("-1.5", "-3/2", 1),
+    ("12/4 = 3", "3", 1),
+    ("6/4", "3/2", 1),
+    ("1/0", "0", 0),
+    ("2.5e3", "2,500", 1),
+    ("+5", "5", 1),
+    ("10 - 3", "3", 1),
+    ("so \\boxed{42}, not 7", "42", 1),
+    ("\\boxed{7} no, \\boxed{42} as 7 is wrong", "42", 1),
+    ("\\boxed{x = \\frac{3}{2}} for 9 apples", "3/2", 1),
+    ("\\boxed{-\\dfrac12}", "-0.5", 1),
+    ("\\boxed{1{,}234}", "1,234", 1),
+    ("1\\,234", "1234", 1),
+    ("\\boxed{}", "7", 0),
+    ("####", "7", 0),
+    ("9" * 6000, "9" * 6000, 1),
     ("70000", "#### 70,000", 1),
     ("3", "none", NAN),
     ("3", None, NAN),
@@ -702,7 +783,7 @@ NUMBERS = [
 
 
 @pytest.mark.parametrize("completion, cell, score", NUMBERS)
-def test_number_compares_the_last_numbers(completion, cell, score):
+def test_number_compares_final_numbers(completion, cell, score):
     same(judge("number")(sampled(completion, answer=[cell])).score, score)
 
 

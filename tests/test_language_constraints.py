@@ -177,7 +177,7 @@ def test_a_group_that_differs_in_its_cost_alone_is_not_replaced(home, tmp_path):
     def alike(prompts, **_):
         return [1.0] * len(prompts)
 
-    fields = {"recipe": grpo, "reward": alike, "gold": mine, "fixed_length": 12, "steps": 12 * 8 * 3}
+    fields = {"recipe": grpo, "reward": alike, "gold": mine, "max_new": 12, "fixed_length": 12, "steps": 12 * 8 * 3}
     held = train(home, tmp_path / "a", "mine<=0", **fields)
     free = train(home, tmp_path / "b", **fields)
 

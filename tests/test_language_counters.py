@@ -84,3 +84,15 @@ def test_groups_that_are_replaced_are_counted_with_their_tokens(home, tmp_path):
     numbers = [line["row"] for line in samples(run)]
     assert len(set(numbers)) == len(numbers) == 8 * len(run.metrics)
     assert min(numbers) >= 0 and max(numbers) < last["rows"]
+
+
+def test_samples_hold_every_terms_score_and_gold(home, tmp_path):
+    def never(completions):
+        return [None] * len(completions)
+
+    run = train(grpo, home, tmp_path / "run", reward=("length*2", never), gold="length:8", steps=32)
+
+    evaluated = json.loads((run.path / "evaluation.json").read_text())["samples"]
+    for line in (samples(run)[0], evaluated[0]):
+        assert (line["score"], line["terms"]) == (8.0, {"length": 4.0, "never": None})  # four tokens, each counts twice
+        assert (line["gold"], line["gold_terms"]) == (-0.5, {"length": -0.5})

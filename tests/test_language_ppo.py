@@ -819,6 +819,7 @@ def kl_at_the_end(speaker, home, tmp_path):
                 model=str(speaker),
                 reward=kindness,
                 rows=48,
+                max_new=8,
                 fixed_length=8,
                 steps=48 * 8 * iterations,
                 minibatches=1,

@@ -17,10 +17,10 @@ from understudy.constrain import Bounds, Constraint
 from understudy.language import preflight, stage
 from understudy.language.ancestry import as_declared, check_reference
 from understudy.language.collect import Said, Sampler
-from understudy.language.config import Rollouts
+from understudy.language.config import Function, Rollouts
 from understudy.language.evaluate import ended_worse, evaluate
 from understudy.language.generate import Engine
-from understudy.language.judge import Judge, Part, Verdict, distinct_n
+from understudy.language.judge import Judge, Part, Verdict, distinct_n, row_of
 from understudy.language.model import Policy, Reference, home
 from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel, load_reward_model
@@ -159,7 +159,7 @@ class Cast:
             "kl_reference": kl,
             "entropy": entropy,
         }
-        lines = []
+        lines, shown = [], verdict if self.cfg.gold else verdict._replace(gold=None)
         for i in range(count):
             steps = said.record.mask[i].nonzero()[:, 0].tolist()
             span = slice(steps[0], steps[-1] + 1)  # what others said in between has its place in every column
@@ -173,7 +173,7 @@ class Cast:
                 "tokens": self.tokenizer.decode_tokens(said.completions[i].ids),
                 "chosen": said.record.mask[i, span].tolist(),
                 "stopped": said.completions[i].stopped,
-                "score": None if verdict.score[i].isnan() else float(verdict.score[i]),
+                **row_of(shown, i),
                 **{name: [round(x, 6) for x in column[i, span].tolist()] for name, column in columns.items()},
             }
             lines.append(json.dumps(line, ensure_ascii=False))
@@ -207,8 +207,9 @@ class Cast:
                 self.models[source] = model, part
             return part
 
-        given: list[Any] = [getattr(spec, "call", spec) for spec in specs]
-        return Judge.of(given, load_model=load, timeout=self.cfg.reward_timeout, field=field)
+        given: list[Any] = [(spec.call, spec.weight) if isinstance(spec, Function) else spec for spec in specs]
+        how = {"timeout": self.cfg.reward_timeout, "missing": self.cfg.missing_score}
+        return Judge.of(given, load_model=load, field=field, **how)
 
     def _bounded(self) -> Bounds:
         """The constraints. What is neither measured already nor a metric is a spec, and is measured beside gold.
@@ -234,7 +235,8 @@ class Cast:
             judge = self._judge(own, "constraint")
             parts = [(name, 0.0, part) for name, (_, part) in zip(own, judge.parts.values(), strict=True)]
             self.measured = Judge(
-                parts + [(name, *part) for name, part in (self.gold.parts.items() if self.gold else ())]
+                parts + [(name, *part) for name, part in (self.gold.parts.items() if self.gold else ())],
+                missing=self.cfg.missing_score,
             )
             self.measured.field = "gold"
         return bounds

@@ -13,24 +13,38 @@ from understudy.score import Cut
 
 
 class Function(str):
-    """A Python function where a config has the text of a SPEC; as JSON it is its name."""
+    """A Python function where a config has the text of a SPEC; as JSON it is its name, and its weight where it has one."""
 
     call: Callable[..., Any]
+    weight: float
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Function:
         return self  # a function of the user's may hold what cannot be copied
 
     @classmethod
-    def of(cls, call: Callable[..., Any]) -> Function:
-        made = cls(f"function {getattr(call, '__name__', type(call).__name__)}")
-        made.call = call
+    def of(cls, call: Callable[..., Any], weight: float = 1.0) -> Function:
+        made = cls(
+            f"function {getattr(call, '__name__', type(call).__name__)}" + (f"*{weight}" if weight != 1.0 else "")
+        )
+        made.call, made.weight = call, weight
         return made
 
 
 def specs(given: Any) -> tuple[str, ...]:
-    """A spec or a function, or several of them, as a tuple."""
-    several = given if isinstance(given, tuple | list) else (given,)
-    return tuple(Function.of(one) if callable(one) else one for one in several)
+    """A spec or a function, either with a weight as a pair, or several of them, as a tuple."""
+    several = given if isinstance(given, tuple | list) and not _is_pair(given) else (given,)
+    return tuple(map(_spec, several))
+
+
+def _spec(given: Any) -> Any:
+    spec, weight = given if _is_pair(given) else (given, 1.0)
+    if callable(spec):
+        return Function.of(spec, weight)
+    return f"{spec}*{weight}" if _is_pair(given) else given
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], int | float)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +178,9 @@ class Rollouts(Tuning):
     """Sample from BOS alone, for data without prompts: each row is a completion, and its columns go to the rewards."""
     keep_special_tokens: bool = False
     """Completions reach reward functions, replies and samples with special tokens, such as <think>, as text."""
+    missing_score: Literal["term", "row"] = "term"
+    """What a function that says None, or an empty cell to compare with, leaves out: its term of the sum, or the row. A
+    failure always leaves out the row."""
     reply: str | None = None
     """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
     turns: Count = 8
@@ -264,12 +281,15 @@ class Rollouts(Tuning):
         hold, back = (
             any(Constraint.parse(text).response == how for text in self.constraint) for how in ("hold", "rollback")
         )
+        several = max(len(self.reward), len(self.gold)) > 1
         files = any(".py" in spec for spec in (*self.reward, *self.gold, *self.constraint, self.reply or ""))
         ends, weighted = not self.fixed_length, self.off_policy != "none"
         coef, target = self.kl_reference_coef > 0, self.kl_reference_target > 0
         return [
             *super().needs(),
             (self.reply is not None, "turns", "has no effect without a reply: name one in reply"),
+            (self.trust_region_kl > 0, "trust_region_fraction", "has no effect without a bound: set trust_region_kl"),
+            (several, "missing_score", "has no effect on one reward: name several"),
             (hold, "constraint_rate", "has no effect without a held constraint: give one that ends in :hold"),
             (
                 back,
@@ -278,9 +298,14 @@ class Rollouts(Tuning):
             ),
             (files, "reward_timeout", "has no effect without a file.py:function: name one in reward, gold or reply"),
             (
+                self.fixed_length <= self.max_new,
+                "max_new",
+                "has no effect with a longer fixed_length: leave that out",
+            ),
+            (
                 ends,
-                "max_new truncation truncation_penalty missing_eos_penalty",
-                "has no effect with a fixed_length: leave that out",
+                "truncation truncation_penalty missing_eos_penalty",
+                "has no effect with a fixed_length: give max_new instead",
             ),
             (
                 self.truncation == "penalty",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from understudy.language.collect import Said, Sampler
-from understudy.language.judge import Judge, distinct_n
+from understudy.language.judge import Judge, distinct_n, row_of
 from understudy.language.model import Policy, Reference
 from understudy.reduce import clusters, mean_interval, share_interval
 from understudy.run.seeds import derive
@@ -38,7 +38,8 @@ def evaluate(
     text = said.record.obs
     distribution, _ = policy(text)
     kl = distribution.kl(reference(text)).sum(dim=1)
-    verdict, other = judge(said.judged).score, judge(theirs.judged).score
+    scored, other = judge(said.judged), judge(theirs.judged).score
+    verdict = scored.score
     length = torch.tensor([float(len(c.own)) for c in said.completions])
     measured: dict[str, Tensor] = {"score": verdict, "kl": kl.cpu(), "length": length}
     won = (verdict > other).float() + 0.5 * (verdict == other).float()
@@ -46,7 +47,8 @@ def evaluate(
     measured["stopped"] = torch.tensor([float(c.stopped) for c in said.completions])
     measured["reference_stopped"] = torch.tensor([float(c.stopped) for c in theirs.completions])
     if gold is not None:
-        measured["gold"] = gold(said.judged).score
+        golden = gold(said.judged)
+        scored, measured["gold"] = scored._replace(gold=golden), golden.score
         measured["reference_gold"] = gold(theirs.judged).score
     measured["reference_score"] = other
     cluster = clusters([prompt.ids for prompt in said.prompts])
@@ -59,9 +61,9 @@ def evaluate(
     found["distinct_4"] = distinct_n([c.own for c in said.completions], 4)
     found["reference_distinct_4"] = distinct_n([c.own for c in theirs.completions], 4)
     found["samples"] = [
-        {"prompt": p.text, "completion": c, "reference": r, "score": None if s != s else s}
-        for p, c, r, s in zip(
-            said.prompts, said.judged.completions, theirs.judged.completions, verdict.tolist(), strict=True
+        {"prompt": p.text, "completion": c, "reference": r, **row_of(scored, row)}
+        for row, (p, c, r) in enumerate(
+            zip(said.prompts, said.judged.completions, theirs.judged.completions, strict=True)
         )
     ]
     return found

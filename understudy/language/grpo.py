@@ -75,6 +75,11 @@ class Config(config.Rollouts):
         return [
             *super().needs(),
             (
+                self.epochs * self.minibatches > 1,
+                "target_kl",
+                "has no effect on a single step: raise epochs or minibatches",
+            ),
+            (
                 not self.fixed_length,
                 "overlong",
                 "has no effect where every completion has the same length: give max_new instead",

@@ -8,12 +8,12 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from understudy.language.final_answer import final_number
 from understudy.language.worker import Fault, Worker, answer, describe, wants
 from understudy.run.config import RequestError, nearest
 
@@ -51,16 +51,31 @@ class Verdict(NamedTuple):
     """What is measured of the same rows and never paid."""
 
 
+def row_of(verdict: Verdict, row: int, prefix: str = "") -> dict[str, Any]:
+    """What is said about one row, as plain data: score and terms by name, unweighted; None is missing.
+
+    Gold is there under the same names with "gold" before them, where it was measured.
+    """
+    terms = {name: _plain(part[row]) for name, part in verdict.parts.items()}
+    found = {prefix or "score": _plain(verdict.score[row]), f"{prefix}_terms" if prefix else "terms": terms}
+    return found | ({} if verdict.gold is None else row_of(verdict.gold, row, "gold"))
+
+
 Part = Callable[[Sampled], Tensor]  # -> [B] float32, nan where missing
 Ask = Callable[[dict[str, list[Any]], float], list[float | None]]
 Spec = str | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 
 
 class Judge:
-    """A weighted sum of parts. A row with a missing part is missing; a part of weight 0 is measured and nothing else."""
+    """A weighted sum of parts; a part of weight 0 is measured and nothing else.
 
-    def __init__(self, parts: Sequence[tuple[str, float, Part]]) -> None:
-        """parts: name, weight, part. The second of a name becomes name_2."""
+    A part may have nothing to say of a row: a function says None, a cell to compare with is empty. Such a row is left to the
+    other parts, or is missing. Where a part fails the row is missing in any case.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, float, Part]], *, missing: Literal["term", "row"] = "term") -> None:
+        """parts: name, weight, part. The second of a name becomes name_2.  missing: what None leaves out."""
+        self.missing = missing
         self.parts: dict[str, tuple[float, Part]] = {}
         for name, weight, part in parts:
             names = (name, *(f"{name}_{i}" for i in range(2, len(parts) + 1)))
@@ -80,6 +95,7 @@ class Judge:
         load_model: Callable[[str], Part],
         timeout: float = 30.0,
         field: str = "reward",
+        missing: Literal["term", "row"] = "term",
     ) -> Judge:
         """The judge that specs describe; `RequestError` names `field` where one of them is wrong.
 
@@ -89,6 +105,7 @@ class Judge:
                 or either of them with a weight, as a pair.
             load_model: makes a part of a reward model's directory.
             timeout: seconds a file's function may take for a batch.
+            missing: what None leaves out, the term or the row.
         """
         if not specs:
             raise RequestError(f"{field} is empty: name at least one DIR, file.py:function or builtin")
@@ -101,7 +118,7 @@ class Judge:
                     started.callback(part.close)
                 parts.append((name, weight, part))
             started.pop_all()
-        judge = cls(parts)
+        judge = cls(parts, missing=missing)
         judge.field = field
         return judge
 
@@ -109,16 +126,19 @@ class Judge:
     def __call__(self, sampled: Sampled) -> Verdict:
         """Score B rows, in their order, on the CPU."""
         total, found, errors = torch.zeros(len(sampled)), {}, []
+        scored = torch.full((len(sampled),), not any(weight for weight, _ in self.parts.values()))
         for name, (weight, part) in self.parts.items():
             with _naming(self.field, name):
                 score = part(sampled)
             if score.shape != total.shape:
                 raise ValueError(f"part {name!r} gave {tuple(score.shape)}: must be [{len(sampled)}], a score a row")
             found[name] = _finite(score.to("cpu", torch.float32))
-            total = total + weight * found[name] if weight else total
+            if weight:
+                silent = _silent(part, found[name]) if self.missing == "term" else torch.zeros_like(scored)
+                total, scored = total + torch.where(silent, 0.0, weight * found[name]), scored | ~silent
             errors += self._count(name, part, found[name])
         self.last_error = next(iter(errors), self.last_error)
-        return Verdict(_finite(total), found)
+        return Verdict(_finite(total.where(scored, math.nan)), found)
 
     def close(self) -> None:
         """End the workers."""
@@ -196,6 +216,23 @@ class Function:
         return [None]
 
 
+class Against:
+    """A part: 1 where a completion reads like its cell, else 0; missing where the cell is empty."""
+
+    def __init__(self, column: str, read: Callable[[str], Any], read_cell: Callable[[str], Any]) -> None:
+        self.column, self.read, self.read_cell = column or "answer", read, read_cell
+
+    def __call__(self, sampled: Sampled) -> Tensor:
+        if self.column not in sampled.columns:
+            raise RequestError(
+                f"the data have no column {self.column!r}, only {', '.join(sampled.columns) or 'prompts'}; "
+                f"name one of them after a ':' or map one with --columns {self.column}=NAME"
+            )
+        cells = [None if cell is None else self.read_cell(str(cell)) for cell in sampled.columns[self.column]]
+        pairs = zip(_said(sampled), cells, strict=True)
+        return torch.tensor([math.nan if cell is None else float(self.read(said) == cell) for said, cell in pairs])
+
+
 def columns_of(sampled: Sampled) -> dict[str, list[Any]]:
     """All that a function may ask about the rows, by name."""
     own = ("prompts", "completions", "completion_ids", "truncated")
@@ -247,15 +284,16 @@ def exact(column: str) -> Part:
 
     Missing where the column's cell is empty.
     """
-    return _against(column, str.strip, lambda cell: cell.strip() or None)
+    return Against(column, str.strip, lambda cell: cell.strip() or None)
 
 
 def number(column: str) -> Part:
-    """`number[:COLUMN]`: 1 where the completion's last number is the one that the column (`answer`) ends in; else 0.
+    """`number[:COLUMN]`: 1 where the completion's final number equals that of the column (`answer`), else 0.
 
-    In a cell with '####' that is the number after it (GSM8K). Missing where the cell has no number.
+    It is the first after `####` (GSM8K), the last in `\\boxed{}`, or the last of all; 3/2, 1.5 and \\frac{3}{2} are equal.
+    Missing where the cell has no number.
     """
-    return _against(column, _last_number, lambda cell: _last_number(cell.rpartition("####")[2]))
+    return Against(column, final_number, final_number)
 
 
 def repetition(nothing: str) -> Part:
@@ -288,8 +326,10 @@ def distinct_n(rows: Sequence[Sequence[int]], n: int) -> float:
 def _part(spec: Spec, load_model: Callable[[str], Part], timeout: float) -> tuple[str, float, Part]:
     """What a spec names: its readable name, its weight, the part."""
     if isinstance(spec, tuple):
-        if len(spec) != 2 or not isinstance(spec[1], int | float) or not math.isfinite(spec[1]):
-            raise RequestError("a pair must be a SPEC or function and its weight, a finite number")
+        if len(spec) != 2 or not isinstance(spec[1], int | float) or not abs(spec[1]) <= LARGEST_WEIGHT:
+            raise RequestError(
+                f"a pair must be a SPEC or function and its weight, a finite number, at most {LARGEST_WEIGHT:g}"
+            )
         name, weight, part = _part(spec[0], load_model, timeout)
         return name, weight * spec[1], part
     if not isinstance(spec, str):
@@ -367,30 +407,17 @@ def _said(sampled: Sampled) -> list[str]:
     ]
 
 
-def _against(column: str, read: Callable[[str], Any], read_cell: Callable[[str], Any]) -> Part:
-    """1 where what is read from a completion is what is read from its cell, else 0; missing where the cell has none."""
-    column = column or "answer"
-
-    def part(sampled: Sampled) -> Tensor:
-        if column not in sampled.columns:
-            raise RequestError(
-                f"the data have no column {column!r}, only {', '.join(sampled.columns) or 'prompts'}; "
-                f"name one of them after a ':' or map one with --columns {column}=NAME"
-            )
-        cells = [None if cell is None else read_cell(str(cell)) for cell in sampled.columns[column]]
-        pairs = zip(_said(sampled), cells, strict=True)
-        return torch.tensor([math.nan if cell is None else float(read(said) == cell) for said, cell in pairs])
-
-    return part
+def _silent(part: Part, score: Tensor) -> Tensor:
+    """The rows of which a part has nothing to say, bool [B]; where it failed, it has not."""
+    if isinstance(part, Function):
+        return torch.tensor(
+            [row in part.faults and part.faults[row].kind == "none" for row in range(len(score))], dtype=torch.bool
+        )
+    return score.isnan() if isinstance(part, Against) else torch.zeros_like(score, dtype=torch.bool)
 
 
-# a sign counts where nothing stands before it that it could subtract from; commas stand between thousands
-NUMBER = re.compile(r"((?<![\w)])[-\u2212])?\$?((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
-
-
-def _last_number(text: str) -> Decimal | None:
-    found = NUMBER.findall(text)
-    return Decimal(("-" if found[-1][0] else "") + found[-1][1].replace(",", "")) if found else None
+def _plain(score: Tensor) -> float | None:
+    return None if score.isnan() else float(score)
 
 
 def _finite(score: Tensor) -> Tensor:

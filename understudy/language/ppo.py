@@ -83,11 +83,16 @@ class Config(config.Rollouts):
         return [
             *super().needs(),
             (self.critic == "top", "critic_layers", "has no effect on this critic: make critic top"),
+            (
+                self.epochs * self.minibatches > 1,
+                "target_kl",
+                "has no effect on a single step: raise epochs or minibatches",
+            ),
             (clipped, "clip", "has no effect in this objective: make objective clip"),
-            (penalty, "kl_coef kl_target", "has no effect in this objective: make objective penalty"),
+            (penalty, "kl_coef adaptive_kl_target", "has no effect in this objective: make objective penalty"),
             (
                 self.kl_coef > 0,
-                "kl_target",
+                "adaptive_kl_target",
                 "has no effect on a kl_coef of 0, which stays 0: give kl_coef a value above 0",
             ),
         ]
