@@ -43,6 +43,23 @@ class TenSteps(gym.Env):
         return self.observe(), self.reward(action), False, self.t >= self.length, self.info(action)
 
 
+class Seen(TenSteps):
+    """What is seen is one of three; that one is to be named."""
+
+    def __init__(self):
+        super().__init__(actions=3)
+        self.observation_space = spaces.Discrete(3)
+
+    def observe(self):
+        self.seen = int(self.np_random.integers(3))
+        return self.seen
+
+    def step(self, action):
+        right = float(action == self.seen)
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, right, terminated, truncated, info
+
+
 class CostIntOrFloat(TenSteps):
     """A constraint cost that is the int 0 or the float 0.5, as `cost = 0; if ...: cost += 0.5` gives."""
 

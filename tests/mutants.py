@@ -537,6 +537,22 @@ HAND = [
         "control/masks.py", "info if terminated or truncated else self._with_mask(info)", "info", "steps have no mask"
     ),
     Mutant("control/spaces.py", "(space.high == 255).all()", "True", "a board is a photograph"),
+    Mutant(
+        "control/spaces.py",
+        "middle + half * value",
+        "half * value",
+        "actions are not moved to the middle of their bounds",
+    ),
+    Mutant(
+        "distribution.py",
+        "torch.where(self.log_std > 0, self",
+        "torch.where(self.log_std > 9, self",
+        "wide normals by few nodes",
+    ),
+    Mutant("distribution.py", "math.log(2) - folded - bend", "math.log(2) - folded", "the bend at 0 is left out"),
+    Mutant(
+        "control/config.py", "if value != default and value", "if value == default and value", "fields without effect"
+    ),
     Mutant("value.py", "torch.where(mask, value.gather(1, index), 0.0)", "value.gather(1, index)", "V after no step"),
     Mutant(
         "language/tokens.py",

@@ -41,7 +41,8 @@ def acts(policy: Policy, seen: list) -> list:
 def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observation, memory, mode):
     # one minibatch an epoch: clip_fraction is then the share of steps whose first ratio is further than 1e-5 from 1;
     # the rows' environments themselves refuse an action that is masked or outside the space
-    small = {"hidden": (8,), "memory": memory, "memory_size": 4, "rollout": 6, "epochs": 1, "minibatches": 1}
+    small = {"hidden": (8,), "memory": memory, "rollout": 6, "epochs": 1, "minibatches": 1}
+    small |= {} if memory == "none" else {"memory_size": 4}
     cfg = ppo.Config(env="Anything", steps=16, clip=1e-5, out=str(tmp_path), quiet=True, log_every=2, **small)
     envs = anything(observation, action, masked=masked, mode=mode)
     policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import gymnasium
@@ -13,13 +14,15 @@ from torch import nn
 from torch.distributions import Normal
 from torch.testing import assert_close
 
+from tests.foreign_envs import notices
 from tests.probes import ACTIONS, OBSERVATIONS, Anything, anything, vector
 from tests.records import seeded
 from understudy import load
-from understudy.control import ppo
+from understudy.control import actor_critic, ppo, preset, reinforce
 from understudy.control.collect import Walker
 from understudy.control.config import Network
 from understudy.control.policy import Policy
+from understudy.control.spaces import executable
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
 from understudy.value import estimate
@@ -44,7 +47,8 @@ def equal(one: Policy, other: Policy) -> bool:
 def short(path, **fields) -> ppo.Config:
     """Two iterations of one pass; `clip_fraction` is the share of steps whose first ratio is further than 1e-5 from 1."""
     sizes = {"steps": 16, "rollout": 6, "epochs": 1, "minibatches": 1, "clip": 1e-5, "log_every": 2}
-    return ppo.Config(env="any", out=str(path), quiet=True, **(SMALL | sizes | fields))
+    network = SMALL if fields.get("memory", "none") != "none" else {"hidden": (8,)}
+    return ppo.Config(env="any", out=str(path), quiet=True, **(network | sizes | fields))
 
 
 def test_weights_depend_on_nothing_but_the_seed():
@@ -435,3 +439,132 @@ def test_what_a_policy_is_made_of_makes_it_again():
     made_of = policy(memory="lstm", squash="tanh").made_of
 
     assert made_of == dataclasses.asdict(Network(**made_of))
+
+
+# actions of a Box
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "far"),
+    [
+        (-1, 1, False),
+        (-2, 2, False),  # Pendulum
+        (-0.4, 0.4, False),  # Humanoid
+        (0, 1, False),  # CarRacing's gas
+        (0, 20, False),
+        (0, 1000, True),
+        (100, 200, True),
+        (1, 2, True),
+        (0, 0.01, True),
+        (-math.inf, math.inf, False),
+        (0, math.inf, False),
+        (-1e30, 1e30, False),
+        (5, 5, False),  # no choice at all
+    ],
+)
+def test_bounds_far_from_one_are_scaled_to(low, high, far):
+    space = spaces.Box(low, high, (1,), np.float32)
+    own = Policy.build(OBSERVATIONS["vector"], space, Network(hidden=(4,)), seed=0)
+
+    assert own.squash == ("scale" if far else "clip") and own.made_of["squash"] == own.squash  # pyright: ignore
+
+
+def test_scale_maps_minus_one_and_one_to_the_bounds():
+    space = spaces.Box(np.array([100, -3, 0], np.float32), np.array([200, np.inf, 1e30], np.float32))
+
+    action = executable(space, np.float32([[-1, -4, 2], [0, 5, 0], [0.5, 0, 3], [9, 0, 1]]), "scale")
+
+    # 150 + 50 a, clipped; the others have no bounds to be scaled to
+    assert action.tolist() == [[100, -3, 2], [150, 5, 0], [175, 0, 3], [200, 0, 1]]
+
+
+def test_what_auto_came_to_is_saved(tmp_path):
+    space = spaces.Box(0, 1000, (1,), np.float32)
+    Policy.build(OBSERVATIONS["vector"], space, Network(hidden=(4,)), seed=0).save(tmp_path)
+
+    assert Policy.load(tmp_path).squash == "scale"
+
+
+@pytest.mark.parametrize("squash", ["clip", "scale"])
+def test_a_run_that_clips_to_far_bounds_says_so(tmp_path, squash):
+    cfg = short(tmp_path, squash=squash)
+    cfg = dataclasses.replace(cfg, env="tests.foreign_envs:WideAction", env_options={"low": 100.0, "high": 200.0})
+    run = ppo.train(cfg)
+
+    said = notices(run)
+    assert len(said) == (squash == "clip") and all("set squash to scale, or to auto" in text for text in said)
+
+
+# fields without effect
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "idle"),
+    [
+        (ppo, {"memory_size": 8}, "memory_size is 8, but memory is 'none'"),
+        (ppo, {"noise_hold": 8}, "noise_hold is 8, but exploration is 'independent'"),
+        (ppo, {"hidden": (), "activation": "relu"}, "activation is 'relu', but hidden is ()"),
+        (ppo, {"step_timeout": 1.0}, "step_timeout is 1.0, but vectorization is 'sync'"),
+        (ppo, {"evaluate_episodes": 3}, "evaluate_episodes is 3, but evaluate_every is 0"),
+        (ppo, {"constraint_rate": 0.5}, "constraint_rate is 0.5, but no constraint is held"),
+        (ppo, {"constraint": ("x<=1:warn",), "constraint_rollbacks": 1}, "but no constraint rolls back"),
+        (ppo, {"objective": "penalty", "clip": 0.1}, "clip is 0.1, but objective is 'penalty'"),
+        (ppo, {"objective": "penalty", "clip_schedule": "linear"}, "clip_schedule is 'linear', but objective is"),
+        (ppo, {"kl_coef": 2.0}, "kl_coef is 2.0, but objective is 'clip'"),
+        (ppo, {"value_coef": 0.0, "value_clip": 0.1}, "value_clip is 0.1, but value_coef is 0"),
+        (ppo, {"epochs": 1, "refresh": True}, "refresh is True, but epochs is 1"),
+        (ppo, {"epochs": 1, "reshuffle": False}, "reshuffle is False, but epochs is 1"),
+        (actor_critic, {"value_coef": 0.0, "value_loss": "huber"}, "value_loss is 'huber', but value_coef is 0"),
+        (reinforce, {"group_size": 2}, "group_size is 2, but baseline is 'standardize'"),
+        (reinforce, {"group_scale": False}, "group_scale is False, but baseline is 'standardize'"),
+        (reinforce, {"baseline": "leave_one_out", "group_scale": False}, "but baseline is 'leave_one_out'"),
+        (reinforce, {"value_coef": 1.0}, "value_coef is 1.0, but baseline is 'standardize'"),
+        (reinforce, {"baseline": "group", "gamma": 0.9}, "gamma is 0.9, but baseline is 'group'"),
+        (reinforce, {"baseline": "leave_one_out", "gamma": 0.9}, "gamma is 0.9, but baseline is 'leave_one_out'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_field_without_effect_is_refused(recipe, fields, idle):
+    with pytest.raises(RequestError, match=re.escape(idle) + ".*, so it has no effect: leave it at "):
+        recipe.Config(env="any", **fields)
+
+
+@pytest.mark.parametrize(
+    ("env", "fields", "idle"),
+    [
+        ("TenSteps", {"squash": "tanh"}, "squash is 'tanh', but action_space is Discrete(2), no Box"),
+        ("TenSteps", {"log_std": -1.0}, "log_std is -1.0, but action_space is Discrete(2), no Box"),
+        ("TenSteps", {"scalar_std": True}, "scalar_std is True, but action_space is Discrete(2), no Box"),
+        ("Seen", {"normalize_obs": True}, "normalize_obs is True, but observation_space is Discrete(3)"),
+    ],
+)
+def test_a_field_without_effect_in_an_environment_is_refused(tmp_path, env, fields, idle):
+    cfg = dataclasses.replace(short(tmp_path / "run"), env=f"tests.foreign_envs:{env}", **fields)
+
+    with pytest.raises(RequestError, match=re.escape(idle)):
+        ppo.train(cfg)
+    assert not (tmp_path / "run").exists()
+
+
+def test_gamma_counts_with_a_group_baseline_where_it_scales_rewards():
+    assert reinforce.Config(env="any", baseline="group", gamma=0.9, normalize_reward=True).gamma == 0.9
+
+
+def test_a_field_of_the_preset_may_be_without_effect():
+    cfg = preset(ppo.Config, "CartPole-v1", objective="penalty")
+
+    assert cfg.clip_schedule == "linear"
+
+
+# no hidden layer
+
+
+@pytest.mark.parametrize("observation", ["vector", "image", "Dict", "Tuple"])
+@pytest.mark.parametrize("memory", ["none", "gru"])
+def test_a_network_may_have_no_hidden_layer(tmp_path, observation, memory):
+    cfg = short(tmp_path, hidden=(), memory=memory)
+
+    run = ppo.train(cfg, env=anything(observation, "Box"))
+
+    assert run.metrics[-1]["clip_fraction"] == 0
+    assert load(run.path).made_of["hidden"] == ()

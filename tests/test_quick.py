@@ -158,3 +158,23 @@ def test_a_record_carries_what_it_was_sampled_from_at_every_choice(env, mode):
     found, estimated = estimate(policy, record)
     assert found is not said and all(map(torch.equal, leaves(found), leaves(record.old)))
     assert_close(estimated, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("action", [spaces.Discrete(4), NUMBERS], ids=["one choice", "numbers"])
+def test_a_policy_without_hidden_layers_has_a_quick_form_too(action):
+    policy = Policy.build(BOX, action, Network(hidden=(), orthogonal=False), seed=3)
+    obs = torch.randn(50, 3, generator=seeded(2))
+
+    found, _ = quick_form(policy, 50)(obs.numpy())
+
+    with torch.no_grad():
+        assert_close(torch.from_numpy(found), policy(obs[:, None])[0].mode()[:, 0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_wide_head_counts_for_the_size_up_to_which_numpy_multiplies():
+    policy = Policy.build(BOX, spaces.Discrete(5000), Network(hidden=(8,)), seed=1)
+
+    few, many = quick_form(policy, 6), quick_form(policy, 7)
+
+    # 6 * 8 * 5,000 products are 240,000, 7 of them 280,000: more than 2^18 = 262,144
+    assert isinstance(few.says, Layers) and not isinstance(many.says, Layers)

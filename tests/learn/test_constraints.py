@@ -96,7 +96,7 @@ def test_an_agent_ends_at_the_bound_with_the_reward_and_the_multiplier_that_belo
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_control_an_agent_that_is_only_warned_is_paid_more_and_breaks_it(tmp_path, name):
-    found = last_quarter(tmp_path, name, "warn", steps=8000)
+    found = last_quarter(tmp_path, name, "warn", steps=8000, constraint_rate=0.1)
 
     assert found["constraint_cost"] > 2.3 > 3 * LIMIT  # every place's is 2.5
     assert found["episode_return_mean"] > 0.9

@@ -19,7 +19,9 @@ def learn(path, make, recipe=ppo, *, rows=8, **fields) -> Policy:
     """The policy that a recipe learns in `rows` copies of an environment."""
     envs = vector([make] * rows)
     common = {"env": "Probe", "out": str(path), "quiet": True, "log_every": FOREVER, "num_envs": rows, "hidden": (16,)}
-    sizes = {"learning_rate": 0.01, "steps": 1500, "memory_size": 8}
+    sizes = {"learning_rate": 0.01, "steps": 1500} | (
+        {"memory_size": 8} if fields.get("memory", "none") != "none" else {}
+    )
     if recipe is ppo:
         sizes |= {"rollout": 16, "epochs": 4, "minibatches": 2, "lam": 0.9}
     cfg = recipe.Config(**(common | sizes | fields))

@@ -40,6 +40,9 @@ class Config(config.Config):
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""
 
+    def idle(self) -> dict[str, str]:
+        return super().idle() | ({} if self.value_coef else {"value_loss": "value_coef is 0"})
+
 
 def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from understudy.constrain import Constraint
@@ -26,10 +26,10 @@ class Network:
     """Width of the recurrent layer."""
     orthogonal: bool = True
     """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
-    squash: Literal["clip", "tanh"] = "clip"
-    """How a Box action gets to its bounds: clipped, or tanh scaled to them."""
+    squash: Literal["auto", "clip", "scale", "tanh"] = "auto"
+    """How a Box action gets to its bounds: clip, scale (-1 to 1 becomes them) or tanh; auto: scale where they are far."""
     log_std: float = 0.0
-    """Initial log standard deviation of Box actions, in units of the action."""
+    """Initial log standard deviation of Box actions: in units of the action, or of half its range where squash scales."""
     scalar_std: bool = False
     """Learn the standard deviation of Box actions itself, at least 1e-6, instead of its logarithm (rsl_rl)."""
     exploration: Literal["independent", "held", "gsde"] = "independent"
@@ -127,3 +127,33 @@ class Config(Network):
             raise RequestError(
                 "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"
             )
+        refuse_idle(self, self.idle())
+
+    def idle(self) -> dict[str, str]:
+        """The fields without effect in this combination, and why."""
+        constraints = [Constraint.parse(text).response for text in self.constraint]
+        reasons = {
+            "activation": "hidden is ()" if not self.hidden else "",
+            "memory_size": "memory is 'none'" if self.memory == "none" else "",
+            "noise_hold": "exploration is 'independent'" if self.exploration == "independent" else "",
+            "step_timeout": f"vectorization is {self.vectorization!r}" if self.vectorization != "supervised" else "",
+            "evaluate_episodes": "evaluate_every is 0" if not self.evaluate_every else "",
+            "constraint_rate": "no constraint is held" if "hold" not in constraints else "",
+            "constraint_rollbacks": "no constraint rolls back" if "rollback" not in constraints else "",
+        }
+        return {name: why for name, why in reasons.items() if why}
+
+
+def refuse_idle(cfg: Config, idle: dict[str, str]) -> None:
+    """Refuse a field without effect that has a value of the user's: neither its default nor the preset's.
+
+    Args:
+        idle: the fields without effect, and why.
+    """
+    from understudy.control.presets import settings  # imports this module
+
+    defaults = {known.name: known.default for known in fields(cfg)}
+    for name, why in idle.items():
+        value, default = getattr(cfg, name), defaults[name]
+        if value != default and value != settings(type(cfg), cfg.env, cfg.preset).get(name):
+            raise RequestError(f"{name} is {value!r}, but {why}, so it has no effect: leave it at {default!r}")

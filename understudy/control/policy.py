@@ -31,6 +31,7 @@ from understudy.control.spaces import (
     is_batched,
     is_image,
     read,
+    settled_squash,
     to_json,
 )
 from understudy.run.checkpoint import Damaged, shapes_of, tensors_of
@@ -49,7 +50,7 @@ class Policy(nn.Module):
 
     Args:
         network: an `ActorCritic`, or any module with the same call; one with memory has `state_size` > 0.
-        squash: how a Box action gets to its bounds, "clip" or "tanh".
+        squash: how a Box action gets to its bounds: "auto", "clip", "scale" or "tanh".
         scale_obs: keep a running scale of float observations.
         scale_reward: the gamma of a running scale of rewards; None for rewards as they are.
 
@@ -63,24 +64,19 @@ class Policy(nn.Module):
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
         *,
-        squash: str = "clip",
+        squash: str = "auto",
         scale_obs: bool = False,
         scale_reward: float | None = None,
     ) -> None:
         super().__init__()
         check_action_space(action_space)
-        self.network, self.squash = network, squash
+        self.network, self.squash = network, settled_squash(action_space, squash)
         self.made_of: dict[str, Any] | None = None
         self.has_action_mask = False
         self.state_size: int = getattr(network, "state_size", 0)
         self.memory = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
-        shapes = {
-            name: tuple(space.shape)
-            for name, space in features(observation_space).items()
-            if isinstance(space, spaces.Box) and not is_image(space)
-        }
-        self.obs_scale = ObsScale(shapes) if scale_obs else None
+        self.obs_scale = ObsScale(scaled_shapes(observation_space)) if scale_obs else None
         self.reward_scale = None if scale_reward is None else RewardScale(scale_reward)
         self.eval()
 
@@ -101,6 +97,7 @@ class Policy(nn.Module):
             network = ActorCritic(observation_space, action_space, made_of)
         policy = cls(network, observation_space, action_space, squash=made_of.squash, **scales)
         policy.made_of = {field.name: getattr(made_of, field.name) for field in dataclasses.fields(Network)}
+        policy.made_of["squash"] = policy.squash
         return policy
 
     def train(self, mode: bool = True) -> Policy:
@@ -262,6 +259,12 @@ class Policy(nn.Module):
         load_weights(policy, tensors_of(weights))
         policy.has_action_mask = about.get("has_action_mask") is True
         return policy
+
+
+def scaled_shapes(observation_space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
+    """The shapes of the entries that `scale_obs` scales: every Box that is no image."""
+    boxes = {name: leaf for name, leaf in features(observation_space).items() if isinstance(leaf, spaces.Box)}
+    return {name: tuple(leaf.shape) for name, leaf in boxes.items() if not is_image(leaf)}
 
 
 class Unfit(ValueError):

@@ -74,6 +74,15 @@ class Config(config.Config):
                 "steps, and a minibatch needs at least one"
             )
 
+    def idle(self) -> dict[str, str]:
+        unused = ["clip", "clip_schedule"] if self.objective == "penalty" else ["kl_coef", "adaptive_kl_target"]
+        found: dict[str, str] = dict.fromkeys(unused, f"objective is {self.objective!r}")
+        if not self.value_coef:
+            found["value_clip"] = "value_coef is 0"
+        if self.epochs == 1:
+            found |= {"refresh": "epochs is 1", "reshuffle": "epochs is 1"}
+        return super().idle() | found
+
 
 def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""

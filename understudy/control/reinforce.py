@@ -52,6 +52,17 @@ class Config(config.Config):
         if self.grouped and self.episodes != 1:
             raise RequestError(f"episodes is {self.episodes}: must be 1 with baseline {self.baseline}, one score a row")
 
+    def idle(self) -> dict[str, str]:
+        held = f"baseline is {self.baseline!r}"
+        found = {} if self.grouped else {"group_size": held, "group_scale": held}
+        if self.baseline == "leave_one_out":
+            found["group_scale"] = held
+        if self.baseline != "value":
+            found["value_coef"] = held
+        if self.grouped and not self.normalize_reward:
+            found["gamma"] = f"{held}, which compares undiscounted sums"
+        return super().idle() | found
+
     @property
     def grouped(self) -> bool:
         return self.baseline in ("group", "leave_one_out")

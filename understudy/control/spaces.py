@@ -21,6 +21,8 @@ MASK = "action_mask"
 PLAIN = "obs"
 LARGEST = 2**24
 """Entries of a space that is read from a file, all its leaves together: sixteen megapixels."""
+UNBOUNDED = 1e6
+"""Bounds of an action beyond this stand for none: actions are not scaled to them."""
 SMALLEST_IMAGE = 8
 """Height and width from which on bytes are pixels; MiniGrid's 7 x 7 x 3, say, are categories."""
 
@@ -225,11 +227,28 @@ def check_action_space(space: gymnasium.Space) -> None:
         )
 
 
+def far_from_unit(space: gymnasium.Space) -> bool:
+    """Whether a Box has finite bounds that a policy does not explore whose actions begin around 0 with a spread of 1.
+
+    That is, in any dimension: half the width is below 0.1 or above 10, or 0 lies outside the bounds.
+    """
+    if not isinstance(space, spaces.Box):
+        return False
+    middle, half, bounded = _middle_and_half(space)
+    return bool((bounded & (half > 0) & ((half < 0.1) | (half > 10) | (np.abs(middle) > half))).any())
+
+
+def settled_squash(space: gymnasium.Space, squash: str) -> str:
+    """How actions get to their bounds, with "auto" decided: "scale" where these are far from -1 to 1, else "clip"."""
+    return squash if squash != "auto" else "scale" if far_from_unit(space) else "clip"
+
+
 def executable(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.ndarray:
     """What the environment receives for actions [B, ...] as the distribution sampled them: valid in the space.
 
     Args:
-        squash: for a Box, "clip" to the bounds, or "tanh" scaled to them where both are finite (clip where not).
+        squash: for a Box, "clip" to the bounds; "scale", which maps -1 to 1 to the bounds first; or "tanh" scaled to them.
+            A dimension without finite bounds (for "scale", of more than 1e6) is clipped.
     """
     choice = action.reshape(-1, *(space.shape or ()))
     if isinstance(space, spaces.Box):
@@ -317,7 +336,18 @@ def _from_json(data: dict[str, Any]) -> gymnasium.Space:
     raise ValueError(f"kind is {kind!r}, must be Box, Discrete, MultiDiscrete, MultiBinary, Dict or Tuple")
 
 
+def _middle_and_half(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The middle and half the width of each action dimension, and whether its bounds are finite and meant as bounds."""
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    bounded = np.isfinite(low) & np.isfinite(high) & (np.abs(low) <= UNBOUNDED) & (np.abs(high) <= UNBOUNDED)
+    low, high = np.where(bounded, low, 0.0), np.where(bounded, high, 0.0)
+    return (low + high) / 2, (high - low) / 2, bounded
+
+
 def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
+    if squash == "scale":
+        middle, half, bounded = _middle_and_half(space)
+        value = np.where(bounded, middle + half * value.astype(np.float64), value)
     if squash == "tanh":
         value = value.astype(np.float64)
         bounded = np.isfinite(space.low) & np.isfinite(space.high)

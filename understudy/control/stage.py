@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from understudy.batch import Trajectory
 from understudy.constrain import Bounds, Constraint
 from understudy.control import environment
+from understudy.control.build import idle_in, notices
 from understudy.control.collect import Episode, Walker
-from understudy.control.config import Config, Network
+from understudy.control.config import Config, Network, refuse_idle
 from understudy.control.costs import Costs
 from understudy.control.evaluate import evaluate
 from understudy.control.optimizer import adam
@@ -337,6 +338,7 @@ def open_stage(
     walker = None
     try:
         policy = cast(policy, cfg, envs).to(cfg.device)
+        refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
         came = [] if cfg.init is None else [lineage.link("init", policy_path(Path(cfg.init), "init"))]
         origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
@@ -362,7 +364,7 @@ def open_stage(
         ):
             way, renew = way_of(envs, forgets=forgetful), make if env is None else None
             stage = Stage(cfg, run, walker, policy, made, progress, interrupt, way, renew)
-            for text in notices(cfg, policy, lost) if resume is None else ():
+            for text in notices(policy, lost) if resume is None else ():
                 stage.tell("notice", text=text)
             if resume is not None:
                 resume.restore(stage)
@@ -395,24 +397,6 @@ def open_stage(
                     sink.close()
     finally:
         (envs if walker is None else walker.envs).close()
-
-
-def notices(cfg: Config, policy: Policy, lost: str) -> Iterator[str]:
-    """What a user should know before the first step, a sentence each.
-
-    Args:
-        lost: the entry of the observation of which float32 loses what is seen, if any.
-    """
-    if lost and not policy.exact:
-        yield (
-            f"observation {lost} varies by less than float32 can hold, so the policy cannot see it: "
-            "set normalize_obs, which scales it in float64 first, or let the environment subtract a constant"
-        )
-    if layers := policy.layers_held:
-        yield (
-            f"the network has {', '.join(layers)}: it stays in evaluation mode, in the update too, because the update must "
-            "see the policy that acted"
-        )
 
 
 def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:

@@ -1,0 +1,45 @@
+"""What the spaces and the network of a run mean for its config: fields without effect, and what a user should know first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gymnasium
+
+from understudy.control.policy import Policy, scaled_shapes
+from understudy.control.spaces import far_from_unit
+
+
+def notices(policy: Policy, lost: str) -> Iterator[str]:
+    """What a user should know before the first step, a sentence each.
+
+    Args:
+        lost: the entry of the observation of which float32 loses what is seen, if any.
+    """
+    if lost and not policy.exact:
+        yield (
+            f"observation {lost} varies by less than float32 can hold, so the policy cannot see it: "
+            "set normalize_obs, which scales it in float64 first, or let the environment subtract a constant"
+        )
+    if policy.squash == "clip" and far_from_unit(policy.action_space):
+        yield (
+            f"action_space is {policy.action_space}, most of which is not explored, because squash is 'clip' and "
+            "actions begin around 0: set squash to scale, or to auto"
+        )
+    if layers := policy.layers_held:
+        yield (
+            f"the network has {', '.join(layers)}: it stays in evaluation mode, in the update too, because the update must "
+            "see the policy that acted"
+        )
+
+
+def idle_in(policy: Policy) -> dict[str, str]:
+    """The fields that have no effect in an environment of a policy's spaces, and why."""
+    observation_space, action_space = policy.observation_space, policy.action_space
+    found: dict[str, str] = {}
+    if not isinstance(action_space, gymnasium.spaces.Box):
+        no_box = f"action_space is {action_space}, no Box"
+        found = {"squash": no_box, "log_std": no_box, "scalar_std": no_box}
+    if not scaled_shapes(observation_space):
+        found["normalize_obs"] = f"observation_space is {observation_space}, in which nothing is scaled"
+    return found
