@@ -22,6 +22,7 @@ from understudy.control import actor_critic, ppo, preset, reinforce
 from understudy.control.collect import Walker
 from understudy.control.config import Network
 from understudy.control.policy import Policy
+from understudy.control.presets import refuse_idle
 from understudy.control.spaces import executable
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
@@ -525,13 +526,16 @@ def test_a_run_that_clips_to_far_bounds_says_so(tmp_path, squash):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_field_without_effect_is_refused(recipe, fields, idle):
+    cfg = recipe.Config(env="any", **fields)
+
     with pytest.raises(RequestError, match=re.escape(idle) + ".*, so it has no effect: leave it at "):
-        recipe.Config(env="any", **fields)
+        refuse_idle(cfg, cfg.idle())
 
 
 @pytest.mark.parametrize(
     ("env", "fields", "idle"),
     [
+        ("TenSteps", {"noise_hold": 8}, "noise_hold is 8, but exploration is 'independent'"),
         ("TenSteps", {"squash": "tanh"}, "squash is 'tanh', but action_space is Discrete(2), no Box"),
         ("TenSteps", {"log_std": -1.0}, "log_std is -1.0, but action_space is Discrete(2), no Box"),
         ("TenSteps", {"scalar_std": True}, "scalar_std is True, but action_space is Discrete(2), no Box"),
@@ -547,13 +551,14 @@ def test_a_field_without_effect_in_an_environment_is_refused(tmp_path, env, fiel
 
 
 def test_gamma_counts_with_a_group_baseline_where_it_scales_rewards():
-    assert reinforce.Config(env="any", baseline="group", gamma=0.9, normalize_reward=True).gamma == 0.9
+    assert "gamma" not in reinforce.Config(env="any", baseline="group", gamma=0.9, normalize_reward=True).idle()
 
 
 def test_a_field_of_the_preset_may_be_without_effect():
     cfg = preset(ppo.Config, "CartPole-v1", objective="penalty")
 
-    assert cfg.clip_schedule == "linear"
+    assert cfg.clip_schedule == "linear" and "clip_schedule" in cfg.idle()
+    refuse_idle(cfg, cfg.idle())
 
 
 # no hidden layer

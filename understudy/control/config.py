@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from understudy.constrain import Constraint
@@ -127,7 +127,6 @@ class Config(Network):
             raise RequestError(
                 "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"
             )
-        refuse_idle(self, self.idle())
 
     def idle(self) -> dict[str, str]:
         """The fields without effect in this combination, and why."""
@@ -142,18 +141,3 @@ class Config(Network):
             "constraint_rollbacks": "no constraint rolls back" if "rollback" not in constraints else "",
         }
         return {name: why for name, why in reasons.items() if why}
-
-
-def refuse_idle(cfg: Config, idle: dict[str, str]) -> None:
-    """Refuse a field without effect that has a value of the user's: neither its default nor the preset's.
-
-    Args:
-        idle: the fields without effect, and why.
-    """
-    from understudy.control.presets import settings  # imports this module
-
-    defaults = {known.name: known.default for known in fields(cfg)}
-    for name, why in idle.items():
-        value, default = getattr(cfg, name), defaults[name]
-        if value != default and value != settings(type(cfg), cfg.env, cfg.preset).get(name):
-            raise RequestError(f"{name} is {value!r}, but {why}, so it has no effect: leave it at {default!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -44,6 +45,19 @@ def settings(kind: type[Config], env: str, preset: str) -> dict[str, Any]:
     else:
         raise RequestError(f"preset is {preset!r}: must be one of tuned, none, {', '.join(PEERS)}")
     return fields_of(kind, found, f"preset {preset}") | {"preset": preset}
+
+
+def refuse_idle(cfg: Config, idle: dict[str, str]) -> None:
+    """Refuse a field without effect that has a value of the user's: neither its default nor the preset's.
+
+    Args:
+        idle: the fields without effect, and why.
+    """
+    defaults = {known.name: known.default for known in fields(cfg)}
+    for name, why in idle.items():
+        value, default = getattr(cfg, name), defaults[name]
+        if value != default and value != settings(type(cfg), cfg.env, cfg.preset).get(name):
+            raise RequestError(f"{name} is {value!r}, but {why}, so it has no effect: leave it at {default!r}")
 
 
 def known() -> list[tuple[str, str]]:

@@ -24,12 +24,13 @@ from understudy.constrain import Bounds, Constraint
 from understudy.control import environment
 from understudy.control.build import idle_in, notices
 from understudy.control.collect import Episode, Walker
-from understudy.control.config import Config, Network, refuse_idle
+from understudy.control.config import Config, Network
 from understudy.control.costs import Costs
 from understudy.control.evaluate import evaluate
 from understudy.control.optimizer import adam
 from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.preflight import check_env
+from understudy.control.presets import refuse_idle
 from understudy.control.standing import Trail, Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
 from understudy.products import keep_freed
@@ -297,6 +298,7 @@ def open_stage(
         optimizer: (policy, cfg) -> optimizer, where it is not one Adam over all parameters.
         resume: the run to go on with, instead of a new one.
     """
+    refuse_idle(cfg, cfg.idle())
     torch.set_num_threads(cfg.threads)
     keep_freed()
     check_sinks(cfg.log)
