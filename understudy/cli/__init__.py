@@ -29,12 +29,13 @@ One policy-gradient library for agents in environments and language models under
   understudy resume RUN                        go on where it stopped, to the bit; --steps M extends it
   understudy evaluate RUN                      fixed seeds, held-out prompts, intervals
   understudy generate RUN|DIR --prompt TEXT    let a language policy go on; --chat to talk to it
+  understudy show RUN                          completions token by token, or an episode step by step
   understudy lineage RUN                       where this policy comes from; --verify recomputes every digest
   understudy compare RUN RUN ...               interquartile mean, interval, probability of improvement
 
 Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
 """
-VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "lineage", "compare")
+VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "show", "lineage", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,6 +138,10 @@ def _run(verb: str, argv: list[str]) -> int:
         return _evaluate(argv)
     if verb == "compare":
         return _compare(argv)
+    if verb == "show":
+        from understudy.cli.show import show
+
+        return show(argv)
     if verb == "lineage":
         from understudy.cli.lineage import show
 

@@ -118,15 +118,7 @@ def evaluate_run(argv: list[str]) -> int:
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
     path = Path(args.run)
-    _, name, fields = described(path)
-    recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
-    own = {"env": args.env} if args.env else {}
-    own |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
-    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
-    for code in permit(path, fields, given=own):
-        check_kind(code.field, code.name)
-    config = rebuilt(recipe.Config, fields | own)
-    policy = load(path)
+    policy, config = opened(path, args)
     returns = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
     if args.video:
         evaluate(policy, config, episodes=1, video=path / "video")
@@ -144,3 +136,16 @@ def evaluate_run(argv: list[str]) -> int:
     text = f"{args.episodes} episodes, {how} actions: return {result['return_mean']:.2f} +- {result['return_std']:.2f}"
     print(json.dumps({"run": str(path), **result}) if args.json else text)
     return 0
+
+
+def opened(path: Path, args: Any) -> tuple[Any, Any]:
+    """A run's final policy and its config; `args` may name its environment anew: env, wrappers, env_options."""
+    _, name, fields = described(path)
+    recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
+    own = {"env": args.env} if args.env else {}
+    own |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
+    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
+    for code in permit(path, fields, given=own):
+        check_kind(code.field, code.name)
+    config = rebuilt(recipe.Config, fields | own)
+    return load(path), config
