@@ -9,7 +9,8 @@ from typing import Any
 
 from understudy.run import lineage
 from understudy.run.config import RequestError, fields_of
-from understudy.run.store import Resume, Run, absolute, read_config
+from understudy.run.paths import absolute
+from understudy.run.store import Resume, Run, read_config
 from understudy.run.trust import permit
 
 RECIPES = {

@@ -13,12 +13,12 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, json_object, whole_number
 from understudy.cli.help import show_help
-from understudy.cli.paths import short
 from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
 from understudy.control.presets import settings
 from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
+from understudy.run.paths import short
 from understudy.run.store import process_seconds, write_json
 from understudy.run.trust import permit
 

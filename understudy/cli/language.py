@@ -14,7 +14,6 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
 from understudy.cli.help import show_help
-from understudy.cli.paths import short
 from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
 from understudy.language.generate import generate
@@ -24,6 +23,7 @@ from understudy.language.text import Tokenizer
 from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
 from understudy.run.lineage import read_lineage
+from understudy.run.paths import short
 from understudy.run.redact import printable
 from understudy.run.store import process_seconds, write_json
 from understudy.run.trust import permit

@@ -7,7 +7,7 @@ from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
-from understudy.cli.paths import short
+from understudy.run.paths import short
 from understudy.run.store import process_seconds
 
 

@@ -40,6 +40,7 @@ from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt
+from understudy.run.paths import short
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
@@ -358,7 +359,7 @@ def open_stage(
             device=cfg.device,
             exact=policy.exact,
         )
-        title = f"{recipe} {cfg.env} seed {cfg.seed} -> {run.path}"
+        title = f"{recipe} {cfg.env} seed {cfg.seed} -> {short(run.path)}"
         with (
             Progress(title, cfg.steps, quiet=cfg.quiet) as progress,
             Interrupt(quiet=cfg.quiet) as interrupt,

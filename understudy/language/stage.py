@@ -29,6 +29,7 @@ from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.interrupt import Interrupt
+from understudy.run.paths import short
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
 from understudy.run.sinks import check_sinks, open_sinks
@@ -236,7 +237,7 @@ def open_stage(
         run.event("remark", text=remark)
         if not cfg.quiet:
             print(remark, file=sys.stderr)
-    title = f"{recipe} {cfg.model} seed {cfg.seed} -> {run.path}"
+    title = f"{recipe} {cfg.model} seed {cfg.seed} -> {short(run.path)}"
     with Progress(title, total, quiet=cfg.quiet) as progress, Interrupt(quiet=cfg.quiet) as interrupt, closing(run):
         stage = Stage(cfg, run, model, optimizer, total, folder, progress, interrupt)
         if resume is not None:

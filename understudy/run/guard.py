@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from understudy.run.config import RequestError
+from understudy.run.paths import short
 from understudy.run.store import Run
 
 IN_A_ROW = 3
@@ -80,6 +81,6 @@ def whole(run: Run) -> str:
     """Which checkpoint of a run is the last good one, and how to go on from it."""
     names = run.checkpoints()
     if not names:
-        return f"there is no checkpoint under '{run.path}' yet: start again with another out"
+        return f"there is no checkpoint under '{short(run.path)}' yet: start again with another out"
     last = run.path / "checkpoints" / names[-1]
-    return f"the last good checkpoint is '{last}': `understudy resume {run.path}` goes on from it"
+    return f"the last good checkpoint is '{short(last)}': `understudy resume {short(run.path)}` goes on from it"

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from understudy.run import checkpoint, lock, metrics
 from understudy.run.config import RequestError
+from understudy.run.paths import absolute, short
 from understudy.run.redact import redact
 from understudy.run.spikes import spikes
 
@@ -70,7 +71,9 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
         except OSError as error:
-            raise RequestError(f"out is '{path}', which cannot be made ({error.strerror}): choose another") from error
+            raise RequestError(
+                f"out is '{short(path)}', which cannot be made ({error.strerror}): choose another"
+            ) from error
         try:
             refuse_used(path)
             if lineage is not None:
@@ -80,7 +83,7 @@ class Run:
             run.close()
             if isinstance(error, OSError):
                 raise RequestError(
-                    f"out is '{path}', which cannot be written to ({error.strerror}): choose another"
+                    f"out is '{short(path)}', which cannot be written to ({error.strerror}): choose another"
                 ) from error
             raise
         return run
@@ -212,8 +215,8 @@ class Run:
         print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
         if self.refused >= FAILURES:
             raise OSError(
-                f"{FAILURES} checkpoints in a row could not be written under '{self.path}' ({error}): free the disk, "
-                f"then `understudy resume {self.path}`"
+                f"{FAILURES} checkpoints in a row could not be written under '{short(self.path)}' ({error}): "
+                f"free the disk, then `understudy resume {short(self.path)}`"
             ) from error
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
@@ -374,20 +377,16 @@ def refuse_used(path: Path) -> None:
     """
     if (path / "config.json").exists():
         raise RequestError(
-            f"out is '{path}', which holds a run already: choose another directory, or remove that one; "
-            f"`understudy resume {path}` goes on with it"
+            f"out is '{short(path)}', which holds a run already: choose another directory, or remove that one; "
+            f"`understudy resume {short(path)}` goes on with it"
         )
     left = [name for name in FOLDERS if (path / name).is_dir() and any((path / name).iterdir())]
     left += [name for name in FILES if os.path.lexists(path / name) and not (path / name).is_dir()]
     if left:
         raise RequestError(
-            f"out is '{path}', which holds {', '.join(left)} of an earlier run: choose another directory, or remove them"
+            f"out is '{short(path)}', which holds {', '.join(left)} of an earlier run: choose another "
+            "directory, or remove them"
         )
-
-
-def absolute(path: str | Path) -> Path:
-    """A path that stays the same when an environment changes the working directory."""
-    return Path(os.path.abspath(path))
 
 
 def _free(parent: Path, name: str) -> Path:
