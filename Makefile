@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: bench-control bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise clean
+.PHONY: bench-control bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise compatibility clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -73,6 +73,9 @@ ablation: .venv/dev ## Pendulum with and without correct bootstrapping at time l
 
 supervise: .venv/dev ## supervised environments beside AsyncVectorEnv: bench/results/supervise.json and docs/supervise.md
 	$(BIN)/python bench/supervise.py
+
+compatibility: .venv/dev ## models and environments of others, each trained correctly or refused: docs/compatibility-*.md
+	$(BIN)/python bench/compatibility.py
 
 clean:
 	rm -rf .venv .venv-oracles .venv-oracles-trl-* .venv-peers-* build *.egg-info

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 VOCABULARY = 177  # of the tokenizer of rehearsal.py
@@ -153,4 +154,10 @@ def make(name: str, *, seed: int = 0, **fields: Any) -> PreTrainedModel:
     kind = AutoModelForSeq2SeqLM if about.kind == "encoder-decoder" else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return kind.from_config(config).float().eval()
+        model = kind.from_config(config).float().eval()
+        for module in model.modules():
+            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.normal_(module.bias, std=0.1)
+    return model

@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from tests.architectures import ARCHITECTURES, make
+from tests.architectures import make
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.language import dpo, ppo, rehearsal, reward_model, sft
@@ -312,9 +312,3 @@ def test_a_trunk_under_another_name_is_found(saved, critic):
 
     assert policy.fast and type(policy.trunk).__name__ == "Llama4TextModel"
     assert policy(torch.tensor([ROWS[0]]))[1].shape == (1, len(ROWS[0]))
-
-
-def test_the_list_of_architectures_covers_every_kind():
-    kinds = {about.kind for about in ARCHITECTURES.values()}
-
-    assert kinds == {"dense", "window", "mixture", "hybrid", "recurrent", "encoder", "encoder-decoder"}

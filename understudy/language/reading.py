@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import cycle, islice
 from typing import Any, Protocol
 
@@ -127,7 +128,7 @@ def check_causal(model: Reader) -> None:
     ids[1, :half] = ids[0, :half]
     mask = torch.arange(size) != half - 1  # its next token is already another one
     text = Text(ids, mask.expand(2, size)).to(model.model.device)
-    with torch.no_grad():
+    with torch.no_grad(), _refusing(model):
         one, other = model.numbers(text).unflatten(0, (2, -1))[:, : half - 1]
     if (moved := distance(one - other)) > TOLERANCE[model.model.dtype]:
         raise RequestError(
@@ -147,7 +148,7 @@ def check_reading(model: Reader, rows: Sequence[Sequence[int]]) -> None:
     together = _as_text(some, model.model.device)
     devices = [model.model.device] if model.model.device.type == "cuda" else []
     packing = model.packing
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _refusing(model):
         _check_noise(model, together)
         try:
             model.packing = False
@@ -247,6 +248,20 @@ def _silence_rates(owner: Any, words: Sequence[str]) -> None:
     for name, value in [*vars(owner).items()]:
         if isinstance(value, float) and 0 < value < 1 and any(word in name for word in words):
             setattr(owner, name, 0.0)
+
+
+@contextmanager
+def _refusing(model: Reader) -> Iterator[None]:
+    """Whatever a model raises that cannot read rows of tokens, as a sentence."""
+    try:
+        yield
+    except (RequestError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        raise RequestError(
+            f"{_named(model)}, which cannot read rows of tokens ({problem}): give another model"
+        ) from error
 
 
 def _named(model: Reader) -> str:
