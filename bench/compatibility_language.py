@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -50,8 +50,8 @@ def examine(name: str, home: Path) -> dict[str, Any]:
     try:
         policy = Policy.from_pretrained(folder)
         found |= {"class": type(policy.model).__name__, "attention": _attention(policy)}
-        truth = _true_log_probs(folder)
         check_reading(policy, ROWS)
+        truth = _true_log_probs(folder)
         found["log_prob_gap"] = _gap(policy, truth)
         found |= _packed(policy, truth) | _sampled(policy) | _trained(folder, home / "data", truth)
         found["outcome"] = "trained" if _correct(found) else "wrong"
@@ -122,7 +122,7 @@ def _trained(folder: Path, data: Path, truth: list[torch.Tensor]) -> dict[str, A
     texts = data / "rows.jsonl"
     learned = sft.train(sft.Config(data=str(texts), out=str(out / "sft"), minibatch_rows=4, epochs=3, **common))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    tokenizer = rehearsal.tokenizer()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # for some architectures, of another class than was saved
     rows = [tokenizer(json.loads(line)["text"])["input_ids"] + [2] for line in texts.read_text().splitlines()]
     expected = -torch.cat([_next_tokens(model, row) for row in rows]).mean()
     losses = [line["loss"] for line in learned.metrics]

@@ -649,6 +649,8 @@ HAND = [
     Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
     Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),
     Mutant("language/lora.py", "return set(targets) or names", "return names", "an adapter on every layer"),
+    Mutant("language/lora.py", "if weight.ndim == 3 and", "if weight.ndim == 9 and", "experts learn nothing"),
+    Mutant("language/lora.py", "if _last(name) in found}", "}", "a layer that is never called is adapted"),
     Mutant(
         "language/optimizer.py", "[MASTER] = parameter.data", "[MASTER] = half.float()", "the copies are rounded, too"
     ),

@@ -13,6 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, LlamaModel, OPTConfig, OPTForCausalLM
 
+from tests.architectures import make
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import PPO, furnish, ppo_config, sft_config
 from tests.test_model import ROWS, padded
@@ -592,3 +593,68 @@ def test_each_combination_passes_preflight_and_runs_or_is_refused(critic, refere
     assert [line["iteration"] for line in run.metrics] == [1, 2, 3]
     assert run.metrics[0]["kl_reference"] == pytest.approx(0, abs=1e-4)
     assert Policy.load(run.path / "policy")
+
+
+# ---- adapters on other architectures ----------------------------------------------------------------------------------
+
+
+def adapted(name, tmp_path, **options) -> Policy:
+    """A policy with an adapter that says something."""
+    make(name).save_pretrained(tmp_path / "model")
+    policy = Policy.from_pretrained(tmp_path / "model")
+    policy.adapt(rank=2, alpha=8.0, **options)
+    with torch.no_grad():
+        for parameter in policy.actor_parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
+    return policy
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4_text", "jamba", "mamba"])
+def test_every_part_of_an_adapter_learns_is_merged_and_read_by_peft(name, tmp_path):
+    from peft import PeftModel
+
+    policy, ids = adapted(name, tmp_path), torch.tensor([[5, 9, 2, 7, 11, 4]])
+    logprob = policy(ids)[0].log_prob(ids.roll(-1, dims=1))
+    logprob.sum().backward()
+
+    policy.save(tmp_path / "out")
+
+    assert all(parameter.grad.any() for parameter in policy.actor_parameters())
+    merged = Policy.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):  # peft asks by a name that is going away
+        beside = Policy(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").base_model.model)
+    plain = Policy.from_pretrained(tmp_path / "model")(ids)[0].log_prob(ids.roll(-1, dims=1))
+    assert (plain - logprob).abs().max() > 0.01
+    for other in (merged, beside):
+        assert_close(other(ids)[0].log_prob(ids.roll(-1, dims=1)), logprob, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "share", "others"),
+    # of each layer of Mixtral: 16 x (16 + 8 + 8 + 16) of attention, 4 x (48 x 16 + 16 x 24) of experts, 4 x 16 of its gate
+    [
+        ("mixtral", (768 + 4608) / (768 + 4608 + 64), ["gate"]),
+        ("llama", 1.0, []),
+        ("jamba", None, ["A_log", "conv1d", "dt_proj", "router"]),
+    ],
+)
+def test_the_share_of_weights_that_an_adapter_reaches_is_said(name, share, others, tmp_path):
+    policy = adapted(name, tmp_path)
+
+    assert policy.adapter.others == others
+    assert share is None or policy.adapter.share == pytest.approx(share)
+    said = [remark for remark in policy.remarks if remark.startswith("lora adapts ")]
+    assert len(said) == bool(others) and all(name in said[0] for name in others)
+
+
+def test_experts_alone_can_be_adapted(tmp_path):
+    policy = adapted("mixtral", tmp_path, targets=("gate_up_proj", "down_proj"))
+
+    names = [name for name, _ in policy.model.named_parameters() if ".lora_" in name]
+    assert len(names) == 2 * 2 * 2 and all("experts" in name for name in names)  # A and B of two weights of two layers
+
+
+def test_a_target_whose_layer_is_never_called_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="lora_targets is 'dt_proj': the model's linear layers are"):
+        adapted("jamba", tmp_path, targets=("dt_proj",))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from understudy.language.reading import trunk_of
@@ -20,20 +21,28 @@ from understudy.run.installation import install_hint
 ADAPTER = "adapter"
 """The folder an adapter is saved in, inside a checkpoint and beside a run's merged model."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
+BY_KERNEL = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+KERNELS = {"out_proj"}  # their fast kernels take this weight itself: peft refuses to adapt it
 NAME = "default"  # peft's own, for an adapter that was given none
 
 
 class Adapter:
     """A fresh adapter in a model: W x becomes W x + alpha / rank * B A x, with B = 0 at first, so that nothing changes yet.
 
-    All other parameters of the model are frozen. In half precision, A and B are float32.
+    All other parameters of the model are frozen. In half precision, A and B are float32. Experts whose weights are stacked
+    in one parameter have an A and a B each.
+
+    Attributes:
+        share: of the entries of the trunk's matrices, embeddings aside, how many belong to a matrix that is adapted.
+        others: the last names of the matrices that are not.
     """
 
     def __init__(self, model: Any, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
         """Put it into the model, in place.
 
         Args:
-            targets: last names of the linear layers of the trunk that get one; () for all of them.
+            targets: last names of the linear layers of the trunk, and of its experts' stacked weights, that get one; () for
+                all of them.
             seed: of A; torch's own generator is not moved.
 
         Raises:
@@ -42,19 +51,34 @@ class Adapter:
         need_peft("lora", rank)
         from peft import LoraConfig, inject_adapter_in_model
 
-        self.model = model
-        linear = linear_layers(trunk_of(model))
+        self.model, trunk = model, trunk_of(model)
+        linear, stacked = linear_layers(trunk), stacked_weights(trunk)
+        called = _called(model, {*linear, *(name.rpartition(".")[0] for name in stacked)})
+        names = {_last(name) for name in linear if name in called}
+        names |= {_last(name) for name in stacked if name.rpartition(".")[0] in called}
+        chosen = _chosen(targets, names - (KERNELS if model.config.model_type in BY_KERNEL else set()))
+        matrices = _matrices(trunk)
+        reached = {name for name in matrices if _last(name.removesuffix(".weight")) in chosen}
+        self.share = sum(matrices[name] for name in reached) / sum(matrices.values())
+        self.others = sorted({_last(name.removesuffix(".weight")) for name in matrices.keys() - reached})
         self.config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft divides by rank, and takes any number)
-            target_modules=sorted(_chosen(targets, linear)),
+            target_modules=sorted(chosen & {_last(name) for name in linear}),
+            target_parameters=sorted({_last(name, 2) for name in stacked if _last(name) in chosen}) or None,
             fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
             base_model_name_or_path=model.config._name_or_path,
             task_type="CAUSAL_LM",
         )
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            inject_adapter_in_model(self.config, model)
+            try:
+                inject_adapter_in_model(self.config, model)
+            except ValueError as error:
+                raise RequestError(
+                    f"lora_targets is {' '.join(sorted(chosen))!r}, which peft does not adapt "
+                    f"({' '.join(str(error).split())[:160]}): name others"
+                ) from error
         for name, parameter in model.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
@@ -78,17 +102,62 @@ class Adapter:
         state = {}
         for name, tensor in self.model.state_dict().items():
             if ".lora_" not in name:
-                state[name.replace(".base_layer.", ".")] = tensor
+                state[name.replace(".base_layer", "")] = tensor
         for name, part in self.model.named_modules():
             if hasattr(part, "get_delta_weight"):
-                weight = part.base_layer.weight
-                state[f"{name}.weight"] = (weight + part.get_delta_weight(NAME)).to(weight.dtype).cpu()
+                own = getattr(part, "parameter_name", "weight")
+                weight = getattr(part.get_base_layer(), own)
+                plain = f"{name.replace('.base_layer', '')}.{own}"
+                state[plain] = (weight + part.get_delta_weight(NAME)).to(weight.dtype).cpu()
         return state
 
 
 def linear_layers(trunk: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers inside a trunk, by their full names."""
-    return {name: part for name, part in trunk.named_modules() if isinstance(part, nn.Linear | Conv1D)}
+    """The linear layers inside a trunk, by their full names; not routers, which give more than their product."""
+    return {name: part for name, part in trunk.named_modules() if type(part) in (nn.Linear, Conv1D)}
+
+
+def stacked_weights(trunk: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that hold a matrix for each expert, [experts, ...], by their full names."""
+    return {
+        f"{name}.{own}": weight
+        for name, part in trunk.named_modules()
+        if not isinstance(part, _ConvNd)
+        for own, weight in part.named_parameters(recurse=False)
+        if weight.ndim == 3 and min(weight.shape) > 1
+    }
+
+
+@torch.no_grad()
+def _called(model: Any, names: set[str]) -> set[str]:
+    """Those of a trunk's modules whose last name belongs to some module that is called when the trunk reads a row.
+
+    The others' weights are used without their forward (Jamba's `dt_proj`): an adapter there would not be heard.
+    """
+    trunk, found = trunk_of(model), set()
+    modules = {trunk.get_submodule(name): _last(name) for name in names}
+    hooks = [module.register_forward_hook(lambda module, *_: found.add(modules[module])) for module in modules]
+    try:
+        trunk(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name in names if _last(name) in found}
+
+
+def _matrices(trunk: nn.Module) -> dict[str, int]:
+    """The entries of each matrix of a trunk, embeddings aside, by the names of the parameters."""
+    return {
+        f"{name}.{own}": weight.numel()
+        for name, part in trunk.named_modules()
+        if not isinstance(part, nn.Embedding)
+        for own, weight in part.named_parameters(recurse=False)
+        if weight.ndim > 1 and "bias" not in own
+    }
+
+
+def _last(name: str, count: int = 1) -> str:
+    return ".".join(name.split(".")[-count:])
 
 
 def base_of(source: str | Path) -> str | None:
@@ -149,9 +218,8 @@ def need_peft(field: str, value: object) -> None:
         raise RequestError(f"{field} is {str(value)!r}, for which the package peft is missing: {install_hint('lora')}")
 
 
-def _chosen(targets: tuple[str, ...], linear: dict[str, nn.Module]) -> set[str]:
+def _chosen(targets: tuple[str, ...], names: set[str]) -> set[str]:
     """The last names to adapt, every one of them there."""
-    names = {name.rpartition(".")[2] for name in linear}
     for target in targets:
         if target not in names:
             raise RequestError(

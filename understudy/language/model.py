@@ -196,6 +196,11 @@ class Policy(nn.Module):
         """Learn by a fresh LoRA adapter from here on; see `Adapter`."""
         self.adapter = Adapter(self.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
         self.frozen = frozenset(name for name, _ in self.model.named_parameters() if ".lora_" not in name)
+        if not targets and self.adapter.others:
+            self.remarks.append(
+                f"lora adapts {self.adapter.share:.1%} of the entries of the model's matrices: all but "
+                f"{', '.join(self.adapter.others)}, which are no linear layers"
+            )
 
     def train_top(self, count: int) -> None:
         """Learn by the top `count` layers, and the norm behind them, from here on."""
