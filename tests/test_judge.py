@@ -1,5 +1,6 @@
 """A judge: weighted sums, missing rows, functions that misbehave, refusals, built-ins."""
 
+import asyncio
 import json
 import math
 import os
@@ -654,6 +655,97 @@ def test_a_worker_that_died_between_batches_is_started_again(write):
         second = one(sampled("a")).score
 
     assert not second.isnan() and first != second
+
+
+GARBAGE = {  # what a function writes to every descriptor it finds, as Python, and what is said of it
+    "no message": ("b'nonsense' * 8", "it begins with b'nonsense'"),
+    "a huge length": ("HEAD.pack(MARK, 0, 2**62)", "bytes, more than"),
+    "no JSON": ("HEAD.pack(MARK, 2, 4) + b'{]{]'", "it holds b'{]{]'"),
+    "nested JSON": ("HEAD.pack(MARK, 2, 10**5) + b'[' * 10**5", "it holds b'[[[["),
+    "another request's answer": ("frame(99, {'answer': [1.0]})", "it answers request 99"),
+    "no object": ("frame(number, [1])", "no object"),
+    "text for scores": ("frame(number, {'answer': ['1']})", "it has no scores"),
+    "a whole number of 5,000 digits": ("HEAD.pack(MARK, 2, 5000) + b'9' * 5000", "it holds b'999"),
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_a_row_whose_answer_is_garbled_is_missing_and_the_others_are_scored(write, what):
+    payload, why = GARBAGE[what]
+    body = (
+        "import json, os, struct\nHEAD, MARK = struct.Struct('<4sQQ'), b'\\x93und'\nasked = 0\n"
+        "def frame(number, message):\n"
+        "    text = json.dumps(message).encode()\n    return HEAD.pack(MARK, number, len(text)) + text\n"
+        "def score(completions):\n    global asked\n    asked += 1\n    number = asked\n"
+        "    for fd in range(3, 32) if 'bad' in completions else ():\n        try:\n"
+        f"            os.write(fd, {payload})\n        except OSError:\n            pass\n"
+        "    return [len(c) for c in completions]\n"
+    )
+    with judge(write(body)) as one:
+        same(one(sampled("ab", "bad")).score, 2, NAN)
+        assert one.failures["garbled"] == 1
+        assert "wrote what is no answer" in one.last_error and why in one.last_error
+
+
+def test_rows_are_given_up_after_so_many_garbled_answers():
+    asked = []
+
+    def ask(given, share):
+        asked.append(len(given["completions"]))
+        raise worker.Fault("garbled", "nonsense")
+
+    one = Judge([("a", 1.0, Function(ask, {"needs": [], "takes": None}))])
+    one(sampled(*"abcdefghijkl"))
+
+    assert asked == [12] + [1] * HANGS
+    assert one.failures["garbled"] == 12
+
+
+def test_what_a_function_says_of_its_failure_is_bounded(write):
+    with judge(write("def score(completions):\n    raise ValueError('x' * 10**6)\n")) as one:
+        one(sampled("a"))
+
+    assert 1000 < len(one.last_error) < 3000
+
+
+ASYNC = "import asyncio\nasync def score(completions):\n    await asyncio.sleep(0)\n"
+
+
+@IN_BOTH
+def test_an_async_function_is_waited_for(place, write):
+    with make(place, ASYNC + "    return [len(c) for c in completions]\n", write) as one:
+        same(one(sampled("a", "abc")).score, 1, 3)
+
+
+@IN_BOTH
+def test_an_async_function_keeps_its_event_loop_from_batch_to_batch(place, write):
+    body = ASYNC + "    global loop\n    same = loop in (None, asyncio.get_running_loop())\n"
+    with make(place, body + "    loop = asyncio.get_running_loop()\n    return [same]\nloop = None\n", write) as one:
+        same(one(sampled("a")).score, 1)
+        same(one(sampled("a")).score, 1)
+
+
+@IN_BOTH
+def test_an_async_function_that_raises_is_missing(place, write):
+    with make(place, ASYNC + "    return [1 / len(c) for c in completions]\n", write) as one:
+        same(one(sampled("ab", "")).score, 0.5, NAN)
+        assert one.failures["raised"] == 1
+
+
+def test_an_async_function_works_where_a_loop_is_running():
+    async def lengths(completions):
+        return [len(c) for c in completions]
+
+    async def notebook():
+        return judge(lengths)(sampled("ab")).score
+
+    same(asyncio.run(notebook()), 2)
+
+
+def test_an_async_function_that_never_ends_is_late(write):
+    with judge(write(ASYNC + "    await asyncio.sleep(60)\n"), timeout=0.5) as one:
+        same(one(sampled("a")).score, NAN)
+        assert one.failures["timeout"] == 1
 
 
 def test_what_a_function_prints_does_not_reach_the_protocol(write, capfd):

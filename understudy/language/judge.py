@@ -17,9 +17,9 @@ from understudy.language.final_answer import final_number
 from understudy.language.worker import Fault, Worker, answer, describe, wants
 from understudy.run.config import RequestError, nearest
 
-KINDS = ("raised", "timeout", "wrong length", "none", "nan")
+KINDS = ("raised", "timeout", "garbled", "wrong length", "none", "nan")
 HANGS = 8
-"""How many rows of a batch may hang one by one before the rest of it counts as hung."""
+"""How many rows of a batch may hang or garble their answers one by one before the rest of it is given up."""
 
 
 @dataclass(frozen=True)
@@ -200,14 +200,15 @@ class Function:
         return scores
 
     def _row_by_row(self, given: dict[str, list[Any]], rows: int) -> list[float | None]:
-        scores, hung = [], 0
+        scores, hung, kind = [], 0, ""
         for row in range(rows):
             try:
                 if hung == HANGS:
-                    raise Fault("timeout", f"not asked, for {HANGS} rows before it hung")
+                    raise Fault(kind, f"not asked, for {HANGS} rows before it hung or garbled their answers")
                 scores += self._scores(given, range(row, row + 1), 1 / min(rows, HANGS))
             except Fault as fault:
-                hung += fault.kind == "timeout" and hung < HANGS
+                if fault.kind in ("timeout", "garbled") and hung < HANGS:
+                    hung, kind = hung + 1, fault.kind
                 scores += self._missing(row, fault)
         return scores
 

@@ -1,13 +1,15 @@
 """Step 2, score: a function of the user's, a reward or a reply, in a process of its own, under a time limit.
 
 Both ends are here, for the process runs this very file: the standard library alone, so that it starts in a moment.
-A message is its length in eight bytes and then JSON, over the process's standard input and output.
+A message is a mark, the number of the request, its length and then JSON, over the process's standard input and output.
+Answers are checked: a function that finds the pipe and writes to it spoils its own answer, and nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import importlib.util
 import inspect
 import json
@@ -24,6 +26,13 @@ from typing import IO, Any
 
 IMPORT_SECONDS = 60.0
 """How long the import of a user's file may take."""
+HEAD = struct.Struct("<4sQQ")
+MARK = b"\x93und"
+LARGEST_ANSWER = 64 * 2**20
+"""Bytes of an answer."""
+LONGEST_ERROR = 2000
+"""Characters of what a function says of its failure."""
+_loop: Any = None  # runs the coroutines of a process, in a thread of its own, so that clients live from batch to batch
 
 
 class Fault(Exception):
@@ -32,6 +41,10 @@ class Fault(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind, self.message = kind, message
+
+
+class Unreadable(Exception):
+    """What came is no message of ours."""
 
 
 class Worker:
@@ -43,7 +56,7 @@ class Worker:
         Args:
             timeout: seconds a batch may take.  says: "scores", which come back as floats, or "replies", as they are.
         """
-        self.timeout = timeout
+        self.timeout, self._says, self._number = timeout, says, 0
         self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid()), says]
         self._process: subprocess.Popen[bytes] | None = None
         self.wants: dict[str, Any] = self._start()
@@ -91,13 +104,17 @@ class Worker:
         timer = threading.Timer(limit, end)
         timer.daemon = True
         timer.start()
-        reply = None
+        reply, unreadable = None, ""
+        self._number = 0 if request is None else self._number + 1
         try:
             if request is not None:
-                write(process.stdin, request)
-            reply = read(process.stdout)
+                write(process.stdin, request, self._number)
+            if (message := read(process.stdout, most=LARGEST_ANSWER)) is not None:
+                reply = _checked(message, self._number, "wants" if request is None else self._says)
         except OSError:
             pass  # it ended while being written to
+        except Unreadable as error:
+            unreadable = str(error)
         except BaseException:
             self.close()  # an answer nobody waits for must not be taken for the next one
             raise
@@ -106,6 +123,8 @@ class Worker:
             timer.join()
         if late.is_set() or reply is None:
             self.close()
+        if unreadable:
+            raise Fault("garbled", f"its process wrote what is no answer ({unreadable}); it is started again")
         if reply is None:
             if late.is_set():
                 raise Fault("timeout", f"no answer within {limit:.3g} s")
@@ -140,7 +159,7 @@ def wants(function: Callable[..., Any]) -> dict[str, Any]:
 
 def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[float | None]:
     """What a function says, as floats: booleans, NumPy scalars and one-element tensors are numbers, text is none."""
-    found = function(**given)
+    found = _said(function, given)
     if isinstance(
         found, str | bytes | dict | set | frozenset
     ):  # they can be iterated over, and mean no scores in a row
@@ -150,7 +169,28 @@ def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[fl
 
 def reply(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[Any]:
     """What a function says, as it says it."""
-    return list(function(**given))
+    return list(_said(function, given))
+
+
+def _said(function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
+    """What a function says; a coroutine is waited for."""
+    global _loop
+    found = function(**given)
+    if not inspect.isawaitable(found):
+        return found
+    asyncio = importlib.import_module("asyncio")  # few functions need it, and a worker is to start in a moment
+
+    async def awaited() -> Any:
+        return await found
+
+    if _loop is None:
+        _loop = asyncio.new_event_loop()
+        threading.Thread(target=_loop.run_forever, daemon=True).start()
+    future = asyncio.run_coroutine_threadsafe(awaited(), _loop)
+    try:
+        return future.result()
+    finally:
+        future.cancel()  # of somebody who interrupts; one that is done does not mind
 
 
 def describe(error: BaseException) -> str:
@@ -159,21 +199,63 @@ def describe(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     what = " ".join("".join(traceback.format_exception_only(error)).split())
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    what = what[:LONGEST_ERROR]
     return f"{what} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else what
 
 
-def write(pipe: IO[bytes], message: Any) -> None:
+def write(pipe: IO[bytes], message: Any, number: int) -> None:
     text = json.dumps(message, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)).encode()
-    pipe.write(struct.pack("<q", len(text)) + text)
+    pipe.write(HEAD.pack(MARK, number, len(text)) + text)
     pipe.flush()
 
 
-def read(pipe: IO[bytes]) -> Any:
-    """The next message; None where the other end is gone."""
-    head = pipe.read(8)
-    size = struct.unpack("<q", head)[0] if len(head) == 8 else -1
-    text = pipe.read(size) if size >= 0 else b""
-    return json.loads(text) if size >= 0 and len(text) == size else None
+def read(pipe: IO[bytes], *, most: int | None = None) -> tuple[int, Any] | None:
+    """The next message and its number; None where the other end is gone.
+
+    Raises:
+        Unreadable: it is none, or longer than `most` bytes.
+    """
+    head = pipe.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    mark, number, size = HEAD.unpack(head)
+    if mark != MARK:
+        raise Unreadable(f"it begins with {head[:8]!r}")
+    if most is not None and size > most:
+        raise Unreadable(f"it has {size} bytes, more than {most}")
+    text = pipe.read(size)
+    if len(text) < size:
+        return None
+    try:
+        return number, json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unreadable(f"it holds {text[:20]!r}") from None
+
+
+def _checked(message: tuple[int, Any], number: int, kind: str) -> dict[str, Any]:
+    """A worker's message, if it is the answer to this request: {"error": text} or {"answer": what was asked for}."""
+    told, reply = message
+    if told != number:
+        raise Unreadable(f"it answers request {told}, not {number}")
+    if not isinstance(reply, dict) or len(reply) != 1:
+        raise Unreadable("it is no object with an answer or an error")
+    if isinstance(error := reply.get("error"), str):
+        return {"error": error[:LONGEST_ERROR]}
+    found = reply.get("answer")
+    good = {
+        "wants": lambda: (
+            isinstance(found, dict) and _are_names(found.get("needs")) and _are_names(found.get("takes") or [])
+        ),
+        "scores": lambda: isinstance(found, list) and all(x is None or type(x) is float for x in found),
+        "replies": lambda: isinstance(found, list),
+    }
+    if not good[kind]():
+        raise Unreadable(f"it has no {kind}")
+    return reply
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, list) and all(isinstance(name, str) for name in found)
 
 
 def serve(file: str, name: str, parent: str, says: str) -> None:
@@ -185,22 +267,23 @@ def serve(file: str, name: str, parent: str, says: str) -> None:
     os.dup2(2, 1)  # what the function prints goes to standard error
     sys.argv, sys.path[0] = [file], str(Path(file).parent)
 
-    def say(message: dict[str, Any]) -> None:
+    def say(message: dict[str, Any], number: int) -> None:
         if os.getpid() != own:  # a child that the function forked, and that came back from it: its parent answers
             os._exit(0)
-        write(replies, message)
+        write(replies, message, number)
 
     try:
         function = _load(file, name)
-        say({"answer": wants(function)})
+        say({"answer": wants(function)}, 0)
     except BaseException as error:  # SystemExit too
-        return say({"error": describe(error)})
-    while (given := read(requests)) is not None:
+        return say({"error": describe(error)}, 0)
+    while (request := read(requests)) is not None:
+        number, given = request
         try:
             found = {"answer": (answer if says == "scores" else reply)(function, given)}
         except BaseException as error:
             found = {"error": describe(error)}
-        say(found)
+        say(found, number)
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
