@@ -105,8 +105,10 @@ WRONG_REQUESTS = {
     "sampling beyond float32": (ppo("--temperature", "1e-300"), ["temperature is 1e-300", "between 1e-06"]),
     "a weight beyond float32": (ppo(reward=("length*1e39",)), ["1e39", "1e+06"]),
     "no tracker": (ppo("--log", "trackio"), ["trackio", "trackio]'"]),
-    "generate nothing": (["generate", "model", "--prompt", "the", "--max-new", "0"], ["max_new is 0"]),
-    "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "--greedy"]),
+    "generate nothing": (["generate", "model", "--prompt", "the", "--max-new", "0"], ["max_new_tokens is 0"]),
+    "generate to an unknown stop": (["generate", "model", "--prompt", "the", "--stop", "nope"], ["stop", "nope"]),
+    "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["count is 0"]),
+    "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "greedy"]),
 }
 
 

@@ -16,7 +16,6 @@ from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_i
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
 from understudy.language.cast import Cast, close
-from understudy.language.generate import generate
 from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
 from understudy.language.text import Tokenizer
@@ -157,7 +156,14 @@ def say(argv: list[str]) -> int:
     parser.add_argument("source", metavar="RUN|DIR", help="run, policy directory or hub id")
     parser.add_argument("--prompt", help="text to go on from; '' begins at BOS")
     parser.add_argument("--chat", action="store_true", help="talk: a line of standard input is a turn")
-    parser.add_argument("--max-new", type=whole_number, default=64, help="tokens a completion may have (default 64)")
+    parser.add_argument(
+        "--max-new-tokens",
+        "--max-new",
+        dest="max_new",
+        type=whole_number,
+        default=64,
+        help="tokens a completion may have, within the model's context (default 64)",
+    )
     parser.add_argument("--count", type=whole_number, default=1, help="completions of the prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="of sampling (default: the policy's own)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
@@ -169,32 +175,21 @@ def say(argv: list[str]) -> int:
     args = parser.read(argv)
     if args.chat == (args.prompt is not None):
         raise RequestError("prompt is missing: give --prompt TEXT, or --chat, and not both")
-    for name in ("max_new", "count"):
-        if getattr(args, name) < 1:
-            raise RequestError(f"{name} is {getattr(args, name)}: must be 1 or more")
-    if args.temperature is not None and not 1e-6 <= args.temperature <= 1e6:
-        raise RequestError(
-            f"temperature is {args.temperature}: must be between 1e-06 and 1e+06; --greedy takes the likeliest token"
-        )
     source = home(args.source, "policy")
     policy = load(source) if (Path(source) / "understudy.json").is_file() else Policy.from_pretrained(source)
-    policy.temperature = args.temperature or policy.temperature
     try:
-        tokenizer = Tokenizer.load(source, stop=tuple(args.stop))
+        policy.tokenizer = Tokenizer.load(source, stop=tuple(args.stop))
     except RequestError:
-        tokenizer = Tokenizer.load(source, fixed_length=True)
+        if args.stop:
+            raise
+        policy.tokenizer = Tokenizer.load(source, fixed_length=True)  # it names no stop
     for remark in policy.remarks:
         print(f"understudy: {printable(remark)}", file=sys.stderr)
 
-    def answer(prompt: Any, seed: int, count: int) -> list[str]:
-        ids = tokenizer.encode_prompt(prompt)
-        seeds = [seed + i for i in range(count)]
-        given = {"limit": args.max_new, "stops": tokenizer.stops, "seeds": seeds, "sample": not args.greedy}
-        return [tokenizer.decode(said.ids) for said in generate(policy, [ids] * count, **given)]
-
+    how = {"max_new_tokens": args.max_new, "temperature": args.temperature, "greedy": args.greedy}
     if args.chat:
-        return _talk(answer, args.seed)
-    texts = answer(args.prompt, args.seed, args.count)
+        return _talk(lambda turns, seed: policy.generate([turns], seed=seed, **how)[0][0], args.seed)
+    [texts] = policy.generate([args.prompt], count=args.count, seed=args.seed, **how)
     print(json.dumps({"prompt": args.prompt, "completions": texts}) if args.json else "\n".join(map(printable, texts)))
     return 0
 
@@ -207,9 +202,9 @@ def _talk(answer: Any, seed: int) -> int:
             turns.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
         except EOFError:
             return 0
-        [said] = answer(turns, seed + len(turns), 1)
-        turns.append({"role": "assistant", "content": said})
-        print(printable(said), flush=True)
+        reply = answer(turns, seed + len(turns))
+        turns.append({"role": "assistant", "content": reply})
+        print(printable(reply), flush=True)
 
 
 def evaluate_run(argv: list[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,10 +18,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from understudy.batch import Text, Trajectory
 from understudy.language.lean import lean
-from understudy.language.model import Policy
 from understudy.language.reading import TOLERANCE, distance
 from understudy.language.tokens import pick
 from understudy.run.config import RequestError
+
+if TYPE_CHECKING:
+    from understudy.language.model import Policy
 
 STEP = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
 

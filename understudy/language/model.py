@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from understudy.batch import Text
+from understudy.language.completions import completions
 from understudy.language.files import attention_remark, load_model
 from understudy.language.lora import ADAPTER, Adapter, base_of
 from understudy.language.reading import (
@@ -212,6 +213,31 @@ class Policy(nn.Module):
     def trunk(self) -> Any:
         """The model without its head."""
         return trunk_of(self.model)
+
+    def generate(
+        self,
+        prompts: Any,
+        *,
+        max_new_tokens: int = 64,
+        count: int = 1,
+        temperature: float | None = None,
+        greedy: bool = False,
+        seed: int = 0,
+    ) -> list[list[str]]:
+        """Continue prompts: a list of `count` texts for each. Equal seeds give equal texts.
+
+        Args:
+            prompts: a list of prompts, or a single one: text, or a chat as a list of messages.
+            max_new_tokens: tokens a completion may have, within the model's context.
+            temperature: of sampling; by default the policy's own.
+            greedy: take the likeliest token each time, instead of sampling.
+
+        Raises:
+            RequestError: the policy has no tokenizer, a prompt fills the context, or a number is out of range.
+        """
+        return completions(
+            self, prompts, limit=max_new_tokens, count=count, temperature=temperature, sample=not greedy, seed=seed
+        )
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,48 @@
+"""Prompts as text or chat in, completions as text out: what `Policy.generate` does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from understudy.language.generate import generate
+from understudy.run.config import RequestError
+
+if TYPE_CHECKING:
+    from understudy.language.model import Policy
+
+
+@torch.no_grad()
+def completions(
+    policy: Policy, prompts: Any, *, limit: int, count: int, temperature: float | None, sample: bool, seed: int
+) -> list[list[str]]:
+    """See `Policy.generate`."""
+    for name, value in (("max_new_tokens", limit), ("count", count)):
+        if value < 1:
+            raise RequestError(f"{name} is {value}: must be 1 or more")
+    if temperature is not None and not 1e-6 <= temperature <= 1e6:
+        raise RequestError(
+            f"temperature is {temperature}: must be between 1e-06 and 1e+06; greedy takes the likeliest token"
+        )
+    if policy.tokenizer is None:
+        raise RequestError("the policy has no tokenizer: load one from a run, or set policy.tokenizer")
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], dict))
+    ids = [policy.tokenizer.encode_prompt(prompt) for prompt in ([prompts] if single else prompts)]
+    context = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if context and ids and (longest := max(map(len, ids))) >= context:
+        raise RequestError(f"prompt has {longest} tokens, the model's context holds {context}: shorten it")
+    limits = [min(limit, context - len(prompt)) if context else limit for prompt in ids]
+    texts: list[list[str]] = [[] for _ in ids]
+    before, policy.temperature = policy.temperature, temperature or policy.temperature
+    try:
+        for most in dict.fromkeys(limits):
+            numbers = [i for i, own in enumerate(limits) if own == most for _ in range(count)]
+            seeds = [seed + i * count + n % count for n, i in enumerate(numbers)]
+            rows = [ids[i] for i in numbers]
+            made = generate(policy, rows, limit=most, stops=policy.tokenizer.stops, seeds=seeds, sample=sample)
+            for i, completion in zip(numbers, made, strict=True):
+                texts[i].append(policy.tokenizer.decode(completion.ids))
+    finally:
+        policy.temperature = before
+    return texts
