@@ -50,8 +50,8 @@ def run(env: str, seed: int) -> Path:
             "seed": seed,
             "seconds": time.time() - began,
             "training_return": done.metrics[-1]["episode_return_mean"],
-            "mode": evaluate(policy, config, episodes=EPISODES),
-            "sampled": evaluate(policy, config, episodes=EPISODES, sample=True),
+            "mode": evaluate(policy, config, episodes=EPISODES).returns,
+            "sampled": evaluate(policy, config, episodes=EPISODES, sample=True).returns,
             "config": {name: value for name, value in vars(config).items() if name != "out"},
         }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ ROOMS = {  # each loads in a bare torch install
 ANYTHING_SHARED = {*ROOMS, "run"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes
     "control/networks": {"distribution", "products"},
-    "control/collect": {"sample", "batch"},
+    "control/collect": {"sample", "batch", "run/config"},
     "language/model": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
     "language/generate": {"sample", "batch", "run/config"},
 }

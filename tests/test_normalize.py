@@ -283,13 +283,16 @@ def test_evaluation_gives_the_unnormalised_return_of_its_own_seeds(learned):
         expected.append(total)
 
     # float32: acting on three rows at once rounds otherwise than on one
-    assert evaluate(policy, cfg, episodes=3) == pytest.approx(expected, rel=1e-4)
+    assert evaluate(policy, cfg, episodes=3).returns == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_evaluating_twice_gives_the_same_returns(learned, sample):
     cfg, policy = learned
-    assert evaluate(policy, cfg, episodes=3, sample=sample) == evaluate(policy, cfg, episodes=3, sample=sample)
+    assert (
+        evaluate(policy, cfg, episodes=3, sample=sample).returns
+        == evaluate(policy, cfg, episodes=3, sample=sample).returns
+    )
 
 
 class Steady(gymnasium.Env):
@@ -315,18 +318,18 @@ def test_sampling_in_evaluation_holds_noise_as_training_does(exploration, repeat
     policy = Policy.build(Steady.observation_space, Steady.action_space, cfg, seed=1)
 
     # held for four steps of eight: all but the first and the fifth choose as before
-    assert evaluate(policy, cfg, episodes=3, sample=True) == [repeated] * 3
+    assert evaluate(policy, cfg, episodes=3, sample=True).returns == [repeated] * 3
 
 
 def test_another_seed_of_evaluation_gives_other_returns(learned):
     cfg, policy = learned
-    assert evaluate(policy, cfg, episodes=3) != evaluate(policy, cfg, episodes=3, seed=SEED + 1)
+    assert evaluate(policy, cfg, episodes=3).returns != evaluate(policy, cfg, episodes=3, seed=SEED + 1).returns
 
 
 def test_evaluation_returns_as_many_episodes_as_asked_for(learned):
     cfg, policy = learned
-    assert len(evaluate(policy, cfg, episodes=51)) == 51  # in 50 rows
-    assert evaluate(policy, cfg, episodes=51)[:50] == evaluate(policy, cfg, episodes=50)
+    assert len(evaluate(policy, cfg, episodes=51).returns) == 51  # in 50 rows
+    assert evaluate(policy, cfg, episodes=51).returns[:50] == evaluate(policy, cfg, episodes=50).returns
 
 
 def test_training_with_evaluations_ends_with_the_same_bytes_as_without(tmp_path):

@@ -25,6 +25,7 @@ def resume(
     checkpoint: str | None = None,
     steps: int | None = None,
     env: Any = None,
+    evaluation_env: Any = None,
     policy: Any = None,
     engine: Any = None,
     **own: Any,
@@ -36,7 +37,8 @@ def resume(
         checkpoint: the name of one under RUN/checkpoints, and no other; by default the newest that is whole, or the
             beginning where there is none.
         steps: a new total, for a run that is to go on further; schedules then follow it.
-        env, policy: control, a user's own objects, where the run began with them; or the id of its environment.
+        env, evaluation_env, policy: control, a user's own objects or functions, where the run began with them; or, as env,
+            the id of its environment.
         engine: language, who samples, where the run began with one.
         own: fields of the config that name code of the user's: wrappers, reward, gold, reply.
 
@@ -47,7 +49,12 @@ def resume(
     world, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.{world}.{name.replace('-', '_')}")
     named = own | ({"env": env} if isinstance(env, str) else {})
-    given = (("env", env), ("policy", policy), ("engine", engine))
+    given = (("env", env), ("evaluation_env", evaluation_env), ("policy", policy), ("engine", engine))
+    for key, what in (("env", "an environment object"), ("policy", "a network of your own")):
+        if read_config(path).get(f"own_{key}") and dict(given)[key] is None:
+            raise RequestError(
+                f"run is '{path}', which began with {what}: resume it in Python, understudy.resume({str(path)!r}, {key}=...)"
+            )
     objects = {key: x for key, x in given if x is not None and not isinstance(x, str)}
     objects_too = {"env"} if env is not None else set()
     for code in permit(path, fields, given={*named, *objects_too}):

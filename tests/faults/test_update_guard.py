@@ -316,7 +316,7 @@ def out_of_memory_at(monkeypatch, owner, attribute, call):
 
 WHERE = {  # run, module, what is called there, and which call
     "forward, control": ("ppo", "understudy.objective", "consult", 30),
-    "sampling, control": ("ppo", "understudy.control.collect", "_Call", 70),
+    "sampling, control": ("ppo", "understudy.control.collect", "Call", 70),
     "forward, language": ("language-ppo", "understudy.objective", "consult", 14),
     "generation, language": ("language-ppo", "understudy.language.collect", "generate", 5),
     "forward, imitation": ("sft", "understudy.update", "_clip", 5),

@@ -19,7 +19,7 @@ from understudy.control.presets import settings
 from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
 from understudy.run.paths import short
-from understudy.run.store import process_seconds, write_json
+from understudy.run.store import process_seconds, read_config, write_json
 from understudy.run.trust import permit
 
 RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}
@@ -111,6 +111,10 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument(
         "--env-options", metavar="JSON", help="a JSON object, where the run's own may reach files or memory"
     )
+    parser.add_argument(
+        "--num-evaluation-envs", type=whole_number, help="copies of the environment (default the run's)"
+    )
+    parser.add_argument("--evaluation-max-steps", type=whole_number, help="end an episode here (default the run's)")
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
@@ -119,7 +123,8 @@ def evaluate_run(argv: list[str]) -> int:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
     path = Path(args.run)
     policy, config = opened(path, args)
-    returns = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
+    found = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
+    returns = found.returns
     if args.video:
         evaluate(policy, config, episodes=1, video=path / "video")
     result = {
@@ -128,12 +133,18 @@ def evaluate_run(argv: list[str]) -> int:
         "seed": SEED,
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.stdev(returns) if len(returns) > 1 else 0.0,
+        "success_rate": found.success_rate,
+        "num_cut": found.num_cut,
         "returns": returns,
     }
     if not args.sample:
         write_json(path / "evaluation.json", result)
     how = "sampled" if args.sample else "mode"
     text = f"{args.episodes} episodes, {how} actions: return {result['return_mean']:.2f} +- {result['return_std']:.2f}"
+    text += "" if found.success_rate is None else f", success rate {found.success_rate:.2f}"
+    if found.num_cut:
+        steps = f"{config.evaluation_max_steps:,}"
+        print(f"understudy: {found.num_cut} episodes were ended at evaluation_max_steps, {steps}", file=sys.stderr)
     print(json.dumps({"run": str(path), **result}) if args.json else text)
     return 0
 
@@ -147,5 +158,12 @@ def opened(path: Path, args: Any) -> tuple[Any, Any]:
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
     for code in permit(path, fields, given=own):
         check_kind(code.field, code.name)
+    if read_config(path).get("own_env") and not args.env:
+        raise RequestError(
+            f"run is '{path}', which was trained in an environment object: name what makes it with --env, as in "
+            "--env my_env.py:MyEnv"
+        )
+    given = {name: getattr(args, name, None) for name in ("num_evaluation_envs", "evaluation_max_steps")}
+    own |= {name: value for name, value in given.items() if value is not None}
     config = rebuilt(recipe.Config, fields | own)
     return load(path), config

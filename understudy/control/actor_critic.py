@@ -14,7 +14,8 @@ from understudy.batch import Batch
 from understudy.control import config, stage
 from understudy.control.optimizer import RMSprop, adam
 from understudy.control.policy import Policy
-from understudy.control.stage import Begun, Env, Iterations, Net
+from understudy.control.sources import Env, resolve
+from understudy.control.stage import Begun, Iterations, Net
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, Unit
@@ -44,9 +45,14 @@ class Config(config.Config):
         return super().idle() | ({} if self.value_coef else {"value_loss": "value_coef is 0"})
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
+def iterate(
+    cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None
+) -> Iterations:
     """The loop itself, an iteration at a time."""
-    with stage.open_stage("actor-critic", cfg, env, policy, optimizer=optimizer, resume=resume) as run:
+    cfg = resolve(cfg, env)
+    with stage.open_stage(
+        "actor-critic", cfg, env, policy, evaluation_env=evaluation_env, optimizer=optimizer, resume=resume
+    ) as run:
         objective = partial(
             policy_gradient,
             value_coef=cfg.value_coef,
@@ -56,8 +62,7 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
         while run.on:
             rate = run.schedule()
             traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
-            paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
-            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
+            paid = run.reward(traj)  # 2 score: the environment pays, and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             ends = traj.terminated, traj.truncated, traj.mask
             advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)  # 4 advantage
@@ -82,9 +87,15 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
-    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
+def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened.
+
+    Args:
+        env: your own environment or vector env, or a function that makes one copy, instead of the config's id.
+        evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
+        policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
+    """
+    return stage.drain(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:

@@ -8,7 +8,7 @@ SAME_STEP (`info["final_obs"]`) and DISABLED (we reset finished rows ourselves) 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -19,38 +19,32 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets
+from understudy.control.infos import entry
+from understudy.control.layout import Call, lay_out
 from understudy.control.masks import flat_mask
 from understudy.control.quick import Quick, quick_form
-from understudy.control.spaces import MASK, PLAIN, all_forbidden, arrays, mask_width, reader, stacked, tensors
+from understudy.control.spaces import MASK, PLAIN, all_forbidden, arrays, mask_width, reader, tensors
 from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
 from understudy.control.supervise import Supervised
+from understudy.run.config import RequestError
 from understudy.sample import choose
+
+SUCCESS = ("success", "is_success")
+"""Keys of info under which environments say whether an episode succeeded."""
 
 
 class Episode(NamedTuple):
-    """A finished episode: undiscounted return, length in steps, row, number within its row, whether it was cut."""
+    """A finished episode: undiscounted return, length in steps, row, number within its row, whether it was cut.
+
+    `info` holds numbers of its last step's info: `success`, from `is_success` or `success`, and those that are asked for.
+    """
 
     episode_return: float
     length: int
     row: int
     number: int
     truncated: bool
-
-
-class _Call(NamedTuple):
-    """One call of `step`, everything [rows, ...]: where it was made, what it led to, and which rows chose in it.
-
-    `after` is None where no row ended in it. `said` is the log-prob of the action, or what its `Quick` makes that of.
-    """
-
-    obs: Tree
-    after: Tree
-    action: np.ndarray
-    said: np.ndarray
-    chosen: np.ndarray
-    reward: np.ndarray
-    terminated: np.ndarray
-    truncated: np.ndarray
+    info: dict[str, float] = {}  # noqa: RUF012  # never written to
 
 
 class Walker:
@@ -62,6 +56,7 @@ class Walker:
         generator: the randomness of the choices.
         hold: noise is drawn anew every `hold` calls.
         sample: draw from the policy's distribution; otherwise take its mode.
+        log_info: keys of info whose numbers at an episode's last step are kept.
         exact: observations that float32 cannot hold are recorded as float64.
     """
 
@@ -74,10 +69,11 @@ class Walker:
         hold: int = 1,
         device: str = "cpu",
         sample: bool = True,
+        log_info: Sequence[str] = (),
         exact: bool = False,
     ) -> None:
         self.envs, self.seed_of, self.generator, self.hold, self.device = envs, seed_of, generator, hold, device
-        self.sample = sample
+        self.sample, self.log_info = sample, log_info
         self.rows = envs.num_envs
         self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
         takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | Supervised)
@@ -98,7 +94,11 @@ class Walker:
         self.unanswered = np.zeros(self.rows, dtype=bool)  # rows whose choice met a fault
         self.every, self.none = np.ones(self.rows, dtype=bool), np.zeros(self.rows, dtype=bool)  # never written to
         self.ended = np.zeros(self.rows, dtype=np.int64)  # episodes of this walk
-        self.made: list[_Call] = []  # the calls of this record, or of the last
+        self.abandoned = self.none  # rows whose episode from the last record was cut without a step that ended it
+        self.restart_seeds: dict[
+            int, int
+        ] = {}  # of open episodes that began with another seed, after a fault in a reset
+        self.made: list[Call] = []  # the calls of this record, or of the last
         self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
 
     def reset(self) -> None:
@@ -133,14 +133,16 @@ class Walker:
         self.reset()
         return self._walk(policy, lambda _: rows if (rows := self.ended < episodes).any() else None, whole=True)
 
-    def play(self, policy: Any, episodes: int) -> list[Episode]:
-        """Play `episodes` whole, fresh episodes in every row without keeping a record."""
+    def play(self, policy: Any, episodes: int, stop: Callable[[], bool] | None = None) -> list[Episode] | None:
+        """Play `episodes` whole, fresh episodes in every row without keeping a record; None where `stop` ended it."""
         self.reset()
         self.state = policy.initial_state(self.rows)
         self.quick = quick_form(policy, self)
         self.ended[:] = 0
         while (self.ended < episodes).any():
             self._step(policy, self.ended < episodes)
+            if stop is not None and stop():
+                return None
         played = list(self.finished)
         self.finished.clear()
         return played
@@ -153,7 +155,13 @@ class Walker:
         if way == "renew" or (way == "replay" and self.lengths.max() > LONGEST):
             self.forget()
         found = {name: getattr(self, name) for name in ("steps", "calls", "noise", "masked", "generator", "episode")}
-        if self.now is not None:
+        if isinstance(envs := self.envs.unwrapped, Supervised):
+            seeds = enumerate(zip(envs.seeds, self.episode, strict=True))
+            others = {row: seed for row, (seed, index) in seeds if seed not in (None, self.seed_of(row, int(index)))}
+            found |= {"restarted": envs.restarted, "restart_seeds": others}
+        if way == "restart":
+            found["cut"] = self.now is not None
+        elif self.now is not None:
             found |= {name: getattr(self, name) for name in ("returns", "lengths", "pending", "state")}
             found["now"] = tensors(self.now)
             found |= {"envs": snapshot(self.envs)} if way == "snapshot" else {}
@@ -170,14 +178,17 @@ class Walker:
 
         Then the rows begin new episodes, and the run goes on without being the one that was interrupted.
         """
-        for name in found.keys() - {"generator", "envs", "trail", "now"}:
+        cut = found.get("cut", False)
+        for name in found.keys() - {"generator", "envs", "trail", "now", "cut", "restarted"}:
             setattr(self, name, found[name])
+        if isinstance(envs := self.envs.unwrapped, Supervised):
+            envs.restarted = list(found.get("restarted", envs.restarted))
         self.now = arrays(found["now"]) if "now" in found else None
         if self.generator is not None:
             self.generator.set_state(found["generator"])
         self.state, self.noise = (None if x is None else x.to(self.device) for x in (self.state, self.noise))
         if self.now is None:
-            return True
+            return not cut
         if "envs" in found:
             put_back(self.envs, found["envs"])
         elif self.trail is not None and not self._replay(found["trail"], policy):
@@ -193,7 +204,7 @@ class Walker:
         """
         now, rows = self.now, np.ones(self.rows, dtype=bool)
         again, actions = Trail(self.rows), trail["actions"]
-        seeds: Any = [self.seed_of(row, int(index)) for row, index in enumerate(self.episode)]
+        seeds: Any = [self._seed(row) for row in range(self.rows)]
         obs, info = self.envs.reset(seed=seeds)
         self.now = self._see(obs, info, choosing=rows)
         seen_at = map_tensors(lambda x: x[:, None].to(self.device), tensors(now))
@@ -210,7 +221,7 @@ class Walker:
             at = [call - (len(schedule) - len(done)) if begun[row] else 0 for row, done in enumerate(actions)]
             step = np.stack([done[at[row]] if len(done) else spare[row] for row, done in enumerate(actions)])
             step, seen = step.astype(spare.dtype, copy=False), self.now
-            obs, reward, _, _, info = self.envs.step(step)
+            obs, reward, _, _, info = self.envs.step(step.copy())
             again.calls.append((step, seen, np.asarray(reward, dtype=np.float64), np.zeros_like(begun)))
             self.now, before = self._see(obs, info, choosing=begun), begun
         if schedule and not before.all():
@@ -218,15 +229,17 @@ class Walker:
             again.begin(~before)
             self.now = self._see(obs, info, choosing=rows)
         again.fold()
-        self.trail = again
+        self.trail, self.restart_seeds = again, {}
         came, was = list(_leaves(self.now)), list(_leaves(now))
         same = len(came) == len(was) and all(map(np.array_equal, came, was))
         return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
 
     def _walk(self, policy: Any, wanted: Callable[..., np.ndarray | None], *, whole: bool = False) -> Trajectory:
         """Call the env while rows are `wanted`, given the calls made."""
+        self.abandoned = self.none
         if self.now is None:
             self.reset()
+            self.abandoned = self.every
         self.state = policy.initial_state(self.rows) if self.state is None else self.state
         before, self.quick, self.made, self.ended[:] = self.state, quick_form(policy, self), (calls := []), 0
         while (rows := wanted(calls)) is not None:
@@ -239,7 +252,7 @@ class Walker:
         self.steps += int(record.mask.sum())
         return record if self.device == "cpu" else map_tensors(lambda x: x.to(self.device), record)
 
-    def _cut(self, calls: list[_Call], before: Tensor | None, whole: bool) -> Tensor | None:
+    def _cut(self, calls: list[Call], before: Tensor | None, whole: bool) -> Tensor | None:
         """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.
 
         So s_t stands masked after step t - 1. At a record's first call it is the last column of the record before, and
@@ -254,16 +267,20 @@ class Walker:
             last = calls[-2]
             last.truncated[:] |= self.unanswered & last.chosen & ~last.terminated
             calls[-2] = last._replace(after=calls[-1].obs if last.after is None else last.after)
-        elif before is not None:
+            return before
+        self.abandoned = self.abandoned | self.unanswered
+        if before is not None:
             before = torch.where(torch.from_numpy(self.unanswered).to(self.device)[:, None], 0.0, before)
         return before
 
-    def _step(self, policy: Any, wanted: np.ndarray) -> _Call:
+    def _step(self, policy: Any, wanted: np.ndarray) -> Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
         action, said = self.quick(self.now) if self.quick else self._choose(policy, self.now)
-        found, reward, terminated, truncated, info = self.envs.step(executed := policy.executable(action))
+        executed = policy.executable(action)
+        # a copy: an environment may write over the action that it is given
+        found, reward, terminated, truncated, info = self.envs.step(executed.copy() if self.trail else executed)
         # a copy: a vector env may write over its own arrays next time
-        call = _Call(self.now, None, action, said, wanted, np.array(reward, dtype=np.float64), self.none, self.none)
+        call = Call(self.now, None, action, said, wanted, np.array(reward, dtype=np.float64), self.none, self.none)
         eventful = self.supervised or any(map(np.count_nonzero, (terminated, truncated, self.pending)))
         call, over = self._heard(call, terminated, truncated, info) if eventful else (call, self.none)
         if np.count_nonzero(np.isfinite(call.reward)) < self.rows:
@@ -277,7 +294,7 @@ class Walker:
         self.now = self._see(found, info, choosing=self.every)
         return call
 
-    def _heard(self, call: _Call, terminated: Any, truncated: Any, info: Any) -> tuple[_Call, np.ndarray]:
+    def _heard(self, call: Call, terminated: Any, truncated: Any, info: Any) -> tuple[Call, np.ndarray]:
         """The call as the rows that heard it have it, and which of them are over. A death at the time limit is a death."""
         heard = ~self.pending
         terminated, truncated = np.asarray(terminated, dtype=bool) & heard, np.asarray(truncated, dtype=bool) & heard
@@ -285,7 +302,7 @@ class Walker:
         chosen, reward = call.chosen & heard & ~self.unanswered, np.where(heard, call.reward, 0.0)
         died, ended = terminated & chosen, (over := terminated | truncated) & chosen
         self.ended += ended
-        return _Call(*call[:4], chosen, reward, died, ended ^ died), over
+        return Call(*call[:4], chosen, reward, died, ended ^ died), over
 
     def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
         """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""
@@ -294,13 +311,14 @@ class Walker:
         action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
         return action.cpu().numpy(), logprob.cpu().numpy()
 
-    def _turn(self, call: _Call, over: np.ndarray, found: Any, info: Any) -> _Call:
+    def _turn(self, call: Call, over: np.ndarray, found: Any, info: Any) -> Call:
         """Episodes end or begin: the call with what it led to; and what is seen where the next choices are made."""
         # the true last observations; nothing is chosen there
         last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
-        call = _Call(call.obs, self._see(last, info, choosing=self.none), *call[2:])
+        call = Call(call.obs, self._see(last, info, choosing=self.none), *call[2:])
         told: Any = self.returns, self.lengths, np.arange(self.rows), self.episode, call.truncated
-        self.finished.extend(Episode(*(x.item(row) for x in told)) for row in (over & call.chosen).nonzero()[0])
+        ended = (over & call.chosen).nonzero()[0].tolist()
+        self.finished.extend(Episode(*(x.item(row) for x in told), info=self._numbers(info, row)) for row in ended)
         self.returns[over], self.lengths[over] = 0, 0  # made anew in every call
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
@@ -312,6 +330,29 @@ class Walker:
         seen = self.mode is AutoresetMode.NEXT_STEP and isinstance(call.after, np.ndarray)
         self.now = call.after if seen else self._see(found, info, choosing=~self.pending)
         return call
+
+    def _numbers(self, info: Any, row: int) -> dict[str, float]:
+        """What the info of an episode's last step holds under `is_success` or `success`, and under the keys asked for.
+
+        Raises:
+            RequestError: there is no number under a key asked for.
+        """
+        last = info.get("final_info", {}) if self.mode is AutoresetMode.SAME_STEP else info
+        numbers = {}
+        for key in SUCCESS:
+            if isinstance(value := entry(last, key, row), bool | int | float | np.number | np.bool_):
+                numbers["success"] = float(value)
+        for key in self.log_info:
+            value = entry(last, key, row)
+            try:
+                numbers[key] = float(value)  # pyright: ignore[reportArgumentType]
+            except (TypeError, ValueError):
+                has = ", ".join(str(name) for name in last if not str(name).startswith("_")) or "nothing"
+                raise RequestError(
+                    f"log_info names {key!r}, and info has {value!r} there at the end of an episode; it has {has}: name a "
+                    "number"
+                ) from None
+        return numbers
 
     def _final_obs(self, info: Any, over: np.ndarray) -> Any:
         """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
@@ -326,10 +367,14 @@ class Walker:
 
     def _reset_rows(self, over: np.ndarray, info: Any) -> tuple[Any, Any]:
         """Begin new episodes in the rows that are over; the rows' observations, and what `info` says of each."""
-        seeds: Any = [self.seed_of(row, int(self.episode[row])) if over[row] else None for row in range(self.rows)]
+        seeds: Any = [self._seed(row) if over[row] else None for row in range(self.rows)]
         # a fresh dict every time: SyncVectorEnv pops the key
         found, told = self.envs.reset(seed=seeds, options={"reset_mask": over.copy()})
         return found, self._merged(info, told, over) if self.masked else told
+
+    def _seed(self, row: int) -> int:
+        """The seed of a row's episode."""
+        return self.restart_seeds.get(row, self.seed_of(row, int(self.episode[row])))
 
     def _see(self, found: Any, info: Any, *, choosing: np.ndarray) -> Tree:
         """The observations as arrays, with the action mask where `info` gives one; refused where not finite."""
@@ -396,36 +441,3 @@ class Walker:
 
 def _leaves(tree: Tree) -> Iterator[np.ndarray]:
     yield from tree.values() if isinstance(tree, dict) else [tree]
-
-
-def lay_out(calls: list[_Call], last: Tree, state: Tensor | None, quick: Quick | None) -> Trajectory:
-    """Lay calls, last observations of episodes, and the observation after it all, out as one record [rows, T].
-
-    Every call has two slots, the choice and what it led to; one more holds `last`. Kept are the choices that were made,
-    the last observations of episodes, and `last` where no episode ended just before it; they move up to the left.
-
-    Args:
-        calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
-        quick: what made log-probs out of what was said; None where that is what was said.
-    """
-    seen, after, action, said, chosen, reward, died, cut = zip(*calls, strict=True)
-    keep = np.stack([stacked(chosen), stacked(died) | stacked(cut)], axis=1).reshape(-1, len(chosen[0])).T
-    # the last slot, unless the one that was kept before it is an end
-    keep = np.column_stack([keep, (keep * np.arange(keep.shape[1])).max(axis=1) % 2 == 0])
-    slot = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()]
-    call, led, row = slot >> 1, slot & 1, np.arange(len(slot))[:, None]
-
-    def up(trees: Any, at: np.ndarray) -> Tree:
-        """What stands at a place, counted by trees and rows, of trees [rows, ...] -> [rows, T, ...]."""
-        if isinstance(trees[0], dict):
-            return {name: up([tree[name] for tree in trees], at) for name in trees[0]}
-        return torch.from_numpy(np.concatenate([*trees, np.zeros_like(trees[0])]).take(at * len(row) + row, axis=0))
-
-    # what a call led to stands behind the observations it was made at; it is read only where an episode ended in it
-    behind = len(calls) + np.cumsum([tree is not None for tree in (*after, None)])
-    obs = up([*seen, last, *(tree for tree in after if tree is not None)], np.where(led, behind[call], call))
-    old, said = (None, said) if quick is None else quick.sampled(said, action)
-    at = np.where(keep[row, slot] > led, call, len(calls))  # behind the calls stand zeros, for what is no choice
-    old = map_tensors(lambda x: up(x.numpy(), at), old)
-    action, said, chosen, reward, died, cut = (up(x, at) for x in (action, said, chosen, reward, died, cut))
-    return Trajectory(obs, action, said, chosen, reward.float(), died, cut, state, old)

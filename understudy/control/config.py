@@ -42,8 +42,8 @@ class Network:
 class Config(Network):
     """Fields of every control recipe."""
 
-    env: str
-    """Gymnasium id, module:id, or entry point module:Class."""
+    env: str = ""
+    """Gymnasium id, module:id, entry point module:Class or FILE.py:Class; beside an environment object, its name."""
     env_options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment, as JSON."""
     wrappers: tuple[str, ...] = ()
@@ -52,6 +52,10 @@ class Config(Network):
     """How copies run: in turn, a process each, the same and restarted on faults, the id's own vector env, or EnvPool."""
     step_timeout: Seconds = 60.0
     """Seconds that a step or a reset of a supervised environment may take before it is restarted."""
+    out_of_space: Literal["refuse", "accept", "clip"] = "refuse"
+    """An observation beyond the bounds of its space: refuse the environment, accept it, or clip to the bounds."""
+    exact_resume: bool = True
+    """Make environments that remember across episodes anew at checkpoints, so that resume is exact; off keeps them."""
     num_envs: Count = 8
     """Copies of the environment, one row of the record each."""
     steps: Count = 100_000
@@ -100,6 +104,12 @@ class Config(Network):
     """Iterations between evaluations, own env and generators, best policy kept under best/; 0 for none."""
     evaluate_episodes: Count = 20
     """Episodes an evaluation takes."""
+    num_evaluation_envs: Count = 4
+    """Copies of the environment that an evaluation makes; results do not depend on it."""
+    evaluation_max_steps: Count = 27_000
+    """Steps after which an episode of an evaluation is ended (Atari's 108,000 frames)."""
+    log_info: tuple[str, ...] = ()
+    """Numbers in info at an episode's last step, logged as info_KEY: their mean over the last 100 episodes."""
     constraint: tuple[str, ...] = ()
     """Bounds on an episode's mean sum of a number in info: cost<=25, then :hold (default), :warn, :stop or :rollback."""
     constraint_rate: Positive = 0.1

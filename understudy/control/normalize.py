@@ -1,7 +1,8 @@
 """Running scale of observations and rewards, a part of the saved policy.
 
 Statistics are gathered from chosen steps only, each once, and take effect after the update: within an iteration they are
-frozen, so a record means one thing from the first minibatch to the last. Records hold raw observations and rewards.
+frozen, so a record means one thing from the first minibatch to the last. Those of rewards begin with the first record,
+before it is scaled. Records hold raw observations and rewards.
 """
 
 from __future__ import annotations
@@ -88,13 +89,34 @@ class RewardScale(nn.Module):
         self.gamma = gamma
         self.moments = Moments(())
         self.running = torch.zeros(0, dtype=torch.float64)
+        self.is_ahead = False  # this record has been gathered, before it was scaled
+
+    @property
+    def width(self) -> Tensor:
+        """What rewards are divided by."""
+        return (self.moments.var + 1e-8).sqrt().float()
+
+    def begin(self, record: Trajectory, abandoned: np.ndarray) -> None:
+        """Before a record is scaled: the first one is gathered now, for until then nothing is known of the scale.
+
+        Args:
+            abandoned: rows whose episode from the record before was cut without a step that ended it, bool [B].
+        """
+        if len(self.running) == len(record):
+            self.running = torch.where(torch.from_numpy(abandoned), 0.0, self.running)
+        if self.moments.count == 0:
+            self.gather(record)
+            self.is_ahead = True
 
     def forward(self, reward: Tensor) -> Tensor:
         """reward: [B, T] -> [B, T]."""
-        return (reward / (self.moments.var + 1e-8).sqrt().float()).clamp(-CLIP, CLIP)
+        return (reward / self.width).clamp(-CLIP, CLIP)
 
     def gather(self, record: Trajectory) -> None:
-        """Add the chosen steps' running returns; rows go on from the record before, [B, T]."""
+        """Add the chosen steps' running returns; rows go on from the record before, [B, T]. What `begin` did is done."""
+        if self.is_ahead:
+            self.is_ahead = False
+            return
         if len(self.running) != len(record):
             self.running = torch.zeros(len(record), dtype=torch.float64)
         mask, reward, ended = (x.cpu().numpy().T for x in (record.mask, record.reward, record.ended))

@@ -15,7 +15,8 @@ from understudy.compiled import Compiled, available
 from understudy.control import config, stage
 from understudy.control.optimizer import adam
 from understudy.control.policy import Policy
-from understudy.control.stage import Begun, Env, Iterations, Net, Stage
+from understudy.control.sources import Env, resolve
+from understudy.control.stage import Begun, Iterations, Net, Stage
 from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit
@@ -84,17 +85,20 @@ class Config(config.Config):
         return super().idle() | found
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
+def iterate(
+    cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None
+) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
-    cfg, learn = settled(cfg, own=policy is not None)
-    with stage.open_stage("ppo", cfg, env, policy, optimizer=optimizer, resume=resume) as run:
+    cfg, learn = settled(resolve(cfg, env), own=policy is not None)
+    with stage.open_stage(
+        "ppo", cfg, env, policy, evaluation_env=evaluation_env, optimizer=optimizer, resume=resume
+    ) as run:
         while run.on:
             kl_coef = run.kept.setdefault("kl_coef", cfg.kl_coef)
             rate, clip = run.schedule(), cfg.clip * (run.left if cfg.clip_schedule == "linear" else 1)
             surrogate = partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
             traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
-            paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
-            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
+            paid = run.reward(traj)  # 2 score: the environment pays, and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
             metrics = learn(  # 5 update
@@ -112,17 +116,23 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
                 guard=run.guard,
                 generator=run.shuffle,
             )
-            run.policy.gather(traj)
             if cfg.objective == "penalty":
-                metrics |= adapt_penalty(run, batch, cfg)
+                metrics |= adapt_penalty(run, batch, cfg, skipped="updates_skipped" in metrics)
+            run.policy.gather(traj)
             metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
             yield from run.report(metrics | {"learning_rate": rate, "clip": clip})
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
-    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
+def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened.
+
+    Args:
+        env: your own environment or vector env, or a function that makes one copy, instead of the config's id.
+        evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
+        policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
+    """
+    return stage.drain(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
@@ -187,10 +197,14 @@ def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, floa
     return 0 < cfg.target_kl < kl
 
 
-def adapt_penalty(run: Stage, batch: Batch, cfg: Config) -> dict[str, float]:
-    """The penalty's coefficient and the KL it led to; with a target, another coefficient for the next iteration."""
+def adapt_penalty(run: Stage, batch: Batch, cfg: Config, *, skipped: bool) -> dict[str, float]:
+    """The penalty's coefficient and the KL it led to; with a target, another coefficient for the next iteration.
+
+    The KL is that of the policy that acted: it is measured before the observations' scale moves. A skipped update has led to
+    none, and leaves the coefficient.
+    """
     coef, kl = run.kept["kl_coef"], kl_since(run.policy, batch)
-    if cfg.adaptive_kl_target:
+    if cfg.adaptive_kl_target and not skipped:
         run.kept["kl_coef"] = adapt_kl_coef(coef, kl, target=cfg.adaptive_kl_target)
     return {"kl_coef": coef, "kl_old": kl}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -10,41 +10,70 @@ import numpy as np
 from understudy.control.environment import check_spaces
 from understudy.control.masks import mask_of, random_allowed
 from understudy.control.spaces import lost_in_float32, outside
+from understudy.control.wrappers import running_statistics
 from understudy.run.config import RequestError
 
 STEPS = 3
 
 
-def check_env(name: str, env: gymnasium.Env, *, seed: int) -> str:
-    """Reset and step a fresh environment a few times, inside its action masks, and close it.
+class Preflight(NamedTuple):
+    """What the first steps of an environment tell, where nothing is wrong with it."""
 
-    Returns:
-        The entry of the observation of which float32 loses what is seen; empty where there is none.
+    lost: str
+    """The entry of the observation of which float32 loses what is seen; empty where there is none."""
+    takes_seed: bool
+    """Whether a reset with a seed works; where it does not, one without a seed does."""
+    outside: str
+    """What is outside the observation space, where that is let pass."""
+
+
+def check_env(
+    name: str, env: gymnasium.Env, *, seed: int, out_of_space: str = "refuse", keep: bool = False
+) -> Preflight:
+    """Reset and step an environment a few times, inside its action masks, and close it.
+
+    Args:
+        out_of_space: "refuse" an observation beyond the bounds of its space; otherwise let it pass.
+        keep: leave the environment open.
 
     Raises:
         RequestError: a space no policy can use; an observation outside its space; a reward that is no finite number; an
-            end that is no bool; an action mask of the wrong width, or one that allows nothing.
+            end that is no bool; an info that is no dict; an action mask of the wrong width, or one that allows nothing;
+            a wrapper whose statistics would be lost.
     """
-    rng, seen = np.random.default_rng(seed), list[Any]()
+    rng, seen, beyond = np.random.default_rng(seed), list[Any](), ""
     try:
         check_spaces(name, env.observation_space, env.action_space)
-        obs, info = env.reset(seed=seed)
-        _observation(name, "reset", env.observation_space, obs)
+        check_statistics(name, env)
+        (obs, info), takes_seed = _first_reset(env, seed)
         env.action_space.seed(seed)
-        for step in range(STEPS):
+        for step in range(STEPS + 1):
+            when = f"step {step - 1}" if step else "reset"
+            beyond = beyond or _observation(name, when, env.observation_space, obs, out_of_space)
+            if not isinstance(info, dict):
+                raise RequestError(f"env {name!r} gives info {info!r} at {when}: must be a dict")
             seen.append(obs)
+            if step == STEPS:
+                break
             allowed = _mask(name, env.action_space, obs, info)
             action = env.action_space.sample() if allowed is None else random_allowed(env.action_space, allowed, rng)
-            obs, reward, terminated, truncated, info = env.step(action)
-            _observation(name, f"step {step}", env.observation_space, obs)
-            if np.asarray(reward).ndim != 0 or not np.isfinite(float(reward)):
+            answer: Any = env.step(action)
+            if not isinstance(answer, tuple) or len(answer) != 5:
+                what = f"{len(answer)} values" if isinstance(answer, tuple) else f"a {type(answer).__name__}"
+                raise RequestError(
+                    f"env {name!r} returns {what} from step: must be obs, reward, terminated, truncated, info"
+                )
+            obs, reward, terminated, truncated, info = answer
+            if np.ndim(reward) != 0 or not np.isfinite(float(reward)):
                 raise RequestError(f"env {name!r} pays reward {reward!r} at step {step}: must be one finite number")
             for what, flag in (("terminated", terminated), ("truncated", truncated)):
                 if not isinstance(flag, bool | np.bool_):
                     raise RequestError(f"env {name!r} returns {what} {flag!r} at step {step}: must be a bool")
             if terminated or truncated:
+                seen.append(obs)
+                beyond = beyond or _observation(name, f"step {step}", env.observation_space, obs, out_of_space)
                 break
-        return lost_in_float32(env.observation_space, [*seen, obs])
+        return Preflight(lost_in_float32(env.observation_space, seen), takes_seed, beyond)
     except (RequestError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever a user's environment raises, said in a sentence
@@ -52,7 +81,39 @@ def check_env(name: str, env: gymnasium.Env, *, seed: int) -> str:
             f"env {name!r} raises {type(error).__name__} in its first steps: {error}; mend it"
         ) from error
     finally:
-        env.close()
+        if not keep:
+            env.close()
+
+
+def check_statistics(name: str, env: Any) -> None:
+    """Refuse an environment, or vector env, with a wrapper that normalises by statistics of its own.
+
+    They are no part of the policy: `act`, evaluation and resume would go on with others.
+    """
+    wrapper = running_statistics(env)
+    if wrapper is not None:
+        raise RequestError(
+            f"env {name!r} has the wrapper {wrapper}, whose running statistics are not saved with the policy: leave it out "
+            "and set normalize_obs or normalize_reward, whose statistics are"
+        )
+
+
+def _first_reset(env: gymnasium.Env, seed: int) -> tuple[Any, bool]:
+    try:
+        return _pair(env.reset(seed=seed)), True
+    except RequestError:
+        raise
+    except Exception as error:
+        try:
+            return _pair(env.reset()), False
+        except Exception:
+            raise error from None
+
+
+def _pair(answer: Any) -> Any:
+    if not isinstance(answer, tuple) or len(answer) != 2:
+        raise RequestError(f"env returns {type(answer).__name__} from reset: must be the pair obs, info")
+    return answer
 
 
 def _mask(name: str, space: gymnasium.Space, obs: Any, info: dict[str, Any]) -> np.ndarray | None:
@@ -62,9 +123,12 @@ def _mask(name: str, space: gymnasium.Space, obs: Any, info: dict[str, Any]) -> 
         raise RequestError(f"env {name!r} gives an action mask that does not fit: {error}") from error
 
 
-def _observation(name: str, when: str, space: gymnasium.Space, obs: Any) -> None:
-    problem = outside(space, obs, "observation")
+def _observation(name: str, when: str, space: gymnasium.Space, obs: Any, out_of_space: str) -> str:
+    """What is beyond the bounds of the space, if that is let pass; refused otherwise, as is anything else."""
+    problem = outside(space, obs, "observation", bounds=out_of_space == "refuse")
     if problem:
-        raise RequestError(
-            f"env {name!r} breaks its own observation_space at {when}: {problem}; mend the space or the env"
-        )
+        mend = "mend the space or the env"
+        if not outside(space, obs, "observation", bounds=False):
+            mend += ", or set out_of_space to accept or clip"
+        raise RequestError(f"env {name!r} breaks its own observation_space at {when}: {problem}; {mend}")
+    return outside(space, obs, "observation")

@@ -11,7 +11,8 @@ import torch
 from understudy.advantage import group_relative, leave_one_out, reward_to_go
 from understudy.batch import Batch, Trajectory
 from understudy.control import config, stage
-from understudy.control.stage import Begun, Env, Iterations, Net
+from understudy.control.sources import Env, resolve
+from understudy.control.stage import Begun, Iterations, Net
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import Count, RequestError
@@ -68,15 +69,19 @@ class Config(config.Config):
         return self.baseline in ("group", "leave_one_out")
 
 
-def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Iterations:
+def iterate(
+    cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None
+) -> Iterations:
     """The loop itself, an iteration at a time."""
+    cfg = resolve(cfg, env)
     size = cfg.group_size if cfg.grouped else 1
-    with stage.open_stage("reinforce", cfg, env, policy, group_size=size, resume=resume) as run:
+    with stage.open_stage(
+        "reinforce", cfg, env, policy, evaluation_env=evaluation_env, group_size=size, resume=resume
+    ) as run:
         while run.on:
             rate = run.schedule()
             traj = run.walker.collect_episodes(run.policy, cfg.episodes)  # 1 sample
-            paid = run.policy.reward(traj.reward)  # 2 score: the environment pays
-            paid = paid if run.bounds is None else run.charge(paid, traj, run.bounds)  # and constraints charge
+            paid = run.reward(traj)  # 2 score: the environment pays, and constraints charge
             old, value = estimate(run.policy, traj)  # 3 value
             batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
             objective = partial(
@@ -103,9 +108,15 @@ def iterate(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun =
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
-    """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, env=env, policy=policy, resume=resume))
+def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
+    """Train to the end; `run.path` holds the policy, `run.metrics` what happened.
+
+    Args:
+        env: your own environment or vector env, or a function that makes one copy, instead of the config's id.
+        evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
+        policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
+    """
+    return stage.drain(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import statistics
 import sys
 import time
@@ -14,7 +15,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
@@ -24,19 +24,20 @@ from understudy.constrain import Bounds, Constraint
 from understudy.control import environment
 from understudy.control.build import idle_in, notices
 from understudy.control.collect import Episode, Walker
-from understudy.control.config import Config, Network
+from understudy.control.config import Config
 from understudy.control.costs import Costs
-from understudy.control.evaluate import evaluate
+from understudy.control.evaluate import Stopped, evaluate
+from understudy.control.initial_policy import initial_policy
 from understudy.control.optimizer import adam
 from understudy.control.policy import Policy, load_weights, policy_path
-from understudy.control.preflight import check_env
 from understudy.control.presets import refuse_idle
-from understudy.control.standing import Trail, Way, forgets, way_of
-from understudy.control.supervise import START_SECONDS, RestartsSpent, Supervised, apart
+from understudy.control.sources import Env, Source
+from understudy.control.standing import Trail, Way
+from understudy.control.supervise import RestartsSpent, Supervised
 from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
-from understudy.run.config import RequestError, to_json
+from understudy.run.config import to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt
@@ -47,7 +48,6 @@ from understudy.run.seeds import derive, generator, restore_shared_generators, s
 from understudy.run.sinks import check_sinks, open_sinks
 from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
-Env = gymnasium.Env | VectorEnv | None
 Net = nn.Module | None
 Begun = Resume | None
 Iterations = Generator[dict[str, Any], None, Run]  # a line of metrics each; the run in the end
@@ -70,13 +70,14 @@ class Stage:
         optimizer: torch.optim.Optimizer,
         progress: Progress,
         interrupt: Interrupt,
-        way: Way,
-        renew: Callable[[int], VectorEnv] | None,
+        source: Source,
+        renew: Callable[[int], VectorEnv],
     ) -> None:
         self.cfg, self.run, self.walker, self.policy, self.optimizer = cfg, run, walker, policy, optimizer
-        self.progress, self.interrupt, self.renew = progress, interrupt, renew
-        self.way: Way = way
-        walker.trail = Trail(walker.rows) if way == "replay" else None
+        self.progress, self.interrupt, self.source = progress, interrupt, source
+        self.way: Way = source.way(walker.envs)
+        self.renew = renew if self.way == "renew" and source.object is None else None
+        walker.trail = Trail(walker.rows) if self.way == "replay" else None
         self.shuffle = generator(cfg.seed, "shuffle")
         self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.threshold = environment.threshold(walker.envs)
@@ -89,6 +90,7 @@ class Stage:
         self.window: deque[Episode] = deque(maxlen=WINDOW)
         self.unlogged: list[dict[str, float]] = []
         self.best = -math.inf
+        self.pending: dict[str, Any] | None = None  # a line of metrics whose evaluation a signal ended
         self.train_started = time.time()
         run.startup_seconds = process_seconds()
 
@@ -109,14 +111,24 @@ class Stage:
                 group["lr"] = self.cfg.learning_rate * self.left * (self.bounds.pace if self.bounds else 1.0)
         return self.optimizer.param_groups[0]["lr"]
 
-    def charge(self, paid: Tensor, traj: Trajectory, bounds: Bounds) -> Tensor:
-        """The pay [B, T] of a record's steps, less what held constraints charge for them at their new multipliers."""
+    def reward(self, traj: Trajectory) -> Tensor:
+        """What a record's steps paid, [B, T]: scaled, less what held constraints charge at their new multipliers.
+
+        Costs are scaled as rewards are, so multipliers are in units of the environment's reward.
+        """
+        scale = self.policy.reward_scale
+        if scale is not None:
+            scale.begin(traj, self.walker.abandoned)
+        paid = self.policy.reward(traj.reward)
+        if self.bounds is None:
+            return paid
         costs = self._costs()
         cost, sums = costs.record(traj, self.walker.chosen)
         self.kept["costs"] = costs.state
         means = {name: statistics.fmean(found) for name, found in sums.items() if found}
-        bounds.begin(means, self.policy, self.optimizer)
-        return bounds.charge(paid, cost)
+        self.bounds.begin(means, self.policy, self.optimizer)
+        width = 1.0 if scale is None else scale.width
+        return self.bounds.charge(paid, {name: x / width for name, x in cost.items()})
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: count its episodes, log and show it, evaluate and checkpoint when due. Yields its line."""
@@ -126,12 +138,7 @@ class Stage:
         if self.walker.finished:
             self._count()
         if self.iteration % self.cfg.log_every == 0 or not self.on:
-            line = self._line()
-            if self.sinks or self.cfg.evaluate_every or isinstance(self.walker.envs.unwrapped, Supervised):
-                self._extra(line)
-            self.run.log(line)
-            self.progress.show(line, now=not self.on)
-            yield line
+            yield self._close(self._line())
         if due(self.cfg.checkpoint_every, self.iteration, self.walker.steps - self.saved, self.cfg.steps):
             self.checkpoint()
         if self.interrupt.signum is not None and self.on:
@@ -184,22 +191,44 @@ class Stage:
         line: dict[str, Any] = {"iteration": self.iteration, "steps": steps, "episodes": self.episodes}
         line["episode_return_mean"] = statistics.fmean(e.episode_return for e in self.window) if self.window else None
         line["episode_length_mean"] = statistics.fmean(e.length for e in self.window) if self.window else None
+        for name in dict.fromkeys(name for episode in self.window for name in episode.info):
+            numbers = [episode.info[name] for episode in self.window if name in episode.info]
+            line["success_rate" if name == "success" else f"info_{name}"] = statistics.fmean(numbers)
         names = dict.fromkeys(name for metrics in iterations for name in metrics)  # one that only resets has few
         line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
         left = max(0, self.cfg.steps - steps) * seconds / steps
         return line | {"seconds": seconds, "steps_per_second": steps / seconds, "seconds_left": left}
 
-    def _extra(self, line: dict[str, Any]) -> None:
-        """What only some configs ask for: evaluation, other sinks, checkpoints."""
+    def _close(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Log and show a line, evaluated where that is due. One whose evaluation a signal ends waits for the resume."""
         self.note_faults()
         if self.cfg.evaluate_every and self.iteration % self.cfg.evaluate_every < self.cfg.log_every:
-            mean = statistics.fmean(evaluate(self.policy, self.cfg, episodes=self.cfg.evaluate_episodes))
-            if mean > self.best:
-                self.best = mean
-                self.policy.save(self.run.path / "best")
-            line |= {"evaluation_return_mean": mean, "evaluation_return_best": self.best}
+            try:
+                line |= self._evaluate()
+            except Stopped:
+                self.pending = line
+                self._stop()
         for sink in self.sinks:
             sink.log({name: value for name, value in line.items() if isinstance(value, float | int)}, self.walker.steps)
+        self.run.log(line)
+        self.progress.show(line, now=not self.on)
+        return line
+
+    def _evaluate(self) -> dict[str, float]:
+        """The policy's evaluation as metrics; the best so far is kept under best/."""
+        episodes, steps = self.cfg.evaluate_episodes, self.cfg.evaluation_max_steps
+        how: dict[str, Any] = {"source": self.source, "stop": lambda: self.interrupt.signum is not None}
+        found = evaluate(self.policy, self.cfg, episodes=episodes, **how)
+        if found.num_cut and not self.kept.get("evaluation_cut"):
+            self.kept["evaluation_cut"] = True
+            text = f"{found.num_cut} of {episodes} evaluation episodes were ended at evaluation_max_steps, {steps:,}"
+            self.tell("evaluation_cut", text=text)
+        if found.return_mean > self.best:
+            self.best = found.return_mean
+            self.policy.save(self.run.path / "best")
+        metrics = {"evaluation_return_mean": found.return_mean, "evaluation_return_best": self.best}
+        rate = found.success_rate
+        return metrics if rate is None else metrics | {"evaluation_success_rate": rate}
 
     def checkpoint(self) -> None:
         """Write everything that the coming iterations depend on under checkpoints/ITERATION, once."""
@@ -209,7 +238,7 @@ class Stage:
         self.saved = self.walker.steps
         keep, state = self.cfg.keep_checkpoints, self._state()
         self.run.checkpoint(name, self.policy.save, self.optimizer, state, keep=keep)
-        if self.way == "renew" and self.renew is not None and self.on:
+        if self.renew is not None and self.on:
             self.walker.envs.close()
             self.walker.envs = self.renew(self.iteration)
 
@@ -220,6 +249,7 @@ class Stage:
             "episodes": self.episodes,
             "stopped": self.stopped,
             "best": self.best,
+            "pending": self.pending,
             "solved_at": self.run.solved_at,
             "seconds": time.time() - self.train_started,
             "window": [tuple(episode) for episode in self.window],
@@ -245,24 +275,27 @@ class Stage:
         self.shuffle.set_state(state["shuffle"])
         if self.policy.reward_scale is not None:
             self.policy.reward_scale.running = state["running_returns"]
-        if self.way == "renew" and self.renew is not None:
-            self.walker.envs.close()
-            self.walker.envs = self.renew(self.iteration)
         if not self.walker.stand(state["walker"], self.policy):
             self.run.event("resume_inexact", iteration=self.iteration)
             print(
-                f"understudy: env {self.cfg.env!r} does not come back to where it stood (it is not decided by its seed and "
-                "actions): open episodes begin anew, and this run is no longer the one that was interrupted",
+                f"understudy: env {self.source.name!r} does not come back to where it stood (it is not decided by its seed "
+                "and actions): open episodes begin anew, and this run is no longer the one that was interrupted",
                 file=sys.stderr,
             )
+        restore_shared_generators(state["shared_generators"])
+        if self.renew is not None:  # last, as at the checkpoint: a constructor may draw from the shared generators
+            self.walker.envs.close()
+            self.walker.envs = self.renew(self.iteration)
         if self.bounds is not None and "costs" in self.kept:
             self._costs().restore(self.kept["costs"])
         if self.bounds is not None and "bounds" in self.kept:
             self.bounds.restore(self.kept["bounds"])
             self.run.stopped = self.bounds.stopped
         self.saved = self.walker.steps
-        restore_shared_generators(state["shared_generators"])
-        self.run.rewind(self.iteration)
+        pending = state.get("pending")
+        self.run.rewind(self.iteration - (pending is not None))
+        if pending is not None:
+            self._close(pending)
 
     def finish(self, *, interrupted: bool = False) -> None:
         """Save the final policy, the last checkpoint, the learning curve, and a video where one is asked for.
@@ -272,10 +305,10 @@ class Stage:
         if self.iteration and not (interrupted and self.way == "renew"):
             self.checkpoint()
         self.policy.save(self.run.path / "policy")
-        title = f"{self.cfg.env}, seed {self.cfg.seed}"
+        title = f"{self.source.name}, seed {self.cfg.seed}"
         learning_curve(self.run.metrics, self.run.path / "curve.png", title=title, goal=self.threshold)
         if self.cfg.video and not interrupted:
-            evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video")
+            evaluate(self.policy, self.cfg, episodes=1, video=self.run.path / "video", source=self.source)
         self.run.settle()
 
 
@@ -286,6 +319,7 @@ def open_stage(
     env: Env,
     policy: nn.Module | None,
     *,
+    evaluation_env: Env = None,
     group_size: int = 1,
     optimizer: Any = None,
     resume: Resume | None = None,
@@ -293,7 +327,8 @@ def open_stage(
     """Everything a recipe needs, from its config; saved and closed at the end, however that comes.
 
     Args:
-        env: a user's own environment or vector env, instead of the config's id.
+        env: a user's own environment or vector env, or a function that makes copies, instead of the config's id.
+        evaluation_env: a second environment for evaluation, or a function that makes copies.
         policy: a user's own `Policy` or network, `network(obs) -> distribution, value`.
         group_size: rows next to each other that share their episode seeds, so that they start from one state.
         optimizer: (policy, cfg) -> optimizer, where it is not one Adam over all parameters.
@@ -309,45 +344,27 @@ def open_stage(
     def seed_of(row: int, episode: int) -> int:
         return derive(cfg.seed, "episode", row // group_size, episode)
 
-    def priced(envs: VectorEnv) -> VectorEnv:
+    def open_envs(*checkpoint: int) -> VectorEnv:
+        envs = source.open(seed_of, *checkpoint)
         names = dict.fromkeys(Constraint.parse(text).name for text in cfg.constraint)
         return Costs(envs, list(names)) if names else envs
 
-    def make(*checkpoint: int) -> VectorEnv:
-        made = environment.make(
-            cfg.env,
-            num_envs=cfg.num_envs,
-            vectorization=cfg.vectorization,
-            step_timeout=cfg.step_timeout,
-            options=cfg.env_options,
-            wrappers=cfg.wrappers,
-            seed=derive(cfg.seed, "envpool", *checkpoint),
-        )
-        return priced(made)
-
-    lost, forgetful = (
-        "",
-        True,
-    )  # of a user's own or a supervised environment nothing is tried out: on resuming, a digest tells
-    if env is None and cfg.vectorization == "supervised":
-        single, seed = environment.single(cfg.env, cfg.env_options, cfg.wrappers), derive(cfg.seed, "preflight")
-        patience = START_SECONDS + 4 * cfg.step_timeout  # a reset and three steps
-        lost = apart(lambda: check_env(cfg.env, single(), seed=seed), f"env {cfg.env!r}", seconds=patience)
-    if env is None and cfg.vectorization in ("sync", "async"):
-        single = environment.single(cfg.env, cfg.env_options, cfg.wrappers)
-        lost = check_env(cfg.env, single(), seed=derive(cfg.seed, "preflight"))
-        forgetful = forgets(single(), derive(cfg.seed, "preflight"))
-    envs = make() if env is None else priced(environment.adopt(env, seed_of))
+    source = Source(cfg, env, evaluation_env)
+    source.check()
+    envs = open_envs()
     walker = None
     try:
-        policy = cast(policy, cfg, envs).to(cfg.device)
+        policy = initial_policy(policy, cfg, envs).to(cfg.device)
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
         came = [] if cfg.init is None else [lineage.link("init", policy_path(Path(cfg.init), "init"))]
         origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
         if resume is None:
-            description = {"recipe": f"control {recipe}", "own_env": env is not None, "config": to_json(cfg)}
-            run = Run.create(cfg.out, f"{recipe}-{cfg.env.rpartition(':')[2]}-s{cfg.seed}", description, origin)
+            description: dict[str, Any] = {"recipe": f"control {recipe}", "config": to_json(cfg)}
+            description |= {"own_env": env is not None, "own_policy": policy.made_of is None}
+            description |= {"reproducible": source.seen.takes_seed}
+            name = re.sub(r"[^\w.-]+", "-", source.name.rpartition(":")[2])
+            run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin)
         else:
             run = resume.run
             lineage.go_on(run.path, origin | {"links": []})  # it has taken what it needs of `init`
@@ -357,17 +374,18 @@ def open_stage(
             generator=generator(cfg.seed, "sample", cfg.device),
             hold=cfg.hold,
             device=cfg.device,
+            log_info=cfg.log_info,
             exact=policy.exact,
         )
-        title = f"{recipe} {cfg.env} seed {cfg.seed} -> {short(run.path)}"
+        title = f"{recipe} {source.name} seed {cfg.seed} -> {short(run.path)}"
         with (
             Progress(title, cfg.steps, quiet=cfg.quiet) as progress,
             Interrupt(quiet=cfg.quiet) as interrupt,
             closing(run),
         ):
-            way, renew = way_of(envs, forgets=forgetful), make if env is None else None
-            stage = Stage(cfg, run, walker, policy, made, progress, interrupt, way, renew)
-            for text in notices(policy, lost) if resume is None else ():
+            stage = Stage(cfg, run, walker, policy, made, progress, interrupt, source, open_envs)
+            said = [*source.notices(stage.way), *notices(policy, source.seen.lost)]
+            for text in said if resume is None else ():
                 stage.tell("notice", text=text)
             if resume is not None:
                 resume.restore(stage)
@@ -400,47 +418,9 @@ def open_stage(
                     sink.close()
     finally:
         (envs if walker is None else walker.envs).close()
+        source.close()
 
 
-def cast(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
-    """The policy of a run: a user's own, or that of `init`, or a fresh one. The spaces must be the environment's."""
-    spaces = envs.single_observation_space, envs.single_action_space
-    if cfg.exploration != "independent" and not isinstance(spaces[1], gymnasium.spaces.Box):
-        raise RequestError(
-            f"exploration is {cfg.exploration!r}, but action_space is {spaces[1]}: only noise of a Box can be held; "
-            "choose exploration 'independent'"
-        )
-    scales = {"scale_obs": cfg.normalize_obs, "scale_reward": cfg.gamma if cfg.normalize_reward else None}
-    if policy is not None:
-        own = policy if isinstance(policy, Policy) else Policy(policy, *spaces, squash=cfg.squash, **scales)
-        return _as_asked(own, cfg, "policy is your own")
-    if cfg.init is None:
-        return Policy.build(*spaces, cfg, seed=derive(cfg.seed, "weights"), **scales)
-    loaded = Policy.load(policy_path(Path(cfg.init), "init"))
-    if (loaded.observation_space, loaded.action_space) != spaces:
-        raise RequestError(
-            f"init is {cfg.init!r}, a policy for {loaded.observation_space} and {loaded.action_space}, but env has "
-            f"{spaces[0]} and {spaces[1]}: choose a policy of the same spaces"
-        )
-    return _as_asked(loaded, cfg, f"init is {cfg.init!r}")
-
-
-def _as_asked(policy: Policy, cfg: Config, whose: str) -> Policy:
-    """The policy, unless the config asks for another one: a field that is not at its default must say what is there.
-
-    How long noise is held is the walker's, for any policy; only gSDE is part of the network.
-    """
-    has = (policy.made_of or {}) | {"squash": policy.squash}
-    has |= {"normalize_obs": policy.obs_scale is not None, "normalize_reward": policy.reward_scale is not None}
-    theirs = {*Network.__dataclass_fields__, *has} - {"noise_hold"}
-    if "gsde" not in (cfg.exploration, has.get("exploration")):
-        theirs.remove("exploration")
-    for field in dataclasses.fields(cfg):
-        asked = getattr(cfg, field.name)
-        if field.name in theirs and asked not in (field.default, has.get(field.name)):
-            there = f"which has {has[field.name]!r}" if field.name in has else "which takes none from the config"
-            raise RequestError(f"{field.name} is {asked!r}, but {whose}, {there}: leave it at {field.default!r}")
-    return policy
 
 
 def drain(iterations: Iterations) -> Run:

@@ -1,17 +1,20 @@
 """Where the environments stand: written down at a checkpoint, and put back in a new process to the bit.
 
-Three ways, the first that an environment allows:
+Four ways, the first that an environment allows:
 
 - snapshot: it says its state itself (`get_state`, `set_state`), or keeps it in plain arrays, as Gymnasium's native vector
   envs do;
 - replay: every row's open episode begins again from its seed and its executed actions are done again; a digest of all
   that came back since the reset must be the same;
 - renew: what remembers something across episodes, or takes no seeds, is made anew at every checkpoint, with a seed of
-  that checkpoint; in a run that is never interrupted too, so that both go on alike. The open episodes are cut there.
+  that checkpoint; in a run that is never interrupted too, so that both go on alike. The open episodes are cut there;
+- restart: where that is not wanted, or nothing would come of it, environments go on, and a resumed run begins new episodes
+  in new ones. It is then not the run that was interrupted, and says so.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -26,7 +29,7 @@ from understudy.control.masks import mask_of, random_allowed
 from understudy.control.spaces import stacked
 from understudy.control.supervise import Supervised
 
-Way = Literal["snapshot", "replay", "renew"]
+Way = Literal["snapshot", "replay", "renew", "restart"]
 LONGEST = 10_000
 """Steps of an open episode that are replayed; at a checkpoint, a longer one is cut and all rows begin new episodes."""
 FOLD = 128
@@ -120,7 +123,7 @@ def _walked(env: gymnasium.Env, seed: int, actions: Sequence[Any]) -> str:
     for action in actions:
         allowed = mask_of(env.action_space, obs, info)
         action = action if allowed is None else random_allowed(env.action_space, allowed, rng)
-        obs, reward, terminated, truncated, info = env.step(action)
+        obs, reward, terminated, truncated, info = env.step(copy.deepcopy(action))  # it may be written over
         found.update(repr((_bytes(obs), float(reward), bool(terminated))).encode())
         if terminated or truncated:
             break

@@ -96,6 +96,7 @@ class Supervised(ExactInfos, VectorEnv):
 
     Attributes:
         faults: every `Fault` so far, for whoever wants to note and clear them; `restarted` counts on, for each row.
+        seeds: what each row was last reset with.
 
     Raises:
         RequestError: an environment cannot be made, or its observations are no arrays.
@@ -130,7 +131,7 @@ class Supervised(ExactInfos, VectorEnv):
         self._memory = create_empty_array(self.single_observation_space, self.num_envs, fn=_shared)
         self._seen = create_empty_array(self.single_observation_space, self.num_envs)  # s_t, out of the workers' reach
         self._pairs = list(zip(_flat(self._seen), _flat(self._memory), strict=True))
-        self._seeds: list[int | None] = [None] * self.num_envs
+        self.seeds: list[int | None] = [None] * self.num_envs
         self._episodes, self._steps = [0] * self.num_envs, [0] * self.num_envs
         self._over: np.ndarray = np.zeros(self.num_envs, dtype=bool)
         self._reborn: set[int] = set()  # restarted, and not yet reset: their next seed is new
@@ -247,10 +248,10 @@ class Supervised(ExactInfos, VectorEnv):
     def _sow(self, row: int, seed: int | None) -> int | None:
         """The seed of a row's next episode: as given; new for a row that was restarted; else its generator's own."""
         if seed is None and row in self._reborn:
-            seed = derive(self._seeds[row] or 0, "restart", row, self.restarted[row])
+            seed = derive(self.seeds[row] or 0, "restart", row, self.restarted[row])
         self._reborn.discard(row)
         self._episodes[row] = 0 if seed is not None else self._episodes[row] + 1
-        self._seeds[row] = self._seeds[row] if seed is None else int(seed)
+        self.seeds[row] = self.seeds[row] if seed is None else int(seed)
         self._steps[row] = 0
         return seed
 
@@ -269,7 +270,7 @@ class Supervised(ExactInfos, VectorEnv):
     def _restart(self, row: int, failure: _Failure) -> Fault:
         """End what is left of an environment and begin it anew; the fault, written down."""
         failure = self._end(row, failure)
-        about = self._seeds[row], self._episodes[row], self._steps[row]
+        about = self.seeds[row], self._episodes[row], self._steps[row]
         fault = Fault(row, *about, *failure)
         self.faults.append(fault)
         if sum(self.restarted) == self.restarts:
