@@ -83,10 +83,9 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
         control_ppo,
         {"env": "HalfCheetah-v5", "num_envs": 2, "rollout": 16, "epochs": 1, "steps": 320},
     ),
-    "ppo-remembering-env": (  # its scale goes on from episode to episode: it is made anew at every checkpoint
+    "ppo-remembering-env": (  # its drift goes on from episode to episode: it is made anew at every checkpoint
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640}
-        | {"wrappers": ("NormalizeObservation",)},
+        {"env": "tests.faults.own_envs:Remembers", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640},
     ),
     "ppo-env-with-state": (
         control_ppo,

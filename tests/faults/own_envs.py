@@ -55,6 +55,20 @@ class Slow(SaysItself):
         return super().step(action)
 
 
+class Remembers(SaysItself):
+    """It does not say where it stands."""
+
+    get_state = set_state = None
+
+
+class Draws(Remembers):
+    """Its constructor draws from NumPy's global generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drift = float(np.random.normal())
+
+
 class Unseeded(SaysItself):
     """Its noise comes from a generator that no seed reaches. It does not say where it stands."""
 

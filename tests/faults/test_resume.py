@@ -318,7 +318,7 @@ def test_metrics_that_cannot_be_written_are_said_once_and_the_run_goes_on(tmp_pa
 
 def test_an_env_that_does_not_come_back_is_said_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     """Its noise has no seed, and it was not found out at the start: no replay can bring it back."""
-    monkeypatch.setattr("understudy.control.stage.forgets", lambda *_: True)
+    monkeypatch.setattr("understudy.control.sources.forgets", lambda *_: True)
     config = run_of(tmp_path / "run", env="tests.faults.own_envs:Unseeded", checkpoint_every=2)
     iterations = ppo.iterate(config)
     next(iterations)
@@ -372,6 +372,93 @@ def test_the_way_back_is_the_first_that_an_env_allows():
 def test_an_env_that_remembers_is_found_out():
     assert standing.forgets(gymnasium.make("CartPole-v1"), 3)
     assert not standing.forgets(NormalizeObservation(gymnasium.make("CartPole-v1")), 3)
+
+
+def shared_state(path: Path) -> str:
+    return repr(checkpoint.load_state(path)["run"]["shared_generators"]["numpy"])
+
+
+def test_an_env_whose_constructor_draws_is_made_anew_with_the_same_numbers(tmp_path):
+    fields = {"env": "tests.faults.own_envs:Draws", "checkpoint_every": 2}
+    before = np.random.get_state()
+    np.random.seed(7)
+    whole = ppo.train(run_of(tmp_path / "whole", **fields))
+    np.random.seed(7)
+    iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
+    for _ in range(3):
+        next(iterations)
+    iterations.close()
+    np.random.seed(8)
+
+    run = understudy.resume(tmp_path / "run")
+    np.random.set_state(before)
+
+    last = run.checkpoints()[-1]
+    states = [shared_state(path / "checkpoints" / last) for path in (whole.path, run.path)]
+    policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
+    assert states[0] == states[1] and policies[0] == policies[1]
+
+
+class Overwrites(SaysItself):
+    """Writes over the action that it is given."""
+
+    get_state = set_state = None
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.drift = 0.0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.place += float(action[0])
+        action[:] = 7.0
+        return super().step(0)
+
+
+def test_an_env_that_writes_over_its_action_comes_back(tmp_path, capsys):
+    assert standing.forgets(Overwrites(), 3)
+    fields = {"env": "tests.faults.test_resume:Overwrites", "checkpoint_every": 2}
+    whole = ppo.train(run_of(tmp_path / "whole", **fields))
+    iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
+    for _ in range(3):
+        next(iterations)
+    iterations.close()
+
+    run = understudy.resume(tmp_path / "run")
+    policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
+    assert policies[0] == policies[1] and "does not come back" not in capsys.readouterr().err
+
+
+class FailsAtFirst(SaysItself):
+    """A reset with a seed that three divides fails."""
+
+    get_state = set_state = None
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None and seed % 3 == 0:
+            raise RuntimeError("not this one")
+        self.drift = 0.0
+        return super().reset(seed=seed)
+
+
+def test_a_fault_in_a_reset_leaves_resume_exact_and_its_restart_counted(tmp_path, capsys):
+    fields = {"env": "tests.faults.test_resume:FailsAtFirst", "checkpoint_every": 2, "vectorization": "supervised"}
+    whole = ppo.train(run_of(tmp_path / "whole", **fields))
+    iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
+    for _ in range(3):
+        next(iterations)
+    iterations.close()
+
+    run = understudy.resume(tmp_path / "run")
+    policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
+    assert policies[0] == policies[1] and "does not come back" not in capsys.readouterr().err
+    counts = [
+        json.loads((path / "checkpoints" / run.checkpoints()[-1] / "state.json").read_text())["run"]["walker"][
+            "restarted"
+        ]
+        for path in (whole.path, run.path)
+    ]
+    assert counts[0] == counts[1] and sum(counts[0]) > 0
 
 
 def test_state_of_every_kind_comes_back(tmp_path):

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     from understudy.run.config import RequestError
     from understudy.run.redact import printable, redact
 
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)  # as `python -m` has it: a module of the current folder is found
     try:
         try:
             return _answer(sys.argv[1:] if argv is None else argv)

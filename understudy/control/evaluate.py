@@ -86,7 +86,7 @@ def evaluate(
     return Evaluation(
         [episode.episode_return for episode in played],
         statistics.fmean(succeeded) if succeeded else None,
-        sum(copy.num_cut for copy in copies),
+        sum(episode.number in copies[episode.row].cut for episode in played),
     )
 
 

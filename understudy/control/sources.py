@@ -194,7 +194,8 @@ class Source:
             yield f"env {self.name!r} breaks its own observation_space ({self.seen.outside}): what it gives is {how}"
 
     def _checked(self) -> Preflight:
-        return check_env(self.name, self._maker()(), seed=self.seed, out_of_space=self.cfg.out_of_space)
+        made = environment.single(self.origin, self.cfg.env_options, self.cfg.wrappers)()
+        return check_env(self.name, made, seed=self.seed, out_of_space=self.cfg.out_of_space)
 
     def _check_object(self, env: gymnasium.Env | VectorEnv) -> None:
         check_statistics(self.name, env)

@@ -60,16 +60,17 @@ class Evaluated(gymnasium.Wrapper):
     """Gives the environment's own reward, whatever wrappers make of it, and truncates an episode after `max_steps`.
 
     Attributes:
-        num_cut: episodes that were ended so.
+        cut: the numbers of the episodes that were ended so.
     """
 
     def __init__(self, env: gymnasium.Env, own: RewardSum, max_steps: int) -> None:
         super().__init__(env)
-        self.own, self.max_steps, self.num_steps, self.num_cut = own, max_steps, 0, 0
+        self.own, self.max_steps, self.num_steps, self.number = own, max_steps, 0, -1
+        self.cut: set[int] = set()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         found = self.env.reset(seed=seed, options=options)
-        self.num_steps = 0
+        self.num_steps, self.number = 0, self.number + 1
         self.own.take()  # steps that a wrapper took within the reset
         return found
 
@@ -77,7 +78,8 @@ class Evaluated(gymnasium.Wrapper):
         obs, _, terminated, truncated, info = self.env.step(action)
         self.num_steps += 1
         cut = self.num_steps >= self.max_steps and not (terminated or truncated)
-        self.num_cut += cut
+        if cut:
+            self.cut.add(self.number)
         return obs, self.own.take(), terminated, truncated or cut, info
 
 

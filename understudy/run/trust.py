@@ -38,14 +38,17 @@ class Code(NamedTuple):
 
 
 def named(fields: dict[str, Any]) -> list[Code]:
-    """All code that the fields of a config name: module:NAME as env or wrapper, file.py:function as reward or reply."""
+    """All code that a config names: module:NAME or FILE.py:NAME as env or wrapper, file.py:function as reward or reply."""
     found = []
     for field in ("env", "wrappers"):
         given = fields.get(field) or ()
         for text in (given,) if isinstance(given, str) else given:
             words = str(text).split()
             module, colon, _ = (words[0] if words else "").rpartition(":")
-            if colon:
+            if colon and module.endswith(".py"):
+                files = (Path(module),) if Path(module).is_file() else ()
+                found.append(Code(field, f"{Path(module).resolve()}:{words[0].rpartition(':')[2]}", files, False))
+            elif colon:
                 found.append(Code(field, words[0], files_of(module), True))
     for field in ("reward", "gold", "reply"):
         given = fields.get(field) or ()
