@@ -62,8 +62,7 @@ def evaluate(
     rows = envs.num_envs
 
     def seed_of(row: int, episode: int) -> int:
-        number = episode * rows + row  # so an episode's seed is the same in however many copies
-        return derive(seed, "evaluate", number % 50, number // 50)
+        return episode_seed(episode * rows + row, seed)
 
     try:
         with torch.no_grad():
@@ -88,6 +87,11 @@ def evaluate(
         statistics.fmean(succeeded) if succeeded else None,
         sum(episode.number in copies[episode.row].cut for episode in played),
     )
+
+
+def episode_seed(number: int, seed: int = SEED) -> int:
+    """The seed of an evaluation's episode, counted from 0; the same in however many copies it is played."""
+    return derive(seed, "evaluate", number % 50, number // 50)
 
 
 class Stopped(Exception):

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from understudy.control import environment
 from understudy.control.collect import Walker
 from understudy.control.config import Config
-from understudy.control.evaluate import SEED
+from understudy.control.evaluate import SEED, episode_seed
 from understudy.control.policy import Policy
+from understudy.control.sources import Source
 from understudy.control.spaces import MASK
-from understudy.run.seeds import derive, generator
+from understudy.run.seeds import generator
 from understudy.value import estimate
 
 
@@ -37,14 +37,16 @@ def replay(policy: Policy, cfg: Config, *, episode: int, steps: int, sample: boo
     """The first `steps` steps of an evaluation episode; the same at every call.
 
     Args:
-        episode: its number, from 0: the seeds are those of `evaluate` in a single environment.
+        episode: its number, from 0: the seeds are those of `evaluate` in any number of copies.
         sample: choose as in training; otherwise the distribution's mode.
     """
-    envs = environment.make(cfg.env, num_envs=1, options=cfg.env_options, wrappers=cfg.wrappers)
+    source = Source(cfg)
+    source.check()
+    envs, _ = source.open_evaluation(1)
     try:
         walker = Walker(
             envs,
-            seed_of=lambda row, number: derive(SEED, "evaluate", row, episode + number),
+            seed_of=lambda _, number: episode_seed(episode + number),
             generator=generator(SEED, "evaluate", cfg.device),
             hold=cfg.hold,
             device=cfg.device,
@@ -53,7 +55,7 @@ def replay(policy: Policy, cfg: Config, *, episode: int, steps: int, sample: boo
         )
         record = walker.collect(policy, steps)
     finally:
-        envs.close()
+        source.close_evaluation(envs)
     value = estimate(policy, record)[1][0].tolist()
     seen = record.obs if isinstance(record.obs, dict) else {"obs": record.obs}
     found: list[Step] = []

@@ -421,8 +421,6 @@ def open_stage(
         source.close()
 
 
-
-
 def drain(iterations: Iterations) -> Run:
     """Run a recipe's iterations to their end; the run they made."""
     while True:
