@@ -52,7 +52,15 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             SFT + "test_a_run_is_a_model_to_go_on_from",
             REWARD + "test_training_goes_on_from_a_reward_models_run",
         ),
-        "data": (SFT + "test_the_loss_is_the_surprise_of_the_completions_tokens_alone",),
+        "data": (
+            SFT + "test_the_loss_is_the_surprise_of_the_completions_tokens_alone",
+            "test_data_in_memory.py::test_rows_in_memory_teach_what_the_same_file_teaches",
+        ),
+        "data_config": ("test_data.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",),
+        "data_split": (
+            "test_data.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",
+            "test_data.py::test_a_part_of_what_has_none_is_refused",
+        ),
         "columns": (REFUSED + "test_columns_of_other_names_are_mapped",),
         "steps": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for", SFT + FIRST_STEP),
         "seed": (PPO + SEED, SFT + SEED, REWARD + SEED),

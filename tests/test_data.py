@@ -1,12 +1,15 @@
 """Files become rows: every format, their order, and a sentence for each way a file can be wrong."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
+from collections import UserList
+from datetime import date
 
 import pytest
 
-from understudy.language.data import read
+from understudy.language.data import Table, read
 from understudy.run.config import RequestError
 
 ROWS = [{"prompt": "one", "n": 1}, {"prompt": "two, three", "n": 2}]
@@ -97,6 +100,117 @@ def test_a_directory_that_does_not_say_which_file_is_refused(file, tmp_path, nam
 
     with pytest.raises(RequestError, match=rf"which {found}.*: name one file, or call it train"):
         read(str(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["", "data/", "train/"])
+def test_the_shards_of_a_split_are_read_in_order(file, tmp_path, place):
+    (tmp_path / place).mkdir(exist_ok=True)
+    for number in (1, 0):
+        file(f"{place}train-0000{number}-of-00002.jsonl", json.dumps(ROWS[number]))
+    file("test-00000-of-00001.jsonl", "{}")
+
+    assert read(str(tmp_path)) == ROWS
+
+
+def test_a_shard_that_is_missing_is_noticed(file, tmp_path):
+    for number in (0, 2):
+        file(f"train-0000{number}-of-00003.jsonl", JSONL)
+
+    with pytest.raises(RequestError, match="which has 2 of the 3 shards of 'train': add the others"):
+        read(str(tmp_path))
+
+
+def test_another_split_and_configuration_of_a_directory_are_read_where_named(file, tmp_path):
+    (tmp_path / "main").mkdir()
+    file("main/train.jsonl", "{}")
+    file("main/test.csv", CSV)
+
+    assert len(read(str(tmp_path), config="main", split="test")) == 2
+    with pytest.raises(RequestError, match=r"data_config is 'socratic': .* has no such directory"):
+        read(str(tmp_path), config="socratic")
+    with pytest.raises(RequestError, match="of the split 'dev': name one file, or call it dev"):
+        read(str(tmp_path), config="main", split="dev")
+
+
+@pytest.mark.parametrize("part", [{"config": "main"}, {"split": "test"}])
+def test_a_part_of_what_has_none_is_refused(file, part):
+    (name, value), path = next(iter(part.items())), file("a.jsonl", JSONL)
+
+    for source in (path, Table.of(ROWS)):
+        with pytest.raises(
+            RequestError, match=f"data_{name} is '{value}', but data is .* has no such parts: leave it out"
+        ):
+            read(source, **part)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_datasets_has_saved_to_disk_is_read(tmp_path, split):
+    datasets = pytest.importorskip("datasets")
+    made = datasets.Dataset.from_list(ROWS)
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": made, "test": made.select([1])}).save_to_disk(tmp_path / "several")
+
+    assert read(str(tmp_path / "several"), split=split) == (ROWS if split == "train" else ROWS[1:])
+    assert read(str(tmp_path / "one")) == ROWS
+    with pytest.raises(RequestError, match=r"data_split is 'dev': .* has train, test"):
+        read(str(tmp_path / "several"), split="dev")
+    with pytest.raises(RequestError, match=r"data_split is 'dev', but .* has no splits"):
+        read(str(tmp_path / "one"), split="dev")
+
+
+# rows in memory
+
+
+def test_rows_in_memory_are_read_as_they_are_and_named_by_their_digest():
+    table = Table.of(UserList(ROWS))
+
+    assert read(table, columns={"text": "prompt"}) == [{"n": 1, "text": "one"}, {"n": 2, "text": "two, three"}]
+    assert str(table) == f"2 rows in memory, digest {hashlib.sha256(JSONL.encode()).hexdigest()[:12]}"
+    assert str(Table.of(ROWS[::-1])) != str(table)
+
+
+def test_a_dataset_of_datasets_is_rows_in_memory():
+    datasets = pytest.importorskip("datasets")
+
+    assert read(Table.of(datasets.Dataset.from_list(ROWS))) == ROWS
+
+
+def test_rows_that_were_written_down_come_back(tmp_path):
+    table = Table.of(
+        [{"prompt": "caf\u00e9 \ud800", "n": 1.5, "day": date(2026, 1, 2), "messages": [{"role": "user"}]}]
+    )
+    table.write(tmp_path / "data.jsonl")
+
+    again = Table.restored(str(table), tmp_path / "data.jsonl")
+    assert (again, again.digest) == (table, table.digest)
+    assert again.rows[0]["prompt"] == table.rows[0]["prompt"]
+    assert hashlib.sha256((tmp_path / "data.jsonl").read_bytes()).hexdigest() == table.digest
+
+
+def test_other_rows_than_were_written_down_are_refused(tmp_path):
+    Table.of(ROWS).write(tmp_path / "data.jsonl")
+
+    with pytest.raises(RequestError, match="give the rows that the run began with"):
+        Table.restored(str(Table.of(ROWS[:1])), tmp_path / "data.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("given", "fault"),
+    [
+        ({"train": ROWS, "test": ROWS}, r"data is a dict of train, test: give one of them, as in data\[...\]"),
+        ([{"prompt": "hi"}, "hi"], "row 2 of data is 'hi': must be a dict with named columns"),
+        (7, "data is a int: must be a file's name, or a list of rows, each a dict"),
+        ((row for row in ROWS), "data is a generator: must be a file's name, or a list of rows"),
+    ],
+)
+def test_what_is_no_rows_is_refused(given, fault):
+    with pytest.raises(RequestError, match=fault):
+        Table.of(given)
+
+
+def test_rows_of_a_process_that_is_gone_are_asked_for():
+    with pytest.raises(RequestError, match="of a process that is gone: give the rows again, as in resume"):
+        read("2 rows in memory, digest 0123456789ab")
 
 
 # columns

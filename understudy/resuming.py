@@ -17,6 +17,7 @@ RECIPES = {
     "control": ("reinforce", "actor-critic", "ppo"),
     "language": ("sft", "reward-model", "reinforce", "ppo", "grpo", "dpo"),
 }
+KEPT_ROWS = {"data", "pretraining"}  # fields of which a run may hold the rows itself
 
 
 def resume(
@@ -40,7 +41,7 @@ def resume(
         env, evaluation_env, policy: control, a user's own objects or functions, where the run began with them; or, as env,
             the id of its environment.
         engine: language, who samples, where the run began with one.
-        own: fields of the config that name code of the user's: wrappers, reward, gold, reply.
+        own: fields of the config that name code of the user's: wrappers, reward, gold, reply; or rows it began with.
 
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
@@ -60,6 +61,11 @@ def resume(
     for code in permit(path, fields, given={*named, *objects_too}):
         importlib.import_module("understudy.control.environment").check_kind(code.field, code.name)
     config = rebuilt(recipe.Config, fields | named | {"out": str(path)})
+    for name in KEPT_ROWS & named.keys():
+        if str(getattr(config, name)) != str(fields.get(name)):
+            raise RequestError(
+                f"{name} is {str(getattr(config, name))!r}, and the run began with {str(fields.get(name))!r}: give those"
+            )
     if steps is not None and steps < config.steps:
         raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")
     opened, found = Run.reopen(path, checkpoint)
@@ -88,6 +94,11 @@ def described(path: Path) -> tuple[str, str, dict[str, Any]]:
         raise RequestError(
             f"run is '{path}', whose config.json names no recipe of this version: give the directory of a run"
         )
+    if world == "language":
+        data = importlib.import_module("understudy.language.data")
+        for role in KEPT_ROWS & fields.keys():
+            if data.IN_MEMORY.fullmatch(str(fields[role])) and (file := path / f"{role}.jsonl").is_file():
+                fields[role] = data.Table.restored(fields[role], file)
     return world, name, fields
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from understudy.language.data import Table
 from understudy.language.lora import base_of
 from understudy.language.model import home
 from understudy.language.text import Tokenizer
@@ -29,7 +30,10 @@ def links(cfg: Any, recipe: str) -> list[dict[str, Any]]:
     if reference := getattr(cfg, "reference", None):
         found += _models("reference", reference, "policy")
     for role in ("data", "pretraining"):
-        if source := getattr(cfg, role, None):
+        source = getattr(cfg, role, None)
+        if isinstance(source, Table):  # the run itself holds them
+            found.append({"role": role, "path": f"{role}.jsonl", "files": {f"{role}.jsonl": source.digest}})
+        elif source:
             there = Path(source).exists()
             found.append(link(role, Path(source)) if there else {"role": role, "path": source, "files": {}})
     for role in ("reward", "gold"):
@@ -64,7 +68,7 @@ def as_declared(source: str, tokenizer: Tokenizer) -> None:
                 f"put back the {name} it had"
             )
     for one in about.get("links", []):
-        if one.get("role") == "data" and (other := changed(one)):
+        if one.get("role") == "data" and (other := changed(one, run)):
             raise RequestError(
                 f"its data '{one['path']}' have the digest {other[:12]}..., '{run}' was trained on "
                 f"{digest_of(one)[:12]}...: put back the data, or train the reward model again"

@@ -67,7 +67,7 @@ class Cast:
         limit = Limit.of(self.policy.model, cfg.max_length, completion=cfg.limit, name=name)
         if limit.tokens < 1:
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
-        rows = read(cfg.data, columns=cfg.renamed)
+        rows = read(cfg.data, **cfg.reading)
         found = prompts(rows, self.tokenizer, max_length=limit, too_long=cfg.too_long, unconditional=cfg.unconditional)
         self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)

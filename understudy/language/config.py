@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from understudy.constrain import Constraint
+from understudy.language.data import Table
 from understudy.run.config import Count, NonNegative, Positive, RequestError, Temperature, Threads, Unit, Whole, check
 from understudy.run.device import check_device
 from understudy.score import Cut
+
+IN_MEMORY = ("data", "pretraining")
+"""Fields that may be rows; a run keeps them as FIELD.jsonl."""
 
 
 class Function(str):
@@ -54,7 +59,12 @@ class Config:
     model: str
     """Directory, run or hub id of a causal LM."""
     data: str
-    """JSONL, CSV, Parquet or JSON file, directory, or datasets name."""
+    """JSONL, CSV, Parquet or JSON file, directory, or datasets name. In Python also rows (a list of dicts, a
+    datasets.Dataset), which the run keeps as data.jsonl."""
+    data_config: str | None = None
+    """Which configuration of a datasets name, or which folder of a directory, is read."""
+    data_split: str = "train"
+    """Which split of a datasets name or directory is read."""
     columns: tuple[str, ...] = ()
     """Names in the data for ours, each ours=theirs: prompt=question."""
     steps: Whole = 0
@@ -118,6 +128,11 @@ class Config:
     """No progress on the terminal."""
 
     def __post_init__(self) -> None:
+        for name in IN_MEMORY:
+            given = getattr(self, name, None)
+            if given is not None and not isinstance(given, str):
+                made = str(given) if isinstance(given, os.PathLike) else Table.of(given)
+                object.__setattr__(self, name, made)
         check(self)
         check_device(self.device)
         if self.weight_decay * self.learning_rate >= 1:
@@ -134,9 +149,10 @@ class Config:
         return []
 
     @property
-    def renamed(self) -> dict[str, str]:
-        """`columns` as a mapping from our names to the data's."""
-        return {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in self.columns)}
+    def reading(self) -> dict[str, Any]:
+        """How `read` is to read the data: the columns from our names to the data's, the configuration and the split."""
+        columns = {ours: theirs for ours, _, theirs in (pair.partition("=") for pair in self.columns)}
+        return {"columns": columns, "config": self.data_config, "split": self.data_split}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import importlib
 import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -20,23 +22,93 @@ Row = dict[str, Any]
 """A row by column. Cells keep the type the file gives them; a CSV's are all strings."""
 
 
-def read(source: str | Path, *, columns: Mapping[str, str] | None = None) -> list[Row]:
+class Table(str):
+    """Rows in memory where a config has the name of a file: as text, how many they are and the beginning of their digest.
+
+    Attributes:
+        rows: as they were given, each a dict.  digest: the SHA-256 of their JSON.
+    """
+
+    rows: list[Row]
+    digest: str
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Table:
+        return self
+
+    @classmethod
+    def of(cls, given: Any) -> Table:
+        """A list of mappings, or anything like it that has a length, such as a `datasets.Dataset`.
+
+        Raises:
+            RequestError: it is something else.
+        """
+        if isinstance(given, Mapping):
+            splits = ", ".join(map(str, given))
+            raise RequestError(f"data is a {type(given).__name__} of {splits}: give one of them, as in data[...]")
+        if not (isinstance(given, Iterable) and isinstance(given, Sized)):
+            raise RequestError(
+                f"data is a {type(given).__name__}: must be a file's name, or a list of rows, each a dict"
+            )
+        rows: list[Row] = []
+        for number, row in enumerate(given, 1):
+            if not isinstance(row, Mapping):
+                raise RequestError(f"row {number} of data is {str(row)[:40]!r}: must be a dict with named columns")
+            rows.append(dict(row))
+        digest = hashlib.sha256(cls._lines(rows).encode(errors="surrogatepass")).hexdigest()
+        made = cls(f"{len(rows)} rows in memory, digest {digest[:12]}")
+        made.rows, made.digest = rows, digest
+        return made
+
+    @classmethod
+    def restored(cls, text: str, file: Path) -> Table:
+        """The rows that a run wrote down at its start.
+
+        Raises:
+            RequestError: they are not the ones it began with.
+        """
+        if (made := cls.of(_read_jsonl(file))) != text:
+            raise RequestError(f"data is {text!r}, and '{file}' holds {made}: give the rows that the run began with")
+        return made
+
+    def write(self, file: Path) -> None:
+        """Write the rows as JSONL, from which `restored` makes the same again; what JSON does not know becomes text."""
+        file.write_text(self._lines(self.rows), encoding="utf-8", errors="surrogatepass")
+
+    @staticmethod
+    def _lines(rows: list[Row]) -> str:
+        return "".join(json.dumps(row, default=str) + "\n" for row in rows)
+
+
+def read(
+    source: str | Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    config: str | None = None,
+    split: str = "train",
+) -> list[Row]:
     """The rows of JSONL, JSON, CSV, Parquet or `.jsonl.gz`/`.csv.gz`, in their order; blank lines are no rows.
 
     Args:
-        source: such a file; a directory that holds one named `train.*`, or a single one; or else the name of a set that
-            the `datasets` package knows, of which the split `train` is read.
+        source: a `Table`; such a file; a directory with one of that split (`train.*`) or its shards
+            (`train-00000-of-00002.*`), a single file, or what `datasets` has saved to disk; or else the name of a set that
+            the `datasets` package knows.
         columns: our name -> the file's, as in {"prompt": "question"}. What stood under our name before is dropped.
+        config, split: which part of a directory or set is read.
     """
     path = Path(source)
-    if path.is_dir():
-        path = _only_file(path)
-    if path.is_file():
+    if (isinstance(source, Table) or path.is_file()) and (config is not None or split != "train"):
+        name, value = ("data_config", config) if config is not None else ("data_split", split)
+        raise RequestError(f"{name} is {value!r}, but data is {str(source)!r}, which has no such parts: leave it out")
+    if isinstance(source, Table):
+        rows = source.rows
+    elif path.is_file():
         rows = _read_file(path)
+    elif path.is_dir():
+        rows = _read_directory(path, config, split)
     elif path.name.endswith(tuple(READERS)) or path.is_absolute() or str(source).startswith("."):
         raise RequestError(f"data is {str(source)!r}: there is no such file")
     else:
-        rows = _published(str(source))
+        rows = _published(str(source), config, split)
     if not rows:
         raise RequestError(f"data is {str(source)!r}: it has no rows; name a file with at least one")
     return _renamed(rows, columns or {})
@@ -146,13 +218,56 @@ def at_row(number: int) -> Iterator[None]:
         raise RequestError(f"row {number}: {error}") from None
 
 
-def _only_file(folder: Path) -> Path:
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(tuple(READERS)))
-    chosen = [path for path in files if path.name.split(".")[0] == "train"] or files
+def _read_directory(folder: Path, config: str | None, split: str) -> list[Row]:
+    if config is not None:
+        if not (folder / config).is_dir():
+            raise RequestError(f"data_config is {config!r}: '{folder}' has no such directory")
+        folder = folder / config
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved(folder, split)
+    return [row for path in _files_of(folder, split) for row in _read_file(path)]
+
+
+def _saved(folder: Path, split: str) -> list[Row]:
+    """What `save_to_disk` of `datasets` has written."""
+    datasets = _extra("datasets", f"reading {str(folder)!r}, which `datasets` has saved,")
+    found = datasets.load_from_disk(str(folder))
+    if isinstance(found, Mapping):
+        if split not in found:
+            raise RequestError(f"data_split is {split!r}: {str(folder)!r} has {', '.join(found)}")
+        found = found[split]
+    elif split != "train":
+        raise RequestError(f"data_split is {split!r}, but {str(folder)!r} has no splits: leave it out")
+    return list(found)
+
+
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """A directory's only file of a split, or its shards in order; also in a folder `data`, or one named as the split."""
+    places = [folder, folder / "data", folder / split]
+    files = sorted(path for place in places if place.is_dir() for path in place.iterdir())
+    files = [path for path in files if path.name.endswith(tuple(READERS))]
+    named = [path for path in files if path.parent == folder / split or _split_of(path) == split]
+    chosen = named or ([] if split != "train" else files)
+    shards = [found for path in chosen if (found := SHARD.fullmatch(path.name.split(".")[0]))]
+    if len(chosen) > 1 and len(shards) == len(chosen):
+        counts = {int(found[3]) for found in shards}
+        if counts != {len(chosen)}:
+            raise RequestError(
+                f"data is {str(folder)!r}, which has {len(chosen)} of the {max(counts)} shards of {split!r}: add the others"
+            )
+        return chosen
     if len(chosen) == 1:
-        return chosen[0]
+        return chosen
     found = f"has {', '.join(path.name for path in chosen)}" if chosen else f"has no {', '.join(READERS)}"
-    raise RequestError(f"data is {str(folder)!r}, which {found}: name one file, or call it train.*")
+    found += "" if chosen or split == "train" else f" of the split {split!r}"
+    raise RequestError(f"data is {str(folder)!r}, which {found}: name one file, or call it {split}.*")
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name says it is of: `train` of train.jsonl and of train-00000-of-00002.parquet."""
+    stem = path.name.split(".")[0]
+    shard = SHARD.fullmatch(stem)
+    return stem if shard is None else shard[1]
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -229,10 +344,14 @@ def _read_parquet(path: Path) -> list[Row]:
         raise RequestError(f"data is {str(path)!r}: not Parquet ({str(error).splitlines()[0]})") from None
 
 
-def _published(name: str) -> list[Row]:
+def _published(name: str, config: str | None, split: str) -> list[Row]:
+    if IN_MEMORY.fullmatch(name):
+        raise RequestError(
+            f"data is {name!r}, of a process that is gone: give the rows again, as in resume(RUN, data=rows)"
+        )
     datasets = _extra("datasets", f"data is {name!r}, which is no file here: reading a published set")
     try:
-        return list(datasets.load_dataset(name, split="train"))
+        return list(datasets.load_dataset(name, config, split=split))
     except (OSError, ValueError) as error:  # no such set, no network, no split of that name
         raise RequestError(
             f"data is {name!r}: no file here, and `datasets` says {str(error).splitlines()[0]}"
@@ -262,6 +381,8 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
     ]
 
 
+SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
+IN_MEMORY = re.compile(r"\d+ rows in memory, digest [0-9a-f]+")
 USUAL = {
     "prompt": ("prompts", "question", "instruction", "problem", "query", "input", "user", "context", "messages"),
     "completion": ("completions", "answer", "response", "output", "solution", "target", "assistant"),

@@ -110,7 +110,7 @@ def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
     """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
-    rows, limit = read(cfg.data, columns=cfg.renamed), Limit.of(policy.model, cfg.max_length)
+    rows, limit = read(cfg.data, **cfg.reading), Limit.of(policy.model, cfg.max_length)
     data = preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
     check_ids(data, policy.model)
     policy.remarks += data.remark(cfg.data)

@@ -111,7 +111,7 @@ def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
 
     Pairs of one prompt are all learned from, or all kept. The model remembers which of the two it reads.
     """
-    rows = read(cfg.data, columns=cfg.renamed)
+    rows = read(cfg.data, **cfg.reading)
     limit = text.Limit.of(model.model, cfg.max_length)
     columns = text.column_names(rows)
     model.form = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"

@@ -88,7 +88,7 @@ def train(cfg: Config, *, resume: Resume | None = None) -> Run:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
-    rows, limit = read(cfg.data, columns=cfg.renamed), Limit.of(policy.model, cfg.max_length)
+    rows, limit = read(cfg.data, **cfg.reading), Limit.of(policy.model, cfg.max_length)
     fields = {"max_length": limit, "too_long": cfg.too_long, "train_on": cfg.train_on}
     data = examples(rows, policy.tokenizer, **fields)
     check_ids(data, policy.model)

@@ -19,7 +19,8 @@ from torch import nn
 
 from understudy.constrain import Bounds
 from understudy.language import ancestry
-from understudy.language.config import Config, Rollouts
+from understudy.language.config import IN_MEMORY, Config, Rollouts
+from understudy.language.data import Table
 from understudy.language.lora import ADAPTER
 from understudy.language.optimizer import AdamW
 from understudy.language.text import Preference
@@ -230,6 +231,9 @@ def open_stage(
     if resume is None:
         description = {"recipe": f"language {recipe}", "config": to_json(cfg)}
         run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", description, origin)
+        for name in IN_MEMORY:
+            if isinstance(rows := getattr(cfg, name, None), Table):
+                rows.write(run.path / f"{name}.jsonl")
     else:
         run = resume.run
         lineage.go_on(run.path, origin)

@@ -226,7 +226,7 @@ def verify(about: dict[str, Any]) -> Iterator[Check]:
         for file, was in _mapping(files).items():
             yield _compared(run, f"code {field} {file}", str(was), _digest(Path(file)))
     for one in about["links"]:
-        path, what = Path(one.get("path", "")), f"{one.get('role')} {one.get('path')}"
+        path, what = run / one.get("path", ""), f"{one.get('role')} {one.get('path')}"
         alone = os.path.isfile(path)
         if not one.get("files"):
             yield Check(run, what, "unknown", "", "")
@@ -241,9 +241,13 @@ def verify(about: dict[str, Any]) -> Iterator[Check]:
             yield from verify(one["from"])
 
 
-def changed(one: dict[str, Any]) -> str | None:
-    """The digest that a link's files have now, where all are there and it is another than was written; else None."""
-    path = Path(str(one.get("path")))
+def changed(one: dict[str, Any], run: Path) -> str | None:
+    """The digest that a link's files have now, where all are there and it is another than was written; else None.
+
+    Args:
+        run: whose link it is; the path of what lies in the run's own directory is relative to it.
+    """
+    path = run / str(one.get("path"))
     alone = os.path.isfile(path)
     files = {name: _digest(path if alone else path / name) for name in one.get("files") or {}}
     if None in files.values():
