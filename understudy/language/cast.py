@@ -69,6 +69,7 @@ class Cast:
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
         rows = read(cfg.data, **cfg.reading)
         found = prompts(rows, self.tokenizer, max_length=limit, too_long=cfg.too_long, unconditional=cfg.unconditional)
+        check_ids(found, self.policy.model)
         self.policy.remarks += found.remark(cfg.data)
         learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
         self.held_out = bool(kept)

@@ -191,7 +191,8 @@ def _plain(cell: Any) -> str:
 
 
 def _check_text(name: str, cell: Any, chat: bool) -> None:
-    blank = isinstance(cell, str) and not (cell.strip() if name == "prompt" else cell)  # an answer may be a space
+    whole = name in ("prompt", "text")  # an answer may be a space
+    blank = isinstance(cell, str) and not (cell.strip() if whole else cell)
     if cell is None or blank or cell == []:
         raise RequestError(f"{name} is empty: fill it or leave the row out")
     if not isinstance(cell, str | list):

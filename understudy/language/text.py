@@ -212,7 +212,7 @@ def labelled(
     return room.those_of(each_row(rows, one, texts=("text",), others=("label",)))
 
 
-def check_ids(data: Sequence[Example | Preference | Labelled], model: Any) -> None:
+def check_ids(data: Sequence[Prompt | Example | Preference | Labelled], model: Any) -> None:
     """Refuse rows with an id that a model has no embedding for: its tokenizer is not the one it was trained with."""
     vocabulary = model.get_input_embeddings().num_embeddings
     for record in data:
