@@ -70,7 +70,8 @@ def _save(name: str, folder: Path) -> None:
     model.save_pretrained(folder)
     rehearsal.tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    rates = {key: 0.3 for key, x in config.items() if isinstance(x, float) and "drop" in key}
+    own = ARCHITECTURES[name].fields
+    rates = {key: 0.3 for key, x in config.items() if isinstance(x, float) and "drop" in key and key not in own}
     (folder / "config.json").write_text(json.dumps(config | rates))
 
 
@@ -82,7 +83,7 @@ def _true_log_probs(folder: Path) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def _next_tokens(model: Any, row: list[int]) -> torch.Tensor:
-    logp = model(torch.tensor([row])).logits[0].float().log_softmax(dim=-1)
+    logp = model(torch.tensor([row]), use_cache=False).logits[0].float().log_softmax(dim=-1)
     return logp[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
 
 

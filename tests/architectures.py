@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "arcee": Architecture("dense"),
     "modernbert-decoder": Architecture("window", {"local_attention": 8}),
     "bitnet": Architecture("dense"),
-    "diffllama": Architecture("dense", {"num_key_value_heads": 2}),
+    "diffllama": Architecture("dense", {"num_key_value_heads": 2, "attention_dropout": 0.0}),  # it takes no other
     "mixtral": Architecture("mixture", EXPERTS),
     "qwen2_moe": Architecture("mixture", {**MANY, "shared_expert_intermediate_size": 12}),
     "qwen3_moe": Architecture("mixture", {**MANY, "head_dim": 8}),

@@ -14,8 +14,8 @@ from tests.architectures import make
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.language import dpo, ppo, rehearsal, reward_model, sft
-from understudy.language.generate import check_cache, generate
-from understudy.language.model import Policy, recompute_activations
+from understudy.language.generate import check_cache, generate, lay_out
+from understudy.language.model import Policy, digest, recompute_activations
 from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel
 from understudy.run.config import RequestError
@@ -290,6 +290,26 @@ def test_a_model_that_no_sampling_suits_is_refused(saved):
         generate(policy, ROWS, limit=2, stops=frozenset(), seeds=range(3))
 
 
+@pytest.mark.parametrize("name", ["mpt", "gpt_neo", "bloom", "llama4_text", "lfm2"])
+def test_a_model_that_counts_columns_of_our_cache_is_not_sampled_by_it(saved, name):
+    policy = Policy.from_pretrained(saved(name))
+
+    said = generate(policy, ROWS * 2, limit=5, stops=frozenset([2]), seeds=range(6), slots=1)  # so the ring comes round
+
+    assert policy.cached is False and "the key-value cache " in policy.remarks[-1]
+    record = lay_out(ROWS * 2, said)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+
+
+def test_the_cache_is_tried_once_before_the_first_sample(saved):
+    policy = Policy.from_pretrained(saved("gpt2"))
+    assert policy.cached is None
+
+    generate(policy, ROWS, limit=2, stops=frozenset(), seeds=range(3))
+
+    assert policy.cached is True and policy.remarks == []
+
+
 # ---- attention and trunk ----------------------------------------------------------------------------------------------
 
 
@@ -312,3 +332,30 @@ def test_a_trunk_under_another_name_is_found(saved, critic):
 
     assert policy.fast and type(policy.trunk).__name__ == "Llama4TextModel"
     assert policy(torch.tensor([ROWS[0]]))[1].shape == (1, len(ROWS[0]))
+
+
+def test_a_critic_is_as_wide_as_what_the_head_reads(saved):
+    policy = Policy.from_pretrained(saved("opt", word_embed_proj_dim=8), critic="shared", critic_init="normal")
+
+    assert policy(torch.tensor([ROWS[0]]))[1].shape == (1, len(ROWS[0]))
+
+
+@pytest.mark.parametrize("name", ["opt", "falcon", "bloom", "gptj", "mixtral", "qwen3_next"])
+def test_a_reward_model_of_any_architecture_scores_as_transformers_does(saved, name):
+    model = RewardModel.from_pretrained(saved(name))
+
+    score = model.score(ROWS)
+
+    own = torch.stack([model.model(torch.tensor([row]), use_cache=False).logits[0, 0] for row in ROWS])
+    assert_close(score, own, atol=2e-5, rtol=1e-5)
+
+
+def test_an_architecture_without_a_class_for_scores_is_refused(saved):
+    with pytest.raises(
+        RequestError, match="does not load by AutoModelForSequenceClassification: give a model of another"
+    ):
+        RewardModel.from_pretrained(saved("mamba"))
+
+
+def test_a_parameter_without_dimensions_has_a_digest(saved):
+    assert len(digest(Policy.from_pretrained(saved("apertus")).model)) == 64

@@ -80,6 +80,11 @@ def load_reported(
     except RequestError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+        if "Unrecognized configuration class" in str(error):
+            raise RequestError(
+                f"model is '{source}', whose architecture transformers does not load by {kind.__name__}: give a model of "
+                "another one"
+            ) from error
         raise RequestError(
             f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
             "id in Hugging Face layout"

@@ -135,6 +135,8 @@ class Grid:
         self.mask = torch.full((slots, capacity), self.hidden, dtype=dtype, device=policy.device)
         self.place = torch.arange(capacity, device=policy.device)
         kinds = getattr(config, "layer_types", None) or []
+        if unknown := {*kinds} - {"full_attention", "sliding_attention"}:
+            raise NotImplementedError(f"its layers are of the kind {', '.join(sorted(unknown))}")
         self.window = getattr(config, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
         self.mixed = "sliding_attention" in kinds
 
@@ -424,15 +426,20 @@ def settle_sampling(policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
     Raises:
         RequestError: Hugging Face's `generate` does not give them either.
     """
-    some = sorted(prompts, key=len)[:: max(1, len(prompts) - 1)]
     if policy.fast:
         policy.cached = True
-        if not (problem := _sampling_problem(policy, some)):
+        if not (problem := sampling_problem(policy, prompts)):
             return
         policy.remarks.append(f"the key-value cache {problem}: Hugging Face's generate samples instead, row by row")
     policy.cached = False
-    if problem := _sampling_problem(policy, some):
+    if problem := sampling_problem(policy, prompts):
         raise not_sampled(policy, problem)
+
+
+def _short_and_long(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+    """Three of the prompts: the shortest between two of the longest."""
+    ordered = sorted(prompts, key=len)
+    return [ordered[-1], ordered[0], ordered[-1]]
 
 
 def not_sampled(policy: Policy, problem: str) -> RequestError:
@@ -443,10 +450,10 @@ def not_sampled(policy: Policy, problem: str) -> RequestError:
     )
 
 
-def _sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
+def sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
     """What is wrong with sampling on the policy's path, as the end of a sentence; empty where nothing is."""
     try:
-        gap = check_cache(policy, prompts)
+        gap = check_cache(policy, _short_and_long(prompts))
     except Exception as error:  # whatever a model raises that is handed a cache it does not expect
         return failing(error)
     return "" if gap <= 4 * TOLERANCE[policy.model.dtype] else f"is {gap:.2g} nats from a pass without it"
@@ -459,8 +466,11 @@ def failing(error: Exception) -> str:
 
 @torch.no_grad()
 def check_cache(policy: Policy, prompts: Sequence[Sequence[int]], *, steps: int = 4) -> float:
-    """The distance in nats between the log-probs of our cache and those of an uncached pass, on real prompts."""
-    said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)))
+    """The distance in nats between the log-probs of our cache and those of an uncached pass, on real prompts.
+
+    They take turns in one slot, so that the ring comes round: some models count columns where they should count places.
+    """
+    said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)), slots=1)
     record = lay_out(prompts, said)
     distribution, _ = policy(record.obs)
     return distance((distribution.log_prob(record.action) - record.logprob)[record.mask])

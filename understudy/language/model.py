@@ -392,8 +392,9 @@ def head_of(model: Any, temperature: float) -> Head:
 
 
 def width_of(model: Any) -> int:
-    """H, the size of a hidden state."""
-    return model.config.get_text_config().hidden_size
+    """H, the size of the hidden states that a model's head is given; layers inside may be wider (OPT)."""
+    head = model.get_output_embeddings() or getattr(model, "score", None)
+    return head.weight.shape[1] if hasattr(head, "weight") else model.config.get_text_config().hidden_size
 
 
 def generation_config(model: Any, temperature: float, stops: Iterable[int]) -> GenerationConfig:
@@ -410,5 +411,5 @@ def digest(module: nn.Module) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

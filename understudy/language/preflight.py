@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from understudy.batch import Batch, Text, map_tensors
 from understudy.language.collect import Said
-from understudy.language.generate import failing, not_sampled
+from understudy.language.generate import failing, not_sampled, sampling_problem
 from understudy.language.model import Policy
 from understudy.language.reading import TOLERANCE, trunk_of
 from understudy.language.scorer import RewardModel
@@ -157,6 +157,8 @@ class Ground:
 
     def _sample_in_slots(self) -> tuple[Said | None, str]:
         """Completions by our cache; None and what is wrong where it does not suit the model."""
+        if problem := sampling_problem(self.policy, [self.cast.sampler.prompts[i].ids for i in self._which(ROWS)]):
+            return None, problem
         try:
             said = self.ask(ROWS, self.limit)
         except Exception as error:  # whatever a model raises that is handed a cache it does not expect
