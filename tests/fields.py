@@ -89,6 +89,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "test_text.py::test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos",
             REFUSED + "test_prompts_that_a_judge_reads_are_not_cut",
         ),
+        "evaluation_data": (
+            "test_evaluation_data.py::test_rows_of_their_own_are_evaluated_on_and_all_others_learned_from",
+            "test_evaluation_data.py::test_a_run_is_evaluated_on_its_own_file",
+        ),
         "device": (
             PPO + "test_a_run_works_on_the_device_it_was_given",
             REFUSED + "test_a_device_that_is_not_there_is_refused",

@@ -17,7 +17,7 @@ RECIPES = {
     "control": ("reinforce", "actor-critic", "ppo"),
     "language": ("sft", "reward-model", "reinforce", "ppo", "grpo", "dpo"),
 }
-KEPT_ROWS = {"data", "pretraining"}  # fields of which a run may hold the rows itself
+KEPT_ROWS = {"data", "evaluation_data", "pretraining"}  # fields of which a run may hold the rows itself
 
 
 def resume(

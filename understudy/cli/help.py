@@ -19,7 +19,9 @@ GROUPS = {  # the first group with a pattern that fits a field's name; one that 
         "model init init_* hidden activation shared memory memory_* rnn_* orthogonal squash log_std scalar_std "
         "critic critic_layers critic_init dtype lora* train_layers reference reference_mode trust_remote_code"
     ),
-    "data": "data columns held_out template chat_template stop max_length too_long packing train_on pretraining",
+    "data": (
+        "data evaluation_data columns held_out template chat_template stop max_length too_long packing train_on pretraining"
+    ),
     "sampling": (
         "rollout num_steps_per_env episodes exploration noise_hold rows completions_per_iteration max_new* fixed_length "
         "temperature slots max_num_seqs group group_size resample dynamic_sampling_rounds reply turns max_turns"

@@ -211,7 +211,8 @@ def evaluate_run(argv: list[str]) -> int:
     """`understudy evaluate RUN` of a language run: held-out rows, fixed seeds."""
     parser = Parser(prog="understudy evaluate", description="Evaluate a language run on rows it did not learn from.")
     parser.add_argument("run", help="directory of a run")
-    parser.add_argument("--rows", type=whole_number, default=256, help="completions to sample (default 256)")
+    parser.add_argument("--rows", type=whole_number, help="completions to sample (default 256)")
+    parser.add_argument("--evaluation-data", help="a file to evaluate on, instead of the rows that the run held out")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides; the run's own by default")
     parser.add_argument(
@@ -224,10 +225,14 @@ def evaluate_run(argv: list[str]) -> int:
     _, recipe, fields = described(path)
     kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
     own: dict[str, Any] = {name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None}
-    own |= {"reply": args.reply} if args.reply is not None else {}
+    own |= {name: x for name in ("reply", "evaluation_data") if (x := getattr(args, name)) is not None}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     permit(path, fields, given=own)
-    own = {name: x for name, x in own.items() if name in kind.__dataclass_fields__}
+    idle = [name for name in own if name not in kind.__dataclass_fields__]
+    if idle or (args.rows is not None and recipe in ("sft", "reward-model", "dpo")):
+        raise RequestError(
+            f"{(*idle, 'rows')[0]} has no effect on a run of {recipe}, which samples nothing: leave it out"
+        )
     if recipe == "sft":
         found = _held_out_loss(path, rebuilt(sft.Config, fields | own))
     elif recipe == "reward-model":
@@ -235,7 +240,7 @@ def evaluate_run(argv: list[str]) -> int:
     elif recipe == "dpo":
         found = _held_out_pairs(path, rebuilt(dpo.Config, fields | own))
     else:
-        found = _held_out_answers(path, rebuilt(kind, fields | own), args.rows)
+        found = _held_out_answers(path, rebuilt(kind, fields | own), args.rows or 256)
     write_json(path / "evaluation.json", found)
     samples = found.pop("samples", [])
     if args.json:

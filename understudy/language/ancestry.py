@@ -29,7 +29,7 @@ def links(cfg: Any, recipe: str) -> list[dict[str, Any]]:
     found = _models("model", cfg.model, inside)
     if reference := getattr(cfg, "reference", None):
         found += _models("reference", reference, "policy")
-    for role in ("data", "pretraining"):
+    for role in ("data", "evaluation_data", "pretraining"):
         source = getattr(cfg, role, None)
         if isinstance(source, Table):  # the run itself holds them
             found.append({"role": role, "path": f"{role}.jsonl", "files": {f"{role}.jsonl": source.digest}})

@@ -26,7 +26,7 @@ from understudy.language.reading import check_reading
 from understudy.language.scorer import RewardModel, load_reward_model
 from understudy.language.sft import limit_learning, load_policy, pad_examples
 from understudy.language.stage import Stage
-from understudy.language.text import Example, Limit, Tokenizer, check_ids, examples, prompts, read
+from understudy.language.text import Example, Limit, Prompt, Row, Tokenizer, check_ids, examples, prompts, read
 from understudy.language.tokens import TokenDistribution
 from understudy.language.top import below
 from understudy.language.turns import Reply
@@ -67,15 +67,21 @@ class Cast:
         limit = Limit.of(self.policy.model, cfg.max_length, completion=cfg.limit, name=name)
         if limit.tokens < 1:
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
+
+        def make(rows: Sequence[Row], source: str) -> Sequence[Prompt]:
+            how = {"max_length": limit, "too_long": cfg.too_long, "unconditional": cfg.unconditional}
+            found = prompts(rows, self.tokenizer, **how)
+            check_ids(found, self.policy.model)
+            self.policy.remarks += found.remark(source)
+            return found
+
         rows = read(cfg.data, **cfg.reading)
-        found = prompts(rows, self.tokenizer, max_length=limit, too_long=cfg.too_long, unconditional=cfg.unconditional)
-        check_ids(found, self.policy.model)
-        self.policy.remarks += found.remark(cfg.data)
-        learned, kept = stage.hold_out([prompt.ids for prompt in found], cfg.held_out)
+        learned, kept, said = stage.divide(rows, make, cfg, lambda prompt: prompt.ids)
+        self.policy.remarks += said
         self.held_out = bool(kept)
         self.reply = None if cfg.reply is None else Reply(cfg.reply, timeout=cfg.reward_timeout)
-        self.sampler = self._sampler([found[i] for i in learned], engine)
-        self.examiner = self._sampler([found[i] for i in kept or learned])
+        self.sampler = self._sampler(learned, engine)
+        self.examiner = self._sampler(kept or learned)
         self.texts = self._texts()
         for each in (self.policy, self.reference.policy):
             check_reading(each, [prompt.ids for prompt in self.sampler.prompts])

@@ -13,7 +13,7 @@ from understudy.run.config import Count, NonNegative, Positive, RequestError, Te
 from understudy.run.device import check_device
 from understudy.score import Cut
 
-IN_MEMORY = ("data", "pretraining")
+IN_MEMORY = ("data", "evaluation_data", "pretraining")
 """Fields that may be rows; a run keeps them as FIELD.jsonl."""
 
 
@@ -75,6 +75,8 @@ class Config:
     """Directory of the run; runs/NAME-N by default."""
     held_out: Whole = 64
     """Rows kept for evaluation, at most a quarter of the data, chosen by their content alone."""
+    evaluation_data: str | None = None
+    """Rows to evaluate on, in a file like data, instead of rows held out; all of data is then learned from."""
     stop: tuple[str, ...] = ()
     """Tokens that end a completion, as text or ids; the model's own by default."""
     template: str | None = None
@@ -146,7 +148,7 @@ class Config:
 
     def needs(self) -> list[tuple[bool, str, str]]:
         """Which fields have an effect, and what those lack that have none: see `run.config.check_effects`."""
-        return []
+        return [(self.evaluation_data is None, "held_out", "has no effect beside evaluation_data: leave that out")]
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -177,7 +179,10 @@ class Tuning(Config):
             )
 
     def needs(self) -> list[tuple[bool, str, str]]:
-        return [(self.lora > 0, "lora_alpha lora_targets", "has no effect without an adapter: give lora a rank")]
+        return [
+            *super().needs(),
+            (self.lora > 0, "lora_alpha lora_targets", "has no effect without an adapter: give lora a rank"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

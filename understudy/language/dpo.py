@@ -17,7 +17,7 @@ from understudy.language.model import Policy, digest, home
 from understudy.language.reading import check_reading
 from understudy.language.sft import limit_learning, load_policy
 from understudy.language.stage import Iterations
-from understudy.language.text import Limit, Preference, check_ids, common, pad, preferences, read
+from understudy.language.text import Limit, Preference, Row, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, Positive, Unit, check_effects
@@ -50,7 +50,7 @@ class Config(config.Tuning):
         return [
             *super().needs(),
             (
-                self.held_out > 0,
+                self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
                 "has no effect without rows to evaluate on: make held_out more than 0",
             ),
@@ -110,12 +110,17 @@ def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
     """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
-    rows, limit = read(cfg.data, **cfg.reading), Limit.of(policy.model, cfg.max_length)
-    data = preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
-    check_ids(data, policy.model)
-    policy.remarks += data.remark(cfg.data)
-    learned, kept = stage.hold_out(list(map(stage.asked, data)), cfg.held_out)
-    return [data[i] for i in learned], [data[i] for i in kept]
+    limit = Limit.of(policy.model, cfg.max_length)
+
+    def make(rows: Sequence[Row], source: str) -> Sequence[Preference]:
+        data = preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
+        check_ids(data, policy.model)
+        policy.remarks += data.remark(source)
+        return data
+
+    learned, kept, said = stage.divide(read(cfg.data, **cfg.reading), make, cfg, stage.asked)
+    policy.remarks += said
+    return learned, kept
 
 
 def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config) -> tuple[dict[str, Tensor], str]:

@@ -43,7 +43,7 @@ class Config(config.Config):
         return [
             *super().needs(),
             (
-                self.held_out > 0,
+                self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
                 "has no effect without rows to evaluate on: make held_out more than 0",
             ),
@@ -120,14 +120,19 @@ def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
             f"center is {cfg.center}, which has no effect on labelled texts: give pairs, or leave center out"
         )
     kind: Any = text.labelled if model.form == "text" else text.preferences
-    data = kind(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
-    text.check_ids(data, model.model)
-    model.remarks += data.remark(cfg.data)
-    keys = [(row.ids, row.label) if model.form == "text" else stage.asked(row) for row in data]
-    learned, kept = stage.hold_out(keys, cfg.held_out)
+
+    def make(rows: Sequence[text.Row], source: str) -> Sequence[Any]:
+        data = kind(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
+        text.check_ids(data, model.model)
+        model.remarks += data.remark(source)
+        return data
+
+    key: Any = (lambda row: (row.ids, row.label)) if model.form == "text" else stage.asked
+    learned, kept, said = stage.divide(rows, make, cfg, key)
+    model.remarks += said
     if model.form == "text":
-        model.remarks += check_labels([data[i].label for i in learned])
-    return [data[i] for i in learned], [data[i] for i in kept]
+        model.remarks += check_labels([row.label for row in learned])
+    return learned, kept
 
 
 def check_labels(labels: Sequence[float]) -> list[str]:

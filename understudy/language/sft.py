@@ -12,7 +12,7 @@ from understudy.language import config, stage
 from understudy.language.model import Policy, home
 from understudy.language.reading import check_reading
 from understudy.language.stage import Iterations
-from understudy.language.text import Example, Limit, Tokenizer, TrainOn, check_ids, examples, pad, read
+from understudy.language.text import Example, Limit, Row, Tokenizer, TrainOn, check_ids, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive, check_effects
 from understudy.run.seeds import derive
@@ -38,7 +38,7 @@ class Config(config.Tuning):
         return [
             *super().needs(),
             (
-                self.held_out > 0,
+                self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
                 "has no effect without rows to evaluate on: make held_out more than 0",
             ),
@@ -88,13 +88,17 @@ def train(cfg: Config, *, resume: Resume | None = None) -> Run:
 
 def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
-    rows, limit = read(cfg.data, **cfg.reading), Limit.of(policy.model, cfg.max_length)
-    fields = {"max_length": limit, "too_long": cfg.too_long, "train_on": cfg.train_on}
-    data = examples(rows, policy.tokenizer, **fields)
-    check_ids(data, policy.model)
-    policy.remarks += data.remark(cfg.data)
-    learned, kept = stage.hold_out([example.ids for example in data], cfg.held_out)
-    return [data[i] for i in learned], [data[i] for i in kept]
+    fields = {"max_length": Limit.of(policy.model, cfg.max_length), "too_long": cfg.too_long, "train_on": cfg.train_on}
+
+    def make(rows: Sequence[Row], source: str) -> Sequence[Example]:
+        data = examples(rows, policy.tokenizer, **fields)
+        check_ids(data, policy.model)
+        policy.remarks += data.remark(source)
+        return data
+
+    learned, kept, said = stage.divide(read(cfg.data, **cfg.reading), make, cfg, lambda example: example.ids)
+    policy.remarks += said
+    return learned, kept
 
 
 def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Policy:

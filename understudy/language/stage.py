@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from understudy.language.config import IN_MEMORY, Config, Rollouts
 from understudy.language.data import Table
 from understudy.language.lora import ADAPTER
 from understudy.language.optimizer import AdamW
-from understudy.language.text import Preference
+from understudy.language.text import Preference, Row, read
 from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state
@@ -325,6 +325,28 @@ def hold_out(rows: Sequence[Sequence[Any]], count: int) -> tuple[list[int], list
             kept.add(key)
             size += sizes[key]
     return [i for i, key in enumerate(keys) if key not in kept], [i for i, key in enumerate(keys) if key in kept]
+
+
+def divide(
+    rows: Sequence[Row], make: Callable[[Sequence[Row], str], Sequence[Any]], cfg: Config, key: Callable[[Any], Any]
+) -> tuple[list[Any], list[Any], list[str]]:
+    """The records to learn from, those to evaluate on, and what is to be said: see `held_out` and `evaluation_data`.
+
+    Args:
+        rows: of `data`.  make: rows and the name of their file -> records.  key: what decides a record's side.
+    """
+    data = make(rows, cfg.data)
+    if cfg.evaluation_data is None:
+        learned, kept = hold_out([key(record) for record in data], cfg.held_out)
+        return [data[i] for i in learned], [data[i] for i in kept], []
+    try:
+        found = make(read(cfg.evaluation_data, columns=cfg.reading["columns"]), cfg.evaluation_data)
+    except RequestError as error:
+        raise RequestError(f"evaluation_data is {cfg.evaluation_data!r}: {error}") from None
+    known = {key(record) for record in data}
+    both = sum(key(record) in known for record in found)
+    said = f"{both} of the {len(found)} rows of evaluation_data '{cfg.evaluation_data}' are learned from, too"
+    return list(data), list(found), [f"{said}: leave them out of one of the files"] if both else []
 
 
 def asked(pair: Preference) -> tuple[Any, ...]:
