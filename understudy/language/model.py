@@ -274,6 +274,12 @@ class Policy(nn.Module):
         value = torch.zeros(text.ids.shape, device=hidden.device) if self.critic is None else self.critic(seen)
         return TokenDistribution(hidden, text.mask, self.head), value
 
+    def distribution(self, text: Text) -> TokenDistribution:
+        """The distribution over the next token alone, [B, T]: no critic is read."""
+        if not self.fast:
+            return self(text)[0]
+        return TokenDistribution(read(self.trunk, text, packing=self.packing), text.mask, self.head)
+
     def value(self, text: Text) -> Tensor:
         """V alone, [B, T], of a critic that is separate: the policy itself is not read."""
         if self.critic is None or self.critic.trunk is None or isinstance(self.critic.trunk, Top):
@@ -282,7 +288,7 @@ class Policy(nn.Module):
 
     def numbers(self, text: Text) -> Tensor:
         """The log-probs of the tokens at the masked-in columns, [n]: what checks compare."""
-        return self(text)[0].log_prob(text.action)[text.mask]
+        return self.distribution(text).log_prob(text.action)[text.mask]
 
     @torch.no_grad()
     def settle(self, prompts: Sequence[Sequence[int]]) -> None:

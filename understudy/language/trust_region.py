@@ -71,5 +71,4 @@ class TrustRegion:
 
     @torch.no_grad()
     def _read(self) -> list[TokenDistribution]:
-        found = [self.policy(self.text[at : at + self.size]) for at in range(0, len(self.text), self.size)]
-        return [distribution for distribution, _ in found]
+        return [self.policy.distribution(self.text[at : at + self.size]) for at in range(0, len(self.text), self.size)]
