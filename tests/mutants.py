@@ -55,8 +55,23 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
         "test_trust_region.py::test_an_update_that_is_rejected_leaves_no_trace",
     ),
     "language/trust_region.py": ("test_trust_region.py",),
-    "control/normalize.py": ("test_normalize.py",),
+    "control/normalize.py": (
+        "test_normalize.py",
+        "test_control_signals.py::test_a_running_return_does_not_cross_a_cut",
+        "test_control_signals.py::test_the_first_record_is_scaled_by_itself_and_counted_once",
+    ),
     "control/collect.py": ("test_collect.py",),
+    "control/layout.py": ("test_collect.py",),
+    "control/infos.py": (
+        "test_infos.py::test_merged_infos_hold_every_number_exactly",
+        "test_infos.py::test_merged_infos_take_any_two_values_of_a_key",
+        "test_infos.py::test_merged_infos_say_in_which_rows_a_key_was_given",
+        "test_infos.py::test_what_cannot_be_sent_is_left_out_at_any_depth",
+    ),
+    "control/ppo.py": (
+        "test_control_signals.py::test_an_adaptive_kl_coefficient_is_steered_by_the_policy_that_acted",
+        "test_control_signals.py::test_a_skipped_update_leaves_the_kl_coefficient",
+    ),
     "control/quick.py": ("test_quick.py",),
     "control/masks.py": ("test_masks.py",),
     "control/spaces.py": ("test_spaces.py",),
@@ -113,8 +128,10 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
 HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
     "run/guard.py",
     "run/checkpoint.py",
+    "control/infos.py",
     "control/networks.py",
     "control/policy.py",
+    "control/ppo.py",
     "control/stage.py",
     "compiled.py",
     "language/model.py",
@@ -378,6 +395,12 @@ HAND = [
         "np.where(mask, 1.0, 1.0)",
         "the running return is not discounted",
     ),
+    Mutant("control/normalize.py", "0.0, self.running)", "self.running, self.running)", "returns cross a cut"),
+    Mutant("control/normalize.py", "self.is_ahead = True", "pass", "the first record is gathered twice"),
+    Mutant("control/infos.py", "array.dtype != dtype or", "", "a fraction beside a whole number is cut off"),
+    Mutant("control/infos.py", "or array.shape[1:] != shape", "", "a second shape ends the run"),
+    Mutant("control/infos.py", "isinstance(value, dict) or _pickles(value)", "True", "what cannot be sent is sent"),
+    Mutant("control/ppo.py", "and not skipped", "", "a skipped update steers the coefficient"),
     Mutant("control/normalize.py", "(x - shift)", "x", "observations are not centred"),
     Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
     Mutant("control/normalize.py", "returns.T[mask.T]", "returns.T.reshape(-1)", "padding is gathered"),
@@ -414,13 +437,13 @@ HAND = [
     ),
     Mutant("control/collect.py", "int(record.mask.sum())", "record.mask.numel()", "all is counted"),
     Mutant(
-        "control/collect.py",
+        "control/layout.py",
         "stacked(died) | stacked(cut)]",
         "stacked(died) & stacked(cut)]",
         "no room for the last observation",
     ),
     Mutant(
-        "control/collect.py",
+        "control/layout.py",
         "np.where(led, behind[call], call)",
         "call",
         "a last obs is the one before it",
@@ -438,12 +461,10 @@ HAND = [
     Mutant("control/collect.py", "(over & call.chosen).nonzero()", "over.nonzero()", "surplus episodes are reported"),
     Mutant("control/collect.py", "self.returns[over], self.lengths", "_, self.lengths", "returns of episodes pile up"),
     Mutant(
-        "control/collect.py", ".max(axis=1) % 2 == 0", ".max(axis=1) < 0", "a cut row has no obs after its last step"
+        "control/layout.py", ".max(axis=1) % 2 == 0", ".max(axis=1) < 0", "a cut row has no obs after its last step"
     ),
-    Mutant("control/collect.py", "keep[row, slot] > led", "led == 0", "what was not chosen stands in the padding"),
-    Mutant(
-        "control/collect.py", "int(self.episode[row])) if over[row]", "0) if over[row]", "every episode is the first"
-    ),
+    Mutant("control/layout.py", "keep[row, slot] > led", "led == 0", "what was not chosen stands in the padding"),
+    Mutant("control/collect.py", "int(self.episode[row])))", "0))", "every episode is the first"),
     Mutant("control/collect.py", "self.episode.max() + 1", "self.episode + 1", "a group begins from several states"),
     Mutant("control/collect.py", "sub.episode = int(self.episode[0]) - 1", "pass", "self-resetting envs lose count"),
     Mutant("control/collect.py", "self.calls % self.hold", "self.calls % 1", "noise is never held"),
