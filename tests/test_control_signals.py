@@ -131,8 +131,9 @@ def test_the_first_iteration_under_a_reward_scale_is_scaled(tmp_path):
 def test_episodes_cut_at_a_checkpoint_leave_no_running_return(tmp_path):
     made = fields(tmp_path, rollout=7, steps=70, normalize_reward=True, checkpoint_every=1)
     seen = []
-    for _ in (run := ppo.iterate(ppo.Config(**made, env=f"{HERE}:Remembers"))):
-        policy = run.gi_frame.f_locals["run"].policy
+    iterations: Any = ppo.iterate(ppo.Config(**made, env=f"{HERE}:Remembers"))
+    for _ in iterations:
+        policy = iterations.gi_frame.f_locals["run"].policy
         seen.append(policy.reward_scale.running.tolist())
     # every record begins anew: 7 steps of 1, discounted by 0.99
     assert np.allclose(seen, sum(0.99**k for k in range(7)))
@@ -157,7 +158,7 @@ class Remembers(TenSteps):
 def test_init_takes_the_new_gamma_into_the_scale_of_rewards(tmp_path):
     first = ppo.train(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", normalize_reward=True, gamma=0.9)))
     more = {"init": str(first.path), "out": str(tmp_path / "second"), "normalize_reward": True, "gamma": 0.5}
-    iterations = ppo.iterate(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", **more)))
+    iterations: Any = ppo.iterate(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", **more)))
     next(iterations)
     assert iterations.gi_frame.f_locals["run"].policy.reward_scale.gamma == 0.5
     iterations.close()
@@ -165,7 +166,7 @@ def test_init_takes_the_new_gamma_into_the_scale_of_rewards(tmp_path):
 
 def test_multipliers_are_in_units_of_reward_under_a_reward_scale(tmp_path):
     made = fields(tmp_path, env=f"{HERE}:Pays", normalize_reward=True, constraint=("cost<=0",))
-    iterations = ppo.iterate(ppo.Config(**made))
+    iterations: Any = ppo.iterate(ppo.Config(**made))
     next(iterations)
     run = iterations.gi_frame.f_locals["run"]
     run.bounds.multipliers = dict.fromkeys(run.bounds.multipliers, 100.0)

@@ -104,6 +104,17 @@ def test_a_run_of_ones_own_network_is_resumed_with_it_or_refused(tmp_path):
     assert resume(run.path, policy=Reads(), steps=80).metrics[-1]["steps"] == 80
 
 
+@pytest.mark.parametrize("flag", ["--learning-rate", "--no-normalize-obs", "--gamma=0.9"])
+def test_a_setting_that_resume_cannot_change_is_refused_with_init(flag, tmp_path, capsys):
+    run = ppo.train(short(tmp_path, env=f"{THERE}:TenSteps"))
+    words = [flag] if "=" in flag or flag.startswith("--no") else [flag, "0.1"]
+    assert main(["resume", str(run.path), *words]) == 2
+    said = capsys.readouterr().err
+    assert flag.split("=")[0] in said and f"understudy control ppo --init {run.path}" in said
+    assert main(["resume", str(run.path), "--nonsense"]) == 2
+    assert "--nonsense is not a flag of `understudy resume`" in capsys.readouterr().err
+
+
 def test_a_run_directory_is_flat_whatever_the_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = ppo.train(short(tmp_path, env=f"{THERE}:foreign/TenSteps-v0", out=None))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
+from understudy.resuming import described
+from understudy.run.config import RequestError
 from understudy.run.paths import short
 from understudy.run.store import process_seconds
 
@@ -29,7 +33,7 @@ def resume_run(argv: list[str]) -> int:
         "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
     )
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
+    args = read(parser, argv)
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
@@ -45,3 +49,24 @@ def resume_run(argv: list[str]) -> int:
     else:
         print(f"{last['steps']:,} steps. Run: {short(run.path)}  Next: understudy evaluate {short(run.path)}")
     return 0
+
+
+def read(parser: Parser, argv: list[str]) -> argparse.Namespace:
+    """The values of the command line.
+
+    Raises:
+        RequestError: a flag is none, or one of the run's settings, which a resumed run keeps.
+    """
+    found, unknown = parser.parse_known_args(argv)
+    if not unknown:
+        return found
+    flag = unknown[0].split("=")[0]
+    world, recipe, fields = described(Path(found.run))
+    name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
+    if flag.startswith("--") and name in fields:
+        start = "--init" if world == "control" else "--model"
+        raise RequestError(
+            f"{flag} cannot change when a run goes on: `understudy {world} {recipe} {start} {found.run} {flag} ...` "
+            "starts a new run from its policy"
+        )
+    return parser.read(argv)
