@@ -263,6 +263,10 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "pretraining": (PPO + "test_pretraining_text_comes_in_turn_beside_the_rows",),
         "pretraining_coef": (BY_HAND, PPO + "test_pretraining_text_pulls_the_policy_towards_it"),
         "evaluate_rows": (PPO + "test_evaluations_come_every_so_many_iterations_and_at_the_end",),
+        "best_by": (
+            "test_best.py::test_best_holds_the_policy_of_the_best_evaluation",
+            "test_best.py::test_the_best_by_gold_is_not_that_by_score",
+        ),
         "samples": (PPO + "test_so_many_completions_an_iteration_are_kept",),
         "preflight": (PPO + "test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look",),
     },

@@ -47,6 +47,7 @@ IDLE = [
     (ppo, {"adaptive_kl_target": 0.5}, {"objective": "penalty"}),
     (ppo, {"adaptive_kl_target": 0.5, "kl_coef": 0.0, "objective": "penalty"}, {"kl_coef": 0.1}),
     (ppo, {"trust_region_fraction": 0.5, "trust_region_kl": 0.0}, {"trust_region_kl": 0.1}),
+    (ppo, {"best_by": "score"}, {"evaluate_every": 2}),
     (grpo, {"target_kl": 0.1}, {"epochs": 2}),
     (ppo, {"target_kl": 0.1, "epochs": 1, "minibatches": 1}, {"minibatches": 2}),
     (grpo, {"whiten_rewards": True}, {"whiten_rewards": False}),

@@ -157,6 +157,8 @@ def _evaluate(argv: list[str]) -> int:
     from understudy.run.store import read_config
 
     path = next((Path(word) for word in argv if not word.startswith("-")), None)
+    if path is not None and path.name == "best" and (path / "understudy.json").is_file():
+        path = path.parent
     if path is not None and str(read_config(path).get("recipe", "")).startswith("language"):
         from understudy.cli.language import evaluate_run
     else:

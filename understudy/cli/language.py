@@ -15,6 +15,7 @@ from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
+from understudy.language.best import FOLDER as BEST
 from understudy.language.cast import Cast, close
 from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
@@ -210,7 +211,7 @@ def _talk(answer: Any, seed: int) -> int:
 def evaluate_run(argv: list[str]) -> int:
     """`understudy evaluate RUN` of a language run: held-out rows, fixed seeds."""
     parser = Parser(prog="understudy evaluate", description="Evaluate a language run on rows it did not learn from.")
-    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("run", help="directory of a run, or RUN/best")
     parser.add_argument("--rows", type=whole_number, help="completions to sample (default 256)")
     parser.add_argument("--evaluation-data", help="a file to evaluate on, instead of the rows that the run held out")
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
@@ -221,7 +222,8 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
-    path = Path(args.run)
+    given = Path(args.run)
+    path = run_of(given)
     _, recipe, fields = described(path)
     kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
     own: dict[str, Any] = {name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None}
@@ -240,8 +242,8 @@ def evaluate_run(argv: list[str]) -> int:
     elif recipe == "dpo":
         found = _held_out_pairs(path, rebuilt(dpo.Config, fields | own))
     else:
-        found = _held_out_answers(path, rebuilt(kind, fields | own), args.rows or 256)
-    write_json(path / "evaluation.json", found)
+        found = _held_out_answers(path, given, rebuilt(kind, fields | own), args.rows or 256)
+    write_json(path / ("evaluation.json" if given == path else "evaluation-best.json"), found)
     samples = found.pop("samples", [])
     if args.json:
         print(json.dumps({"run": str(path), **found, "samples": samples}))
@@ -300,9 +302,14 @@ def _some(kept: list[Any], cfg: Any) -> list[Any]:
     return kept
 
 
-def _held_out_answers(path: Path, cfg: Any, rows: int) -> dict[str, Any]:
-    """The policy as it ended beside the reference it was held to, whose digest must be the one the run wrote down."""
-    fields = {"model": str(path), "reference": cfg.reference or cfg.model, "reference_mode": None, "constraint": ()}
+def run_of(path: Path) -> Path:
+    """The run that a path belongs to: RUN itself, or RUN of RUN/best."""
+    return path.parent if path.name == BEST and (path / "understudy.json").is_file() else path
+
+
+def _held_out_answers(path: Path, policy: Path, cfg: Any, rows: int) -> dict[str, Any]:
+    """A policy of a run beside the reference it was held to, whose digest must be the one the run wrote down."""
+    fields = {"model": str(policy), "reference": cfg.reference or cfg.model, "reference_mode": None, "constraint": ()}
     fields |= {"lora": 0, "train_layers": 0}  # nothing learns
     cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:

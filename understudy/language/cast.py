@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from understudy.batch import Batch, Text, Trajectory
 from understudy.constrain import Bounds, Constraint
 from understudy.language import preflight, stage
 from understudy.language.ancestry import as_declared, check_reference
+from understudy.language.best import keep_best
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Function, Rollouts
 from understudy.language.evaluate import ended_worse, evaluate
@@ -124,6 +126,9 @@ class Cast:
             write_json(path / "evaluation.json", {**found, "held_out": self.held_out, "iteration": number})
             (path / "samples").mkdir(exist_ok=True)
             write_json(path / "samples" / f"evaluation-{number:06d}.json", found["samples"])
+            if self.cfg.best_by != "none":
+                keep_best(self.run, found, self.cfg.best_by)
+                found["best"] = self.run.kept.get("best", math.nan)
         return {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
 
     @torch.no_grad()

@@ -269,6 +269,8 @@ class Rollouts(Tuning):
 
     evaluate_rows: Count = 64
     """Completions an evaluation samples; prompts come again where there are fewer."""
+    best_by: Literal["none", "score", "gold"] = "none"
+    """Which mean of the evaluations decides the policy that RUN/best holds; none for no such directory."""
     samples: Whole = 4
     """Completions an iteration keeps under samples/, token by token."""
     preflight: bool = True
@@ -290,6 +292,8 @@ class Rollouts(Tuning):
             raise RequestError(
                 f"off_policy_low is {self.off_policy_low}: must be at most off_policy_high, {self.off_policy_high}"
             )
+        if self.best_by == "gold" and not self.gold:
+            raise RequestError("best_by is 'gold': nothing is measured as gold; name it in gold, or take score")
         for text in self.constraint:
             Constraint.parse(text)
         if not self.reward:
@@ -310,6 +314,7 @@ class Rollouts(Tuning):
             *super().needs(),
             (self.reply is not None, "turns", "has no effect without a reply: name one in reply"),
             (self.trust_region_kl > 0, "trust_region_fraction", "has no effect without a bound: set trust_region_kl"),
+            (self.evaluate_every > 0, "best_by", "has no effect on one evaluation at the end: set evaluate_every"),
             (several, "missing_score", "has no effect on one reward: name several"),
             (hold, "constraint_rate", "has no effect without a held constraint: give one that ends in :hold"),
             (
