@@ -166,7 +166,7 @@ def test_a_run_is_never_written_over(here, capsys):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
 
-    refused(capsys, flags, 2, "out is '", "/run'", "holds a run already")
+    refused(capsys, flags, 2, "out is '", "out is 'run'", "holds a run already")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
