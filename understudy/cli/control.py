@@ -18,7 +18,7 @@ from understudy.control.evaluate import SEED, evaluate
 from understudy.control.presets import settings
 from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
-from understudy.run.paths import short
+from understudy.run.paths import absolute, short
 from understudy.run.store import process_seconds, read_config, write_json
 from understudy.run.trust import permit
 
@@ -121,7 +121,7 @@ def evaluate_run(argv: list[str]) -> int:
 
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
-    path = Path(args.run)
+    path = absolute(args.run)
     policy, config = opened(path, args)
     found = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
     returns = found.returns
@@ -145,7 +145,7 @@ def evaluate_run(argv: list[str]) -> int:
     if found.num_cut:
         steps = f"{config.evaluation_max_steps:,}"
         print(f"understudy: {found.num_cut} episodes were ended at evaluation_max_steps, {steps}", file=sys.stderr)
-    print(json.dumps({"run": str(path), **result}) if args.json else text)
+    print(json.dumps({"run": short(path), **result}) if args.json else text)
     return 0
 
 

@@ -10,13 +10,13 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.control.config import Config, Network
-from understudy.control.policy import Policy, policy_path
+from understudy.control.policy import Policy
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive
 
 
-def initial_policy(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Policy:
-    """The policy of a run: a user's own, or that of `init`, or a fresh one. The spaces must be the environment's."""
+def initial_policy(policy: nn.Module | None, cfg: Config, envs: VectorEnv, init: Path | None) -> Policy:
+    """The policy of a run: a user's own, or that in `init`, or a fresh one. The spaces must be the environment's."""
     spaces = envs.single_observation_space, envs.single_action_space
     if cfg.exploration != "independent" and not isinstance(spaces[1], gymnasium.spaces.Box):
         raise RequestError(
@@ -27,9 +27,9 @@ def initial_policy(policy: nn.Module | None, cfg: Config, envs: VectorEnv) -> Po
     if policy is not None:
         own = policy if isinstance(policy, Policy) else Policy(policy, *spaces, squash=cfg.squash, **scales)
         return _as_asked(own, cfg, "policy is your own")
-    if cfg.init is None:
+    if init is None:
         return Policy.build(*spaces, cfg, seed=derive(cfg.seed, "weights"), **scales)
-    loaded = Policy.load(policy_path(Path(cfg.init), "init"))
+    loaded = Policy.load(init)
     if (loaded.observation_space, loaded.action_space) != spaces:
         raise RequestError(
             f"init is {cfg.init!r}, a policy for {loaded.observation_space} and {loaded.action_space}, but env has "

@@ -11,7 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.installation import need_package
-from understudy.run.interrupt import Interrupt
+from understudy.run.interrupt import Interrupt, closed_at_exit
 from understudy.run.paths import short
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
-from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
+from understudy.run.seeds import derive, generator, restore_shared_generators, seed_shared_generators, shared_generators
 from understudy.run.sinks import check_sinks, open_sinks
 from understudy.run.store import Resume, Run, due, load_optimizer, process_seconds
 
@@ -141,7 +141,7 @@ class Stage:
             yield self._close(self._line())
         if due(self.cfg.checkpoint_every, self.iteration, self.walker.steps - self.saved, self.cfg.steps):
             self.checkpoint()
-        if self.interrupt.signum is not None and self.on:
+        if self.interrupt.heard() and self.on:
             self._stop()
 
     def _stop(self) -> None:
@@ -312,7 +312,7 @@ class Stage:
         self.run.settle()
 
 
-@contextmanager
+@closed_at_exit
 def open_stage(
     recipe: str,
     cfg: Config,
@@ -336,7 +336,11 @@ def open_stage(
     """
     refuse_idle(cfg, cfg.idle())
     torch.set_num_threads(cfg.threads)
+    seed_shared_generators(cfg.seed)
     keep_freed()
+    home = Path.cwd()  # an environment may change the working directory
+    begun = None if resume is None else resume.checkpoint
+    init = None if cfg.init is None else begun or policy_path(home / cfg.init, "init")
     check_sinks(cfg.log)
     if cfg.video:
         need_package("moviepy", "video", "video is on")
@@ -354,17 +358,17 @@ def open_stage(
     envs = open_envs()
     walker = None
     try:
-        policy = initial_policy(policy, cfg, envs).to(cfg.device)
+        policy = initial_policy(policy, cfg, envs, init).to(cfg.device)
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
-        came = [] if cfg.init is None else [lineage.link("init", policy_path(Path(cfg.init), "init"))]
+        came = [] if init is None else [lineage.link("init", init)]
         origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
         if resume is None:
             description: dict[str, Any] = {"recipe": f"control {recipe}", "config": to_json(cfg)}
             description |= {"own_env": env is not None, "own_policy": policy.made_of is None}
             description |= {"reproducible": source.seen.takes_seed}
             name = re.sub(r"[^\w.-]+", "-", source.name.rpartition(":")[2])
-            run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin)
+            run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin, home)
         else:
             run = resume.run
             lineage.go_on(run.path, origin | {"links": []})  # it has taken what it needs of `init`

@@ -36,7 +36,9 @@ from understudy.objective import Charge, kl_exact, kl_k2, kl_k3, scaled
 from understudy.reduce import effective_share, explained_variance, importance_weight, masked_mean, whiten
 from understudy.run import lineage
 from understudy.run.config import RequestError, check_effects
+from understudy.run.interrupt import closed_at_exit
 from understudy.run.redact import printable, redact
+from understudy.run.seeds import seed_shared_generators
 from understudy.run.store import Resume, write_json
 from understudy.score import adapt_kl_reference, at_last_step, cut_short, kl_reward
 
@@ -310,7 +312,7 @@ class Cast:
         return stage.adamw(cfg, {"params": self.policy.actor_parameters()}, critic)
 
 
-@contextmanager
+@closed_at_exit
 def open_cast(
     recipe: str, cfg: Any, engine: Engine | None = None, *, resume: Resume | None = None
 ) -> Generator[tuple[Stage, Cast]]:
@@ -318,7 +320,7 @@ def open_cast(
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)  # a fresh value head is drawn by torch's own generator
+    seed_shared_generators(cfg.seed)  # a fresh value head is drawn by torch's own
     cast = Cast(cfg, engine)
     try:
         findings = preflight.check(cast) if cfg.preflight and resume is None else []

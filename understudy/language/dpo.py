@@ -21,6 +21,7 @@ from understudy.language.text import Limit, Preference, Row, check_ids, common, 
 from understudy.objective import Losses, dpo
 from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, Positive, Unit, check_effects
+from understudy.run.seeds import seed_shared_generators
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
@@ -63,6 +64,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
+    seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
     learned, kept = split(policy, cfg)
     check_reading(policy, [pair.chosen for pair in learned])

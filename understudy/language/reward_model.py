@@ -20,6 +20,7 @@ from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
 from understudy.reduce import clusters, share_interval
 from understudy.run.config import Count, NonNegative, Positive, RequestError, check_effects
+from understudy.run.seeds import seed_shared_generators
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
 
@@ -55,7 +56,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)  # a fresh score head is drawn by torch's own generator
+    seed_shared_generators(cfg.seed)  # a fresh score head is drawn by torch's own
     source = home(cfg.model, "reward_model") if home(cfg.model, "policy") == cfg.model else home(cfg.model, "policy")
     model = RewardModel.from_pretrained(
         source,

@@ -15,7 +15,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import Example, Limit, Row, Tokenizer, TrainOn, check_ids, examples, pad, read
 from understudy.objective import imitate
 from understudy.run.config import Count, Positive, check_effects
-from understudy.run.seeds import derive
+from understudy.run.seeds import derive, seed_shared_generators
 from understudy.run.store import Resume, Run
 from understudy.update import update
 
@@ -50,6 +50,7 @@ def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
+    seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
     limit_learning(policy, cfg)
     learned, kept = split(policy, cfg)

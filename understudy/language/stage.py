@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from understudy.run import lineage
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
-from understudy.run.interrupt import Interrupt
+from understudy.run.interrupt import Interrupt, closed_at_exit
 from understudy.run.paths import short
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
@@ -154,7 +154,7 @@ class Stage:
             yield line
         if due(self.cfg.checkpoint_every, self.iteration, self.steps - self.saved, self.total):
             self.checkpoint()
-        if self.interrupt.signum is not None and self.on:
+        if self.interrupt.heard() and self.on:
             self.finish()
             self.interrupt.obey()
 
@@ -209,7 +209,7 @@ class Stage:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-@contextmanager
+@closed_at_exit
 def open_stage(
     recipe: str,
     cfg: Config,

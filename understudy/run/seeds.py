@@ -25,6 +25,16 @@ def generator(seed: int, purpose: str, device: str | torch.device = "cpu") -> to
     return torch.Generator(device).manual_seed(derive(seed, purpose))
 
 
+def seed_shared_generators(seed: int) -> None:
+    """Seed the generators that belong to no one, so that code of a user's that draws from them begins anew as it began.
+
+    Those of torch (all devices), NumPy and Python, in this process; none of ours draws from them.
+    """
+    torch.manual_seed(seed)
+    np.random.seed(derive(seed, "numpy"))
+    random.seed(derive(seed, "python"))
+
+
 def shared_generators() -> dict[str, Any]:
     """The states of the generators that belong to no one: a user's network or environment may draw from them."""
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}

@@ -57,16 +57,26 @@ class Run:
 
     @classmethod
     def create(
-        cls, out: str | Path | None, name: str, config: dict[str, Any], lineage: dict[str, Any] | None = None
+        cls,
+        out: str | None,
+        name: str,
+        config: dict[str, Any],
+        lineage: dict[str, Any] | None = None,
+        home: Path | None = None,
     ) -> Run:
         """Make the directory and write lineage.json and config.json. An existing run is never written over.
 
         config.json comes last and makes the directory a run: killed before that, it is none, and may be used again.
 
+        Args:
+            out: None for the next free number under runs/.  home: what a relative `out` is relative to, by default the
+                working directory.
+
         Raises:
             RequestError: `out` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
         """
-        path = absolute(out) if out else _free(absolute("runs"), name)
+        home = home or Path.cwd()
+        path = absolute(home / out) if out else _free(absolute(home / "runs"), name)
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
@@ -182,9 +192,7 @@ class Run:
         except OSError as error:
             self._refused(name, error)
         else:
-            thread = ThreadPoolExecutor(1)
-            self.settling = name, thread.submit(checkpoint.settle, aside, name, keep=keep)
-            thread.shutdown(wait=False)
+            self.settling = name, _started(lambda: checkpoint.settle(aside, name, keep=keep))
 
     def checkpoints(self) -> list[str]:
         """The names of the checkpoints that are whole, oldest first."""
@@ -353,6 +361,22 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
     state = optimizer.state_dict()
     tensors = {f"{i}.{key}": x.contiguous() for i, entry in state["state"].items() for key, x in entry.items()}
     return tensors, {"param_groups": state["param_groups"]}
+
+
+def _started(work: Callable[[], None]) -> Future[None]:
+    """Begin work in a thread of its own, or do it at once where the interpreter is ending and starts none."""
+    thread = ThreadPoolExecutor(1)
+    try:
+        return thread.submit(work)
+    except RuntimeError:
+        done: Future[None] = Future()
+        try:
+            done.set_result(work())
+        except (OSError, checkpoint.Damaged) as error:
+            done.set_exception(error)
+        return done
+    finally:
+        thread.shutdown(wait=False)
 
 
 def _named(folder: Path, name: str) -> Path:
