@@ -287,4 +287,141 @@ class CannotBeSeeded(TenSteps):
         return super().reset(seed=None)
 
 
+INF = np.inf
+SEES = {  # what shows one of three things: a space, and (thing, random numbers) -> an observation
+    "float32": (spaces.Box(-1, 1, (4,)), lambda k, r: np.append(one_hot(k), r.uniform(-1, 1)).astype(np.float32)),
+    "float16": (spaces.Box(-1, 1, (3,), np.float16), lambda k, r: one_hot(k).astype(np.float16)),
+    "float64 far from 0": (spaces.Box(-INF, INF, (2,), np.float64), lambda k, r: 1e9 + np.array([k, r.uniform(0, 2)])),
+    "int64 far from 0": (spaces.Box(0, 2**60, (1,), np.int64), lambda k, r: np.array([10**12 + 7 * k])),
+    "int8 board": (spaces.Box(-1, 1, (3, 3), np.int8), lambda k, r: np.roll(np.diag([1, 0, -1]), k, 0).astype(np.int8)),
+    "uint8 board": (spaces.Box(0, 2, (3, 3), np.uint8), lambda k, r: np.outer(one_hot(k), [0, 1, 2]).astype(np.uint8)),
+    "uint8 memory": (
+        spaces.Box(0, 255, (16,), np.uint8),
+        lambda k, r: np.append(one_hot(k), [0] * 13).astype(np.uint8),
+    ),
+    "scalar": (spaces.Box(-1, 1, ()), lambda k, r: np.float32(k - 1)),
+    "one bit each": (spaces.MultiBinary(3), lambda k, r: one_hot(k).astype(np.int8)),
+    "Discrete from 5": (spaces.Discrete(3, start=5), lambda k, r: k + 5),
+    "MultiDiscrete": (spaces.MultiDiscrete([[3, 2]]), lambda k, r: np.array([[k, r.integers(2)]])),
+    "grey image": (spaces.Box(0, 255, (9, 9), np.uint8), lambda k, r: picture(k, r)),
+    "image, channels last": (spaces.Box(0, 255, (9, 9, 3), np.uint8), lambda k, r: np.stack([picture(k, r)] * 3, -1)),
+    "image, channels first": (spaces.Box(0, 255, (2, 9, 9), np.uint8), lambda k, r: np.stack([picture(k, r)] * 2)),
+    "float image": (spaces.Box(0, 1, (9, 9)), lambda k, r: (picture(k, r) / 255).astype(np.float32)),
+    "Dict with an image": (
+        spaces.Dict(camera=spaces.Box(0, 255, (9, 9), np.uint8), clock=spaces.Box(0, 1, (1,))),
+        lambda k, r: {"camera": picture(k, r), "clock": r.random(1).astype(np.float32)},
+    ),
+    "Dict, nested, odd keys": (
+        spaces.Dict({"a.b": spaces.Dict({"": spaces.Discrete(3)}), "obs": spaces.Box(0, 1, (1,))}),
+        lambda k, r: {"a.b": {"": k}, "obs": r.random(1).astype(np.float32)},
+    ),
+    "Tuple": (
+        spaces.Tuple([spaces.Discrete(2), spaces.Tuple([spaces.MultiBinary(3)])]),
+        lambda k, r: (int(r.integers(2)), (one_hot(k).astype(np.int8),)),
+    ),
+    "Text": (spaces.Text(3), lambda k, r: "abc"[k] * 3),
+    "Sequence": (spaces.Sequence(spaces.Discrete(3)), lambda k, r: (k,)),
+    "number as key": (spaces.Dict({0: spaces.Discrete(3)}), lambda k, r: {0: k}),  # pyright: ignore
+    "one path twice": (
+        spaces.Dict({"a.b": spaces.Discrete(3), "a": spaces.Dict({"b": spaces.Discrete(3)})}),
+        lambda k, r: {"a.b": k, "a": {"b": k}},
+    ),
+    "nothing": (spaces.Box(-1, 1, (0,)), lambda k, r: np.zeros(0, np.float32)),
+}
+DOES = {  # what names it: a space, and (action, thing) -> how right it is, from 0 to 1
+    "Discrete": (spaces.Discrete(3), lambda a, k: a == k),
+    "Discrete from -2": (spaces.Discrete(3, start=-2), lambda a, k: a + 2 == k),
+    "MultiDiscrete": (spaces.MultiDiscrete([3, 2], start=[4, 0]), lambda a, k: np.mean(a - [4, 0] == [k, k % 2])),
+    "MultiDiscrete, 2-D": (spaces.MultiDiscrete([[3], [3]]), lambda a, k: np.mean(a == k)),
+    "MultiBinary": (spaces.MultiBinary((1, 3)), lambda a, k: np.mean(a[0] == one_hot(k))),
+    "Box": (spaces.Box(-1, 1, (1,)), lambda a, k: near(a[0], 0.8 * (k - 1))),
+    "Box, 2-D, float64": (spaces.Box(-1, 1, (1, 2), np.float64), lambda a, k: near(a[0, 0], 0.8 * (k - 1))),
+    "Box, unbounded": (spaces.Box(-INF, INF, (1,)), lambda a, k: near(a[0], k - 1.0)),
+    "Box, half bounded": (spaces.Box(0, INF, (1,)), lambda a, k: near(a[0], k)),
+    "Box, 0 to 1000": (spaces.Box(0, 1000, (1,)), lambda a, k: near(a[0] / 500 - 1, 0.8 * (k - 1))),
+    "Box, 100 to 200": (spaces.Box(100, 200, (1,)), lambda a, k: near(a[0] / 50 - 3, 0.8 * (k - 1))),
+    "Box, 0 to 0.01": (spaces.Box(0, 0.01, (1,)), lambda a, k: near(a[0] * 200 - 1, 0.8 * (k - 1))),
+    "Box of whole numbers": (spaces.Box(0, 2, (1,), np.int64), lambda a, k: a[0] == k),
+    "Dict": (spaces.Dict(a=spaces.Discrete(3)), lambda a, k: a["a"] == k),
+}
+
+
+def one_hot(k: int) -> np.ndarray:
+    return np.eye(3)[k]
+
+
+def near(x: float, wanted: float) -> float:
+    return max(0.0, 1 - abs(float(x) - wanted))
+
+
+def picture(k: int, rng: np.random.Generator) -> np.ndarray:
+    """A bright stripe in the k-th third of a dark picture."""
+    image = rng.integers(0, 40, (9, 9), dtype=np.uint8)
+    image[:, 3 * k : 3 * k + 3] = 255
+    return image
+
+
+class Guess(gym.Env):
+    """Eight steps; each shows one of three things, and the action that names it pays 1. By chance it is about a third.
+
+    Args:
+        see, do: how it is shown and how it is named, of `SEES` and `DOES`.
+        mask: where an action mask is given that forbids one wrong name: "", "info", "method", "Dict".
+        recall: the thing is shown at the first step alone; only the last pays, eight.
+        fault: what the environment does wrong: "", "nan reward", "array reward", "four values", "raises".
+    """
+
+    def __init__(self, see="float32", do="Discrete", *, mask="", recall=False, fault=""):
+        self.show, (self.action_space, self.judge) = see, DOES[do]
+        self.observation_space, self.shown = SEES[see]
+        self.mask, self.recall, self.fault = mask, recall, fault
+        if mask == "Dict":
+            width = 5 if do == "MultiDiscrete" else 3
+            self.observation_space = spaces.Dict(x=self.observation_space, action_mask=spaces.MultiBinary(width))
+        if mask == "method":
+            self.action_masks = self.allowed
+        if recall:
+            self.observation_space = spaces.Box(-1, 1, (4,))
+        self.wide = do == "MultiDiscrete"
+
+    def allowed(self):
+        mask = np.ones(3, np.int8)
+        mask[(self.thing + 1) % 3] = 0
+        return np.append(mask, [1, 1]).astype(np.int8) if self.wide else mask
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        self.thing = int(self.np_random.integers(3))
+        return self.look_at(), self.info()
+
+    def look_at(self):
+        if self.recall:
+            return np.append(one_hot(self.thing) * (self.t == 0), self.t == 2).astype(np.float32)
+        seen = self.shown(self.thing, self.np_random)
+        return {"x": seen, "action_mask": self.allowed()} if self.mask == "Dict" else seen
+
+    def info(self):
+        return {"action_mask": self.allowed()} if self.mask == "info" else {}
+
+    def step(self, action):
+        reward = float(self.judge(action, self.thing))
+        self.t += 1
+        if self.recall:
+            return self.look_at(), 8 * reward * (self.t == 3), self.t == 3, False, {}
+        self.thing = int(self.np_random.integers(3))
+        if self.fault == "raises":
+            raise RuntimeError("the simulator has no licence")
+        if self.fault:
+            reward = float("nan") if self.fault == "nan reward" else [reward, reward]
+        return self.look_at(), reward, False, self.t == 8, self.info()
+
+
+class GuessRows(gym.vector.SyncVectorEnv):
+    """A vector env of its own, which resets by itself at the next step."""
+
+    def __init__(self, num_envs=8):
+        super().__init__([Guess] * num_envs)
+
+
 gym.register("foreign/TenSteps-v0", entry_point="tests.foreign_envs:TenSteps")
