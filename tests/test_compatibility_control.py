@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).parents[1]))
-bench = importlib.import_module("bench.compatibility_control")
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+bench = importlib.import_module("compatibility_control")
+sys.path.pop()
 PICKED = [
     "Guess (see float64 far from 0)",
     "Guess (see Dict, nested, odd keys)",

@@ -180,6 +180,7 @@ class Policy(nn.Module):
                 "action_mask is missing, and this policy was trained with action masks: give "
                 'info["action_mask"] or what action_masks() returns, or True to allow every action'
             )
+        self.eval()  # whatever mode the user's own network was put in meanwhile
         batched = is_batched(self.observation_space, obs)
         obs = obs if batched else add_batch(self.observation_space, obs)
         mask = None if action_mask is None or action_mask is True else action_mask

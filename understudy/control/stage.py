@@ -358,7 +358,7 @@ def open_stage(
     envs = open_envs()
     walker = None
     try:
-        policy = initial_policy(policy, cfg, envs, init).to(cfg.device)
+        policy = initial_policy(policy, cfg, envs, init).to(cfg.device).eval()
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
         came = [] if init is None else [lineage.link("init", init)]
