@@ -13,9 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import ppo, preflight, rehearsal
+from understudy.language.cache import Slots
 from understudy.language.cast import Cast
 from understudy.language.collect import Sampler
-from understudy.language.generate import Slots
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import RewardModel
 from understudy.run.config import RequestError

@@ -399,7 +399,7 @@ def head_of(model: Any, temperature: float) -> Head:
 
 def width_of(model: Any) -> int:
     """H, the size of the hidden states that a model's head is given; layers inside may be wider (OPT)."""
-    head = model.get_output_embeddings() or getattr(model, "score", None)
+    head: Any = model.get_output_embeddings() or getattr(model, "score", None)
     return head.weight.shape[1] if hasattr(head, "weight") else model.config.get_text_config().hidden_size
 
 
