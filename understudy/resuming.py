@@ -19,6 +19,11 @@ RECIPES = {
 }
 KEPT_ROWS = {"data", "evaluation_data", "pretraining"}  # fields of which a run may hold the rows itself
 
+START = {"control": "--init", "language": "--model"}
+"""The flag by which a new run begins from another's policy."""
+OWN = {"env_options", "wrappers", "reward", "gold", "reply", "trust_remote_code", *KEPT_ROWS}
+"""Fields of a run that `resume` takes anew, besides `steps` and `env`: they may name code, or hold the rows."""
+
 
 def resume(
     run: Any,
@@ -41,7 +46,8 @@ def resume(
         env, evaluation_env, policy: control, a user's own objects or functions, where the run began with them; or, as env,
             the id of its environment.
         engine: language, who samples, where the run began with one.
-        own: fields of the config that name code of the user's: wrappers, reward, gold, reply; or rows it began with.
+        own: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
+            trust_remote_code; or rows it began with: data, pretraining.
 
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
@@ -49,6 +55,9 @@ def resume(
     path = absolute(run)
     world, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.{world}.{name.replace('-', '_')}")
+    for field in own:
+        if field not in OWN:
+            raise unchangeable(field, world, run)
     named = own | ({"env": env} if isinstance(env, str) else {})
     given = (("env", env), ("evaluation_env", evaluation_env), ("policy", policy), ("engine", engine))
     for key, what in (("env", "an environment object"), ("policy", "a network of your own")):
@@ -79,6 +88,14 @@ def resume(
         return recipe.train(config, resume=Resume(opened, found, about), **objects)
     finally:
         opened.close()
+
+
+def unchangeable(field: str, world: str, run: Any) -> RequestError:
+    """The refusal of another setting for a run that goes on, with the way to begin a new one from its policy."""
+    return RequestError(
+        f"{field} cannot change in a run that goes on: begin a new run from its policy with {START[world]} {run} and the "
+        f"new {field}"
+    )
 
 
 def described(path: Path) -> tuple[str, str, dict[str, Any]]:

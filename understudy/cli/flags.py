@@ -215,10 +215,10 @@ class Parser(argparse.ArgumentParser):
         """The values of a command line."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
-            self.refuse(unknown[0].split("=")[0])
+            self.refuse(unknown[0].split("=")[0], found)
         return found
 
-    def refuse(self, word: str) -> None:
-        """Refuse a word that is no flag."""
+    def refuse(self, word: str, found: argparse.Namespace) -> None:
+        """Refuse a word that is no flag; `found` is what the other words say."""
         flags: Iterable[str] = self._option_string_actions
         raise RequestError(f"{word} is not a flag of `{self.prog}`{nearest(word, flags)}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
-from understudy.resuming import described
+from understudy.resuming import START, described
 from understudy.run.config import RequestError
+from understudy.run.metrics import newest_first
 from understudy.run.paths import short
 from understudy.run.store import process_seconds
 
@@ -39,8 +41,20 @@ def resume_run(argv: list[str]) -> int:
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
     own |= {"reply": args.reply} if args.reply else {}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
+    before = next(newest_first(Path(args.run)), {}).get("iteration")
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)
+    if not len(run.metrics):
+        raise RequestError(
+            f"run is '{args.run}', which has no metrics left to tell what it came to: evaluate it instead"
+        )
     last = run.metrics[-1]
+    if last["iteration"] == before:
+        start = START[described(Path(args.run))[0]]
+        print(
+            f"understudy: the run was finished: nothing was left to do; --steps M extends it, and other settings take a new "
+            f"run with {start} {args.run}",
+            file=sys.stderr,
+        )
     if args.json:
         shown = ("episode_return_mean", "score_mean", "loss")
         line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
