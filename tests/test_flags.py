@@ -214,7 +214,7 @@ def unread(monkeypatch):
         ["evaluate", "run", "--episodes", "1", "--json"],
         ["compare", "run"],
         ["lineage", "run"],
-        ["resume", "run"],
+        ["resume", "run", "--steps", "64"],
         ["control", "ppo", "--env", "CartPole-v1", "--steps", "32", "--out", "other", *SMALL],
     ],
 )

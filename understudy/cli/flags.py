@@ -10,7 +10,7 @@ import stat
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -218,7 +218,7 @@ class Parser(argparse.ArgumentParser):
             self.refuse(unknown[0].split("=")[0], found)
         return found
 
-    def refuse(self, word: str, found: argparse.Namespace) -> None:
+    def refuse(self, word: str, found: argparse.Namespace) -> NoReturn:
         """Refuse a word that is no flag; `found` is what the other words say."""
         flags: Iterable[str] = self._option_string_actions
         raise RequestError(f"{word} is not a flag of `{self.prog}`{nearest(word, flags)}")
