@@ -124,7 +124,6 @@ def test_config_must_be_a_plain_file_of_bounded_size(here, capsys, make, words):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["resume", "run", "--step", "9"], ["--step ", "did you mean '--steps'"]),
         (["lineage", "run", "--verfy"], ["--verfy", "did you mean '--verify'"]),
         (["compare", "run", "--jsn"], ["--jsn", "did you mean '--json'"]),
         (["generate", "run", "--promt", "x"], ["--promt", "did you mean '--prompt'"]),
