@@ -78,6 +78,7 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "control/networks.py": ("test_quick.py",),
     "control/policy.py": ("test_quick.py",),
     "control/optimizer.py": ("test_optimizer.py",),
+    "control/config.py": ("test_policy.py",),
     "control/rows.py": ("test_rows.py",),
     "compiled.py": ("test_compiled.py",),
     "study/overoptimise.py": ("test_overoptimise.py",),
@@ -125,11 +126,19 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
     "language/stage.py": ("test_schedule.py",),
+    "language/data.py": ("test_data.py", "test_text.py"),
+    "language/layouts.py": ("test_layouts.py",),
+    "language/tokenizer.py": ("test_chat_templates.py", "test_text.py"),
+    "language/text.py": ("test_chat_templates.py", "test_text.py"),
+    "language/reward_model.py": (
+        "test_reward_model.py::test_labels_on_one_side_are_noted_because_their_accuracy_says_nothing",
+    ),
 }
 HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
     "run/guard.py",
     "run/checkpoint.py",
     "control/infos.py",
+    "control/config.py",
     "control/networks.py",
     "control/policy.py",
     "control/ppo.py",
@@ -144,6 +153,11 @@ HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whol
     "language/top.py",
     "language/lora.py",
     "language/stage.py",
+    "language/data.py",
+    "language/layouts.py",
+    "language/tokenizer.py",
+    "language/text.py",
+    "language/reward_model.py",
 }
 
 
@@ -666,6 +680,25 @@ HAND = [
         "self.steps - start) / max(self.total - start",
         "self.steps) / max(self.total",
         "falls early",
+    ),
+    Mutant("language/data.py", "if counts != {len(chosen)}:", "if False:", "a shard that is missing is not noticed"),
+    Mutant("language/data.py", "cell.strip() if whole else cell", "cell", "a policy trains on prompts of white space"),
+    Mutant(
+        "language/layouts.py", "if not all(repeated):", "if False:", "prompts are taken out where they are not repeated"
+    ),
+    Mutant("language/layouts.py", '        content = ""\n', "        pass\n", "tool calls need a content"),
+    Mutant(
+        "language/tokenizer.py", "return ids if ids == [self.bos] else []", "return [self.bos]", "BOS nobody asked for"
+    ),
+    Mutant(
+        "language/tokenizer.py", "(self._begun(prompt) if _is_prefill(prompt) else ", "(", "a begun answer is closed"
+    ),
+    Mutant("language/tokenizer.py", "tokenize=False, **self.template_arguments", "tokenize=False", "tools are dropped"),
+    Mutant(
+        "language/text.py", "row[begin - 1 : end - 1] = False", "row[begin:end] = False", "what others say is learned"
+    ),
+    Mutant(
+        "language/reward_model.py", "if low > 0.5 or high <= 0.5:", "if low > 0.5:", "bad texts alone are not noted"
     ),
     Mutant("language/stage.py", "min(count, size - self.rows % size)", "min(count, size)", "an epoch overshoots"),
     Mutant("language/lora.py", "torch.manual_seed(seed)", "pass", "an adapter of another seed each time"),

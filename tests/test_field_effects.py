@@ -16,6 +16,7 @@ IDLE = [
     (dpo, {"lora_targets": ("q_proj",)}, {"lora": 4}),
     *((kind, {"evaluate_every": 5, "held_out": 0}, {"held_out": 8}) for kind in (sft, dpo, reward_model)),
     (sft, {"held_out": 5, "evaluation_data": "own.jsonl"}, {"evaluation_data": None}),
+    *((kind, {"epochs": 3, "steps": 9}, {"steps": 0}) for kind in (sft, dpo, reward_model)),
     (dpo, {"smoothing": 0.1, "form": "ipo"}, {"form": "sigmoid"}),
     *((kind, {"turns": 3}, {"reply": "tool.py:reply"}) for kind in RL),
     (ppo, {"constraint_rate": 0.5}, {"constraint": ("repetition<=0.1",)}),

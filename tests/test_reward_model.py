@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import furnish, letters, reward_config
+from tests.test_text import CHAT, CHATML, made, tokens
 from understudy.language import rehearsal, reward_model, text
 from understudy.language.judge import Sampled
 from understudy.language.scorer import RewardModel, load_reward_model
@@ -409,3 +410,14 @@ def test_labels_on_one_side_are_noted_because_their_accuracy_says_nothing():
         "all labels lie between 0.6 and 0.9, on one side of 0.5: the accuracy says nothing"
     ]
     assert reward_model.check_labels([0.0, 0.5]) != [] and reward_model.check_labels([0.2, 0.6]) == []
+
+
+def test_a_judge_reads_a_row_with_what_it_has_for_the_template(home):
+    model = RewardModel.from_pretrained(home)
+    model.tokenizer = made(2, 4, template=CHATML + "{% if not enable_thinking %}/think {% endif %}")
+    said = tokens("yo<|im_end|>")
+
+    given = Sampled([CHAT[:1]] * 2, [CHAT[1:]] * 2, [said] * 2, [False] * 2, {"enable_thinking": [True, False]})
+
+    asked = tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert_close(model.part(model.tokenizer)(given), model.score([asked + said, asked + tokens("/think ") + said]))

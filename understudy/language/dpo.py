@@ -50,6 +50,7 @@ class Config(config.Tuning):
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
+            (self.steps == 0, "epochs", "has no effect beside a number of steps: leave steps out"),
             (
                 self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
