@@ -588,7 +588,7 @@ HAND = [
     ),
     Mutant("distribution.py", "math.log(2) - folded - bend", "math.log(2) - folded", "the bend at 0 is left out"),
     Mutant(
-        "control/config.py", "if value != default and value", "if value == default and value", "fields without effect"
+        "control/presets.py", "if value != default and value", "if value == default and value", "fields without effect"
     ),
     Mutant("value.py", "torch.where(mask, value.gather(1, index), 0.0)", "value.gather(1, index)", "V after no step"),
     Mutant(
