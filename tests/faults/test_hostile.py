@@ -362,7 +362,7 @@ def test_a_recipe_that_is_none_is_not_imported(place, name):
 
 def test_a_config_that_lacks_fields_is_refused(place):
     rewrite(place / "control/config.json", config={})
-    refused(lambda: understudy.resume(place / "control"), "config.json does not describe")
+    refused(lambda: understudy.resume(place / "control"), "env is missing")
     assert main(["evaluate", str(place / "control")]) == 2
 
 

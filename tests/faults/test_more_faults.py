@@ -283,7 +283,7 @@ STOPS = {
 @pytest.mark.parametrize("name", STOPS)
 def test_what_is_no_observation_reward_end_or_info_ends_the_run_at_its_step(name, tmp_path):
     """Without supervision there is nobody to mask it; what was learned before is whole."""
-    iterations = ppo.iterate(run_of(tmp_path / "run", rollout=5, checkpoint_every=1), env=Odd(STOPS[name]))
+    iterations = ppo.iterate(run_of(tmp_path / "run", num_envs=1, rollout=5, checkpoint_every=1), env=Odd(STOPS[name]))
     next(iterations)  # five steps
     with pytest.raises((FloatingPointError, ValueError, TypeError, AttributeError)):
         next(iterations)
