@@ -64,7 +64,7 @@ def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
 
 EPILOG = """\
 your own environment:
-  Any class with Gymnasium's interface, in a file of the current folder: --env my_env:MyEnv
+  Any class with Gymnasium's interface, in a file of the current folder: --env my_env.py:MyEnv
 
 action masks:
   An environment that forbids actions says which are allowed: 1 or true for an allowed action, 0 or false for a

@@ -75,6 +75,10 @@ REWARDS = """
   number:COLUMN        1 where the completion's last number is the column's (answer by default)
   repetition           the share of its 4-grams that the completion has had before
 
+besides the fields:
+  --fail-if-worse      exit code 1 where the run ended worse than it began
+  --json               the last line of standard output is one JSON object
+
 --fail-if-worse        exit with 1 where the run ended worse than it began, which it always says
 """
 EXAMPLES = {

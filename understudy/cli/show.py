@@ -34,7 +34,9 @@ def show(argv: list[str]) -> int:
     language = parser.add_argument_group("language: without these, the newest iteration")
     language.add_argument("--best", type=whole_number, metavar="N", help="the N completions of the highest score")
     language.add_argument("--worst", type=whole_number, metavar="N", help="the N completions of the lowest score")
-    language.add_argument("--row", type=whole_number, metavar="ROW", help="every completion of this row of the data")
+    language.add_argument(
+        "--row", type=whole_number, metavar="ROW", help="the completion of this number, as samples name it"
+    )
     language.add_argument("--iteration", type=whole_number, metavar="I", help="of this iteration alone")
     control = parser.add_argument_group("control")
     control.add_argument("--episode", type=whole_number, metavar="N", help="number of the episode (default 0)")
