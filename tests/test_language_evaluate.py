@@ -8,7 +8,7 @@ import pytest
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import ppo, rehearsal
 from understudy.language.cast import Cast, close
-from understudy.language.evaluate import answers, evaluate
+from understudy.language.evaluate import answers, ended_worse, evaluate
 
 EIGHT = [f"the {name}" for name in rehearsal.WORDS["someone"][:8]]
 
@@ -119,3 +119,13 @@ def test_a_runs_metrics_say_how_many_rows_of_how_many_prompts(home, tmp_path):
 
     assert (run.metrics[-1]["evaluation_rows"], run.metrics[-1]["evaluation_prompts"]) == (6, 2)
     assert run.metrics[-1]["evaluation_stopped_low"] < run.metrics[-1]["evaluation_stopped_high"]
+
+
+@pytest.mark.parametrize("unknown", [None, math.nan])
+def test_equal_scores_below_the_references_ended_worse(unknown):
+    line = {"evaluation_score": 0.5, "evaluation_score_low": unknown, "evaluation_score_high": unknown}
+    line |= {"evaluation_reference_score": 0.7}
+
+    assert "its score 0.5 [0.5, 0.5] is below" in str(ended_worse(line | {"evaluation_win_rate_high": 0.1}))
+    assert ended_worse(line | {"evaluation_win_rate_high": 0.6}) is None
+    assert ended_worse({"evaluation_score": unknown, "evaluation_score_high": unknown}) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -91,10 +92,12 @@ def ended_worse(line: Mapping[str, Any], *, kl_target: float = 0.0) -> str | Non
         line: metrics with `evaluation_...`, as in the last line of metrics.jsonl.
         kl_target: `kl_reference_target`, nats a completion; 0 for none.
     """
-    found = {name.removeprefix("evaluation_"): x for name, x in line.items() if name.startswith("evaluation_")}
+    known = {name: x for name, x in line.items() if x is not None and x == x}  # nan, in JSON null: equal scores
+    found = {name.removeprefix("evaluation_"): x for name, x in known.items() if name.startswith("evaluation_")}
     reasons = []
-    if found.get("score_high", 0) < found.get("reference_score", 0) and found["win_rate_high"] < 0.5:
-        low, high = found["score_low"], found["score_high"]
+    score = found.get("score", math.inf)
+    low, high = found.get("score_low", score), found.get("score_high", score)
+    if high < found.get("reference_score", -math.inf) and found.get("win_rate_high", 1.0) < 0.5:
         reasons.append(
             f"its score {found['score']:.3g} [{low:.3g}, {high:.3g}] is below the reference's {found['reference_score']:.3g}"
         )
