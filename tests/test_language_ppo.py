@@ -574,7 +574,7 @@ def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home,
     run = go(
         reward=lambda completions: [None] * len(completions),
         objective=objective,
-        adaptive_kl_target=0.01,
+        adaptive_kl_target=0.01 if objective == "penalty" else 0.0,
         kl_reference_target=4.0,
         kl_reference_horizon=8,
         learning_rate=1e-3,
@@ -828,7 +828,7 @@ def kl_at_the_end(speaker, home, tmp_path):
                 critic_learning_rate=5e-3,
                 kl_reference_coef=coef,
                 kl_reference_target=target,
-                kl_reference_horizon=120,
+                **({"kl_reference_horizon": 120} if target else {}),
             )
         )
         return sum(line["kl_reference"] for line in run.metrics[-20:]) / 20
