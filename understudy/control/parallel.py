@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import signal
-import sys
 import time
 from typing import Any
 
@@ -13,6 +11,7 @@ from gymnasium.vector import AsyncVectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
 from understudy.control.infos import ExactInfos
+from understudy.run.children import end_group_with_this, end_with_parent
 
 CLOSE_SECONDS = 5.0
 """How long all environments together may take to close; then they are ended."""
@@ -45,10 +44,5 @@ def work(*args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent()
+    end_group_with_this()
     _async_worker(*args)
-
-
-def end_with_parent() -> None:
-    """Let the system end this process when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

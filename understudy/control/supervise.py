@@ -34,8 +34,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, create_empty_array, iterate
 
 from understudy.control.infos import ExactInfos, sendable
-from understudy.control.parallel import CLOSE_SECONDS, end_with_parent
+from understudy.control.parallel import CLOSE_SECONDS
 from understudy.control.spaces import leaves, outside
+from understudy.run.children import end_with_parent
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive
 

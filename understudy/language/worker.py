@@ -8,7 +8,6 @@ Answers are checked: a function that finds the pipe and writes to it spoils its 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -260,7 +259,9 @@ def _are_names(found: Any) -> bool:
 
 def serve(file: str, name: str, parent: str, says: str) -> None:
     """The other end: import the function, say what it wants, and answer until nobody asks."""
-    _die_with(int(parent))
+    children = _module("understudy_children", str(Path(__file__).parents[1] / "run/children.py"))
+    children.end_with_parent(int(parent))
+    children.end_group_with_this()
     own = os.getpid()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -287,22 +288,19 @@ def serve(file: str, name: str, parent: str, says: str) -> None:
 
 
 def _load(file: str, name: str) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location("understudy_reward", file)
-    assert spec and spec.loader
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _module("understudy_reward", file)
     if not callable(function := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise LookupError(f"it has no function {name!r}, only {', '.join(known) or 'none at all'}")
     return function
 
 
-def _die_with(parent: int) -> None:
-    """End with the process that asks, also in the middle of a call: Linux does that; elsewhere between two calls."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.name == "posix" and os.getppid() != parent:
-        os._exit(1)
+def _module(name: str, file: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _number(score: Any) -> float:
