@@ -20,11 +20,13 @@ GROUPS = {  # the first group with a pattern that fits a field's name; one that 
         "critic critic_layers critic_init dtype lora* train_layers reference reference_mode trust_remote_code"
     ),
     "data": (
-        "data evaluation_data columns held_out template chat_template stop max_length too_long packing train_on pretraining"
+        "data data_* evaluation_data columns unconditional held_out template chat_template add_bos stop max_length too_long "
+        "packing train_on pretraining"
     ),
     "sampling": (
         "rollout num_steps_per_env episodes exploration noise_hold rows completions_per_iteration max_new* fixed_length "
-        "temperature slots max_num_seqs group group_size resample dynamic_sampling_rounds reply turns max_turns"
+        "temperature slots max_num_seqs group group_size resample dynamic_sampling_rounds keep_special_tokens "
+        "reply turns max_turns"
     ),
     "reward": (
         "reward reward_* gold gamma normalize_reward truncation truncation_penalty missing_eos_penalty whiten_rewards "
