@@ -318,7 +318,10 @@ class Walker:
         call = Call(call.obs, self._see(last, info, choosing=self.none), *call[2:])
         told: Any = self.returns, self.lengths, np.arange(self.rows), self.episode, call.truncated
         ended = (over & call.chosen).nonzero()[0].tolist()
-        self.finished.extend(Episode(*(x.item(row) for x in told), info=self._numbers(info, row)) for row in ended)
+        numbers = [self._numbers(info, row) if info or self.log_info else {} for row in ended]
+        self.finished.extend(
+            Episode(*(x.item(row) for x in told), info=own) for row, own in zip(ended, numbers, strict=True)
+        )
         self.returns[over], self.lengths[over] = 0, 0  # made anew in every call
         if self.state is not None:
             self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)

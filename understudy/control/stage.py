@@ -116,19 +116,20 @@ class Stage:
 
         Costs are scaled as rewards are, so multipliers are in units of the environment's reward.
         """
-        scale = self.policy.reward_scale
-        if scale is not None:
-            scale.begin(traj, self.walker.abandoned)
+        if self.policy.reward_scale is not None:
+            self.policy.reward_scale.begin(traj, self.walker.abandoned)
         paid = self.policy.reward(traj.reward)
-        if self.bounds is None:
-            return paid
+        return paid if self.bounds is None else self._charged(paid, traj, self.bounds)
+
+    def _charged(self, paid: Tensor, traj: Trajectory, bounds: Bounds) -> Tensor:
+        """Rewards less what held constraints charge at the multipliers that follow from this record."""
         costs = self._costs()
         cost, sums = costs.record(traj, self.walker.chosen)
         self.kept["costs"] = costs.state
         means = {name: statistics.fmean(found) for name, found in sums.items() if found}
-        self.bounds.begin(means, self.policy, self.optimizer)
-        width = 1.0 if scale is None else scale.width
-        return self.bounds.charge(paid, {name: x / width for name, x in cost.items()})
+        bounds.begin(means, self.policy, self.optimizer)
+        width = 1.0 if self.policy.reward_scale is None else self.policy.reward_scale.width
+        return bounds.charge(paid, {name: x / width for name, x in cost.items()})
 
     def report(self, metrics: dict[str, float]) -> Iterator[dict[str, Any]]:
         """Close an iteration: count its episodes, log and show it, evaluate and checkpoint when due. Yields its line."""
@@ -191,28 +192,40 @@ class Stage:
         line: dict[str, Any] = {"iteration": self.iteration, "steps": steps, "episodes": self.episodes}
         line["episode_return_mean"] = statistics.fmean(e.episode_return for e in self.window) if self.window else None
         line["episode_length_mean"] = statistics.fmean(e.length for e in self.window) if self.window else None
-        for name in dict.fromkeys(name for episode in self.window for name in episode.info):
-            numbers = [episode.info[name] for episode in self.window if name in episode.info]
-            line["success_rate" if name == "success" else f"info_{name}"] = statistics.fmean(numbers)
+        line |= self._infos() if any(episode.info for episode in self.window) else {}
         names = dict.fromkeys(name for metrics in iterations for name in metrics)  # one that only resets has few
         line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
         left = max(0, self.cfg.steps - steps) * seconds / steps
         return line | {"seconds": seconds, "steps_per_second": steps / seconds, "seconds_left": left}
 
+    def _infos(self) -> dict[str, float]:
+        """Success rate, and means of the numbers of info that were asked for, over the same episodes."""
+        found = {}
+        for name in dict.fromkeys(name for episode in self.window for name in episode.info):
+            numbers = [episode.info[name] for episode in self.window if name in episode.info]
+            found["success_rate" if name == "success" else f"info_{name}"] = statistics.fmean(numbers)
+        return found
+
     def _close(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Log and show a line, evaluated where that is due. One whose evaluation a signal ends waits for the resume."""
-        self.note_faults()
+        """Log and show a line, evaluated where that is due."""
+        if self.walker.supervised:
+            self.note_faults()
         if self.cfg.evaluate_every and self.iteration % self.cfg.evaluate_every < self.cfg.log_every:
-            try:
-                line |= self._evaluate()
-            except Stopped:
-                self.pending = line
-                self._stop()
+            line |= self._evaluated(line)
         for sink in self.sinks:
             sink.log({name: value for name, value in line.items() if isinstance(value, float | int)}, self.walker.steps)
         self.run.log(line)
         self.progress.show(line, now=not self.on)
         return line
+
+    def _evaluated(self, line: dict[str, Any]) -> dict[str, float]:
+        """The policy's evaluation as metrics. A line whose evaluation a signal ends waits for the resume."""
+        try:
+            return self._evaluate()
+        except Stopped:
+            self.pending = line
+            self._stop()
+            raise
 
     def _evaluate(self) -> dict[str, float]:
         """The policy's evaluation as metrics; the best so far is kept under best/."""

@@ -101,8 +101,10 @@ class Progress:
 
     def show(self, metrics: dict[str, Any], *, now: bool = False) -> None:
         """Show an iteration: at most four times a second on a terminal, every `every` seconds as lines."""
-        if self.quiet:
-            return
+        if not self.quiet:
+            self._show(metrics, now)
+
+    def _show(self, metrics: dict[str, Any], now: bool) -> None:
         self.lines.append(metrics)
         self.trend.add(metrics.get(columns_for(metrics)[len(COUNTS)][0]))
         if now or time.monotonic() - self.drawn >= self.every:
