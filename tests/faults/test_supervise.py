@@ -20,7 +20,7 @@ from gymnasium.vector import SyncVectorEnv
 
 from tests.envs import MODES, Anything, Diary, Nested, Picky, seed_of, walker
 from tests.faulty import AT, BAD, Faulty, fail, fly, hang, hit, returns, stop
-from understudy.control import actor_critic, environment, ppo, reinforce, stage, supervise
+from understudy.control import actor_critic, environment, ppo, reinforce, sources, supervise
 from understudy.control.collect import Walker
 from understudy.control.environment import SeededResets
 from understudy.control.policy import Policy
@@ -696,7 +696,7 @@ def test_an_environment_that_fails_at_once_is_refused_before_there_is_a_run(tmp_
 
 
 def test_an_environment_that_hangs_at_once_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "START_SECONDS", 0.1)
+    monkeypatch.setattr(sources, "START_SECONDS", 0.1)
     config = ppo.Config(env=f"{HERE}:HangsAtOnce", out=str(tmp_path / "run"), step_timeout=0.1, **FIELDS)
     with pytest.raises(RequestError, match=r"HangsAtOnce' cannot be made or used: no answer within 0.5 s; mend it"):
         ppo.train(config)
