@@ -603,7 +603,7 @@ def test_the_recipe_makes_the_update_that_is_compared_here(peer, tmp_path):
     with stage.open_stage("ppo", again, None, None, optimizer=ppo.optimizer) as run:
         traj = run.walker.collect(run.policy, cfg.rollout)
         old, value = estimate(run.policy, traj)
-        batch = ppo.weigh_up(traj, run.policy.reward(traj.reward), value, old, cfg)
+        batch = ppo.weigh_up(traj, run.reward(traj), value, old, cfg)
         # the first iteration's linear schedule is at its start
         improve_on(batch, run.policy, run.optimizer, cfg, partial(ppo.steer, run.optimizer, cfg), run.shuffle)
 
