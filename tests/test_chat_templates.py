@@ -1,12 +1,14 @@
 """What chat templates are given and what becomes of it: tools, thinking, beginnings of answers, and which turns teach."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
 
 from tests.test_text import CHAT, CHATML, EOS, THINKING, TURN_END, built, made, tokens
-from understudy.language import text
+from understudy.language import bounded, text
 from understudy.language.collect import Sampler
 from understudy.language.generate import Completion
 from understudy.language.sft import pad_examples
@@ -236,3 +238,45 @@ def test_completions_keep_special_tokens_where_asked(keep, expected):
 
     assert sampled.completions == [expected]
     assert sampled.completion_ids == [ids]
+
+
+# templates that never end, or grow without bound
+
+NESTED = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+GROWING = "{% set n = namespace(x='a') %}{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}"
+ENDLESS = {
+    "loops": (NESTED, "more than 0.2 seconds"),
+    "doubling": (GROWING, "more than 0.0625 GiB"),
+    "a large product": ("{{ 'a' * 10000000000 }}", "more than 0.0625 GiB"),
+    "nesting": ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recursion"),
+    "long output": ("{{ 'a' * 1001 }}", "more than 1,000 characters"),
+}
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_a_chat_template_is_bounded_in_time_memory_and_output(case, monkeypatch):
+    template, words = ENDLESS[case]
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    monkeypatch.setattr(bounded, "BYTES", 2**26)
+    monkeypatch.setattr("understudy.language.tokenizer.LONGEST", 1000)
+
+    with pytest.raises(RequestError, match=rf"^the chat template .*{words}"):
+        chatty(template).encode_prompt(USER)
+
+
+def test_a_template_that_is_given_is_bounded(monkeypatch, tmp_path):
+    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    built(template=CHATML).save_pretrained(tmp_path)
+
+    with pytest.raises(RequestError, match=r"^template is .* never ends"):
+        Tokenizer.load(tmp_path, template=NESTED)
+
+
+def test_a_bound_leaves_the_limits_and_the_timer_as_they_were():
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
+    chatty().encode_prompt(USER)
+
+    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

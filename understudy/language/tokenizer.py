@@ -16,6 +16,7 @@ from tokenizers import processors
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from understudy.language.bounded import bounded
 from understudy.language.files import check_files
 from understudy.language.lora import base_of, tokenizer_of
 from understudy.run.config import RequestError
@@ -230,11 +231,15 @@ class Tokenizer:
                 "the data are chat and the tokenizer has no chat template: give one with --template FILE"
             )
         try:
-            return str(
-                self.hf.apply_chat_template(
+            with bounded():
+                text = self.hf.apply_chat_template(
                     messages, add_generation_prompt=answer, tokenize=False, **self.template_arguments
                 )
-            )
+            if len(str(text)) > LONGEST:
+                raise ValueError(f"it writes more than {LONGEST:,} characters")
+            return str(text)
+        except (TimeoutError, MemoryError, RecursionError) as error:
+            raise RequestError(f"the chat template never ends or grows without bound ({error}): {ANOTHER}") from None
         except (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError) as error:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise RequestError(f"the chat template refuses messages of roles {roles}: {error}") from None
@@ -278,6 +283,10 @@ class Tokenizer:
         end = max((t + 1 for t, token in enumerate(ids) if token in self.stops), default=0)
         return ids[:end] if end and not self._decode(ids[end:]).strip() else ids
 
+
+LONGEST = 50_000_000
+"""Characters that a chat template may write of one chat."""
+ANOTHER = "give another with --template FILE"
 
 RESERVED = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"}
 RESERVED |= {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
@@ -332,7 +341,12 @@ def _template(hf: PreTrainedTokenizerBase, template: str) -> str:
             )
         text = Path(template).read_text(encoding="utf-8")
     try:
-        hf.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
+        with bounded():
+            hf.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
+    except (TimeoutError, MemoryError, RecursionError) as error:
+        raise RequestError(
+            f"template is {template[:40]!r}, which never ends or grows without bound ({error}): {ANOTHER}"
+        ) from None
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(
             f"template is {template[:40]!r}: not Jinja in line {error.lineno} ({error.message})"
