@@ -296,3 +296,11 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
 
     with pytest.raises(RequestError, match="not UTF-8"):
         read(str(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(("name", "line"), [("a.jsonl.gz", '{"prompt": "%s"}\n'), ("a.csv.gz", "prompt\n%s\n")])
+def test_a_packed_file_that_unpacks_to_far_more_is_refused(file, name, line):
+    path = file(name, line % ("a" * (65 * 2**20)))  # packs to a thousandth
+
+    with pytest.raises(RequestError, match=r"data is .*, which unpacks to more than 100 times its size"):
+        read(path)

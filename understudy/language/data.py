@@ -6,8 +6,10 @@ import csv
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -283,10 +285,23 @@ def _read_file(path: Path) -> list[Row]:
         raise RequestError(f"data is {str(path)!r}: it cannot be read ({error})") from None
 
 
+class _Unpacked(gzip.GzipFile):
+    """A packed file that is refused where it is a bomb: a few bytes that unpack to more than any text does."""
+
+    def read1(self, size: int = -1) -> bytes:
+        text = super().read1(size)
+        if self.tell() > max(LEAST_BOMB, MOST_PACKED * os.path.getsize(self.name)):
+            raise RequestError(
+                f"data is {self.name!r}, which unpacks to more than {MOST_PACKED} times its size: unpack it yourself if "
+                "that is what it should hold"
+            )
+        return text
+
+
 def _opened(path: Path) -> IO[str]:
     """The file's text, unpacked; a byte-order mark, which spreadsheets write, is no part of it."""
-    unpack = gzip.open if path.suffix == ".gz" else open
-    return unpack(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]  # "rt" opens text
+    unpack: Any = _Unpacked if path.suffix == ".gz" else open
+    return io.TextIOWrapper(unpack(path, "rb"), encoding="utf-8-sig", newline="")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
@@ -382,6 +397,8 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
     ]
 
 
+LEAST_BOMB, MOST_PACKED = 64 * 2**20, 100
+"""A packed file may unpack to this many bytes, or to this many times its size; ordinary text packs to a tenth or more."""
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
 IN_MEMORY = re.compile(r"\d+ rows in memory, digest [0-9a-f]+")
 USUAL = {
