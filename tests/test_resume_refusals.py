@@ -37,6 +37,16 @@ def test_resume_in_python_takes_no_other_setting(run):
         understudy.resume("run", gamma=0.5)
 
 
+@pytest.mark.parametrize("argv", [["evaluate", "run", "--episodes", "1"], ["resume", "run"], ["show", "run"]])
+def test_a_run_of_a_device_that_is_not_here_goes_on_on_another(run, capsys, argv):
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda:99"'))
+
+    refused(capsys, argv, 2, "device is 'cuda:99'", "try cpu")
+    assert main([*argv, "--device", "cpu"]) == 0
+    assert ("exact only on the same device" in capsys.readouterr().err) == (argv[0] == "resume")
+
+
 def test_a_finished_run_is_said_to_be_finished(run, capsys):
     assert main(["resume", "run"]) == 0
     said = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ KEPT_ROWS = {"data", "evaluation_data", "pretraining"}  # fields of which a run 
 
 START = {"control": "--init", "language": "--model"}
 """The flag by which a new run begins from another's policy."""
-OWN = {"env_options", "wrappers", "reward", "gold", "reply", "trust_remote_code", *KEPT_ROWS}
-"""Fields of a run that `resume` takes anew, besides `steps` and `env`: they may name code, or hold the rows."""
+OWN = {"device", "env_options", "wrappers", "reward", "gold", "reply", "trust_remote_code", *KEPT_ROWS}
+"""Fields of a run that `resume` takes anew, besides `steps` and `env`: they may name code or a device, or hold the rows."""
 
 
 def resume(
@@ -47,7 +48,8 @@ def resume(
             the id of its environment.
         engine: language, who samples, where the run began with one.
         own: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
-            trust_remote_code; or rows it began with: data, pretraining.
+            trust_remote_code; or rows it began with: data, pretraining; or device, where the run's own is not here: on
+            another one the run goes on, but not to the same bytes.
 
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
@@ -80,6 +82,10 @@ def resume(
     opened, found = Run.reopen(path, checkpoint)
     try:
         about: dict[str, Any] = {"checkpoint": None if found is None else found.name}
+        if config.device != fields.get("device", config.device):
+            about |= {"device": {"from": fields["device"], "to": config.device}}
+            moved = f"understudy: the run was on {fields['device']} and goes on on {config.device}"
+            print(f"{moved}: resume is exact only on the same device", file=sys.stderr)
         lineage.settle_config(path, fields)
         if steps is not None and steps != config.steps:
             about |= {"extended": {"from": config.steps, "to": steps}}

@@ -115,6 +115,7 @@ def evaluate_run(argv: list[str]) -> int:
         "--num-evaluation-envs", type=whole_number, help="copies of the environment (default the run's)"
     )
     parser.add_argument("--evaluation-max-steps", type=whole_number, help="end an episode here (default the run's)")
+    parser.add_argument("--device", help="torch device, where the run's own is not here (default: the run's)")
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
@@ -150,7 +151,7 @@ def evaluate_run(argv: list[str]) -> int:
 
 
 def opened(path: Path, args: Any) -> tuple[Any, Any]:
-    """A run's final policy and its config; `args` may name its environment anew: env, wrappers, env_options."""
+    """A run's final policy and its config; `args` may give some of it anew: env, wrappers, env_options, device."""
     _, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
     own = {"env": args.env} if args.env else {}
@@ -163,7 +164,7 @@ def opened(path: Path, args: Any) -> tuple[Any, Any]:
             f"run is '{path}', which was trained in an environment object: name what makes it with --env, as in "
             "--env my_env.py:MyEnv"
         )
-    given = {name: getattr(args, name, None) for name in ("num_evaluation_envs", "evaluation_max_steps")}
+    given = {name: getattr(args, name, None) for name in ("device", "num_evaluation_envs", "evaluation_max_steps")}
     own |= {name: value for name, value in given.items() if value is not None}
     config = rebuilt(recipe.Config, fields | own)
     return load(path), config

@@ -224,6 +224,7 @@ def evaluate_run(argv: list[str]) -> int:
         "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
     )
     parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
+    parser.add_argument("--device", help="torch device, where the run's own is not here (default: the run's)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
     given = Path(args.run)
@@ -231,7 +232,7 @@ def evaluate_run(argv: list[str]) -> int:
     _, recipe, fields = described(path)
     kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
     own: dict[str, Any] = {name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None}
-    own |= {name: x for name in ("reply", "evaluation_data") if (x := getattr(args, name)) is not None}
+    own |= {name: x for name in ("reply", "evaluation_data", "device") if (x := getattr(args, name)) is not None}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     permit(path, fields, given=own)
     idle = [name for name in own if name not in kind.__dataclass_fields__]

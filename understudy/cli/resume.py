@@ -22,6 +22,9 @@ def resume_run(argv: list[str]) -> int:
     parser = Parser(prog="understudy resume", description="Go on with a run where it stopped, to the bit.")
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--steps", type=whole_number, help="a new total, for a run that is to go on further")
+    parser.add_argument(
+        "--device", help="torch device, where the run's own is not here; only on its own is resume exact"
+    )
     parser.add_argument("--checkpoint", help="name of one under RUN/checkpoints, and no other (default: the newest)")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
     parser.add_argument("--wrappers", nargs="+", help="wrappers, where the run's own name code")
@@ -39,7 +42,7 @@ def resume_run(argv: list[str]) -> int:
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
-    own |= {"reply": args.reply} if args.reply else {}
+    own |= {name: x for name in ("reply", "device") if (x := getattr(args, name))}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     before = next(newest_first(Path(args.run)), {}).get("iteration")
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)

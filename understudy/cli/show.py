@@ -47,10 +47,15 @@ def show(argv: list[str]) -> int:
     )
     control.add_argument("--wrappers", nargs="*", help="wrappers, where the run's own name code")
     control.add_argument("--env-options", metavar="JSON", help="a JSON object, in place of the run's own")
+    control.add_argument("--device", help="torch device, where the run's own is not here")
     args = parser.read(argv)
     path = Path(args.run)
     world, recipe, _ = described(path)
-    wrong = ("best", "worst", "row", "iteration") if world == "control" else ("episode", "steps", "env", "wrappers")
+    wrong = (
+        ("best", "worst", "row", "iteration")
+        if world == "control"
+        else ("episode", "steps", "env", "wrappers", "device")
+    )
     for name in wrong:
         if getattr(args, name) is not None:
             raise RequestError(f"{name} is {getattr(args, name)}: this is a {world} run, which has no use for it")

@@ -184,8 +184,8 @@ class Walker:
         if isinstance(envs := self.envs.unwrapped, Supervised):
             envs.restarted = list(found.get("restarted", envs.restarted))
         self.now = arrays(found["now"]) if "now" in found else None
-        if self.generator is not None:
-            self.generator.set_state(found["generator"])
+        if self.generator is not None and len(found["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(found["generator"])  # a device of another kind begins its own stream
         self.state, self.noise = (None if x is None else x.to(self.device) for x in (self.state, self.noise))
         if self.now is None:
             return not cut
