@@ -170,3 +170,14 @@ def test_a_task_without_an_end_terminates_at_its_limit():
 
     assert record.terminated.nonzero().tolist() == [[0, 0]]
     assert not record.truncated.any()
+
+
+def test_weights_that_are_no_numbers_end_sampling_in_a_sentence():
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    policy = Policy(model)
+    policy.cached = True
+
+    with pytest.raises(FloatingPointError, match="probabilities are no numbers"):
+        generate(policy, [[1]], limit=2, stops=frozenset(), seeds=[0])

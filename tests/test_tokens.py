@@ -184,3 +184,8 @@ def test_the_kl_of_sampled_tokens_is_zero_where_nothing_was_chosen():
     old = SampledTokens(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -50.0))
 
     assert torch.equal(old.kl(at_random())[~MASK], torch.zeros(2))
+
+
+@pytest.mark.parametrize("size", [5, 1000])
+def test_probabilities_that_are_no_numbers_still_pick_a_token(size):
+    assert 0 <= int(pick(torch.full((1, size), torch.nan), torch.tensor([0.5]))) < size

@@ -202,6 +202,10 @@ class _Desk:
 
     def completions(self) -> list[Completion]:
         rows, at, token, logprob = (torch.cat(parts).cpu() for parts in zip(*self.said, strict=True))
+        if logprob.isnan().any():
+            raise FloatingPointError(
+                "the policy's probabilities are no numbers: its weights are ruined; lower learning_rate"
+            )
         ids = torch.zeros(self.noise.shape, dtype=torch.long).index_put((rows, at), token).tolist()
         logprobs = torch.zeros(self.noise.shape).index_put((rows, at), logprob).tolist()
         end = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()

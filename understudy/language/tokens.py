@@ -249,9 +249,13 @@ def pick(p: Tensor, noise: Tensor) -> Tensor:
 
 
 def _first_above(total: Tensor, level: Tensor) -> Tensor:
-    """total [N, n], rising, level [N, 1] -> int64 [N]; where none is above, the first that is as high as the last."""
+    """total [N, n], rising, level [N, 1] -> int64 [N]; where none is above, the first that is as high as the last.
+
+    Where totals are NaN it is the last, so that it is an index in any case.
+    """
     below = torch.nextafter(total[:, -1:], torch.zeros_like(level))
-    return torch.searchsorted(total, torch.minimum(level, below), right=True)[:, 0]
+    found = torch.searchsorted(total, torch.minimum(level, below), right=True)[:, 0]
+    return found.clamp_(max=total.shape[1] - 1)
 
 
 @dataclass(frozen=True)
