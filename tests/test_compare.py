@@ -149,3 +149,10 @@ def test_lines_from_the_end_are_those_from_the_beginning(made, monkeypatch, bloc
     monkeypatch.setattr("understudy.run.metrics.BLOCK", block)
 
     assert [line["iteration"] for line in newest_first(run)] == [9, 3, 2, 1]
+
+
+def test_a_model_directory_is_refused_as_no_run(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "config.json names no config: give the directory of a run" in capsys.readouterr().err
