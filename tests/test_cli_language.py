@@ -107,6 +107,11 @@ WRONG_REQUESTS = {
     "no tracker": (ppo("--log", "trackio"), ["trackio", "trackio]'"]),
     "generate nothing": (["generate", "model", "--prompt", "the", "--max-new", "0"], ["max_new_tokens is 0"]),
     "generate to an unknown stop": (["generate", "model", "--prompt", "the", "--stop", "nope"], ["stop", "nope"]),
+    "a step of any size": (ppo("--learning-rate", "1e30"), ["learning_rate is 1e+30", "up to 1000"]),
+    "a critic's step of any size": (ppo("--critic-learning-rate", "1e30"), ["critic_learning_rate is 1e+30"]),
+    "an adapter of any scale": (ppo("--lora", "1", "--lora-alpha", "1e30"), ["lora_alpha is 1e+30"]),
+    "rows beyond memory": (ppo("--rows", "1e12"), ["rows is 1000000000000", "1e+06"]),
+    "generate beyond memory": (["generate", "model", "--prompt", "the", "--count", "1e12"], ["count 1000000000000"]),
     "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["count is 0"]),
     "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "greedy"]),
 }
@@ -292,6 +297,28 @@ def test_chat_takes_turns_until_the_input_ends(here, capsys, monkeypatch):
 
     assert main(["generate", str(folder), "--chat", "--max-new", "4"]) == 0
     assert len(capsys.readouterr().out.strip("\n").split("\n")) == 2
+
+
+def test_a_function_of_the_users_is_said_to_be_outside_exact_resume(here, capsys):
+    assert main(ppo("--out", "rl", reward=("mine.py:ones", "length"))) == 0
+    assert main(ppo("--out", "other")) == 0
+
+    [said] = [line for line in Path("rl/events.jsonl").read_text().splitlines() if "resume is exact only" in line]
+    assert "mine.py:ones remembers nothing" in said and "length" not in said
+    assert not Path("other/events.jsonl").exists() or "exact" not in Path("other/events.jsonl").read_text()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "resume"])
+def test_a_run_of_a_device_that_is_not_here_goes_on_on_another(here, capsys, verb):
+    assert main(ppo("--out", "rl", "--held-out", "4")) == 0
+    about = json.loads(Path("rl/config.json").read_text())
+    about["config"]["device"] = "cuda:99"
+    Path("rl/config.json").write_text(json.dumps(about))
+    capsys.readouterr()
+
+    refused(capsys, [verb, "rl"], 2, "device is 'cuda:99'", "try cpu")
+    assert main([verb, "rl", "--device", "cpu"]) == 0
+    assert ("exact only on the same device" in capsys.readouterr().err) == (verb == "resume")
 
 
 def test_a_python_config_is_refused_like_a_flag():

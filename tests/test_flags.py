@@ -19,6 +19,7 @@ from understudy.cli.language import RECIPES as LANGUAGE
 from understudy.cli.language import REWARDS
 from understudy.control.ppo import Config
 from understudy.language.judge import BUILTINS
+from understudy.run.config import RequestError
 
 __all__ = ["here"]  # a fixture
 RECIPE_CONFIGS = [getattr(control, name).Config for name in CONTROL.values()]
@@ -241,3 +242,11 @@ def test_a_run_whose_progress_nobody_reads_goes_on_to_its_end(here, unread):
 
     assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "64", "--out", "run", *loud]) == 0
     assert json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])["steps"] == 64
+
+
+def test_a_whole_float_in_a_python_config_is_a_whole_number():
+    config = Config(env="CartPole-v1", steps=1e5, stop_at_return=1e2)  # pyright: ignore[reportArgumentType]
+
+    assert (config.steps, type(config.steps), type(config.stop_at_return)) == (100_000, int, float)
+    with pytest.raises(RequestError, match=r"^steps is 1\.5: must be a whole number"):
+        Config(env="CartPole-v1", steps=1.5)  # pyright: ignore[reportArgumentType]

@@ -119,3 +119,8 @@ def test_a_negative_seed_is_refused(tmp_path, capsys):
     assert main(["rehearse", "--seed", "-1", "--out", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "understudy: seed is -1: must be 0 or more\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_seed_may_be_written_as_a_float(tmp_path, capsys):
+    assert main(["rehearse", "--seed=-1e3", "--out", str(tmp_path / "out")]) == 2
+    assert "seed is -1000" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from understudy import load
-from understudy.cli.flags import Parser
+from understudy.cli.flags import Parser, whole_number
 from understudy.language import RewardModel, ppo, rehearsal, reward_model, sft
 from understudy.language.generate import Completion, generate
 from understudy.language.judge import distinct_n
@@ -66,7 +66,7 @@ def rehearse(argv: list[str], sizes: Sizes = FULL) -> int:
     """`understudy rehearse [--out DIR] [--seed N]`."""
     parser = Parser(prog="understudy rehearse", description="All of RLHF on a small made-up language, in two minutes.")
     parser.add_argument("--out", help="directory of the rehearsal; runs/rehearse-N by default")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default 0)")
+    parser.add_argument("--seed", type=whole_number, default=0, help="seed of everything (default 0)")
     parser.add_argument("--quiet", action="store_true", help="no words between the stages")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of samples and table")
     args = parser.read(argv)

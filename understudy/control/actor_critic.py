@@ -36,7 +36,7 @@ class Config(config.Config):
     """The critic's error: half the square, or Huber's."""
     standardize: bool = False
     """Standardise advantages over the record."""
-    learning_rate: config.Positive = 7e-4
+    learning_rate: config.LearningRate = 7e-4
     """The optimizer's step size at the start."""
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""

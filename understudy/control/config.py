@@ -6,7 +6,19 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from understudy.constrain import Constraint
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Seconds, Threads, Unit, Whole, check
+from understudy.run.config import (
+    Count,
+    LearningRate,
+    NonNegative,
+    Positive,
+    RequestError,
+    Seconds,
+    Size,
+    Threads,
+    Unit,
+    Whole,
+    check,
+)
 from understudy.run.device import check_device
 
 
@@ -56,7 +68,7 @@ class Config(Network):
     """An observation beyond the bounds of its space: refuse the environment, accept it, or clip to the bounds."""
     exact_resume: bool = True
     """Make environments that remember across episodes anew at checkpoints, so that resume is exact; off keeps them."""
-    num_envs: Count = 8
+    num_envs: Size = 8
     """Copies of the environment, one row of the record each."""
     steps: Count = 100_000
     """Chosen steps in all, over all copies; the run ends at the first iteration boundary at or after it."""
@@ -79,7 +91,7 @@ class Config(Network):
     """Scale float observations by their running mean and deviation, kept in the policy."""
     normalize_reward: bool = False
     """Scale rewards by the running deviation of the discounted return, kept in the policy."""
-    learning_rate: Positive = 3e-4
+    learning_rate: LearningRate = 3e-4
     """Adam's step size at the start."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """How it goes on: constant, or linear to 0 over the run's steps."""
@@ -104,7 +116,7 @@ class Config(Network):
     """Iterations between evaluations, own env and generators, best policy kept under best/; 0 for none."""
     evaluate_episodes: Count = 20
     """Episodes an evaluation takes."""
-    num_evaluation_envs: Count = 4
+    num_evaluation_envs: Size = 4
     """Copies of the environment that an evaluation makes; results do not depend on it."""
     evaluation_max_steps: Count = 27_000
     """Steps after which an episode of an evaluation is ended (Atari's 108,000 frames)."""

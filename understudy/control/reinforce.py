@@ -36,7 +36,7 @@ class Config(config.Config):
     """Episodes from one start state, for the group baselines."""
     group_scale: bool = True
     """Divide the group baseline by the group's standard deviation (GRPO)."""
-    learning_rate: config.Positive = 1e-3
+    learning_rate: config.LearningRate = 1e-3
     """Adam's step size at the start."""
 
     def __post_init__(self) -> None:

@@ -12,6 +12,9 @@ from understudy.run.config import RequestError
 if TYPE_CHECKING:
     from understudy.language.model import Policy
 
+MOST_TOKENS = 2**26
+"""Tokens of all completions together, which are in memory until the last of them is there."""
+
 
 @torch.no_grad()
 def completions(
@@ -33,6 +36,11 @@ def completions(
     if context and ids and (longest := max(map(len, ids))) >= context:
         raise RequestError(f"prompt has {longest} tokens, the model's context holds {context}: shorten it")
     limits = [min(limit, context - len(prompt)) if context else limit for prompt in ids]
+    if (tokens := count * sum(limits)) > MOST_TOKENS:
+        raise RequestError(
+            f"max_new_tokens is {limit} and count {count}: for {len(ids)} prompts that is up to {tokens:,} tokens, and at "
+            f"most {MOST_TOKENS:,} are made at a time; lower one of them"
+        )
     texts: list[list[str]] = [[] for _ in ids]
     before, policy.temperature = policy.temperature, temperature or policy.temperature
     try:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from understudy.constrain import Constraint
 from understudy.language.data import Table
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Temperature, Threads, Unit, Whole, check
+from understudy.run.config import (
+    Count,
+    LearningRate,
+    NonNegative,
+    Positive,
+    Range,
+    RequestError,
+    Size,
+    Temperature,
+    Threads,
+    Unit,
+    Whole,
+    check,
+)
 from understudy.run.device import check_device
 from understudy.score import Cut
 
@@ -101,7 +114,7 @@ class Config:
     packing: bool = False
     """Read several rows as one, so that little is spent on padding."""
 
-    learning_rate: Positive = 1e-5
+    learning_rate: LearningRate = 1e-5
     """AdamW's step size after the warm-up."""
     learning_rate_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How it goes on after the warm-up: constant, or down to 0 at the end of the run, in a line or half a cosine."""
@@ -163,7 +176,7 @@ class Tuning(Config):
 
     lora: Whole = 0
     """Rank of a low-rank adapter that learns in place of the model's own weights; 0 for off."""
-    lora_alpha: Positive = 32.0
+    lora_alpha: Annotated[float, Range(0, 1_000_000, above=True)] = 32.0
     """Its scale: what it says counts alpha / rank."""
     lora_targets: tuple[str, ...] = ()
     """Linear layers that get one, by their last names (q_proj v_proj); all of the trunk's by default."""
@@ -215,7 +228,7 @@ class Rollouts(Tuning):
     """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     reward_timeout: Positive = 30.0
     """Seconds a file's function may take for a batch."""
-    rows: Count = 64
+    rows: Size = 64
     """Completions an iteration."""
     max_new: Count = 64
     """Tokens a completion may have."""
@@ -223,7 +236,7 @@ class Rollouts(Tuning):
     """Every completion has this many tokens and no other end; 0 for off."""
     temperature: Temperature = 1.0
     """Of sampling, and of every log-prob."""
-    slots: Count = 64
+    slots: Size = 64
     """Completions continued at a time."""
     reference: str | None = None
     """Directory of the frozen reference; by default the policy as it starts."""
@@ -267,7 +280,7 @@ class Rollouts(Tuning):
     pretraining_coef: NonNegative = 1.0
     """Its coefficient."""
 
-    evaluate_rows: Count = 64
+    evaluate_rows: Size = 64
     """Completions an evaluation samples; prompts come again where there are fewer."""
     best_by: Literal["none", "score", "gold"] = "none"
     """Which mean of the evaluations decides the policy that RUN/best holds; none for no such directory."""

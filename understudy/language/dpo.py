@@ -20,7 +20,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import Limit, Preference, Row, check_ids, common, pad, preferences, read
 from understudy.objective import Losses, dpo
 from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, Positive, Unit, check_effects
+from understudy.run.config import Count, LearningRate, Positive, Unit, check_effects
 from understudy.run.seeds import seed_shared_generators
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
@@ -32,7 +32,7 @@ PIECE = 32  # pairs a pass without gradient reads at a time
 class Config(config.Tuning):
     """Pairs `chosen` and `rejected`, with or without a `prompt`."""
 
-    learning_rate: Positive = 1e-5
+    learning_rate: LearningRate = 1e-5
     """AdamW's step size after the warm-up."""
     epochs: Count = 1
     """Passes over the data."""

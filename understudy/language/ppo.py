@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from understudy.language.tokens import SampledTokens, TokenDistribution
 from understudy.language.trust_region import stop_early, verify
 from understudy.objective import Losses, adapt_kl_coef, critic_alone, ppo, ppo_penalty, with_pretraining
 from understudy.reduce import masked_mean, standardize
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit, Whole
+from understudy.run.config import Count, NonNegative, Positive, Range, RequestError, Unit, Whole
 from understudy.run.store import Resume, Run
 from understudy.update import update
 from understudy.value import next_value
@@ -38,7 +38,7 @@ class Config(config.Rollouts):
     """Layers of its own of a critic that is top."""
     critic_init: Literal["zero", "normal"] = "zero"
     """A fresh value head begins at 0, or at random with deviation 1/sqrt(H + 1)."""
-    critic_learning_rate: NonNegative = 0.0
+    critic_learning_rate: Annotated[float, Range(0, 1000)] = 0.0
     """The critic's own step size; 0 for learning_rate."""
     critic_max_grad_norm: NonNegative = 0.0
     """Bound on the critic's own gradient; 0 for one joint bound."""

@@ -19,7 +19,7 @@ from understudy.language.stage import Iterations
 from understudy.language.text import last_token, read
 from understudy.objective import classify, prefer
 from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, NonNegative, Positive, RequestError, check_effects
+from understudy.run.config import Count, LearningRate, NonNegative, RequestError, check_effects
 from understudy.run.seeds import seed_shared_generators
 from understudy.run.store import Resume, Run, write_json
 from understudy.update import update
@@ -29,7 +29,7 @@ from understudy.update import update
 class Config(config.Config):
     """Pairs `chosen` and `rejected` with an optional `margin`, or `text` with a `label` from 0 to 1."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
     epochs: Count = 1
     """Passes over the data; published reward models make one."""

@@ -14,7 +14,7 @@ from understudy.language.reading import check_reading
 from understudy.language.stage import Iterations
 from understudy.language.text import Example, Limit, Row, Tokenizer, TrainOn, check_ids, examples, pad, read
 from understudy.objective import imitate
-from understudy.run.config import Count, Positive, check_effects
+from understudy.run.config import Count, LearningRate, check_effects
 from understudy.run.seeds import derive, seed_shared_generators
 from understudy.run.store import Resume, Run
 from understudy.update import update
@@ -27,7 +27,7 @@ class Config(config.Tuning):
     train_on: TrainOn = "last"
     """Of a chat, the turns of the assistant that are learned from: the last, or all that follow the prompt."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
     epochs: Count = 1
     """Passes over the data."""

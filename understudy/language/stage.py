@@ -19,7 +19,7 @@ from torch import nn
 
 from understudy.constrain import Bounds
 from understudy.language import ancestry
-from understudy.language.config import IN_MEMORY, Config, Rollouts
+from understudy.language.config import IN_MEMORY, Config, Function, Rollouts, specs
 from understudy.language.data import Table
 from understudy.language.lora import ADAPTER
 from understudy.language.optimizer import AdamW
@@ -237,7 +237,7 @@ def open_stage(
     else:
         run = resume.run
         lineage.go_on(run.path, origin)
-    for remark in model.remarks:
+    for remark in [*model.remarks, *(_not_saved(cfg) if resume is None else ())]:
         run.event("remark", text=remark)
         if not cfg.quiet:
             print(remark, file=sys.stderr)
@@ -266,6 +266,14 @@ def open_stage(
         finally:
             for sink in stage.sinks:
                 sink.close()
+
+
+def _not_saved(cfg: Config) -> list[str]:
+    """What resume does not bring back, a sentence; none without functions of the user's."""
+    given = [spec for name in ("reward", "gold", "reply") for spec in specs(getattr(cfg, name, None) or ())]
+    code = [spec for spec in given if isinstance(spec, Function) or ".py:" in spec]
+    what = "what a function remembers between its calls is not saved"
+    return [f"resume is exact only if {', '.join(code)} remembers nothing: {what}"] if code else []
 
 
 def _smaller(cfg: Config) -> str:

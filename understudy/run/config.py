@@ -42,7 +42,9 @@ DEEPEST, MOST = 32, 100_000
 Unit = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
+LearningRate = Annotated[float, Range(0, 1000, above=True)]
 Count = Annotated[int, Range(1)]
+Size = Annotated[int, Range(1, 1_000_000)]  # of what is in memory together
 Whole = Annotated[int, Range(0)]
 Seconds = Annotated[float, Range(0, 10_000_000, above=True)]
 Temperature = Annotated[float, Range(1e-6, 1e6)]
@@ -51,11 +53,16 @@ LARGEST = float(2**127)  # of numbers in a config: tensors of float32 hold no la
 
 
 def check(config: Any) -> None:
-    """Raise `RequestError` for the first field whose value is of the wrong kind or out of range."""
+    """Raise `RequestError` for the first field whose value is of the wrong kind or out of range.
+
+    A float that is a whole number becomes an int where the field takes no float.
+    """
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         problem = _problem(hint, value)
-        if problem:
+        if problem and isinstance(value, float) and value.is_integer() and not _problem(hint, int(value)):
+            object.__setattr__(config, name, int(value))  # 1e5, which is a float in Python
+        elif problem:
             raise RequestError(f"{name} is {_shown(value)}: must be {problem}")
 
 
