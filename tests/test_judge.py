@@ -419,7 +419,7 @@ def test_none_nan_and_infinity_are_missing_for_their_row_alone(place, write):
     body = "def score(completions):\n    return [None, float('nan'), float('inf'), 4]\n"
     with make(place, body, write) as one:
         same(one(sampled("a", "b", "c", "d")).score, NAN, NAN, NAN, 4)
-        assert one.failures == {"raised": 0, "timeout": 0, "wrong length": 0, "none": 1, "nan": 2}
+        assert {kind: rows for kind, rows in one.failures.items() if rows} == {"none": 1, "nan": 2}
 
 
 @IN_BOTH

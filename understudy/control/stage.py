@@ -353,7 +353,7 @@ def open_stage(
     keep_freed()
     home = Path.cwd()  # an environment may change the working directory
     begun = None if resume is None else resume.checkpoint
-    init = None if cfg.init is None else begun or policy_path(home / cfg.init, "init")
+    init = None if cfg.init is None else begun or home / policy_path(Path(cfg.init), "init")
     check_sinks(cfg.log)
     if cfg.video:
         need_package("moviepy", "video", "video is on")
