@@ -68,6 +68,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "held_out": (PPO + "test_held_out_prompts_are_not_trained_on",),
         "stop": (
             PPO + "test_completions_end_at_the_stop_ids_that_were_named",
+            "test_stop_strings.py::test_rewards_are_given_the_text_before_the_stop_string",
             SFT + "test_a_stop_that_was_named_is_learned_and_saved",
             REWARD + "test_the_stop_ids_it_was_trained_with_come_back",
         ),

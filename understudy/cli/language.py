@@ -172,9 +172,7 @@ def say(argv: list[str]) -> int:
     parser.add_argument("--count", type=whole_number, default=1, help="completions of the prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="of sampling (default: the policy's own)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
-    parser.add_argument(
-        "--stop", nargs="+", default=[], help="tokens that end it, as text or ids (default: the model's)"
-    )
+    parser.add_argument("--stop", nargs="+", default=[], help="texts or token ids that end it (default: the model's)")
     parser.add_argument("--seed", type=whole_number, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from understudy.batch import Trajectory, map_tensors
-from understudy.language.generate import Completion, Engine, generate, lay_out
+from understudy.language.generate import Completion, Ends, Engine, cut_at_end, generate, lay_out
 from understudy.language.judge import Sampled
 from understudy.language.model import Policy
 from understudy.language.text import Prompt, Tokenizer
@@ -73,7 +73,8 @@ class Sampler:
         """Answers to the prompts of these numbers, each from a seed; by our own generation where no engine is given."""
         prompts = [self.prompts[i] for i in which]
         stops = frozenset() if self.endless else self.tokenizer.stops
-        own = partial(generate, slots=self.slots) if engine is None else partial(_checked, engine)
+        ends = self.tokenizer.at_stop_string if self.tokenizer.stop_strings and not self.endless else None
+        own = partial(generate, slots=self.slots, ends=ends) if engine is None else partial(_checked, engine, ends)
         speak = partial(own, policy, limit=self.limit, stops=stops)
         if self.reply is None:
             completions = speak([prompt.ids for prompt in prompts], seeds=seeds, starts=[0] * len(prompts))
@@ -93,7 +94,7 @@ class Sampler:
         """The same as text: chat is answered in chat."""
         said: list[Any] = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            text = self.tokenizer.continued(prompt.ids, completion.ids)
+            text = self.tokenizer.continued(prompt.ids, completion.ids, turn=completion.turn)
             chat = completion.messages or [{"role": "assistant", "content": text}]
             said.append(text if isinstance(prompt.text, str) else chat)
         shown: list[Any] = [prompt.text for prompt in prompts]
@@ -103,8 +104,10 @@ class Sampler:
         return Sampled(shown, said, [completion.ids for completion in completions], cut, columns)
 
 
-def _checked(engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], **told: Any) -> list[Completion]:
-    """What another's engine says, if it is what an engine says."""
+def _checked(
+    engine: Engine, ends: Ends | None, policy: Policy, prompts: Sequence[Sequence[int]], **told: Any
+) -> list[Completion]:
+    """What another's engine says, if it is what an engine says; up to where it ends, which an engine need not know."""
     found = engine(policy, prompts, **told)
     if len(found) != len(prompts):
         raise ValueError(f"the engine gave {len(found)} completions to {len(prompts)} prompts: must be one each")
@@ -114,4 +117,4 @@ def _checked(engine: Engine, policy: Policy, prompts: Sequence[Sequence[int]], *
                 f"completion {row} of the engine has {len(said.ids)} tokens and log-probs {said.logprob[:3]}...: "
                 "must have at least one token, and a finite log-prob for each"
             )
-    return found
+    return found if ends is None else [cut_at_end(c, prompt, ends) for c, prompt in zip(found, prompts, strict=True)]

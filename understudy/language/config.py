@@ -91,7 +91,7 @@ class Config:
     evaluation_data: str | None = None
     """Rows to evaluate on, in a file like data, instead of rows held out; all of data is then learned from."""
     stop: tuple[str, ...] = ()
-    """Tokens that end a completion, as text or ids; the model's own by default."""
+    """What ends a completion: tokens, as text or ids, and longer texts; the model's own by default."""
     template: str | None = None
     """Jinja chat template, or its file, instead of the tokenizer's own."""
     add_bos: bool = False

@@ -7,8 +7,9 @@ randomness is a stream of its own, so what a row says does not depend on who its
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,6 +25,8 @@ from understudy.run.config import RequestError
 if TYPE_CHECKING:
     from understudy.language.model import Policy
 
+Ends = Callable[[Sequence[int], Sequence[int]], bool]
+"""Whether a completion is at its end with its last token: (prompt, ids so far) -> bool."""
 STEP = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
 
 
@@ -36,13 +39,18 @@ class Completion:
     logprob: list[float]
     """log pi of each under the policy that sampled it; 0 where others spoke."""
     stopped: bool
-    """It ended by a stop id; otherwise the limit cut it."""
+    """It ended by a stop id or a stop string; otherwise the limit cut it."""
     version: int
     """Of the policy that sampled it."""
     chosen: list[bool] | None = None
     """Which of them the policy chose, the first and the last always; None for all."""
     messages: list[dict[str, Any]] | None = None
     """The same as chat where others spoke in it too; None for one answer."""
+
+    @property
+    def turn(self) -> int:
+        """Where the policy's last turn begins."""
+        return 0 if self.chosen is None else len(self.chosen) - self.chosen[::-1].index(False)
 
     @property
     def own(self) -> list[int]:
@@ -78,16 +86,18 @@ def generate(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int] | None = None,
+    ends: Ends | None = None,
     sample: bool = True,
     slots: int = 64,
 ) -> list[Completion]:
-    """Continue each prompt until a stop id or `limit` tokens.
+    """Continue each prompt until a stop id, until it `ends`, or for `limit` tokens.
 
     Args:
         prompts: token ids, each at least one.
         seeds: one a prompt; equal seeds, prompts and parameters give equal completions, whoever the neighbours.
         starts: how many of its `limit` tokens each prompt already holds, at its end; none by default. A token's randomness
             hangs on its seed and its place, so a completion that is taken up again goes on as it would have.
+        ends: asked after each token whether it was the last, as `Tokenizer.at_stop_string` says it.
         sample: draw from the policy at its temperature; otherwise its likeliest token.
         slots: how many rows are continued at a time.
 
@@ -107,8 +117,8 @@ def generate(
         if policy.cached is None:
             settle_sampling(policy, prompts)
         if policy.cached:
-            return _generate_in_slots(policy, prompts, limit, stops, seeds, starts, sample, slots)
-        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, sample))
+            return _generate_in_slots(policy, prompts, limit, stops, seeds, starts, ends, sample, slots)
+        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, ends, sample))
     finally:
         policy.train(training)
 
@@ -120,11 +130,13 @@ def _generate_in_slots(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int],
+    ends: Ends | None,
     sample: bool,
     slots: int,
 ) -> list[Completion]:
     noise = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    desk = _Desk(policy, torch.stack([*noise, torch.zeros(limit)]).to(policy.device), stops, starts, limit, sample)
+    noise = torch.stack([*noise, torch.zeros(limit)]).to(policy.device)
+    desk = _Desk(policy, noise, stops, starts, limit, sample, None if ends is None else _Ended(ends, prompts))
     idle = slots = min(slots, len(prompts))
     capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
     grid = Grid(policy, slots, capacity, max(map(len, prompts)))
@@ -156,6 +168,24 @@ def _generate_in_slots(
     return desk.completions()
 
 
+class _Ended:
+    """Which rows are at the end of their text."""
+
+    def __init__(self, ends: Ends, prompts: Sequence[Sequence[int]]) -> None:
+        self.ends, self.prompts = ends, prompts
+        self.ids: list[list[int]] = [[] for _ in prompts]
+        self.rows: set[int] = set()
+
+    def __call__(self, rows: Tensor, token: Tensor) -> Tensor:
+        """The rows that say one token more, [n] -> whether it is their last, bool [n]."""
+        for row, said in zip(rows.tolist(), token.tolist(), strict=True):
+            if row >= 0:
+                self.ids[row].append(said)
+                if self.ends(self.prompts[row], self.ids[row]):
+                    self.rows.add(row)
+        return torch.tensor([row in self.rows for row in rows.tolist()], device=rows.device)
+
+
 class _Desk:
     """Chooses the next token of some rows and writes it down. Row -1, the last one, is nobody's."""
 
@@ -167,9 +197,10 @@ class _Desk:
         starts: Sequence[int],
         limit: int,
         sample: bool,
+        ended: _Ended | None,
     ) -> None:
         self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
-        self.stops, self.starts = stops, [*starts, 0]
+        self.stops, self.starts, self.ended = stops, [*starts, 0], ended
         self.stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
         self.count = torch.tensor(self.starts, device=noise.device)
         self.rows = self.at = torch.zeros(0, dtype=torch.long, device=noise.device)  # who spoke last, and where
@@ -198,6 +229,9 @@ class _Desk:
         if self.stops:
             stopped = (token[:, None] == self.stop_ids).any(dim=1)
             last = stopped if last is None else last | stopped
+        if self.ended is not None:
+            stopped = self.ended(rows, token)
+            last = stopped if last is None else last | stopped
         return token, None if last is None else last & (rows >= 0)
 
     def completions(self) -> list[Completion]:
@@ -209,8 +243,9 @@ class _Desk:
         ids = torch.zeros(self.noise.shape, dtype=torch.long).index_put((rows, at), token).tolist()
         logprobs = torch.zeros(self.noise.shape).index_put((rows, at), logprob).tolist()
         end = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()
+        texts = set() if self.ended is None else self.ended.rows
         return [
-            Completion(ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops, self.version)
+            Completion(ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops or row in texts, self.version)
             for row, (a, b) in enumerate(zip(self.starts[:-1], end[:-1], strict=True))
         ]
 
@@ -222,6 +257,7 @@ def _generate_by_hugging_face(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int],
+    ends: Ends | None,
     sample: bool,
 ) -> Iterator[Completion]:
     """Row by row through `model.generate`, for a model whose cache we do not know.
@@ -237,6 +273,8 @@ def _generate_by_hugging_face(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((seed, start)) if start else seed)  # a turn must not repeat how it began
                 ids = torch.tensor([list(prompt)], device=policy.device)
+                if ends is not None:
+                    drawn["stopping_criteria"] = [partial(_at_end, ends, len(prompt))]
                 out = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
@@ -250,9 +288,24 @@ def _generate_by_hugging_face(
             ids = out.sequences[0, len(prompt) :]
             score = torch.stack(out.scores)[:, 0].float() / (1.0 if sample else temperature)
             chosen = score.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-            yield Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
+            said = Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
+            yield said if ends is None else cut_at_end(said, prompt, ends)
     finally:
         model.generation_config = own
+
+
+def _at_end(ends: Ends, start: int, ids: Tensor, _: Any, **__: Any) -> Tensor:
+    """`ends` as one of Hugging Face's stopping criteria, of one row whose prompt has `start` tokens."""
+    row = ids[0].tolist()
+    return torch.tensor([ends(row[:start], row[start:])], device=ids.device)
+
+
+def cut_at_end(said: Completion, prompt: Sequence[int], ends: Ends) -> Completion:
+    """A completion up to where it ends; what was said behind that was never to be sampled."""
+    for end in range(1, len(said.ids) + 1):
+        if ends(prompt, said.ids[:end]):
+            return replace(said, ids=said.ids[:end], logprob=said.logprob[:end], stopped=True)
+    return said
 
 
 def lay_out(

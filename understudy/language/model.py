@@ -159,7 +159,8 @@ class Policy(nn.Module):
                 f"policy is '{path}', whose critic does not fit it ({' '.join(str(error).split())[:160]}): give another"
             ) from error
         if (path / "tokenizer_config.json").is_file():
-            policy.tokenizer = Tokenizer.load(path, fixed_length=policy.model.generation_config.eos_token_id is None)
+            own = policy.model.generation_config
+            policy.tokenizer = Tokenizer.load(path, fixed_length=own.eos_token_id is None and not own.stop_strings)
         return policy
 
     def save(self, path: Path) -> None:
@@ -168,9 +169,8 @@ class Policy(nn.Module):
         Where the policy learns by an adapter, the model is saved with it merged, and the adapter as it is in `adapter/`.
         """
         path.mkdir(parents=True, exist_ok=True)
-        self.model.generation_config = generation_config(
-            self.model, self.temperature, () if self.tokenizer is None else self.tokenizer.stops
-        )
+        stops, strings = ((), ()) if self.tokenizer is None else (self.tokenizer.stops, self.tokenizer.stop_strings)
+        self.model.generation_config = generation_config(self.model, self.temperature, stops, strings)
         save_model(self.model, self.adapter, path)
         if self.tokenizer is not None:
             self.tokenizer.save(path)
@@ -222,6 +222,7 @@ class Policy(nn.Module):
         count: int = 1,
         temperature: float | None = None,
         greedy: bool = False,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> list[list[str]]:
         """Continue prompts: a list of `count` texts for each. Equal seeds give equal texts.
@@ -231,13 +232,13 @@ class Policy(nn.Module):
             max_new_tokens: tokens a completion may have, within the model's context.
             temperature: of sampling; by default the policy's own.
             greedy: take the likeliest token each time, instead of sampling.
+            stop: texts or ids that end a completion; by default those of the policy. The text ends before them.
 
         Raises:
             RequestError: the policy has no tokenizer, a prompt fills the context, or a number is out of range.
         """
-        return completions(
-            self, prompts, limit=max_new_tokens, count=count, temperature=temperature, sample=not greedy, seed=seed
-        )
+        how = {"limit": max_new_tokens, "count": count, "temperature": temperature, "sample": not greedy}
+        return completions(self, prompts, **how, stop=stop, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -403,12 +404,16 @@ def width_of(model: Any) -> int:
     return head.weight.shape[1] if hasattr(head, "weight") else model.config.get_text_config().hidden_size
 
 
-def generation_config(model: Any, temperature: float, stops: Iterable[int]) -> GenerationConfig:
-    """How the policy is sampled, in Hugging Face's words: nothing but the temperature, whatever the model came with."""
+def generation_config(
+    model: Any, temperature: float, stops: Iterable[int], strings: Sequence[str] = ()
+) -> GenerationConfig:
+    """How the policy is sampled, in Hugging Face's words: its temperature and stops, whatever else the model came with."""
     given = model.generation_config
-    ids = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids: dict[str, Any] = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if stops := sorted(stops):
         ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    if strings:
+        ids["stop_strings"] = [*strings]
     return GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
 
 

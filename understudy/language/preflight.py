@@ -339,9 +339,9 @@ def split_moves_nothing(ground: Ground) -> Finding | None:
 
 @torch.no_grad()
 def stops_reachable(ground: Ground) -> Finding | None:
-    """The policy gives stop ids a chance."""
+    """The policy gives stop ids a chance, where nothing else ends a completion."""
     stops, mask = sorted(ground.tokenizer.stops), ground.said.record.mask
-    if not stops:
+    if not stops or ground.tokenizer.stop_strings:
         return None
     total = 0.0
     for row in range(len(mask)):

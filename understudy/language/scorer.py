@@ -131,7 +131,7 @@ class RewardModel(nn.Module):
             given = (sampled.prompts, sampled.completions, sampled.completion_ids, sampled.truncated)
             columns = [{name: cells[i] for name, cells in sampled.columns.items()} for i in range(len(sampled))]
             zipped = zip(*given, columns, strict=True)
-            return self.score([self._row(*row, tokenizer.stops if same else None) for row in zipped])
+            return self.score([self._row(*row, tokenizer if same else None) for row in zipped])
 
         return judge
 
@@ -155,12 +155,16 @@ class RewardModel(nn.Module):
         ids: list[int],
         truncated: bool,
         columns: dict[str, Any],
-        stops: frozenset[int] | None,
+        policys: Tokenizer | None,
     ) -> list[int]:
-        """What a completion is to this model; `stops` are the policy's where both speak the same tokens."""
+        """What a completion is to this model; `policys` is the policy's tokenizer where both speak the same tokens.
+
+        What ended by a stop string is read from its text, which has none, and ends as the texts that it learned from.
+        """
         tokenizer = self.tokenizer if isinstance(prompt, str) else self.tokenizer.for_row(columns)
-        if stops is not None:
-            said = ids[:-1] if self.form == "text" and not truncated and ids and ids[-1] in stops else ids
+        ended = policys is not None and bool(ids) and ids[-1] in policys.stops
+        if policys is not None and (ended or truncated or not policys.stop_strings):
+            said = ids[:-1] if self.form == "text" and not truncated and ended else ids
             return [*tokenizer.encode_prompt(prompt), *said]
         if self.form == "text" and isinstance(prompt, str):
             return tokenizer.encode_prompt(prompt + completion)
@@ -179,11 +183,16 @@ def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None, ad
     """The tokenizer with these stop ids, or the model's own; with none where it names none, for plain text needs none."""
     options: dict[str, Any] = {"template": template, "add_bos": add_bos, "trust_remote_code": trust}
     try:
-        return Tokenizer.load(source, stop=tuple(stop), **options)
+        found = Tokenizer.load(source, stop=tuple(stop), **options)
     except RequestError:
         if stop:
             raise
         return Tokenizer.load(source, fixed_length=True, **options)
+    if stop and found.stop_strings:
+        raise RequestError(
+            f"stop is {found.stop_strings[0]!r}, which is several tokens: a reward model reads texts to a stop id; give one"
+        )
+    return found
 
 
 def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from understudy.run.config import RequestError
 Messages = list[dict[str, Any]]
 """A chat: `[{"role": ..., "content": ...}, ...]`."""
 
+MARGIN = 4
+"""Tokens more than a text has bytes: the first of them may be part of a character, or lose a blank."""
 DUMMY = "what-the-assistant-says"
 """Words put into the assistant's mouth to see what a chat template writes around them."""
 
@@ -39,6 +42,8 @@ class Tokenizer:
     """What the chat template is given besides the messages, such as `tools`."""
     keep_special_tokens: bool = False
     """Whether `decode` writes special tokens, such as `<think>`, as text. The stop at the end is never written."""
+    stop_strings: tuple[str, ...] = ()
+    """Texts of several tokens that end a completion as soon as they stand in what it reads as."""
 
     @classmethod
     def load(
@@ -55,8 +60,8 @@ class Tokenizer:
         """The tokenizer of a directory or hub id. No code that comes with it is run, unless that is asked for.
 
         Args:
-            stop: in place of the ids in generation_config.json, or else the tokenizer's EOS: each entry one token, as its
-                text (`</s>`, a newline) or its id in digits.
+            stop: what ends a completion, see `ending_at`; by default the stop ids and stop strings of
+                generation_config.json, or else the tokenizer's EOS.
             fixed_length: completions have no end, whatever the model says.
             template: a Jinja chat template or the path of one, in place of the tokenizer's own.
             add_bos: text begins with BOS even where the tokenizer adds none of itself; `save` keeps it that way.
@@ -73,12 +78,34 @@ class Tokenizer:
         options: dict[str, Any] = {"keep_special_tokens": keep_special_tokens}
         if fixed_length:
             return cls(hf, frozenset(), **options)
-        stops = frozenset(_token_id(hf, entry) for entry in stop) or _own_stops(hf, base_of(source) or source)
-        if not stops:
+        stops, strings = _own_stops(hf, base_of(source) or source)
+        made = cls(hf, stops, stop_strings=strings, **options).ending_at(stop)
+        if not (made.stops or made.stop_strings):
             raise RequestError(
                 f"model is {str(source)!r}: it names no stop id; give one with --stop, or --fixed-length N"
             )
-        return cls(hf, stops, **options)
+        return made
+
+    def ending_at(self, stop: Sequence[str]) -> Tokenizer:
+        """This tokenizer with other ends. An entry that is one token (`</s>`, a newline, an id in digits) is a stop id, and
+        those named replace its own. A longer text is a stop string, which ends a completion besides the stop ids.
+
+        Raises:
+            RequestError: a text that the tokenizer never writes as it is.
+        """
+        if not stop:
+            return self
+        ids = {entry: _token_id(self.hf, entry) for entry in stop}
+        strings = tuple(entry for entry, token in ids.items() if token is None)
+        for entry in strings:
+            reads = self._behind(self.hf.encode("a", add_special_tokens=False), _inside(self.hf, entry))
+            if not entry or entry not in reads:
+                raise RequestError(
+                    f"stop is {entry!r}: must be one token, as text or id, or a text as completions have it, but that one "
+                    f"reads {reads!r} in this tokenizer (special tokens are text only with keep_special_tokens)"
+                )
+        stops = frozenset(token for token in ids.values() if token is not None)
+        return replace(self, stops=stops or self.stops, stop_strings=strings)
 
     def for_row(self, row: Mapping[str, Any]) -> Tokenizer:
         """This tokenizer with what a row of data has for the chat template: `tools`, a list of their JSON schemas;
@@ -155,14 +182,16 @@ class Tokenizer:
             ids = self._closed(whole[len(before) :] if adds else _inside(self.hf, self._answer(prompt, completion)))
         return ids if self.stop is None or (ids and ids[-1] in self.stops) else [*ids, self.stop]
 
-    def encode_turn(self, before: Messages, messages: Messages) -> list[int]:
+    def encode_turn(self, before: Messages, messages: Messages, *, closed: bool = True) -> list[int]:
         """The ids between an assistant's turn, which came after `before`, and its next: `messages`, and the call to speak.
 
         They are the end of a render in which the assistant says something else, to be put behind the ids there are. So
         nothing that was sampled is tokenized again, nor lost to a template that would now write earlier turns otherwise.
-        The stop that ended the turn is not among them.
+        The stop id that ended the turn is not among them; where none did (not `closed`), the turn's end is.
         """
         ids = _inside(self.hf, self._around(before, messages, answer=True)[1])
+        if not closed:
+            return ids
         end = _inside(self.hf, self._around(before, [], answer=False)[1])
         stop = next((t + 1 for t, token in enumerate(ids) if token in self.stops), 0)
         ended = ids[:stop] == end[:stop] or not self._decode(ids[: stop - 1]).strip()
@@ -177,10 +206,41 @@ class Tokenizer:
         """Text that is put behind other ids, as it is: no BOS, no stop."""
         return _inside(self.hf, text)
 
-    def continued(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text of ids as it stands behind others': some tokenizers drop the blank in front of a text."""
+    def continued(self, before: Sequence[int], ids: Sequence[int], *, turn: int = 0) -> str:
+        """The text of ids as it stands behind others': some tokenizers drop the blank in front of a text.
+
+        Neither a stop id at their end nor a stop string that the last of them completes, begun in the turn that begins at
+        the id number `turn`, is part of it.
+        """
         front, whole = self._words(list(before)), self.decode([*before, *ids])
-        return whole[len(front) :] if whole.startswith(front) else self.decode(ids)
+        text = whole[len(front) :] if whole.startswith(front) else self.decode(ids)
+        return text[: len(text) - self.stop_string([*before, *ids[:turn]], ids[turn:])[1]]
+
+    def stop_string(self, before: Sequence[int], ids: Sequence[int]) -> tuple[str, int]:
+        """The stop string that the last of ids completes, and how many characters before the end of their text it begins.
+
+        ("", 0) where there is none.
+        """
+        if not (self.stop_strings and ids) or ids[-1] in self.stops:
+            return "", 0
+        text, earlier = self._behind(before, ids), self._behind(before, ids[:-1])
+        found = [
+            (match.start(), string)
+            for string in self.stop_strings
+            for match in re.finditer(f"(?={re.escape(string)})", text)
+            if not earlier.startswith(string, match.start())
+        ]
+        at, string = min(found, default=(len(text), ""))
+        return string, len(text) - at
+
+    def at_stop_string(self, before: Sequence[int], ids: Sequence[int]) -> bool:
+        """Whether the last of ids completes a stop string. Only the end of them is decoded: a token that writes anything
+        writes a byte at least."""
+        if ids[-1] in self._unwritten:
+            return False
+        most = max(len(string.encode()) for string in self.stop_strings) + MARGIN
+        end = self._written(ids, most)
+        return bool(self.stop_string(self._written(before, MARGIN) if len(end) < most else [], end)[0])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text without the stop it ends with, and without special tokens unless they are to be kept."""
@@ -200,6 +260,21 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Everything `load` needs, the template included; stop ids belong in the model's generation_config.json."""
         self.hf.save_pretrained(path)
+
+    @cached_property
+    def _unwritten(self) -> frozenset[int]:
+        """Ids that `decode` leaves out."""
+        special = {i for i, token in self.hf.added_tokens_decoder.items() if token.special}
+        return frozenset() if self.keep_special_tokens else frozenset({*special, *self.hf.all_special_ids})
+
+    def _written(self, ids: Sequence[int], most: int) -> list[int]:
+        """The last ids that are written as text, `most` of them."""
+        return [*islice((i for i in reversed(ids) if i not in self._unwritten), most)][::-1]
+
+    def _behind(self, before: Sequence[int], ids: Sequence[int]) -> str:
+        """All the text of ids as it stands behind others, stops included."""
+        front, whole = self._words(list(before)), self._words([*before, *ids])
+        return whole[len(front) :] if whole.startswith(front) else self._words(list(ids))
 
     def _words(self, ids: list[int]) -> str:
         return self._decode(ids, skip_special_tokens=not self.keep_special_tokens)
@@ -356,16 +431,19 @@ def _template(hf: PreTrainedTokenizerBase, template: str) -> str:
     return text
 
 
-def _own_stops(hf: PreTrainedTokenizerBase, source: str | Path) -> frozenset[int]:
+def _own_stops(hf: PreTrainedTokenizerBase, source: str | Path) -> tuple[frozenset[int], tuple[str, ...]]:
     own: Any = None
+    strings: Any = None
     with suppress(OSError):  # it has no generation_config.json
-        own = GenerationConfig.from_pretrained(source).eos_token_id
+        config = GenerationConfig.from_pretrained(source)
+        own, strings = config.eos_token_id, config.stop_strings
     own = hf.eos_token_id if own is None else own
-    return frozenset() if own is None else frozenset(own if isinstance(own, list) else [own])
+    stops = frozenset() if own is None else frozenset(own if isinstance(own, list) else [own])
+    return stops, (strings,) if isinstance(strings, str) else tuple(strings or ())
 
 
-def _token_id(hf: PreTrainedTokenizerBase, entry: str) -> int:
-    """The id of one token, named by its digits, its entry in the vocabulary or its text."""
+def _token_id(hf: PreTrainedTokenizerBase, entry: str) -> int | None:
+    """The id of one token, named by its digits, its entry in the vocabulary or its text; None for a text of several."""
     vocabulary = hf.get_vocab()
     if entry.isdecimal():
         if int(entry) <= (highest := max(vocabulary.values())):
@@ -376,7 +454,7 @@ def _token_id(hf: PreTrainedTokenizerBase, entry: str) -> int:
     for ids in (hf.encode(entry, add_special_tokens=False), _inside(hf, entry)):
         if len(ids) == 1 and ids[0] != hf.unk_token_id:
             return ids[0]
-    raise RequestError(f"stop is {entry!r}: must be exactly one token; give a token's text or its id")
+    return None
 
 
 def _inside(hf: PreTrainedTokenizerBase, text: str) -> list[int]:

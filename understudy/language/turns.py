@@ -20,9 +20,9 @@ Speak = Callable[..., list[Completion]]
 class Reply:
     """What others say after a turn of the policy: a function of the user's, in process or in a worker.
 
-    It is given what a judge is given, of the rows as they stand, and `stop`: the text of the token that ended each turn. For
-    each row it says None, which ends it; text or ids, which are put behind it as they are; or, in a chat, the next message
-    or messages, which the template writes.
+    It is given what a judge is given, of the rows as they stand, and `stop`: the text of the token, or the stop string, that
+    ended each turn. For each row it says None, which ends it; text or ids, which are put behind it as they are; or, in a
+    chat, the next message or messages, which the template writes.
     """
 
     def __init__(self, spec: Any, *, timeout: float) -> None:
@@ -115,7 +115,14 @@ class _Row:
         if isinstance(self.prompt.text, str):
             raise RequestError(f"reply is {reply.spec!r}: it gave a message to a prompt of text; give text or ids")
         before = [*self.prompt.text, *self.messages[:-1]]
-        return tokenizer.for_row(self.prompt.columns).encode_turn(before, several), several
+        closed = self.ids[-1] in tokenizer.stops
+        return tokenizer.for_row(self.prompt.columns).encode_turn(before, several, closed=closed), several
+
+    def stop(self, tokenizer: Tokenizer) -> str:
+        """What ended the policy's last turn, as text."""
+        turn, [token] = self.done().turn, tokenizer.decode_tokens(self.ids[-1:])
+        string, _ = tokenizer.stop_string([*self.prompt.ids, *self.ids[:turn]], self.ids[turn:])
+        return string or token.strip() or token
 
     def done(self) -> Completion:
         """The row as it stands."""
@@ -138,7 +145,7 @@ def converse(
     limit: int,
     turns: int,
 ) -> list[Completion]:
-    """What the policy and others say after prompts, in turn. A stop id ends a turn; the last turn's stop ends the row.
+    """What the policy and others say after prompts, in turn. A stop ends a turn; the last turn's stop ends the row.
 
     Ids are only ever appended, so each token was sampled after the very ids that stand before it. With a `speak` whose
     randomness hangs on seed and place, others who say nothing at all change nothing: what comes is what one completion
@@ -166,7 +173,6 @@ def converse(
         if not going:
             break
         shown = show([row.prompt for row in going], [row.done() for row in going])
-        stops = [text.strip() or text for text in tokenizer.decode_tokens([row.ids[-1] for row in going])]
-        answers = zip(going, reply(shown, stops), strict=True)
+        answers = zip(going, reply(shown, [row.stop(tokenizer) for row in going]), strict=True)
         going = [row for row, answer in answers if answer is not None and row.hear(answer, tokenizer, reply, limit)]
     return [row.done() for row in rows]
