@@ -202,7 +202,7 @@ def test_a_device_that_is_not_there_is_refused(refused, recipe):
 def test_a_sink_without_its_package_is_refused(recipe, home, tmp_path):
     if importlib.util.find_spec("trackio"):
         pytest.skip("trackio is here")
-    with pytest.raises(RequestError, match="log has 'trackio', whose package is missing"):
+    with pytest.raises(RequestError, match="log has 'trackio', for which the package trackio is missing"):
         RECIPES[recipe](home, tmp_path / "run", log=("trackio",))
 
 
