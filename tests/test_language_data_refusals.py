@@ -275,7 +275,7 @@ def test_no_bos_and_no_prompt_is_refused(refused, tmp_path):
 
 @pytest.mark.parametrize("name", ["max_new", "fixed_length"])
 def test_a_limit_that_leaves_no_room_for_a_prompt_is_refused_by_its_name(refused, name):
-    assert refused("ppo", **{name: 64}).startswith(f"{name} is 64: the model's context leaves no room")
+    assert refused("ppo", **{"max_new": 64, name: 64}).startswith(f"{name} is 64: the model's context leaves no room")
 
 
 def test_pretraining_text_that_cannot_be_read_is_named_as_such(refused, tmp_path):
