@@ -90,7 +90,7 @@ def test_a_pattern_of_anybodys_run_is_refused(spec, run):
 
 
 ALLOWED = {
-    "wrappers": ("TimeLimit max_episode_steps=20", "NormalizeObservation", "FrameStackObservation stack_size=4"),
+    "wrappers": ("TimeLimit max_episode_steps=20", "TimeAwareObservation", "FrameStackObservation stack_size=4"),
     "env_options": {"sutton_barto_reward": True},
 }
 

@@ -453,9 +453,7 @@ def test_a_fault_in_a_reset_leaves_resume_exact_and_its_restart_counted(tmp_path
     policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
     assert policies[0] == policies[1] and "does not come back" not in capsys.readouterr().err
     counts = [
-        json.loads((path / "checkpoints" / run.checkpoints()[-1] / "state.json").read_text())["run"]["walker"][
-            "restarted"
-        ]
+        checkpoint.load_state(path / "checkpoints" / run.checkpoints()[-1])["run"]["walker"]["restarted"]
         for path in (whole.path, run.path)
     ]
     assert counts[0] == counts[1] and sum(counts[0]) > 0

@@ -20,7 +20,7 @@ WORDS = ["</s>", "<s>", *"abcdefghij"]
 WANTED, LENGTH = 5, 8
 CHANCE = 1 / len(WORDS)
 BONUS = {"a": 0.5, "b": -0.5}
-START = {word: [1, WORDS.index(word)] for word in BONUS}  # as the tokenizer says them: BOS, word
+START = {word: [WORDS.index(word)] for word in BONUS}  # as the tokenizer reads them, which adds no BOS
 
 
 @pytest.fixture(scope="module")

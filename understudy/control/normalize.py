@@ -57,13 +57,13 @@ class ObsScale(nn.Module):
         self.seen = [Moments(shape) for shape in shapes.values()]
         self.moments = nn.ModuleList(self.seen)
 
-    def forward(self, obs: Tree) -> Tree:
-        """obs: a Tensor [B, T, ...], or a dict of them -> the same, float32; what comes in float64 is scaled in it first."""
+    def forward(self, obs: Tree, dtype: torch.dtype = torch.float32) -> Tree:
+        """obs: a Tensor [B, T, ...], or a dict of them -> the same in `dtype`; float64 is scaled before it is cast."""
         scaled = dict(_named(obs))
         for i, name in enumerate(self.names):
             x = scaled[name]
             shift, width = self.shift_and_width(i, x.dtype)
-            scaled[name] = ((x - shift) / width).clamp(-CLIP, CLIP).float()
+            scaled[name] = ((x - shift) / width).clamp(-CLIP, CLIP).to(dtype)
         return scaled if isinstance(obs, dict) else scaled[PLAIN]
 
     def shift_and_width(self, entry: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -125,17 +125,22 @@ class Policy(nn.Module):
         return self.obs_scale is not None
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the network reads."""
+        return next(self.network.parameters()).dtype
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
-        obs = obs if self.obs_scale is None else self.obs_scale(obs)
+        obs = obs if self.obs_scale is None else self.obs_scale(obs, self.dtype)
         return self.network(obs, state, start) if self.memory else self.network(obs)
 
     def value(self, obs: Any) -> Tensor:
         """V(obs) alone, [B, T]; of a network of ours without memory."""
         network: Any = self.network
-        return network.critique(obs if self.obs_scale is None else self.obs_scale(obs))
+        return network.critique(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))
 
     def reward(self, reward: Tensor) -> Tensor:
         """Rewards as the critic learns them: scaled where the policy has a scale. [B, T]."""
