@@ -90,7 +90,7 @@ def test_nothing_tells_anybody_to_install_the_other_project():
 )
 def test_the_hint_follows_how_the_package_was_installed(tmp_path, monkeypatch, origin, hint):
     fake(tmp_path, DISTRIBUTION, SUMMARY, origin)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("sys.path", [str(tmp_path)])  # where this package is really installed does not count
 
     assert install_hint("video") == hint
 
