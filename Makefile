@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?=
 
-.PHONY: bench-control bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse over-optimisation stories real-data solve-time ablation supervise compatibility clean
+.PHONY: bench-control bench-language resume-peers demo check test format mutants oracles oracles-trl golden scores methods rehearse trust-region over-optimisation stories real-data solve-time ablation supervise compatibility clean
 
 demo: .venv/core ## PPO on CartPole-v1 until it is solved, live; then all of RLHF on a small made-up language
 	$(BIN)/understudy control ppo --env CartPole-v1 --seed 1 --stop-at-return 475 $(if $(OUT),--out $(OUT))
@@ -50,16 +50,19 @@ golden: .venv/dev ## rewrite the golden runs; only for a change that should move
 scores: .venv/dev ## ten seeds of the tuned presets, evaluated: bench/results/scores.json and docs/scores.md
 	$(BIN)/python bench/scores.py
 
-methods: .venv/dev ## every method on CartPole over five seeds
+methods: .venv/dev ## every method on CartPole over twenty seeds
 	$(BIN)/python bench/methods.py
 
 rehearse: .venv/dev ## the rehearsal over 120 seeds: bench/results/rehearse and docs/rehearse.md
 	$(BIN)/python bench/rehearse.py
 
+trust-region: .venv/dev ## PPO at three times the rehearsal's learning rate, trust region on and off: docs/trust-region.md
+	$(BIN)/python bench/trust_region.py
+
 over-optimisation: .venv/dev ## best-of-n and PPO away from proxies of three data sizes: docs/over-optimisation.md and its picture
 	$(BIN)/python bench/over_optimisation.py
 
-stories: .venv/dev ## PPO on stories260K over five seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
+stories: .venv/dev ## PPO on stories260K over twenty seeds: bench/results/stories and docs/stories.md (needs ../shared/data)
 	$(BIN)/python bench/stories.py
 
 real-data: .venv/dev ## reward model and DPO on human preferences, GRPO on GSM8K: docs/real-data.md (needs ../shared/data)

@@ -1,4 +1,4 @@
-"""Shortest paths on a random graph of 21 nodes: `python bench/random_walks.py`, five seeds of SFT, then PPO and GRPO.
+"""Shortest paths on a random graph of 21 nodes: `python bench/random_walks.py`, twenty seeds of SFT, then PPO and GRPO.
 
 A prompt is a start node, a completion the nodes from there to the goal. Its score is the shortest path's length over its
 own; a path that uses an edge which is not there, or does not arrive, scores 0. The optimum, found by search, is 1. SFT
@@ -25,7 +25,7 @@ GOAL = "a"
 LONGEST = 10  # nodes a walk may have after its start
 WALKS = 1000
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
-SEEDS, FIRST_SEEDS = [11, 12, 13, 14, 15], [1, 2, 3, 4, 5]
+SEEDS, FIRST_SEEDS = list(range(201, 221)), [1, 2, 3, 4, 5]
 TRIED = """\
 All on seeds 100 to 107. Learning rate 2e-3 with 4 passes collapsed on seed 100 (0.25, 0.35). With 60,000 tokens, rate 5e-4
 and GAE's lambda 0.95, seeds 1 to 5 were run and recorded first; PPO missed on seed 1, and that table stands below. With
@@ -33,7 +33,8 @@ and GAE's lambda 0.95, seeds 1 to 5 were run and recorded first; PPO missed on s
 (0.948); rate 3e-4 gave 0.946 to 0.998 on seeds 100 to 106, its worst on seed 104, where one start node's answer stayed
 wrong. Lambda 1, which leaves the critic's early errors out of the advantage, gave 0.986 to 0.997 on seeds 100 to 107 (0.995
 on seed 104); a KL coefficient of 0.01 instead also mended seed 104 (0.997). GRPO at rate 3e-4: 0.990 to 0.995 on seeds 100
-to 107. Then seeds 11 to 15 were run, once."""
+to 107. Then seeds 11 to 15 were run, once (5 of 5 reached the mark). Seeds 201 to 220, above, were run once when the KL
+trust region and the mending of other faults had changed what the recipes do."""
 
 
 def graph(seed: int) -> dict[str, list[str]]:
@@ -167,8 +168,9 @@ def run(seed: int, **changes: object) -> dict[str, float]:
             ("grpo", grpo, {"group": 8, "aggregate": "step"}),
         ):
             began = time.process_time()
-            recipe.train(recipe.Config(out=str(out / name), **{**shared, **own, **changes}))
+            done = recipe.train(recipe.Config(out=str(out / name), **{**shared, **own, **changes}))
             found[name], found[f"{name}_seconds"] = measure(out / name, edges, best), time.process_time() - began
+            found[f"{name}_undone"] = sum(line.get("updates_skipped", 0) for line in done.metrics)
     return found
 
 
@@ -204,7 +206,9 @@ def page(rows: list[dict[str, float]], first: list[dict[str, float]]) -> str:
         "",
         *table(rows),
         "",
-        f"Wanted: SFT 0.8 or less, PPO and GRPO 0.95 or more. Here: {sum(map(reached, rows))} of {len(rows)} seeds.",
+        f"Wanted: SFT 0.8 or less, PPO and GRPO 0.95 or more. Here: {sum(map(reached, rows))} of {len(rows)} seeds. The "
+        f"KL trust region undid {sum(int(r['ppo_undone'] + r['grpo_undone']) for r in rows)} updates in "
+        f"{sum(bool(r['ppo_undone'] + r['grpo_undone']) for r in rows)} seeds.",
         "",
         "## What was tried",
         "",

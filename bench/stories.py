@@ -40,6 +40,7 @@ MODEL = HERE.parents[1] / "shared" / "data" / "stories260K"
 RESULTS = HERE / "results" / "stories"
 RUNS = HERE.parent / "runs" / "stories"
 PAGE = HERE.parent / "docs" / "stories.md"
+SEEDS = list(range(201, 221))
 STOP = ("<s>",)  # its stories end with BOS; the </s> of its config it never says
 
 OPENINGS, HELD_OUT, OPENINGS_SEED = 256, 64, 0
@@ -101,7 +102,7 @@ WANTED = "gold +0.15 or more, KL 12 nats or less, distinct-4 0.85 or more, NLL 0
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="*", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def main() -> None:
     found = [once(f"seed-{seed}", lambda seed=seed: run(seed)) for seed in args.seeds]
     text = page(sampled, judged, found)
     print(text)
-    if args.seeds == [1, 2, 3, 4, 5]:
+    if args.seeds == SEEDS:
         PAGE.write_text(text, encoding="utf-8")
 
 
@@ -220,7 +221,9 @@ def run(seed: int, *, out: Path | None = None, **changes: Any) -> dict[str, Any]
         **settings,
     )
     done = ppo.train(cfg)
-    return {"seed": seed, "seconds": time.time() - began, "settings": settings, **examine(Path(done.path))}
+    undone = sum(line.get("updates_skipped", 0) for line in done.metrics)
+    found = {"seed": seed, "seconds": time.time() - began, "settings": settings, "updates_undone": undone}
+    return found | examine(Path(done.path))
 
 
 @torch.no_grad()
@@ -318,7 +321,9 @@ def page(sampled: dict[str, Any], judged: dict[str, Any], found: list[dict[str, 
         f"completion. Distinct-4 over the first {DISTINCT_ROWS} completions, and NLL a token under the base, are relative "
         "to the base's own. Intervals: 95 %.",
         "",
-        f"Wanted in at least 4 of 5 seeds: {WANTED}. Here: {sum(f['reached'] for f in found)} of {len(found)}.",
+        f"Wanted in at least 19 of 20 seeds: {WANTED}. Here: {sum(f['reached'] for f in found)} of {len(found)}. The KL "
+        f"trust region undid {sum(int(f['updates_undone']) for f in found)} updates in "
+        f"{sum(bool(f['updates_undone']) for f in found)} seeds.",
         "",
         "| seed | gold, base | gold, policy | rise | reward, base | reward, policy | KL | distinct-4 | NLL | length | ended "
         "| seconds |",
