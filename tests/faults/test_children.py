@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,8 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.faults.test_interrupt import Walk
+from understudy.cli import main
+from understudy.control import reinforce
 from understudy.control.parallel import Async
 from understudy.language.worker import Worker
+from understudy.run import children
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux 5.3")
 REWARD = """
@@ -31,6 +37,21 @@ class Starts(Walk):
     def __init__(self, note: Path) -> None:
         child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
         note.write_text(str(child.pid))
+
+
+class StartsTwo(Walk):
+    """Starts a program and a fork when it is made, and notes their ids. It takes its time."""
+
+    def __init__(self, note: str) -> None:
+        program = subprocess.Popen(["sleep", "60"])
+        fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        fork.start()
+        with open(note, "a") as notes:
+            notes.write(f"{program.pid} {fork.pid} ")
+
+    def step(self, action):
+        time.sleep(0.01)
+        return super().step(action)
 
 
 def is_running(process: int) -> bool:
@@ -87,3 +108,73 @@ def test_a_worker_waits_for_no_child_that_is_not_its_own(tmp_path):
 
     assert worker.ask({"prompts": ["a"], "completions": ["b"]}) == [1.0]
     worker.close()
+
+
+ENV = f"{__name__}:StartsTwo"
+
+
+def command(note: Path, out: Path) -> None:
+    flags = ["--env", ENV, "--env-options", json.dumps({"note": str(note)}), "--out", str(out), "--quiet"]
+    main(["control", "reinforce", "--num-envs", "1", *flags])
+
+
+def library(note: Path, out: Path) -> None:
+    options = {"note": str(note)}
+    reinforce.train(reinforce.Config(env=ENV, env_options=options, out=str(out), quiet=True, num_envs=1))
+
+
+@pytest.mark.parametrize(
+    ("train", "number", "live"),
+    [(command, signal.SIGKILL, False), (command, signal.SIGTERM, True), (library, signal.SIGKILL, True)],
+)
+def test_what_an_environment_starts_ends_where_the_command_is_killed(train, number, live, tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "INTERVAL", 0.05)
+    note, out = tmp_path / "note", tmp_path / "run"
+    trainer = os.fork()
+    if trainer == 0:
+        with contextlib.suppress(BaseException):
+            train(note, out)
+        os._exit(0)
+    while is_running(trainer) and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.3)  # the guard has seen them
+    os.kill(trainer, number)
+    os.waitpid(trainer, 0)
+
+    started = [int(process) for process in note.read_text().split()]
+    try:
+        time.sleep(0.3)
+        assert len(started) >= 2
+        assert [not ends(process) if not live else is_running(process) for process in started] == [live] * len(started)
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def test_what_ran_before_the_block_outlives_a_process_that_is_killed_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(children, "INTERVAL", 0.05)
+    note = tmp_path / "note"
+    trainer = os.fork()
+    if trainer == 0:
+        before = subprocess.Popen(["sleep", "60"])
+        with children.end_descendants_if_killed():
+            within = subprocess.Popen(["sleep", "60"])
+            time.sleep(0.5)
+            note.write_text(f"{before.pid} {within.pid}")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(trainer, 0)
+
+    before, within = map(int, note.read_text().split())
+    assert ends(within)
+    assert is_running(before)
+    os.kill(before, signal.SIGKILL)
+
+
+def test_a_process_that_only_has_the_number_of_one_that_ended_is_not_killed():
+    child = subprocess.Popen(["sleep", "60"])
+    children._kill(child.pid, "0")
+    assert is_running(child.pid)
+
+    children._kill(child.pid, children._started(child.pid))
+    assert child.wait() == -signal.SIGKILL

@@ -35,7 +35,8 @@ One policy-gradient library for agents in environments and language models under
 
 Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
 """
-VERBS = ("control", "language", "rehearse", "resume", "evaluate", "generate", "show", "lineage", "compare")
+TRAINING = ("control", "language", "rehearse", "resume")
+VERBS = (*TRAINING, "evaluate", "generate", "show", "lineage", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,12 +106,14 @@ def _answer(argv: list[str]) -> int:
     ):
         print(HELP, end="")
         return 0
+    from understudy.run.children import end_descendants_if_killed
     from understudy.run.installation import foreign_warning
     from understudy.run.redact import printable
 
     if (warning := foreign_warning()) is not None:
         print(f"understudy: warning: {printable(warning)}", file=sys.stderr)
-    return _run(argv[0], argv[1:])
+    with end_descendants_if_killed() if argv[0] in TRAINING else contextlib.nullcontext():
+        return _run(argv[0], argv[1:])
 
 
 def _run(verb: str, argv: list[str]) -> int:
