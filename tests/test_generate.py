@@ -1,5 +1,7 @@
 """Generation with our own cache: it says what the model would say, whoever the neighbours are."""
 
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,6 +10,7 @@ from tests.models import FAMILIES, LEAN, WINDOW, V, tiny, tiny_lean
 from understudy.language.generate import Completion, check_cache, generate, lay_out
 from understudy.language.lean import lean
 from understudy.language.model import Policy
+from understudy.language.tokens import truncate
 
 PROMPTS = [[1, 5, 9, 3, 17, 4, 8, 12, 6], [1, 7], [3, 3, 20, 11, 6], [1, 7], [1]]
 SEEDS = [11, 12, 13, 14, 15]
@@ -137,6 +140,41 @@ def test_without_a_known_cache_hugging_face_generates():
     said = generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
     assert said == generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
     assert all(c.stopped == (c.ids[-1] in STOPS) for c in said)
+
+
+def kept(logp: list[float], top_k: int, top_p: float) -> dict[int, float]:
+    """The slow reference: tokens from the likeliest on until there are k of them or they reach p of what k would hold."""
+    ranked = sorted(range(len(logp)), key=lambda token: -logp[token])[: top_k or len(logp)]
+    total, found = sum(math.exp(logp[token]) for token in ranked), {}
+    for token in ranked:
+        if sum(found.values()) >= top_p * total:
+            break
+        found[token] = math.exp(logp[token])
+    return {token: p / sum(found.values()) for token, p in found.items()}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.4), (8, 0.7), (1, 1.0)])
+def test_truncated_samples_are_likely_and_know_the_mass_that_was_kept(top_k, top_p, cached):
+    policy = Policy(tiny("llama"), temperature=1.3)
+    policy.cached = cached
+
+    said = generate(policy, PROMPTS, limit=8, stops=STOPS, seeds=SEEDS, top_k=top_k, top_p=top_p)
+
+    for prompt, completion in zip(PROMPTS, said, strict=True):
+        logits = policy.model(torch.tensor([[*prompt, *completion.ids]])).logits[0, len(prompt) - 1 : -1].double()
+        for row, token, logprob in zip((logits / 1.3).log_softmax(-1), completion.ids, completion.logprob, strict=True):
+            likely = kept(row.tolist(), top_k, top_p)
+            assert logprob == pytest.approx(math.log(likely[token]), abs=2e-5)
+
+
+def test_truncation_keeps_all_by_default_and_breaks_ties_by_number():
+    p = torch.tensor([[0.1, 0.4, 0.1, 0.4]])
+
+    assert truncate(p) is p
+    assert_close(truncate(p, top_k=1), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    assert_close(truncate(p, top_k=3), torch.tensor([[1 / 9, 4 / 9, 0.0, 4 / 9]]))
+    assert_close(truncate(p, top_p=0.5), torch.tensor([[0.0, 0.5, 0.0, 0.5]]))  # 0.4 falls short of it
 
 
 def test_completions_carry_the_version_that_said_them():

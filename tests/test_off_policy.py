@@ -270,6 +270,37 @@ def test_every_recipe_weighs_what_an_engine_sampled(recipe, home, tmp_path):
     assert cut["kl_sampler"] == pytest.approx(-math.log(4), abs=1e-5)
 
 
+@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.6}])
+def test_truncated_samples_count_the_mass_that_was_kept(fields, home, tmp_path):
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
+    cfg = reinforce.Config(**given, **FEW, off_policy="truncate", out=str(tmp_path / "run"), **fields)
+
+    told = reinforce.train(cfg).metrics[0]
+    cast = Cast(cfg)
+    said = cast.sampler.collect(cast.policy, range(8), first=0)
+    with torch.no_grad():
+        logp = cast.policy(said.record.obs)[0]._logp
+    assert logp is not None
+    p = logp.exp().sort(dim=-1, descending=True).values
+    mass = p.cumsum(dim=-1)
+    share = mass[:, 4] if "top_k" in fields else mass.where(mass >= 0.6, 2).amin(dim=-1)  # pi / mu of a kept token
+    _, weight, _ = reweigh(cast.policy, said, cfg)
+    assert_close(weight[said.record.mask], share, atol=1e-5, rtol=0)
+    assert 0 < told["weight_mean"] < 0.95  # the run itself samples so, too
+
+
+@pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.6}])
+def test_truncated_samples_are_refused_where_they_would_not_be_weighed(fields, home):
+    [(name, value)] = fields.items()
+    with pytest.raises(RequestError, match=f"{name} is {value}, which samples from another policy .* set off_policy"):
+        reinforce.Config(model=str(home), data="x", reward=by_length, **fields)
+    cfg = reinforce.Config(
+        model=str(home), data=str(home / "prompts.jsonl"), reward=by_length, off_policy="mask", **fields
+    )
+    with pytest.raises(RequestError, match="beside an engine of your own"):
+        Cast(cfg, Claims(1.0))
+
+
 def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home, tmp_path):
     engine = Claims(0.25)
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from understudy.language.best import keep_best
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Function, Rollouts
 from understudy.language.evaluate import ended_worse, evaluate
-from understudy.language.generate import Engine
+from understudy.language.generate import Engine, generate
 from understudy.language.judge import Judge, Part, Verdict, distinct_n, row_of
 from understudy.language.model import Policy, Reference, home
 from understudy.language.reading import check_reading
@@ -84,7 +85,7 @@ class Cast:
         self.policy.remarks += said
         self.held_out = bool(kept)
         self.reply = None if cfg.reply is None else Reply(cfg.reply, timeout=cfg.reward_timeout)
-        self.sampler = self._sampler(learned, engine)
+        self.sampler = self._sampler(learned, self._truncating(engine))
         self.examiner = self._sampler(kept or learned)
         self.texts = self._texts()
         for each in (self.policy, self.reference.policy):
@@ -282,6 +283,18 @@ class Cast:
             return []
         frozen = below(self.policy.model, self.cfg.train_layers) if self.cfg.train_layers else ()
         return [p for name, p in self.policy.model.named_parameters() if self.cfg.lora or name in frozen]
+
+    def _truncating(self, engine: Engine | None) -> Engine | None:
+        """The engine given, or our own generation from the likeliest tokens alone, which is one too; None for neither."""
+        top_k, top_p = self.cfg.top_k, self.cfg.top_p
+        if not top_k and top_p == 1.0:
+            return engine
+        if engine is not None:
+            raise RequestError(
+                f"top_k is {top_k} and top_p {top_p:g} beside an engine of your own, which samples as it "
+                "does: leave them out"
+            )
+        return partial(generate, slots=self.cfg.slots, top_k=top_k, top_p=top_p)
 
     def _sampler(self, found: list[Any], engine: Engine | None = None) -> Sampler:
         cfg = self.cfg

@@ -236,6 +236,10 @@ class Rollouts(Tuning):
     """Every completion has this many tokens and no other end; 0 for off."""
     temperature: Temperature = 1.0
     """Of sampling, and of every log-prob."""
+    top_k: Whole = 0
+    """Sample from the k likeliest tokens only; 0 for all. It needs off_policy, which weighs what is sampled so."""
+    top_p: Annotated[float, Range(0, 1, above=True)] = 1.0
+    """Sample from the fewest likeliest tokens whose probability reaches this; 1 for all. It needs off_policy, too."""
     slots: Size = 64
     """Completions continued at a time."""
     reference: str | None = None
@@ -360,6 +364,11 @@ class Rollouts(Tuning):
                 weighted,
                 "off_policy_ratio off_policy_low off_policy_high",
                 "has no effect without weights: set off_policy",
+            ),
+            (
+                weighted,
+                "top_k top_p",
+                "samples from another policy than the one that learns: set off_policy to truncate or mask",
             ),
             (
                 self.off_policy != "truncate",

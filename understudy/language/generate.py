@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from understudy.batch import Text, Trajectory
 from understudy.language.cache import Grid
 from understudy.language.reading import TOLERANCE, distance
-from understudy.language.tokens import pick
+from understudy.language.tokens import pick, truncate
 from understudy.run.config import RequestError
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def generate(
     ends: Ends | None = None,
     sample: bool = True,
     slots: int = 64,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> list[Completion]:
     """Continue each prompt until a stop id, until it `ends`, or for `limit` tokens.
 
@@ -100,6 +102,8 @@ def generate(
         ends: asked after each token whether it was the last, as `Tokenizer.at_stop_string` says it.
         sample: draw from the policy at its temperature; otherwise its likeliest token.
         slots: how many rows are continued at a time.
+        top_k, top_p: draw from the likeliest tokens only, as `truncate` says it. The log-probs are those of the truncated
+            distribution, so they are above the policy's own by -log of the probability that was kept.
 
     Raises:
         ValueError: an empty prompt, not one seed a prompt, or a start at the limit.
@@ -117,8 +121,12 @@ def generate(
         if policy.cached is None:
             settle_sampling(policy, prompts)
         if policy.cached:
-            return _generate_in_slots(policy, prompts, limit, stops, seeds, starts, ends, sample, slots)
-        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, ends, sample))
+            kept = partial(truncate, top_k=top_k, top_p=top_p)
+            return _generate_in_slots(
+                policy, prompts, limit, stops, seeds, starts, ends, kept if sample else None, slots
+            )
+        drawn = {"do_sample": True, "temperature": policy.temperature, "top_k": top_k, "top_p": top_p} if sample else {}
+        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, ends, drawn))
     finally:
         policy.train(training)
 
@@ -131,12 +139,12 @@ def _generate_in_slots(
     seeds: Sequence[int],
     starts: Sequence[int],
     ends: Ends | None,
-    sample: bool,
+    truncated: Callable[[Tensor], Tensor] | None,
     slots: int,
 ) -> list[Completion]:
     noise = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack([*noise, torch.zeros(limit)]).to(policy.device)
-    desk = _Desk(policy, noise, stops, starts, limit, sample, None if ends is None else _Ended(ends, prompts))
+    desk = _Desk(policy, noise, stops, starts, limit, truncated, None if ends is None else _Ended(ends, prompts))
     idle = slots = min(slots, len(prompts))
     capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
     grid = Grid(policy, slots, capacity, max(map(len, prompts)))
@@ -196,10 +204,11 @@ class _Desk:
         stops: frozenset[int],
         starts: Sequence[int],
         limit: int,
-        sample: bool,
+        truncated: Callable[[Tensor], Tensor] | None,  # probabilities [n, V] -> those to draw from; None for no draw
         ended: _Ended | None,
     ) -> None:
-        self.head, self.noise, self.limit, self.sample, self.version = policy.head, noise, limit, sample, policy.version
+        self.head, self.noise, self.limit, self.version = policy.head, noise, limit, policy.version
+        self.truncated = truncated
         self.stops, self.starts, self.ended = stops, [*starts, 0], ended
         self.stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
         self.count = torch.tensor(self.starts, device=noise.device)
@@ -223,7 +232,11 @@ class _Desk:
         self.rows, self.at, self.left = rows, at, self.left - 1
         logit = self.head(hidden)
         p = logit.softmax(dim=-1)
-        token = pick(p, self.noise[rows, at]) if self.sample else logit.argmax(dim=-1)
+        if self.truncated is None:
+            token = logit.argmax(dim=-1)
+        else:
+            p = self.truncated(p)
+            token = pick(p, self.noise[rows, at])
         self.said.append((rows, at, token, p.gather(-1, token[:, None])[:, 0].log()))
         last = at + 1 == self.limit if self.left == 0 else None
         if self.stops:
@@ -258,23 +271,21 @@ def _generate_by_hugging_face(
     seeds: Sequence[int],
     starts: Sequence[int],
     ends: Ends | None,
-    sample: bool,
+    drawn: dict[str, Any],
 ) -> Iterator[Completion]:
     """Row by row through `model.generate`, for a model whose cache we do not know.
 
     The settings that the model came with (min_p, a repetition penalty, suppressed tokens) are set aside meanwhile. The
     log-probs are those of the distribution that was sampled from, so that any setting left would be noticed.
     """
-    model, temperature = policy.model, policy.temperature
+    model = policy.model
     own, model.generation_config = model.generation_config, GenerationConfig()
-    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if sample else {}
     try:
         for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((seed, start)) if start else seed)  # a turn must not repeat how it began
                 ids = torch.tensor([list(prompt)], device=policy.device)
-                if ends is not None:
-                    drawn["stopping_criteria"] = [partial(_at_end, ends, len(prompt))]
+                criteria = None if ends is None else [partial(_at_end, ends, len(prompt))]
                 out = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
@@ -283,10 +294,11 @@ def _generate_by_hugging_face(
                     pad_token_id=0,
                     output_scores=True,
                     return_dict_in_generate=True,
+                    stopping_criteria=criteria,
                     **drawn,
                 )
             ids = out.sequences[0, len(prompt) :]
-            score = torch.stack(out.scores)[:, 0].float() / (1.0 if sample else temperature)
+            score = torch.stack(out.scores)[:, 0].float() / (1.0 if drawn else policy.temperature)
             chosen = score.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
             said = Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
             yield said if ends is None else cut_at_end(said, prompt, ends)

@@ -248,6 +248,24 @@ def pick(p: Tensor, noise: Tensor) -> Tensor:
     return block[:, 0] * BLOCK + _first_above(within, level - pad(total, (1, 0)).gather(1, block))
 
 
+def truncate(p: Tensor, *, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """The distribution restricted to its likeliest tokens, [N, V] -> [N, V]; the probabilities kept sum to 1 again.
+
+    Args:
+        top_k: how many tokens are kept (Fan et al. 2018, section 5); 0 for all.
+        top_p: of these, the fewest likeliest whose probability reaches this share (Holtzman et al. 2020, eq. 2).
+    """
+    if not top_k and top_p == 1.0:
+        return p
+    ranked, token = p.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        ranked[:, top_k:] = 0
+    if top_p < 1.0:
+        before = ranked.cumsum(dim=-1) - ranked
+        ranked = ranked.where(before < top_p * ranked.sum(dim=-1, keepdim=True), 0)
+    return torch.zeros_like(p).scatter(1, token, ranked / ranked.sum(dim=-1, keepdim=True))
+
+
 def _first_above(total: Tensor, level: Tensor) -> Tensor:
     """total [N, n], rising, level [N, 1] -> int64 [N]; where none is above, the first that is as high as the last.
 
