@@ -293,7 +293,7 @@ def test_truncated_samples_count_the_mass_that_was_kept(fields, home, tmp_path):
 def test_truncated_samples_are_refused_where_they_would_not_be_weighed(fields, home):
     [(name, value)] = fields.items()
     with pytest.raises(RequestError, match=f"{name} is {value}, which samples from another policy .* set off_policy"):
-        reinforce.Config(model=str(home), data="x", reward=by_length, **fields)
+        reinforce.train(reinforce.Config(model=str(home), data="x", reward=by_length, **fields))
     cfg = reinforce.Config(
         model=str(home), data=str(home / "prompts.jsonl"), reward=by_length, off_policy="mask", **fields
     )
