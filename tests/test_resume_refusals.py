@@ -23,7 +23,8 @@ def run(here, capsys):
 
 @pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate=1e-3", "--no-orthogonal", "--gamma"])
 def test_another_setting_names_the_way_to_a_new_run(run, capsys, flag):
-    refused(capsys, ["resume", "run", flag, "0.5"], 2, flag.partition("=")[0], "cannot change", "--init run")
+    words = "cannot change", "--init run", "--init-optimizer keeps the optimizer's moments"
+    refused(capsys, ["resume", "run", flag, "0.5"], 2, flag.partition("=")[0], *words)
 
 
 def test_another_setting_of_a_language_run_names_model(tmp_path, capsys):
@@ -33,7 +34,7 @@ def test_another_setting_of_a_language_run_names_model(tmp_path, capsys):
 
 
 def test_resume_in_python_takes_no_other_setting(run):
-    with pytest.raises(RequestError, match=r"^gamma cannot change in a run that goes on: .* --init run"):
+    with pytest.raises(RequestError, match=r"^gamma cannot change in a run that goes on: .* --init run .*--init-opt"):
         understudy.resume("run", gamma=0.5)
 
 

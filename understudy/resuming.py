@@ -22,6 +22,8 @@ KEPT_ROWS = {"data", "evaluation_data", "pretraining"}  # fields of which a run 
 
 START = {"control": "--init", "language": "--model"}
 """The flag by which a new run begins from another's policy."""
+MOMENTS = {"control": "; --init-optimizer keeps the optimizer's moments", "language": ""}
+"""How it may begin with the optimizer's state, too."""
 OWN = {"device", "env_options", "wrappers", "reward", "gold", "reply", "trust_remote_code", *KEPT_ROWS}
 """Fields of a run that `resume` takes anew, besides `steps` and `env`: they may name code or a device, or hold the rows."""
 
@@ -100,7 +102,7 @@ def unchangeable(field: str, world: str, run: Any) -> RequestError:
     """The refusal of another setting for a run that goes on, with the way to begin a new one from its policy."""
     return RequestError(
         f"{field} cannot change in a run that goes on: begin a new run from its policy with {START[world]} {run} and the "
-        f"new {field}"
+        f"new {field}{MOMENTS[world]}"
     )
 
 

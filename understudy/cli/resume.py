@@ -10,7 +10,7 @@ from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
-from understudy.resuming import START, described
+from understudy.resuming import MOMENTS, START, described
 from understudy.run.config import RequestError
 from understudy.run.metrics import newest_first
 from understudy.run.paths import short
@@ -81,9 +81,8 @@ def read(parser: Parser, argv: list[str]) -> argparse.Namespace:
     world, recipe, fields = described(Path(found.run))
     name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
     if flag.startswith("--") and name in fields:
-        start = "--init" if world == "control" else "--model"
         raise RequestError(
-            f"{flag} cannot change when a run goes on: `understudy {world} {recipe} {start} {found.run} {flag} ...` "
-            "starts a new run from its policy"
+            f"{flag} cannot change when a run goes on: `understudy {world} {recipe} {START[world]} {found.run} {flag} ...` "
+            f"starts a new run from its policy{MOMENTS[world]}"
         )
     return parser.read(argv)

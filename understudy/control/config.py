@@ -78,6 +78,8 @@ class Config(Network):
     """Directory of the run; runs/NAME-N by default."""
     init: str | None = None
     """Run or policy directory to start from, instead of fresh weights."""
+    init_optimizer: bool = False
+    """Start with the moments and step counts of the optimizer of the run in init, too; not with its learning rate."""
     preset: str = "none"
     """Where defaults come from: tuned (this env's own; the command line's default), none, cleanrl, sb3, rsl_rl."""
     device: str = "cpu"
@@ -154,6 +156,7 @@ class Config(Network):
         """The fields without effect in this combination, and why."""
         constraints = [Constraint.parse(text).response for text in self.constraint]
         reasons = {
+            "init_optimizer": "init is not set" if self.init is None else "",
             "activation": "hidden is ()" if not self.hidden else "",
             "memory_size": "memory is 'none'" if self.memory == "none" else "",
             "noise_hold": "exploration is 'independent'" if self.exploration == "independent" else "",

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from understudy.control.config import Config
+from understudy.run.checkpoint import load_state, newest_whole
+from understudy.run.config import RequestError
+from understudy.run.store import optimizer_state
 
 IMPORTING = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
 """Methods that torch wraps, so that its compiler leaves them alone: calling one imports that compiler, for 0.6 s."""
@@ -19,6 +23,53 @@ def adam(policy: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=fused)
 
 
+def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, run: Path) -> Path:
+    """Give an optimizer the moments and step counts of another run's; learning rate and the like stay the config's.
+
+    Returns:
+        The checkpoint they are from: the newest of the run that is whole.
+
+    Raises:
+        RequestError: there is none, or its optimizer is of another kind, or has other parameters.
+    """
+    try:
+        found = newest_whole(run / "checkpoints")
+        if found is None:
+            raise ValueError("it is no run with a whole checkpoint")
+        state = _fitting(optimizer, optimizer_state(found), load_state(found)["optimizer"]["param_groups"])
+        learning = sum(len(group["params"]) for group in optimizer.param_groups)
+        alike = len(state) == learning and len({float(entry["step"]) for entry in state.values()}) == 1
+        if not alike and "value_coef" not in cfg.idle():  # REINFORCE without a critic leaves its parameters alone
+            raise ValueError("its optimizer did not move all parameters that learn here, such as the critic's")
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise RequestError(
+            f"init_optimizer is True, and init is {cfg.init!r}, but {' '.join(str(error).split())}: name a run with the "
+            "same network and optimizer, or leave init_optimizer out"
+        ) from error
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return found
+
+
+def _fitting(optimizer: torch.optim.Optimizer, state: Any, groups: Any) -> Any:
+    """The state of another optimizer, with its groups.
+
+    Raises:
+        ValueError: this one could not have that state.
+    """
+    sizes, wanted = ([len(group["params"]) for group in x] for x in (groups, optimizer.param_groups))
+    if sizes != wanted:
+        raise ValueError(f"its optimizer has groups of {sizes} parameters, and this run's of {wanted}")
+    parameters, names = [p for group in optimizer.param_groups for p in group["params"]], STATE[type(optimizer)]
+    for number, entry in state.items():
+        if entry.keys() != names:
+            raise ValueError(f"its optimizer keeps {sorted(entry)}, and this run's {sorted(names)}")
+        for name, tensor in entry.items():
+            shape = torch.Size() if name == "step" else parameters[number].shape
+            if tensor.shape != shape:
+                raise ValueError(f"its optimizer has {name} of shape {[*tensor.shape]}, and this run's {[*shape]}")
+    return state
+
+
 def _light(kind: Any) -> Any:
     """An optimizer of torch's without those wrappers. Its step is the same function."""
     own = {name: inspect.unwrap(getattr(kind, name)) for name in IMPORTING}
@@ -26,3 +77,5 @@ def _light(kind: Any) -> Any:
 
 
 Adam, RMSprop = _light(torch.optim.Adam), _light(torch.optim.RMSprop)
+STATE = {Adam: {"step", "exp_avg", "exp_avg_sq"}, RMSprop: {"step", "square_avg"}}
+"""What each keeps of a parameter."""

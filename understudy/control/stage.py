@@ -28,7 +28,7 @@ from understudy.control.config import Config
 from understudy.control.costs import Costs
 from understudy.control.evaluate import Stopped, evaluate
 from understudy.control.initial_policy import initial_policy
-from understudy.control.optimizer import adam
+from understudy.control.optimizer import adam, load_moments
 from understudy.control.policy import Policy, load_weights, policy_path
 from understudy.control.presets import refuse_idle
 from understudy.control.sources import Env, Source
@@ -37,7 +37,7 @@ from understudy.control.supervise import RestartsSpent, Supervised
 from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
-from understudy.run.config import to_json
+from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt, closed_at_exit
@@ -353,6 +353,10 @@ def open_stage(
     keep_freed()
     home = Path.cwd()  # an environment may change the working directory
     begun = None if resume is None else resume.checkpoint
+    if cfg.init is not None and policy is not None and resume is None:
+        raise RequestError(
+            f"init is {cfg.init!r}, which has no effect beside a policy of your own: leave one of them out"
+        )
     init = None if cfg.init is None else begun or home / policy_path(Path(cfg.init), "init")
     check_sinks(cfg.log)
     if cfg.video:
@@ -375,6 +379,8 @@ def open_stage(
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
         came = [] if init is None else [lineage.link("init", init)]
+        if cfg.init_optimizer and begun is None:
+            came.append(lineage.link("init_optimizer", load_moments(made, cfg, home / str(cfg.init))))
         origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
         if resume is None:
             description: dict[str, Any] = {"recipe": f"control {recipe}", "config": to_json(cfg)}

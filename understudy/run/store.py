@@ -325,11 +325,16 @@ def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
     """Put back what `Run.checkpoint` wrote of an optimizer."""
-    state: dict[int, dict[str, Any]] = {}
+    optimizer.load_state_dict({"state": optimizer_state(path), "param_groups": rest["param_groups"]})
+
+
+def optimizer_state(path: Path) -> dict[int, dict[str, torch.Tensor]]:
+    """What `Run.checkpoint` wrote of an optimizer's state: by parameter, in their order, and by name."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in checkpoint.tensors_of(path / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    return state
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,0 +1,165 @@
+"""`init_optimizer`: a run begins with another's policy, and with the moments and step counts of its optimizer."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from understudy import compiled, load, resume
+from understudy.cli import main
+from understudy.control import actor_critic, ppo, reinforce
+from understudy.run.checkpoint import newest_whole
+from understudy.run.config import RequestError
+from understudy.run.store import optimizer_state
+
+FIELDS = {"env": "CartPole-v1", "num_envs": 2, "hidden": (4,), "steps": 64, "max_grad_norm": 1e9, "quiet": True}
+OF = {ppo: {"rollout": 8, "epochs": 1, "minibatches": 1, "compile": "off"}, actor_critic: {"rollout": 8}, reinforce: {}}
+RMSPROP = {"optimizer": "rmsprop"}
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+
+
+def config(recipe, out: Path, **fields):
+    """PPO's and actor-critic's runs make an update of all that every 16 steps brought; no gradient is clipped."""
+    return recipe.Config(**(FIELDS | OF[recipe] | {"out": str(out)} | fields))
+
+
+def train(recipe, out: Path, **fields):
+    return recipe.train(config(recipe, out, **fields))
+
+
+def kept(run) -> list[dict[str, torch.Tensor]]:
+    """What the optimizer keeps of each parameter at the newest checkpoint."""
+    state = optimizer_state(newest_whole(run.path / "checkpoints"))  # pyright: ignore[reportArgumentType]
+    return [state[number] for number in sorted(state)]
+
+
+def parameters(run, *, apart: bool = False) -> list[torch.Tensor]:
+    """Of a run's policy, in the optimizer's order: `apart`, the critic's come last."""
+    named = list(load(run.path).named_parameters())
+    named.sort(key=lambda each: apart and each[0].startswith(("network.critic", "network.value")))
+    return [parameter.detach() for _, parameter in named]
+
+
+def adam(was, g):
+    """The step after four others (Kingma and Ba 2015, alg. 1)."""
+    m, v = 0.9 * was["exp_avg"] + 0.1 * g, 0.999 * was["exp_avg_sq"] + 0.001 * g**2
+    return 0.03 * m / (1 - 0.9**5) / ((v / (1 - 0.999**5)).sqrt() + 1e-3)
+
+
+def rmsprop(was, g):
+    return 0.03 * g / ((0.99 * was["square_avg"] + 0.01 * g**2).sqrt() + 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "step"),
+    [
+        (ppo, {}, adam),
+        pytest.param(ppo, {"compile": "on"}, adam, marks=compiler),
+        (ppo, {"clip_grad_apart": True}, adam),
+        (actor_critic, {}, adam),
+        (actor_critic, RMSPROP, rmsprop),
+    ],
+    ids=["plain", "compiled", "groups", "actor-critic", "rmsprop"],
+)
+def test_the_first_update_goes_on_from_the_saved_moments(recipe, fields, step, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        compiled, "_compiled", torch.enable_grad()
+    )  # what would be compiled, which takes 10 s, as it is
+    first = train(recipe, tmp_path / "first", **fields)  # four updates
+    begun = {"init": str(first.path), "steps": 16, "learning_rate": 0.03, "adam_eps": 1e-3}
+    went_on = train(recipe, tmp_path / "on", **begun, **fields, init_optimizer=True)
+    plain = fields | OF[recipe] | ({"optimizer": "adam"} if recipe is actor_critic else {})
+    fresh = train(recipe, tmp_path / "fresh", **begun, **plain)  # the same update without moments, which leaves 0.1 g
+
+    before, after = (parameters(run, apart="clip_grad_apart" in fields) for run in (first, went_on))
+    for was, of, p, q in zip(kept(first), kept(fresh), before, after, strict=True):
+        torch.testing.assert_close(q, p - step(was, of["exp_avg"] / 0.1), rtol=1e-4, atol=1e-6)  # float32
+        assert float(was["step"]) == 4
+    assert all(float(x["step"]) == 5 for x in kept(went_on))
+
+
+def test_a_recipe_without_a_critic_keeps_its_actors_moments(tmp_path):
+    first = train(reinforce, tmp_path / "first", baseline="none")
+    went_on = train(reinforce, tmp_path / "on", baseline="none", init=str(first.path), init_optimizer=True, steps=1)
+
+    assert len(kept(first)) == 4 and [float(x["step"]) - 1 for x in kept(went_on)] == [
+        float(x["step"]) for x in kept(first)
+    ]
+
+
+def test_the_newest_checkpoint_that_is_whole_is_taken_and_none_is_moved(tmp_path):
+    first = train(ppo, tmp_path / "first", checkpoint_every=1)
+    folder = first.path / "checkpoints"
+    (folder / "000004" / "state.json").write_text("{")
+    went_on = train(ppo, tmp_path / "on", init=str(first.path), init_optimizer=True, steps=16)
+
+    assert float(kept(went_on)[0]["step"]) == 4  # of the third checkpoint, and one more
+    assert (folder / "000004").is_dir() and not (folder / "quarantine").exists()
+
+
+def test_where_the_moments_came_from_is_in_the_lineage(tmp_path):
+    first = train(ppo, tmp_path / "first")
+    went_on = train(ppo, tmp_path / "on", init=str(first.path), init_optimizer=True, steps=16)
+
+    links = json.loads((went_on.path / "lineage.json").read_text())["links"]
+    assert {one["role"]: Path(one["path"]).name for one in links} == {"init": "policy", "init_optimizer": "000004"}
+    assert main(["lineage", str(went_on.path), "--verify"]) == 0
+
+
+def test_a_resumed_run_needs_the_moments_it_began_with_no_more(tmp_path):
+    first = train(ppo, tmp_path / "first")
+    begun = {"init": str(first.path), "init_optimizer": True}
+    whole = train(ppo, tmp_path / "whole", **begun, steps=64)
+    went_on = train(ppo, tmp_path / "on", **begun, steps=32)
+    shutil.rmtree(first.path)
+
+    assert all(map(torch.equal, parameters(resume(went_on.path, steps=64)), parameters(whole)))
+
+
+REFUSED = {
+    "no init": (ppo, {"init": None}, "init is not set, so it has no effect"),
+    "a policy": (ppo, {"init": "first/policy"}, "no run with a whole checkpoint"),
+    "damaged": (ppo, {"init": "damaged"}, "no run with a whole checkpoint"),
+    "another optimizer": (actor_critic, RMSPROP, r"keeps \['exp_avg', 'exp_avg_sq', 'step'\], and this run's"),
+    "other groups": (ppo, {"clip_grad_apart": True}, r"groups of \[8\] parameters, and this run's of \[4, 4\]"),
+    "other shapes": (ppo, {"init": "swapped"}, r"exp_avg of shape \[4, 4\], and this run's \[5, 4\]"),
+    "without a critic": (ppo, {"init": "actor"}, "did not move all parameters that learn here"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_moments_that_do_not_fit_are_refused(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(ppo, Path("first"))
+    if case == "damaged":
+        shutil.copytree("first", "damaged")
+        for file in Path("damaged/checkpoints").glob("*/optimizer.safetensors"):
+            file.write_bytes(b"")
+    if case == "other shapes":
+        train(ppo, Path("wide"), hidden=(5,))
+        shutil.copytree("wide", "swapped", ignore=shutil.ignore_patterns("checkpoints"))
+        shutil.copytree("first/checkpoints", "swapped/checkpoints")
+    if case == "without a critic":
+        train(reinforce, Path("actor"), baseline="none")
+    recipe, fields, words = REFUSED[case]
+    fields = {"init": "first", "hidden": (64, 64)} | fields
+
+    with pytest.raises(RequestError, match=f"^init_optimizer is True, .*{words}.*: (name a run|leave it)"):
+        train(recipe, Path("on"), **fields, init_optimizer=True)
+    assert not Path("on").exists()
+
+
+def test_init_beside_a_policy_of_ones_own_is_refused(tmp_path):
+    first = train(ppo, tmp_path / "first")
+
+    with pytest.raises(RequestError, match=r"^init is '.*', which has no effect beside a policy of your own"):
+        ppo.train(config(ppo, tmp_path / "on", init=str(first.path)), policy=load(first.path))
+
+
+def test_without_the_field_a_run_begins_with_a_fresh_optimizer(tmp_path):
+    first = train(ppo, tmp_path / "first")
+    runs = [train(ppo, tmp_path / name, init=str(first.path), steps=16) for name in "ab"]
+
+    assert [float(kept(run)[0]["step"]) for run in runs] == [1, 1]
