@@ -294,9 +294,8 @@ def test_truncated_samples_are_refused_where_they_would_not_be_weighed(fields, h
     [(name, value)] = fields.items()
     with pytest.raises(RequestError, match=f"{name} is {value}, which samples from another policy .* set off_policy"):
         reinforce.train(reinforce.Config(model=str(home), data="x", reward=by_length, **fields))
-    cfg = reinforce.Config(
-        model=str(home), data=str(home / "prompts.jsonl"), reward=by_length, off_policy="mask", **fields
-    )
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
+    cfg = reinforce.Config(**given, **FEW, off_policy="mask", **fields)
     with pytest.raises(RequestError, match="beside an engine of your own"):
         Cast(cfg, Claims(1.0))
 
