@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "rehearse"
 RESULTS = Path(__file__).parent / "results" / "trust_region"
 PAGE = ROOT / "docs" / "trust-region.md"
-SEEDS = range(20_019, 20_059)
+SEEDS = range(20_027, 20_067)
 TIMES = 3.0
 WAYS = {"on": {}, "off": {"trust_region_kl": 0.0}}
 
