@@ -91,8 +91,8 @@ SETTINGS = [
     "with it none was undone there, but 7 were in 5 of 19 runs on seeds 20,000 to 20,018, all of which reached the mark. "
     "A learning rate that rises over the first 30 % did not help (KL(old, new) of 0.57 on seed 4711, in iteration 13). "
     "The largest KL(old, new) of any update, in nats a token, the bound being 0.3: at 5e-4, 0.03 to 0.12 on seeds 4711 and "
-    "1001 to 1006, 67 to 73 % of the gap closed; at 7e-4, 0.03 to 0.40 on seeds 1001 to 1008 and 20,019 to 20,026, 67 to 81 % closed, and on one of "
-    "these 16 two updates were undone. "
+    "1001 to 1006, 67 to 73 % of the gap closed; at 7e-4, 0.03 to 0.40 on seeds 1001 to 1008 and 20,019 to 20,026, 67 to "
+    "81 % closed, and on one of these 16 two updates were undone. "
     "Without trust region and warm-up seed 4711 collapsed: its second update moved the policy by "
     "0.58 nats a token, and KL to SFT rose from 0.4 to 133 nats.",
 ]
