@@ -8,6 +8,7 @@ mark of `understudy rehearse`. Results are saved as they come and not run again.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -16,17 +17,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from understudy import load
+from understudy import load, update
 from understudy.cli import rehearse
 from understudy.language import RewardModel, ppo, rehearsal
+from understudy.language.trust_region import TrustRegion
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "rehearse"
@@ -35,6 +39,25 @@ PAGE = ROOT / "docs" / "trust-region.md"
 SEEDS = range(20_027, 20_067)
 TIMES = 3.0
 WAYS = {"on": {}, "off": {"trust_region_kl": 0.0}}
+
+
+class Clock:
+    """Processor seconds spent in some functions."""
+
+    def __init__(self, *places: tuple[Any, str]) -> None:
+        self.seconds = 0.0
+        for owner, name in places:
+            setattr(owner, name, self._timed(getattr(owner, name)))
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **given: Any) -> Any:
+            began = time.process_time()
+            try:
+                return function(*args, **given)
+            finally:
+                self.seconds += time.process_time() - began
+
+        return timed
 
 
 def run(seed: int, way: str) -> dict[str, Any]:
@@ -47,6 +70,9 @@ def run(seed: int, way: str) -> dict[str, Any]:
         rehearse.pipeline(taught, seed, rehearse.FULL, say=lambda text: None)
     usual = rehearse.reinforced(taught, seed, rehearse.FULL)
     rates = {name: TIMES * getattr(usual, name) for name in ("learning_rate", "critic_learning_rate")}
+    copies = SimpleNamespace(deepcopy=copy.deepcopy)
+    update.copy = copies  # pyright: ignore[reportAttributeAccessIssue]  # the copy that an undone update returns to
+    clock = Clock((TrustRegion, "__init__"), (TrustRegion, "__call__"), (copies, "deepcopy"))
     began, undone, moved = time.process_time(), 0, []
     for line in ppo.iterate(replace(usual, out=str(out), **rates, **WAYS[way])):
         undone += int(line.get("updates_skipped", 0))
@@ -75,6 +101,7 @@ def run(seed: int, way: str) -> dict[str, Any]:
         "ended_worse": rehearse.ended_worse(found),
         "updates_undone": undone,
         "cpu_seconds": seconds,
+        "guard_seconds": clock.seconds,
         "rates": rates,
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
     }
@@ -115,7 +142,8 @@ def page(found: dict[str, list[dict[str, Any]]]) -> str:
         f"Ended worse than they began: {worse['on']} and {worse['off']}. The trust region undid {sum(acted)} updates in "
         f"{sum(map(bool, acted))} runs. The gap closed, median: "
         f"{statistics.median(one['gap_closed'] for one in on):.0%} and "
-        f"{statistics.median(one['gap_closed'] for one in off):.0%}.",
+        f"{statistics.median(one['gap_closed'] for one in off):.0%}. Measurement and copy took "
+        f"{sum(one['guard_seconds'] for one in on) / sum(one['cpu_seconds'] for one in on):.1%} of a run's processor time.",
         "",
         "| seed | gap, on | gap, off | KL, on | KL, off | highest, on | highest, off | distinct-4 of SFT's, on | off | "
         "undone | missed, on | missed, off |",
