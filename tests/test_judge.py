@@ -564,11 +564,12 @@ def test_a_row_that_hangs_without_letting_go_of_the_interpreter_is_ended(write):
 def test_rows_are_given_up_after_so_many_that_hang(write):
     asked = []
 
-    def ask(given, share):
-        asked.append(len(given["completions"]))
-        raise worker.Fault("timeout", "late")
+    class Late(worker.InProcess):
+        def ask(self, given, share=1.0):
+            asked.append(len(given["completions"]))
+            raise worker.Fault("timeout", "late")
 
-    one = Judge([("a", 1.0, Function(ask, {"needs": [], "takes": None}))])
+    one = Judge([("a", 1.0, Function(Late(lambda **columns: []), "a"))])
     verdict = one(sampled(*"abcdefghijkl"))
 
     assert asked == [12] + [1] * HANGS
@@ -650,7 +651,7 @@ def test_a_worker_that_died_between_batches_is_started_again(write):
     with judge(write("import os\ndef score(completions):\n    return [os.getpid() % 1000]\n")) as one:
         first = one(sampled("a")).score
         part = one.parts["score"][1]
-        os.kill(part.ask.__self__._process.pid, signal.SIGKILL)
+        os.kill(part.asked._process.pid, signal.SIGKILL)
         time.sleep(0.1)
         second = one(sampled("a")).score
 
@@ -690,11 +691,12 @@ def test_a_row_whose_answer_is_garbled_is_missing_and_the_others_are_scored(writ
 def test_rows_are_given_up_after_so_many_garbled_answers():
     asked = []
 
-    def ask(given, share):
-        asked.append(len(given["completions"]))
-        raise worker.Fault("garbled", "nonsense")
+    class Garbles(worker.InProcess):
+        def ask(self, given, share=1.0):
+            asked.append(len(given["completions"]))
+            raise worker.Fault("garbled", "nonsense")
 
-    one = Judge([("a", 1.0, Function(ask, {"needs": [], "takes": None}))])
+    one = Judge([("a", 1.0, Function(Garbles(lambda **columns: []), "a"))])
     one(sampled(*"abcdefghijkl"))
 
     assert asked == [12] + [1] * HANGS
@@ -769,7 +771,7 @@ def test_a_large_batch_passes_through_the_pipe(write):
 @needs_proc
 def test_closing_a_judge_ends_its_worker(write):
     one = judge(write("import os\ndef score(completions):\n    return [os.getppid()]\n"))
-    pid = one.parts["score"][1].ask.__self__._process.pid
+    pid = one.parts["score"][1].asked._process.pid
     one.close()
     one.close()
 

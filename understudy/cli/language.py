@@ -67,7 +67,8 @@ data:
 REWARDS = """
 --reward takes one SPEC or several, whose scores are added; SPEC*0.5 gives one a weight:
   DIR                  a reward model that `language reward-model` saved, or its run
-  file.py:function     def function(prompts, completions, **columns) -> list of floats; None where a row has no score
+  file.py:function     def function(prompts, completions, **columns) -> list of floats; None where a row has no score;
+                       get_state() and set_state(state) beside it save what it remembers, for an exact resume
   length, length:40    tokens of the completion; minus the relative distance to 40
   contains:TEXT        1 where the completion has the text in it, else 0
   regex:PATTERN        1 where the pattern is found in the completion, else 0

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from understudy.batch import Batch, Text, Trajectory
 from understudy.constrain import Bounds, Constraint
-from understudy.language import preflight, stage
+from understudy.language import function_state, preflight, stage
 from understudy.language.ancestry import as_declared, check_reference
 from understudy.language.best import keep_best
 from understudy.language.collect import Said, Sampler
 from understudy.language.config import Function, Rollouts
 from understudy.language.evaluate import ended_worse, evaluate
 from understudy.language.generate import Engine, generate
+from understudy.language.judge import Function as JudgeFunction
 from understudy.language.judge import Judge, Part, Verdict, distinct_n, row_of
 from understudy.language.model import Policy, Reference, home
 from understudy.language.reading import check_reading
@@ -92,6 +93,13 @@ class Cast:
             check_reading(each, [prompt.ids for prompt in self.sampler.prompts])
         self.optimizer = self._optimizer()
         self.run: Stage
+
+    @property
+    def functions(self) -> dict[str, JudgeFunction | Reply]:
+        """The user's functions, each by the field that it came from and its name."""
+        judges = {"reward": self.judge} | ({} if self.measured is None else {"gold": self.measured})
+        found = {f"{field} {name}": part for field, judge in judges.items() for name, part in judge.functions.items()}
+        return found | ({} if self.reply is None else {"reply": self.reply})
 
     def judged(self, said: Said) -> Verdict:
         """What the judges say; under `gold` what is only measured."""
@@ -336,11 +344,17 @@ def open_cast(
     seed_shared_generators(cfg.seed)  # a fresh value head is drawn by torch's own
     cast = Cast(cfg, engine)
     try:
+        states = function_state.get_states(cast)  # what cannot be saved is refused now, and not at a checkpoint
         findings = preflight.check(cast) if cfg.preflight and resume is None else []
         for text in () if cfg.quiet else map(str, findings):
             print(printable(text), file=sys.stderr)
+        function_state.set_states(cast, states)  # preflight's calls are none of the run's
+        cast.policy.remarks += function_state.not_saved(cast) if resume is None else []
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps, resume=resume) as run:
             cast.run, run.bounds = run, cast.bounds
+            run.function_states = partial(function_state.save, cast)
+            if resume is not None and resume.checkpoint is not None:
+                function_state.restore(cast, run.restored_states)
             if cast.bounds is not None and "bounds" in run.kept:
                 cast.bounds.restore(run.kept["bounds"])
                 run.run.stopped = cast.bounds.stopped

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from understudy.language.final_answer import final_number
-from understudy.language.worker import Fault, Worker, answer, describe, wants
+from understudy.language.worker import Fault, InProcess, Worker
 from understudy.run.config import RequestError, nearest
 
 KINDS = ("raised", "timeout", "garbled", "wrong length", "none", "nan")
@@ -62,7 +62,6 @@ def row_of(verdict: Verdict, row: int, prefix: str = "") -> dict[str, Any]:
 
 
 Part = Callable[[Sampled], Tensor]  # -> [B] float32, nan where missing
-Ask = Callable[[dict[str, list[Any]], float], list[float | None]]
 Spec = str | Callable[..., Any] | tuple[str | Callable[..., Any], float]
 
 
@@ -115,7 +114,7 @@ class Judge:
                 with _naming(field, given):
                     name, weight, part = _part(given, load_model, timeout)
                 if isinstance(part, Function):
-                    started.callback(part.close)
+                    started.callback(part.asked.close)
                 parts.append((name, weight, part))
             started.pop_all()
         judge = cls(parts, missing=missing)
@@ -140,11 +139,15 @@ class Judge:
         self.last_error = next(iter(errors), self.last_error)
         return Verdict(_finite(total.where(scored, math.nan)), found)
 
+    @property
+    def functions(self) -> dict[str, Function]:
+        """The parts that are functions of the user's."""
+        return {name: part for name, (_, part) in self.parts.items() if isinstance(part, Function)}
+
     def close(self) -> None:
         """End the workers."""
-        for _, part in self.parts.values():
-            if isinstance(part, Function):
-                part.close()
+        for function in self.functions.values():
+            function.asked.close()
 
     def __enter__(self) -> Judge:
         return self
@@ -171,9 +174,9 @@ class Function:
     A row asked by itself has the batch's time limit over the number of rows, or over `HANGS` where that is fewer.
     """
 
-    def __init__(self, ask: Ask, wanted: dict[str, Any], close: Callable[[], None] = lambda: None) -> None:
-        """ask: columns and a share of the time limit -> scores, or `Fault`.  wanted: see `worker.wants`."""
-        self.ask, self.wanted, self.close = ask, wanted, close
+    def __init__(self, asked: InProcess | Worker, spec: str) -> None:
+        """asked: the function.  spec: what it was named by, without its weight."""
+        self.asked, self.spec = asked, spec
         self.faults: dict[int, Fault] = {}
         self.batch_fault: Fault | None = None
 
@@ -191,10 +194,10 @@ class Function:
 
     def _given(self, sampled: Sampled) -> dict[str, list[Any]]:
         """What the function is called with."""
-        return taken(self.wanted, columns_of(sampled))
+        return taken(self.asked.wants, columns_of(sampled))
 
     def _scores(self, given: dict[str, list[Any]], rows: range, share: float) -> list[float | None]:
-        scores = self.ask({name: column[rows.start : rows.stop] for name, column in given.items()}, share)
+        scores = self.asked.ask({name: column[rows.start : rows.stop] for name, column in given.items()}, share)
         if len(scores) != len(rows):
             raise Fault("wrong length", f"{len(scores)} scores for {len(rows)} rows")
         return scores
@@ -336,7 +339,8 @@ def _part(spec: Spec, load_model: Callable[[str], Part], timeout: float) -> tupl
     if not isinstance(spec, str):
         if not callable(spec):
             raise RequestError("it must be DIR, file.py:function, a builtin, or a Python function")
-        return getattr(spec, "__name__", type(spec).__name__).strip("<>"), 1.0, Function(_in_process(spec), wants(spec))
+        name = getattr(spec, "__name__", type(spec).__name__)
+        return name.strip("<>"), 1.0, Function(InProcess(spec), f"function {name}")
     text, weight = _weighted(spec)
     file, _, function = text.rpartition(":")
     name, _, argument = text.partition(":")
@@ -378,17 +382,7 @@ def _of_file(file: str, function: str, timeout: float) -> Function:
         worker = Worker(file, function, timeout=timeout)
     except Fault as fault:
         raise RequestError(f"{function!r} cannot be imported ({fault.message}); mend the file") from fault
-    return Function(worker.ask, worker.wants, worker.close)
-
-
-def _in_process(function: Callable[..., Any]) -> Ask:
-    def ask(given: dict[str, list[Any]], share: float) -> list[float | None]:
-        try:
-            return answer(function, given)
-        except Exception as error:
-            raise Fault("raised", describe(error)) from error
-
-    return ask
+    return Function(worker, f"{file}:{function}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import statistics
@@ -14,12 +15,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from understudy.constrain import Bounds
 from understudy.language import ancestry
-from understudy.language.config import IN_MEMORY, Config, Function, Rollouts, specs
+from understudy.language.config import IN_MEMORY, Config, Rollouts
 from understudy.language.data import Table
 from understudy.language.lora import ADAPTER
 from understudy.language.optimizer import AdamW
@@ -47,6 +49,8 @@ class Stage:
         steps: tokens chosen, or learned from, so far.  rows: sequences so far.
         kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
         bounds: the run's constraints, where it has any.
+        function_states: gives what functions of the user's remember, as plain JSON, for a checkpoint.
+        restored_states: the same, of the checkpoint that the run goes on from.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Stage:
         self.sinks = open_sinks(cfg.log, run.path, to_json(cfg))
         self.shuffle = generator(cfg.seed, "shuffle")
         self.bounds: Bounds | None = None
+        self.function_states: Callable[[], dict[str, Any]] = dict
+        self.restored_states: dict[str, Any] = {}
         self.iteration = self.steps = self.rows = self.saved = 0
         self.unlogged: list[dict[str, float]] = []
         self.rates = [group["lr"] for group in optimizer.param_groups]
@@ -173,6 +179,7 @@ class Stage:
             "version": getattr(self.model, "version", 0),
             "learned": self._learning(),
             "shared_generators": shared_generators(),
+            "functions": np.frombuffer(json.dumps(self.function_states()).encode(), np.uint8),
         }
         self.run.checkpoint(name, self.model.save, self.optimizer, state, keep=self.cfg.keep_checkpoints)
 
@@ -189,6 +196,8 @@ class Stage:
         self.saved = self.steps
         if hasattr(self.model, "version"):
             self.model.version = state["version"]
+        if "functions" in state:  # not in checkpoints of earlier versions
+            self.restored_states = dict(json.loads(state["functions"].tobytes()))
         for parameter, value in zip(self._learning(), state["learned"], strict=True):
             parameter.copy_(value)
         restore_shared_generators(state["shared_generators"])
@@ -237,7 +246,7 @@ def open_stage(
     else:
         run = resume.run
         lineage.go_on(run.path, origin)
-    for remark in [*model.remarks, *(_not_saved(cfg) if resume is None else ())]:
+    for remark in model.remarks:
         run.event("remark", text=remark)
         if not cfg.quiet:
             print(remark, file=sys.stderr)
@@ -266,14 +275,6 @@ def open_stage(
         finally:
             for sink in stage.sinks:
                 sink.close()
-
-
-def _not_saved(cfg: Config) -> list[str]:
-    """What resume does not bring back, a sentence; none without functions of the user's."""
-    given = [spec for name in ("reward", "gold", "reply") for spec in specs(getattr(cfg, name, None) or ())]
-    code = [spec for spec in given if isinstance(spec, Function) or ".py:" in spec]
-    what = "what a function remembers between its calls is not saved"
-    return [f"resume is exact only if {', '.join(code)} remembers nothing: {what}"] if code else []
 
 
 def _smaller(cfg: Config) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from understudy.language.generate import Completion
 from understudy.language.judge import Sampled, columns_of, taken
 from understudy.language.text import Messages, Prompt, Tokenizer
-from understudy.language.worker import Fault, Worker, describe, reply, wants
+from understudy.language.worker import Fault, InProcess, Worker
 from understudy.run.config import RequestError
 
 Speak = Callable[..., list[Completion]]
@@ -31,10 +31,10 @@ class Reply:
         Raises:
             RequestError: there is no such function.
         """
-        self.spec, self.worker = spec, None
+        self.spec = spec
         call = getattr(spec, "call", spec)
         if callable(call):
-            self.ask, self.wanted = lambda given: reply(call, given), wants(call)
+            self.asked: InProcess | Worker = InProcess(call, says="replies")
             return
         file, _, function = str(spec).rpartition(":")
         if not (file.endswith(".py") and os.path.isfile(file) and function):
@@ -42,10 +42,9 @@ class Reply:
                 f"reply is {spec!r}: must be file.py:function of a file that exists, or a Python function"
             )
         try:
-            self.worker = Worker(file, function, timeout=timeout, says="replies")
+            self.asked = Worker(file, function, timeout=timeout, says="replies")
         except Fault as fault:
             raise RequestError(f"reply is {spec!r}: it cannot be imported ({fault.message}); mend the file") from fault
-        self.ask, self.wanted = self.worker.ask, self.worker.wants
 
     def __call__(self, sampled: Sampled, stops: list[str]) -> list[Any]:
         """One reply a row.
@@ -54,12 +53,12 @@ class Reply:
             RequestError: the function failed, or said something else. A tool that may fail says so in its reply.
         """
         try:
-            said = self.ask(taken(self.wanted, {**columns_of(sampled), "stop": stops}))
+            said = self.asked.ask(taken(self.asked.wants, {**columns_of(sampled), "stop": stops}))
         except RequestError as error:
             raise RequestError(f"reply is {self.spec!r}: {error}") from None
-        except Exception as error:
-            what = error.message if isinstance(error, Fault) else describe(error)
-            raise RequestError(f"reply is {self.spec!r}: {what}; let it answer with the error instead") from error
+        except Fault as fault:
+            what = f"{fault.message}; let it answer with the error instead"
+            raise RequestError(f"reply is {self.spec!r}: {what}") from fault
         if len(said) != len(sampled):
             raise RequestError(
                 f"reply is {self.spec!r}: it gave {len(said)} replies to {len(sampled)} rows; give one each"
@@ -68,8 +67,7 @@ class Reply:
 
     def close(self) -> None:
         """End the worker."""
-        if self.worker is not None:
-            self.worker.close()
+        self.asked.close()
 
 
 @dataclass

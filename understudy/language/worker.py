@@ -3,6 +3,11 @@
 Both ends are here, for the process runs this very file: the standard library alone, so that it starts in a moment.
 A message is a mark, the number of the request, its length and then JSON, over the process's standard input and output.
 Answers are checked: a function that finds the pipe and writes to it spoils its own answer, and nothing else.
+
+A function that remembers something between its calls may say it and be told it, so that a run that was interrupted goes on
+to the same bytes: `get_state()` and `set_state(state)` beside it in its file, or its own where it is an object. The state is
+plain JSON. It is asked for at every checkpoint, and put back before the first batch of a resumed run. A process that is
+started again, because it was late or ended, gets the state that was last asked for or put back; without one it begins anew.
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ IMPORT_SECONDS = 60.0
 HEAD = struct.Struct("<4sQQ")
 MARK = b"\x93und"
 LARGEST_ANSWER = 64 * 2**20
-"""Bytes of an answer."""
+"""Bytes of an answer, or of a state."""
 LONGEST_ERROR = 2000
 """Characters of what a function says of its failure."""
 _loop: Any = None  # runs the coroutines of a process, in a thread of its own, so that clients live from batch to batch
@@ -46,6 +51,39 @@ class Unreadable(Exception):
     """What came is no message of ours."""
 
 
+class InProcess:
+    """A Python function that is asked where it is, like a `Worker` without a time limit.
+
+    Args:
+        says: "scores", which come back as floats, or "replies", as they are.
+        module: where its file defines `get_state` and `set_state`, if it is of a file.
+
+    Attributes:
+        wants: `needs`, the names it must be given; `takes`, those it can be given, None for any; `has_state`, whether it can
+            say what it remembers.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, says: str = "scores", module: Any = None) -> None:
+        self._function, self._answer = function, answer if says == "scores" else reply
+        self._state: Any = next(filter(_has_state, (function, getattr(function, "__self__", None), module)), None)
+        self.wants: dict[str, Any] = wants(function) | {"has_state": self._state is not None}
+
+    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[Any]:
+        """What the function says to `given`; raises `Fault`."""
+        return _spoken(lambda: self._answer(self._function, given))
+
+    def get_state(self) -> Any:
+        """What the function remembers, as plain JSON; raises `Fault` where it is none."""
+        return _spoken(lambda: _as_json(self._state.get_state()))
+
+    def set_state(self, state: Any) -> None:
+        """Let the function remember what `get_state` gave; raises `Fault`."""
+        _spoken(lambda: self._state.set_state(state))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Worker:
     """`function` of `file`, asked in a process that is ended when it is late and started again when it is next asked."""
 
@@ -58,6 +96,7 @@ class Worker:
         self.timeout, self._says, self._number = timeout, says, 0
         self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid()), says]
         self._process: subprocess.Popen[bytes] | None = None
+        self._states: list[Any] = []  # the last one that it gave or was given
         self.wants: dict[str, Any] = self._start()
 
     def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[Any]:
@@ -65,9 +104,17 @@ class Worker:
 
         What is not plain data arrives as its `tolist()`, else as text; tuples arrive as lists. Raises `Fault`.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        return self._exchange(given, self.timeout * share)
+        return self._asked("ask", given, self._says, share)
+
+    def get_state(self) -> Any:
+        """What the function remembers, as plain JSON; raises `Fault` where it is none."""
+        self._states = [self._asked("get_state", None, "state")]
+        return self._states[0]
+
+    def set_state(self, state: Any) -> None:
+        """Let the function remember what `get_state` gave; raises `Fault`."""
+        self._states = [state]
+        self._asked("set_state", state, "state")
 
     def close(self) -> None:
         """End the process and what it started."""
@@ -86,12 +133,21 @@ class Worker:
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
-            return self._exchange(None, IMPORT_SECONDS)
+            wanted = self._exchange(None, IMPORT_SECONDS, "wants")
+            for state in self._states:
+                self._exchange({"set_state": state}, self.timeout, "state")
+            return wanted
         except Fault:
             self.close()
             raise
 
-    def _exchange(self, request: Any, limit: float) -> Any:
+    def _asked(self, what: str, given: Any, kind: str, share: float = 1.0) -> Any:
+        """The answer to a request, of a process that is started again where it has ended."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        return self._exchange({what: given}, self.timeout * share, kind)
+
+    def _exchange(self, request: Any, limit: float, kind: str) -> Any:
         """Send a request, if there is one, and read the answer; a timer ends the process when `limit` is over."""
         process, late = self._process, threading.Event()
         assert process and process.stdin and process.stdout
@@ -109,7 +165,7 @@ class Worker:
             if request is not None:
                 write(process.stdin, request, self._number)
             if (message := read(process.stdout, most=LARGEST_ANSWER)) is not None:
-                reply = _checked(message, self._number, "wants" if request is None else self._says)
+                reply = _checked(message, self._number, kind)
         except OSError:
             pass  # it ended while being written to
         except Unreadable as error:
@@ -169,6 +225,32 @@ def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[fl
 def reply(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[Any]:
     """What a function says, as it says it."""
     return list(_said(function, given))
+
+
+def _has_state(owner: Any) -> bool:
+    return callable(getattr(owner, "get_state", None)) and callable(getattr(owner, "set_state", None))
+
+
+def _as_json(state: Any) -> Any:
+    """A state as JSON gives it back.
+
+    Raises:
+        TypeError: that is something else.  ValueError: it is too large.
+    """
+    text = json.dumps(state)
+    if len(text) > LARGEST_ANSWER - 1024:  # less what is written around it
+        raise ValueError(f"get_state gave {len(text)} bytes: must be at most {LARGEST_ANSWER - 1024}")
+    if (plain := json.loads(text)) != state:
+        raise TypeError("get_state gave what JSON does not give back (tuples, keys that are no text, nan)")
+    return plain
+
+
+def _spoken(call: Callable[[], Any]) -> Any:
+    """What a call of the user's gives; `Fault` where it raises."""
+    try:
+        return call()
+    except Exception as error:
+        raise Fault("raised", describe(error)) from error
 
 
 def _said(function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
@@ -243,8 +325,12 @@ def _checked(message: tuple[int, Any], number: int, kind: str) -> dict[str, Any]
     found = reply.get("answer")
     good = {
         "wants": lambda: (
-            isinstance(found, dict) and _are_names(found.get("needs")) and _are_names(found.get("takes") or [])
+            isinstance(found, dict)
+            and _are_names(found.get("needs"))
+            and _are_names(found.get("takes") or [])
+            and isinstance(found.get("has_state"), bool)
         ),
+        "state": lambda: True,
         "scores": lambda: isinstance(found, list) and all(x is None or type(x) is float for x in found),
         "replies": lambda: isinstance(found, list),
     }
@@ -274,25 +360,26 @@ def serve(file: str, name: str, parent: str, says: str) -> None:
         write(replies, message, number)
 
     try:
-        function = _load(file, name)
-        say({"answer": wants(function)}, 0)
+        function = _load(file, name, says)
+        say({"answer": function.wants}, 0)
     except BaseException as error:  # SystemExit too
         return say({"error": describe(error)}, 0)
     while (request := read(requests)) is not None:
-        number, given = request
+        number, asked = request
+        [(what, given)] = asked.items()
         try:
-            found = {"answer": (answer if says == "scores" else reply)(function, given)}
+            found = {"answer": function.get_state() if what == "get_state" else getattr(function, what)(given)}
         except BaseException as error:
-            found = {"error": describe(error)}
+            found = {"error": error.message if isinstance(error, Fault) else describe(error)}
         say(found, number)
 
 
-def _load(file: str, name: str) -> Callable[..., Any]:
+def _load(file: str, name: str, says: str) -> InProcess:
     module = _module("understudy_reward", file)
     if not callable(function := getattr(module, name, None)):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise LookupError(f"it has no function {name!r}, only {', '.join(known) or 'none at all'}")
-    return function
+    return InProcess(function, says=says, module=module)
 
 
 def _module(name: str, file: str) -> Any:
