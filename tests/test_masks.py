@@ -122,6 +122,12 @@ def test_action_masks_of_a_native_vector_env_are_read():
     assert (record.reward[record.mask] == 1).all() and record.ended.any()
 
 
+def test_preflight_of_an_object_keeps_to_its_action_masks(tmp_path):
+    run = ppo.train(ppo.Config(steps=20, rollout=10, quiet=True, out=str(tmp_path / "run")), env=MaskByMethodForTwo())
+
+    assert run.metrics[-1]["steps"] == 20
+
+
 def test_action_masks_of_a_wrapper_are_read():
     record = walk(environment.adopt(Masker(TenSteps(actions=4)), lambda row, episode: row))
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from contextlib import closing
 from typing import Any, ClassVar
 
 import gymnasium
@@ -24,6 +25,7 @@ from understudy import load, resume
 from understudy.cli import main
 from understudy.control import ppo
 from understudy.control.evaluate import evaluate
+from understudy.control.sources import Source
 from understudy.run.config import RequestError
 
 HERE = "tests.test_sources"
@@ -211,6 +213,109 @@ def test_a_simulator_of_one_instance_is_evaluated_in_one_copy(tmp_path):
     with pytest.raises(RequestError, match=r"Address already in use.*num_evaluation_envs to 1"):
         evaluate(policy, short(tmp_path, **(fields | {"env_options": {"port": port}})), episodes=3)
     assert OneInstance(port=port).close() is None  # the copy that could be made is closed
+
+
+@pytest.fixture
+def port():
+    """One that is free."""
+    env = OneInstance(port=0)
+    found = env.socket.getsockname()[1]
+    env.close()
+    return found
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_evaluation_that_cannot_be_beside_training_is_refused_first(copies, tmp_path, port):
+    fields = {"env": f"{HERE}:OnePicture", "num_envs": 1, "env_options": {"port": port}}
+    words = r"^evaluate_every is 3, .*Address already in use.*set evaluate_every to 0 and evaluate the finished run"
+    with pytest.raises(RequestError, match=words) as error:
+        ppo.train(short(tmp_path, **fields, evaluate_every=3, num_evaluation_envs=copies))
+    assert ("num_evaluation_envs to 1" in str(error.value)) == (copies > 1)
+    assert not (tmp_path / "run").exists()
+    assert ppo.train(short(tmp_path, **fields)).metrics  # nothing was left open
+
+
+def test_a_video_that_cannot_be_beside_training_is_refused_first(tmp_path, port):
+    fields = {"env": f"{HERE}:OnePicture", "num_envs": 1, "env_options": {"port": port}}
+    source = Source(short(tmp_path, **fields, video=True))
+    source.check()
+    with (
+        closing(source.open(lambda row, episode: 0)) as envs,
+        pytest.raises(RequestError, match=r"^video is True, .*Address already in use.*set video to False"),
+    ):
+        source.check_evaluation(envs)
+
+
+class OnePicture(OneInstance):
+    """Has a picture, and leaves no socket where it cannot be made."""
+
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"]}  # pyright: ignore
+
+    def __init__(self, port, render_mode=None):
+        try:
+            super().__init__(port)
+        except OSError:
+            self.close()
+            raise
+        self.render_mode = render_mode
+
+
+class Draws(LooksLikeCartPole):
+    """Its making, and each step, draws from the generator that belongs to no one."""
+
+    def __init__(self):
+        super().__init__()
+        self.bonus = np.random.random()
+
+    def reward(self, action):
+        return self.bonus + np.random.random()
+
+
+def test_the_first_look_at_evaluation_moves_no_shared_generator(tmp_path):
+    returns = []
+    for name, fields in (("with", {"evaluate_every": 100}), ("without", {})):
+        run = ppo.train(short(tmp_path, env=f"{HERE}:Draws", out=str(tmp_path / name), exact_resume=False, **fields))
+        returns.append([line["episode_return_mean"] for line in run.metrics])
+    assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize("how", ["object", "function"])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("FourValues", "returns 4 values"),
+        ("PaysList", r"pays reward \[1.0\]"),
+        ("Wide", "choose one of the same spaces"),
+    ],
+)
+def test_preflight_says_what_is_wrong_with_an_evaluation_env(kind, words, how, tmp_path):
+    made = globals()[kind]
+    config = short(tmp_path, num_envs=1, evaluate_every=1)
+    with pytest.raises(RequestError, match=words):
+        ppo.train(config, env=TenSteps(), evaluation_env=made() if how == "object" else made)
+    assert not (tmp_path / "run").exists()
+
+
+class Wide(TenSteps):
+    def __init__(self):
+        super().__init__()
+        self.observation_space = gymnasium.spaces.Box(-1, 1, (4,), np.float32)
+
+    def observe(self):
+        return np.zeros(4, np.float32)
+
+
+def test_an_evaluation_env_may_have_other_bounds(tmp_path):
+    bounded = TenSteps()
+    bounded.observation_space = gymnasium.spaces.Box(-2, 2, (3,), np.float32)
+    assert ppo.train(short(tmp_path, num_envs=1, evaluate_every=1), env=TenSteps(), evaluation_env=bounded).metrics
+
+
+@pytest.mark.parametrize("how", ["object", "function"])
+def test_an_evaluation_env_need_not_take_seeds(how, tmp_path):
+    given = CannotBeSeeded() if how == "object" else CannotBeSeeded
+    run = ppo.train(short(tmp_path, num_envs=1, evaluate_every=6), env=TenSteps(), evaluation_env=given)
+    assert "evaluation_return_mean" in run.metrics[-1]
 
 
 def test_episodes_without_an_end_are_evaluated_up_to_a_bound(tmp_path, capsys):

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
-from understudy.control.environment import SeededResets
+from understudy.control.environment import SeededResets, autoreset_mode, seeds_rows
 from understudy.control.infos import entry
 from understudy.control.layout import Call, lay_out
 from understudy.control.masks import flat_mask
@@ -75,9 +75,8 @@ class Walker:
         self.envs, self.seed_of, self.generator, self.hold, self.device = envs, seed_of, generator, hold, device
         self.sample, self.log_info = sample, log_info
         self.rows = envs.num_envs
-        self.mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-        takes_seeds = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | Supervised)
-        self.seeds_rows = self.mode is AutoresetMode.DISABLED or takes_seeds
+        self.mode = autoreset_mode(envs)
+        self.seeds_rows = seeds_rows(envs)
         self.read = reader(envs.single_observation_space, exact=exact)
         self.steps = self.calls = 0
         self.finished: deque[Episode] = deque(maxlen=100_000)

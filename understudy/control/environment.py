@@ -205,6 +205,17 @@ def adopt(
     return env
 
 
+def autoreset_mode(envs: VectorEnv) -> AutoresetMode:
+    """When a vector env resets copies whose episode is over; NEXT_STEP where it does not say."""
+    return AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
+
+
+def seeds_rows(envs: VectorEnv) -> bool:
+    """Whether every copy takes a seed of its own; native vector envs that reset by themselves share one generator."""
+    each = isinstance(envs.unwrapped, SyncVectorEnv | AsyncVectorEnv | Supervised)
+    return each or autoreset_mode(envs) is AutoresetMode.DISABLED
+
+
 class SeededResets(gymnasium.Wrapper):
     """Gives every reset the seed of its row and episode, whoever asks for it."""
 

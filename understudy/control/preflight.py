@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -42,28 +44,21 @@ def check_env(
             a wrapper whose statistics would be lost.
     """
     rng, seen, beyond = np.random.default_rng(seed), list[Any](), ""
-    try:
+    with explained(name, env, keep=keep):
         check_spaces(name, env.observation_space, env.action_space)
         check_statistics(name, env)
-        (obs, info), takes_seed = _first_reset(env, seed)
+        (obs, info), takes_seed = _first_reset(name, env, seed)
         env.action_space.seed(seed)
         for step in range(STEPS + 1):
             when = f"step {step - 1}" if step else "reset"
-            beyond = beyond or _observation(name, when, env.observation_space, obs, out_of_space)
-            if not isinstance(info, dict):
-                raise RequestError(f"env {name!r} gives info {info!r} at {when}: must be a dict")
+            beyond = beyond or check_observation(name, when, env.observation_space, obs, out_of_space)
+            check_info(name, when, info)
             seen.append(obs)
             if step == STEPS:
                 break
             allowed = _mask(name, env.action_space, obs, info)
             action = env.action_space.sample() if allowed is None else random_allowed(env.action_space, allowed, rng)
-            answer: Any = env.step(action)
-            if not isinstance(answer, tuple) or len(answer) != 5:
-                what = f"{len(answer)} values" if isinstance(answer, tuple) else f"a {type(answer).__name__}"
-                raise RequestError(
-                    f"env {name!r} returns {what} from step: must be obs, reward, terminated, truncated, info"
-                )
-            obs, reward, terminated, truncated, info = answer
+            obs, reward, terminated, truncated, info = five(name, env.step(action))
             if np.ndim(reward) != 0 or not np.isfinite(float(reward)):
                 raise RequestError(f"env {name!r} pays reward {reward!r} at step {step}: must be one finite number")
             for what, flag in (("terminated", terminated), ("truncated", truncated)):
@@ -71,12 +66,19 @@ def check_env(
                     raise RequestError(f"env {name!r} returns {what} {flag!r} at step {step}: must be a bool")
             if terminated or truncated:
                 seen.append(obs)
-                beyond = beyond or _observation(name, f"step {step}", env.observation_space, obs, out_of_space)
+                beyond = beyond or check_observation(name, f"step {step}", env.observation_space, obs, out_of_space)
                 break
         return Preflight(lost_in_float32(env.observation_space, seen), takes_seed, beyond)
-    except (RequestError, KeyboardInterrupt):
+
+
+@contextmanager
+def explained(name: str, env: Any, *, keep: bool) -> Iterator[None]:
+    """Say in a sentence whatever a user's environment or vector env raises; close it in the end, but for `keep`."""
+    try:
+        yield
+    except RequestError:
         raise
-    except Exception as error:  # whatever a user's environment raises, said in a sentence
+    except Exception as error:
         raise RequestError(
             f"env {name!r} raises {type(error).__name__} in its first steps: {error}; mend it"
         ) from error
@@ -98,22 +100,37 @@ def check_statistics(name: str, env: Any) -> None:
         )
 
 
-def _first_reset(env: gymnasium.Env, seed: int) -> tuple[Any, bool]:
+def _first_reset(name: str, env: gymnasium.Env, seed: int) -> tuple[Any, bool]:
     try:
-        return _pair(env.reset(seed=seed)), True
+        return pair(name, env.reset(seed=seed)), True
     except RequestError:
         raise
     except Exception as error:
         try:
-            return _pair(env.reset()), False
+            return pair(name, env.reset()), False
         except Exception:
             raise error from None
 
 
-def _pair(answer: Any) -> Any:
+def pair(name: str, answer: Any) -> Any:
+    """What a reset returns, if it is a pair."""
     if not isinstance(answer, tuple) or len(answer) != 2:
-        raise RequestError(f"env returns {type(answer).__name__} from reset: must be the pair obs, info")
+        raise RequestError(f"env {name!r} returns {type(answer).__name__} from reset: must be the pair obs, info")
     return answer
+
+
+def five(name: str, answer: Any) -> Any:
+    """What a step returns, if it is the five that it must be."""
+    if not isinstance(answer, tuple) or len(answer) != 5:
+        what = f"{len(answer)} values" if isinstance(answer, tuple) else f"a {type(answer).__name__}"
+        raise RequestError(f"env {name!r} returns {what} from step: must be obs, reward, terminated, truncated, info")
+    return answer
+
+
+def check_info(name: str, when: str, info: Any) -> None:
+    """Refuse an info that is no dict."""
+    if not isinstance(info, dict):
+        raise RequestError(f"env {name!r} gives info {info!r} at {when}: must be a dict")
 
 
 def _mask(name: str, space: gymnasium.Space, obs: Any, info: dict[str, Any]) -> np.ndarray | None:
@@ -123,7 +140,7 @@ def _mask(name: str, space: gymnasium.Space, obs: Any, info: dict[str, Any]) -> 
         raise RequestError(f"env {name!r} gives an action mask that does not fit: {error}") from error
 
 
-def _observation(name: str, when: str, space: gymnasium.Space, obs: Any, out_of_space: str) -> str:
+def check_observation(name: str, when: str, space: gymnasium.Space, obs: Any, out_of_space: str) -> str:
     """What is beyond the bounds of the space, if that is let pass; refused otherwise, as is anything else."""
     problem = outside(space, obs, "observation", bounds=out_of_space == "refuse")
     if problem:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium
@@ -18,12 +19,14 @@ from understudy.control.environment import Function, first_sentence, named
 from understudy.control.masks import with_mask
 from understudy.control.preflight import Preflight, check_env, check_statistics
 from understudy.control.rows import Rows
+from understudy.control.spaces import read_alike
 from understudy.control.standing import Way, forgets, way_of
 from understudy.control.supervise import START_SECONDS, apart
+from understudy.control.vector_preflight import check_envs
 from understudy.control.wrappers import ClippedObservation, Evaluated, RewardSum, Unseeded
 from understudy.run.config import RequestError
 from understudy.run.installation import install_hint
-from understudy.run.seeds import derive
+from understudy.run.seeds import derive, shared_generators_kept
 
 Env = gymnasium.Env | VectorEnv | Function | None
 """A user's own environment or vector env; or a function that makes one environment, which is called for every copy."""
@@ -86,7 +89,7 @@ class Source:
         self.object = env if isinstance(env, gymnasium.Env | VectorEnv) else None
         self.origin: Any = cfg.env if env is None else env
         self.name = cfg.env or named(self.origin)
-        self.seen = Preflight("", True, "")
+        self.seen = self.evaluation_seen = Preflight("", True, "")
         self.forgets = True  # what an object or a supervised environment remembers shows on resuming, by a digest
         self.seed = derive(cfg.seed, "preflight")
         if isinstance(evaluation_env, VectorEnv):
@@ -117,10 +120,23 @@ class Source:
         self.forgets = self.forgets and self.seen.takes_seed
 
     def open(self, seed_of: Callable[[int, int], int], *checkpoint: int) -> VectorEnv:
-        """The environments to train in; another time, after a checkpoint, new ones with another seed."""
+        """The environments to train in; another time, after a checkpoint, new ones with another seed.
+
+        Raises:
+            RequestError: they cannot be made, or preflight has found what is wrong with a vector env.
+        """
+        if self.object is None:
+            if self.cfg.vectorization == "native" and not checkpoint:
+                self.seen = check_envs(self.name, self._opened(), seed=self.seed)
+            return self._opened(*checkpoint)
+        envs = environment.adopt(self.object, seed_of, self._outer())
+        # of a SyncVectorEnv one copy was checked; an EnvPool, which is both, takes no seed but the one it was made with
+        if type(self.object) is not SyncVectorEnv and not isinstance(self.object, gymnasium.Env):
+            self.seen = check_envs(self.name, envs, seed=self.seed, keep=True)
+        return envs
+
+    def _opened(self, *checkpoint: int) -> VectorEnv:
         cfg = self.cfg
-        if self.object is not None:
-            return environment.adopt(self.object, seed_of, self._outer())
         return environment.make(
             self.origin,
             num_envs=cfg.num_envs,
@@ -132,6 +148,48 @@ class Source:
             outer=self._outer() if cfg.vectorization in CHECKED else (),
             seed=derive(cfg.seed, "envpool", *checkpoint),
         )
+
+    def check_evaluation(self, envs: VectorEnv) -> None:
+        """Preflight of what evaluation, and a video at the end, will open beside the environments of training.
+
+        Args:
+            envs: these, which are open.
+
+        Raises:
+            RequestError: it cannot be opened now; or what is wrong with evaluation_env.
+        """
+        cfg = self.cfg
+        if not (cfg.evaluate_every or cfg.video):
+            return
+        with shared_generators_kept(), TemporaryDirectory() as folder:
+            if self.evaluation_env is not None:
+                self.evaluation_seen = self._check_evaluation_env(self.evaluation_env, envs)
+            if cfg.evaluate_every:
+                self._try_evaluation("evaluate_every", min(cfg.evaluate_episodes, cfg.num_evaluation_envs))
+            if cfg.video:
+                self._try_evaluation("video", 1, Path(folder) / "video")
+
+    def _check_evaluation_env(self, given: Any, envs: VectorEnv) -> Preflight:
+        name, own = named(given), isinstance(given, gymnasium.Env)
+        env = with_mask(given) if own else environment.single(given)()
+        sees, acts, wanted = env.observation_space, env.action_space, envs.single_observation_space
+        seen = check_env(name, env, seed=self.seed, out_of_space=self.cfg.out_of_space, keep=own)
+        if not read_alike(sees, wanted) or acts != envs.single_action_space:
+            raise RequestError(
+                f"evaluation_env is {name!r}, which has {sees} and {acts}, but env has {wanted} and "
+                f"{envs.single_action_space}: choose one of the same spaces"
+            )
+        return seen
+
+    def _try_evaluation(self, field: str, num_envs: int, video: Path | None = None) -> None:
+        try:
+            self.close_evaluation(self.open_evaluation(num_envs, video)[0])
+        except RequestError as error:
+            default = type(self.cfg).__dataclass_fields__[field].default
+            raise RequestError(
+                f"{field} is {getattr(self.cfg, field)!r}, but beside the environments of training {error}; where training "
+                f"has the only one, set {field} to {default!r} and evaluate the finished run"
+            ) from error
 
     def open_evaluation(
         self, num_envs: int, video: Path | None = None, episodes: int = 1
@@ -146,7 +204,9 @@ class Source:
         """
         given: Any = self.evaluation_env
         if isinstance(given, gymnasium.Env):
-            makers: list[Callable[[], gymnasium.Env]] = [partial(_evaluated, given, self.cfg.evaluation_max_steps)]
+            makers: list[Callable[[], gymnasium.Env]] = [
+                partial(_evaluated, given, self._outer(self.evaluation_seen), self.cfg.evaluation_max_steps)
+            ]
         else:
             makers = [self._maker(given, evaluated=True, video=video is not None)] * num_envs
         made: list[Any] = []
@@ -156,8 +216,8 @@ class Source:
             recorded = [self._recorded(env, video, episodes) if video else env for env in made]
         except RequestError as error:
             close(made, given)
-            more = ": where only one can be open at a time, set num_evaluation_envs to 1, and evaluate_every to 0"
-            raise RequestError(f"evaluation cannot begin, because {error}{more if video is None else ''}") from error
+            more = ": where only one can be open at a time, set num_evaluation_envs to 1" if num_envs > 1 else ""
+            raise RequestError(f"evaluation cannot begin, because {error}{more}") from error
         functions = [partial(_same, env) for env in recorded]
         return Rows(functions, copy=False, autoreset_mode=AutoresetMode.DISABLED), made
 
@@ -190,7 +250,7 @@ class Source:
                 f"exact, {what} at each checkpoint, {often}; set exact_resume to false (--no-exact-resume) to keep it"
             )
         if self.seen.outside:
-            how = "accepted" if self.cfg.out_of_space == "accept" else "clipped to it"
+            how = "clipped to it" if self.cfg.out_of_space == "clip" else "accepted"
             yield f"env {self.name!r} breaks its own observation_space ({self.seen.outside}): what it gives is {how}"
 
     def _checked(self) -> Preflight:
@@ -204,10 +264,10 @@ class Source:
             first = first.env
         if not isinstance(first, VectorEnv):
             out_of_space = self.cfg.out_of_space if first is env else "accept"
-            self.seen = check_env(self.name, first, seed=self.seed, out_of_space=out_of_space, keep=True)
+            self.seen = check_env(self.name, with_mask(first), seed=self.seed, out_of_space=out_of_space, keep=True)
 
-    def _outer(self) -> tuple[Callable[[gymnasium.Env], gymnasium.Env], ...]:
-        seeds = () if self.seen.takes_seed else (Unseeded,)
+    def _outer(self, seen: Preflight | None = None) -> tuple[Callable[[gymnasium.Env], gymnasium.Env], ...]:
+        seeds = () if (seen or self.seen).takes_seed else (Unseeded,)
         return (*seeds, ClippedObservation) if self.cfg.out_of_space == "clip" else seeds
 
     def _maker(
@@ -217,7 +277,10 @@ class Source:
         options = cfg.env_options | ({"render_mode": "rgb_array"} if video else {})
         steps = cfg.evaluation_max_steps if evaluated else None
         if function is not None:
-            return environment.single(function, {"render_mode": "rgb_array"} if video else {}, evaluated=steps)
+            outer = self._outer(self.evaluation_seen)
+            return environment.single(
+                function, {"render_mode": "rgb_array"} if video else {}, outer=outer, evaluated=steps
+            )
         return environment.single(self.origin, options, cfg.wrappers, outer=self._outer(), evaluated=steps)
 
     def _recorded(self, env: gymnasium.Env, video: Path, episodes: int) -> gymnasium.Env:
@@ -236,9 +299,14 @@ def close(envs: Any, kept: Any) -> None:
             env.close()
 
 
-def _evaluated(env: gymnasium.Env, max_steps: int) -> Evaluated:
+def _evaluated(
+    env: gymnasium.Env, outer: Sequence[Callable[[gymnasium.Env], gymnasium.Env]], max_steps: int
+) -> Evaluated:
     own = RewardSum(env)
-    return Evaluated(with_mask(own), own, max_steps)
+    made = with_mask(own)
+    for wrap in outer:
+        made = wrap(made)
+    return Evaluated(made, own, max_steps)
 
 
 def _same(env: gymnasium.Env) -> gymnasium.Env:

@@ -62,6 +62,14 @@ def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
     return {path: leaf for path, leaf in leaves(space) if path != MASK}
 
 
+def read_alike(one: gymnasium.Space, other: gymnasium.Space) -> bool:
+    """Whether a policy for one observation space reads observations of the other: bounds may differ."""
+    shapes = (
+        [(path, leaf.shape if isinstance(leaf, spaces.Box) else leaf) for path, leaf in leaves(x)] for x in (one, other)
+    )
+    return next(shapes) == next(shapes)
+
+
 def reader(space: gymnasium.Space, *, exact: bool = False) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
     """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...].
 
@@ -130,7 +138,7 @@ def outside(space: gymnasium.Space, obs: Any, path: str, *, bounds: bool = True)
             at = tuple(int(i) for i in np.argwhere(below | above)[0])
             return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
         return ""
-    return "" if space.contains(obs) else f"{path} is {obs!r}, the space {space}"
+    return "" if space.contains(array) else f"{path} is {obs!r}, the space {space}"
 
 
 def is_image(space: gymnasium.Space) -> bool:

@@ -375,6 +375,7 @@ def open_stage(
     envs = open_envs()
     walker = None
     try:
+        source.check_evaluation(envs)
         policy = initial_policy(policy, cfg, envs, init).to(cfg.device).eval()
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)

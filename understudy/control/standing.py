@@ -119,21 +119,22 @@ def _walked(env: gymnasium.Env, seed: int, actions: Sequence[Any]) -> str:
     """A digest of an episode from a seed, as far as these actions go; where there is a mask, random ones that it allows."""
     found, rng = hashlib.blake2b(), np.random.default_rng(seed)
     obs, info = env.reset(seed=seed)
-    found.update(repr(_bytes(obs)).encode())
+    found.update(repr(to_bytes(obs)).encode())
     for action in actions:
         allowed = mask_of(env.action_space, obs, info)
         action = action if allowed is None else random_allowed(env.action_space, allowed, rng)
         obs, reward, terminated, truncated, info = env.step(copy.deepcopy(action))  # it may be written over
-        found.update(repr((_bytes(obs), float(reward), bool(terminated))).encode())
+        found.update(repr((to_bytes(obs), float(reward), bool(terminated))).encode())
         if terminated or truncated:
             break
     return found.hexdigest()
 
 
-def _bytes(obs: Any) -> Any:
+def to_bytes(obs: Any) -> Any:
+    """An observation, or a batch of them, as what can be compared."""
     if isinstance(obs, dict):
-        return [_bytes(obs[key]) for key in sorted(obs)]
-    return [_bytes(part) for part in obs] if isinstance(obs, tuple) else np.asarray(obs).tobytes()
+        return [to_bytes(obs[key]) for key in sorted(obs)]
+    return [to_bytes(part) for part in obs] if isinstance(obs, tuple) else np.asarray(obs).tobytes()
 
 
 class Trail:

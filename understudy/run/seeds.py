@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,3 +47,13 @@ def restore_shared_generators(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     np.random.set_state(states["numpy"])
     random.setstate(states["python"])
+
+
+@contextmanager
+def shared_generators_kept() -> Iterator[None]:
+    """What happens in here moves none of them."""
+    states = shared_generators()
+    try:
+        yield
+    finally:
+        restore_shared_generators(states)

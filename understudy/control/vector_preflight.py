@@ -1,0 +1,117 @@
+"""Preflight of a vector env, through its own interface: what one whose copies cannot be had alone must keep to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space, iterate
+
+from understudy.control.environment import autoreset_mode, check_spaces, seeds_rows
+from understudy.control.masks import checked_mask, random_allowed
+from understudy.control.preflight import (
+    STEPS,
+    Preflight,
+    check_info,
+    check_observation,
+    check_statistics,
+    explained,
+    five,
+    pair,
+)
+from understudy.control.spaces import MASK, lost_in_float32
+from understudy.control.standing import to_bytes
+from understudy.run.config import RequestError
+from understudy.run.seeds import derive, shared_generators_kept
+
+
+def check_envs(name: str, envs: VectorEnv, *, seed: int, keep: bool = False) -> Preflight:
+    """As `check_env`, for a vector env through its own interface; observations beyond their bounds are let pass.
+
+    Args:
+        keep: leave it open, for the run that comes: then it is stepped only where the seed of the run's first reset makes
+            it start over. One that ignores its seeds could not be put back to where it stood.
+    """
+    rng, space = np.random.default_rng(seed), envs.single_observation_space
+    seeds: Any = [derive(seed, "row", row) for row in range(envs.num_envs)] if seeds_rows(envs) else seed
+    with shared_generators_kept(), explained(name, envs, keep=keep):
+        check_spaces(name, space, envs.single_action_space)
+        check_statistics(name, envs)
+        obs, info = pair(name, envs.reset(seed=seeds))
+        beyond = _batch(name, "reset", envs, obs)
+        seen, first, steps = _few(envs, obs), to_bytes(obs), STEPS
+        if keep:
+            obs, info = pair(name, envs.reset(seed=seeds))
+            steps = STEPS if to_bytes(obs) == first else 0
+        choosing = np.ones(envs.num_envs, dtype=bool)
+        for step in range(steps + 1):
+            when = f"step {step - 1}" if step else "reset"
+            check_info(name, when, info)
+            actions = _actions(name, when, envs, obs, info, choosing, rng)
+            if step == steps:
+                break
+            obs, reward, terminated, truncated, info = five(name, envs.step(actions))
+            beyond = beyond or _batch(name, f"step {step}", envs, obs)
+            _check_column(name, f"pays rewards at step {step}", reward, envs.num_envs, "biuf", "finite numbers")
+            for what, flags in (("terminated", terminated), ("truncated", truncated)):
+                _check_column(name, f"returns {what} at step {step}", flags, envs.num_envs, "b", "bools")
+            seen += _few(envs, obs)
+            choosing = ~(np.asarray(terminated) | np.asarray(truncated))
+            if not choosing.all() and autoreset_mode(envs) is AutoresetMode.DISABLED:
+                break
+        return Preflight(lost_in_float32(space, seen), True, beyond)
+
+
+def _check_column(name: str, does: str, values: Any, rows: int, kinds: str, what: str) -> None:
+    """Refuse what is not one value a copy, of the kinds of NumPy that `kinds` names, and finite."""
+    array = np.asarray(values)
+    if array.shape != (rows,) or array.dtype.kind not in kinds or not np.isfinite(array).all():
+        some = " ".join(str(array.ravel()[:4]).split())
+        like = f"of shape {array.shape}" if array.shape != (rows,) else f"{array.dtype}, such as {some}"
+        raise RequestError(f"env {name!r} {does} that are {like}: must be {what} of shape ({rows},), one a copy")
+
+
+def _batch(name: str, when: str, envs: VectorEnv, obs: Any) -> str:
+    """What of a batch of observations is beyond the bounds of the space; refused where it is no batch of the space's."""
+    space = envs.single_observation_space
+    batched = batch_space(space, envs.num_envs)
+    beyond = check_observation(name, when, batched, obs, "accept")
+    if beyond:  # a category that is none is beyond bounds, too: a batch of MultiDiscrete is a Box
+        for row, one in enumerate(iterate(batched, obs)):
+            check_observation(name, f"{when} in copy {row}", space, one, "accept")
+    return beyond
+
+
+def _few(envs: VectorEnv, obs: Any, most: int = 8) -> list[Any]:
+    """The observations of the first copies, which the vector env may write over."""
+    rows = iterate(batch_space(envs.single_observation_space, envs.num_envs), obs)
+    return [copy.deepcopy(one) for one, _ in zip(rows, range(most), strict=False)]
+
+
+def _actions(
+    name: str,
+    when: str,
+    envs: VectorEnv,
+    obs: Any,
+    info: dict[str, Any],
+    choosing: np.ndarray,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """A random action for each copy, inside its mask; a copy that is over chooses nothing, and its mask does not count."""
+    space = copy.deepcopy(envs.single_action_space)  # its own draws are the user's
+    space.seed(int(rng.integers(2**31)))
+    actions = [space.sample() for _ in choosing]
+    masks = info.get(MASK, obs.get(MASK) if isinstance(obs, dict) else None)
+    if masks is None:
+        return np.stack(actions)
+    given = np.broadcast_to(info.get(f"_{MASK}", True), choosing.shape)
+    for row in np.flatnonzero(choosing):
+        if not given[row]:
+            raise RequestError(f"env {name!r} gives no {MASK} in copy {row} at {when}: give it always, or never")
+        try:
+            actions[row] = random_allowed(space, checked_mask(space, masks[row]), rng)
+        except ValueError as error:
+            raise RequestError(f"env {name!r} gives an action mask that does not fit in copy {row}: {error}") from error
+    return np.stack(actions)
