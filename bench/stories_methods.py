@@ -32,7 +32,7 @@ from understudy.language.judge import distinct_n
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import load_reward_model
 from understudy.language.text import Tokenizer
-from understudy.reduce import mean_interval, share_interval
+from understudy.reduce import mean_interval, share_interval, student_t
 
 RESULTS = stories.RESULTS.parent / "stories_methods"
 RUNS = stories.RUNS.parent / "stories_methods"
@@ -229,8 +229,9 @@ def beyond(found: list[dict[str, Any]], name: str) -> int:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean over five seeds and its 95 % interval by Student's t with four degrees of freedom."""
-    mean, half = statistics.fmean(values), 2.776 * statistics.stdev(values) / math.sqrt(len(values))
+    """Mean over seeds and its 95 % interval by Student's t."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    mean, half = statistics.fmean(values), student_t(len(values) - 1) * error
     return mean, mean - half, mean + half
 
 

@@ -216,6 +216,12 @@ HAND = [
         "reduce.py", "(square / (size - 1).clamp(min=1))[index]", "(square / size)[index]", "a group's biased variance"
     ),
     Mutant("reduce.py", "return max(1.0, float(sums", "return min(1.0, float(sums", "copies narrow an interval"),
+    Mutant(
+        "reduce.py", "(groups if groups > 1 else len(x)) - 1", "len(x) - 1", "rows for clusters as degrees of freedom"
+    ),
+    Mutant(
+        "reduce.py", "(2 * k - 1 + odd) / (2 * k + odd)", "(2 * k - 1) / (2 * k)", "Student's t of even degrees alone"
+    ),
     Mutant("reduce.py", "n = different if share", "n = n if share", "copies that agree narrow an interval"),
     Mutant("reduce.py", "z2 / (4 * n * n)", "0.0", "a share of all or nothing has no width"),
     Mutant("distribution.py", "torch.where(allowed, logits,", "torch.where(~allowed, logits,", "the mask inverted"),

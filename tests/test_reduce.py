@@ -23,6 +23,7 @@ from understudy.reduce import (
     per_step,
     share_interval,
     standardize,
+    student_t,
     whiten,
 )
 
@@ -167,9 +168,32 @@ def test_group_moments_are_each_members_size_mean_and_variance():
     assert_close(variance, torch.tensor([2.0, 0, 9, 2, 9, 9]))
 
 
-def test_an_interval_is_1_96_standard_errors_to_either_side():
-    # 1 and 3: mean 2, standard deviation sqrt 2, standard error 1
-    assert_close(torch.tensor(mean_interval(torch.tensor([1.0, 3.0]))), torch.tensor([2.0, 0.04, 3.96]))
+@pytest.mark.parametrize(
+    ("rows", "bound"), [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (10, 2.262), (30, 2.045), (121, 1.980)]
+)
+def test_students_t_is_that_of_the_tables(rows, bound):
+    assert student_t(rows - 1) == pytest.approx(bound, abs=5e-4)
+
+
+def test_students_t_comes_to_the_normal_bound():
+    assert student_t(100_000) == pytest.approx(1.959964, abs=3e-5)
+
+
+def test_an_interval_is_students_t_standard_errors_to_either_side():
+    # 1 and 3: mean 2, standard deviation sqrt 2, standard error 1, one degree of freedom
+    assert mean_interval(torch.tensor([1.0, 3.0])) == pytest.approx((2.0, -10.706, 14.706), abs=1e-3)
+    # 1, 2 and 3: mean 2, standard deviation 1, standard error 1 / sqrt 3, two degrees: 4.303 / 1.732 = 2.484
+    assert mean_interval(torch.tensor([1.0, 2, 3])) == pytest.approx((2.0, -0.484, 4.484), abs=1e-3)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_intervals_of_three_units_hold_the_mean_in_95_of_100(copies):
+    draw = torch.randn(4000, 3, generator=seeded(0), dtype=torch.float64).repeat_interleave(copies, dim=1)
+    cluster = None if copies == 1 else torch.arange(3).repeat_interleave(copies)
+    held = [low <= 0 <= high for _, low, high in (mean_interval(x, cluster) for x in draw)]
+
+    # three standard errors of a share of 0.95 in 4000 are 0.010; 1.96 for t would hold it in 0.81
+    assert sum(held) / len(held) == pytest.approx(0.95, abs=0.01)
 
 
 def test_one_number_has_no_interval():
@@ -182,7 +206,7 @@ def test_rows_of_a_cluster_count_as_one_in_an_interval():
     # each number twice: the cluster sums are -2 and 2 around 2, so the variance is 2 / 1 * (4 + 4) / 4^2 = 1, as of 1 and 3
     x, twice = torch.tensor([1.0, 1, 3, 3]), torch.tensor([7, 7, 9, 9])
 
-    assert_close(torch.tensor(mean_interval(x, twice)), torch.tensor([2.0, 0.04, 3.96]))
+    assert mean_interval(x, twice) == pytest.approx(mean_interval(torch.tensor([1.0, 3.0])))
 
 
 def test_rows_of_a_single_cluster_are_independent():
@@ -192,10 +216,11 @@ def test_rows_of_a_single_cluster_are_independent():
 
 
 def test_clusters_that_balance_each_other_narrow_no_interval():
-    # the cluster sums are 0, and so would be the interval's width: the variance is that of independent rows
+    # the cluster sums are 0, and so would be the interval's width: the variance is that of independent rows, 4/3 / 4 = 1/3,
+    # with one degree of freedom for two clusters: 12.706 / sqrt 3 = 7.336
     x = torch.tensor([1.0, 3, 1, 3])
 
-    assert mean_interval(x, torch.tensor([0, 0, 1, 1])) == mean_interval(x)
+    assert mean_interval(x, torch.tensor([0, 0, 1, 1])) == pytest.approx((2.0, -5.336, 9.336), abs=1e-3)
 
 
 @pytest.mark.parametrize("number", [0.0, 0.1, 500.0])

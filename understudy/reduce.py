@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -100,19 +101,43 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def mean_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
-    """Mean and its 95 % interval by the normal approximation; nan without any, and bounds nan where nothing varies. x: [N].
+    """Mean and its 95 % interval (Student 1908); nan without any, and bounds nan where nothing varies. x: [N].
 
     Rows of one cluster may resemble each other: the variance is the larger of the one of independent rows and the
-    cluster-robust one, G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / N^2 (Liang and Zeger 1986). The rows of a single
-    cluster are independent: it is all there is.
+    cluster-robust one, G / (G - 1) sum_g (sum_{i in g} (x_i - mean))^2 / N^2 (Liang and Zeger 1986), with G - 1 degrees of
+    freedom. The rows of a single cluster are independent: it is all there is.
 
     Args:
         cluster: [N], equal for rows that belong together; each row its own by default.
     """
     mean = float(x.double().mean())
-    varies = len(x) > 1 and bool((x != x[0]).any())
-    half = 1.96 * float(x.double().var() / len(x) * design_effect(x, cluster)) ** 0.5 if varies else math.nan
+    if len(x) < 2 or bool((x == x[0]).all()):
+        return mean, math.nan, math.nan
+    groups = 1 if cluster is None else len(cluster.unique())
+    error = float(x.double().var() / len(x) * design_effect(x, cluster)) ** 0.5
+    half = student_t((groups if groups > 1 else len(x)) - 1) * error
     return mean, mean - half, mean + half
+
+
+@cache
+def student_t(freedom: int) -> float:
+    """The bound that |t| with this many degrees of freedom stays below with probability 0.95.
+
+    By bisection of that probability, which is a finite sum in sin and cos of the angle atan(t / sqrt(freedom))
+    (Abramowitz and Stegun 1964, 26.7.3 for odd and 26.7.4 for even degrees of freedom).
+    """
+    odd = freedom % 2
+    k = torch.arange(1, max(1, (freedom - odd) // 2), dtype=torch.float64)
+    ratio = (2 * k - 1 + odd) / (2 * k + odd)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        terms = 1 + float((ratio * math.cos(angle) ** 2).cumprod(0).sum())
+        inside = math.sin(angle) * terms
+        if odd:
+            inside = 2 / math.pi * (angle + inside * math.cos(angle) * (freedom > 1))
+        low, high = (angle, high) if inside < 0.95 else (low, angle)
+    return freedom**0.5 * math.tan(low)
 
 
 def share_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
