@@ -23,7 +23,7 @@ from tests.foreign_envs import (
 )
 from understudy import load, resume
 from understudy.cli import main
-from understudy.control import ppo
+from understudy.control import environment, ppo
 from understudy.control.evaluate import evaluate
 from understudy.control.sources import Source
 from understudy.run.config import RequestError
@@ -140,6 +140,88 @@ def test_evaluation_gives_the_environments_own_reward(tmp_path):
 class Tenth(gymnasium.RewardWrapper):
     def reward(self, reward):
         return float(reward) / 10
+
+
+class Hundredfold(gymnasium.Wrapper):
+    def step(self, action):
+        obs, reward, *rest = self.env.step(action)
+        return obs, 100.0 * float(reward), *rest
+
+
+class Shifted(gymnasium.ObservationWrapper):
+    def observation(self, observation):
+        return observation
+
+
+class Flipped(gymnasium.ActionWrapper):
+    def action(self, action):
+        return 1 - action
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "supervised"])
+@pytest.mark.parametrize(
+    ("wrapper", "solved"),
+    [
+        ("ClipReward min_reward=0 max_reward=1", None),
+        (f"{HERE}:Tenth", None),
+        (f"{HERE}:Hundredfold", None),
+        ("FlattenObservation", 475.0),
+        ("TimeLimit max_episode_steps=100", 475.0),
+        (f"{HERE}:Shifted", 475.0),
+        (f"{HERE}:Flipped", 475.0),
+    ],
+)
+def test_a_threshold_holds_only_for_rewards_that_no_wrapper_changes(wrapper, solved, vectorization):
+    with closing(environment.make("CartPole-v1", num_envs=1, vectorization=vectorization, wrappers=(wrapper,))) as envs:
+        assert environment.threshold(envs) == solved
+
+
+def test_a_threshold_is_read_through_the_wrappers_of_objects_and_vector_envs():
+    def local():
+        class Local(gymnasium.ObservationWrapper):
+            """Cannot be named."""
+
+        return Local(gymnasium.make("CartPole-v1"))
+
+    def of(env):
+        with closing(environment.adopt(env, lambda row, episode: 0)) as envs:
+            return environment.threshold(envs)
+
+    cart, carts = (
+        gymnasium.make("CartPole-v1"),
+        gymnasium.make_vec("CartPole-v1", vectorization_mode="vector_entry_point"),
+    )
+    paid = gymnasium.wrappers.TransformReward(cart, lambda reward: 2 * float(reward))
+    assert [of(cart), of(paid), of(local()), of(TenSteps())] == [475.0, None, None, None]
+    counted, clipped = (
+        gymnasium.wrappers.vector.RecordEpisodeStatistics(carts),
+        gymnasium.wrappers.vector.ClipReward(carts, 0),
+    )
+    assert [of(counted), of(clipped)] == [475.0, None]
+
+
+gymnasium.register(
+    "tests/Wrapped-v0",
+    entry_point=f"{HERE}:LooksLikeCartPole",
+    reward_threshold=-5.0,  # of episodes that pay -2
+    additional_wrappers=(gymnasium.envs.registration.WrapperSpec("Tenth", f"{HERE}:Tenth", {}),),
+)
+
+
+@pytest.mark.parametrize(("wrappers", "solved"), [((), 400), ((f"{HERE}:Tenth",), None)])
+def test_the_threshold_of_an_id_is_that_of_its_own_wrappers(wrappers, solved, tmp_path):
+    run = ppo.train(short(tmp_path, env="tests/Wrapped-v0", wrappers=wrappers, steps=500))
+
+    assert (run.solved_at or {}).get("steps") == solved  # 100 episodes of 4 steps
+
+
+def test_a_run_is_not_solved_by_rewards_that_a_wrapper_pays(tmp_path):
+    fields = {"env": "CartPole-v1", "num_envs": 4, "rollout": 500, "steps": 10_000, "stop_at_return": 1000.0}
+    run = ppo.train(short(tmp_path, **fields, wrappers=(f"{HERE}:Hundredfold",)))
+
+    assert run.metrics[-1]["steps"] < 10_000  # the mean return of 100 episodes, as it is logged, is above 1000
+    assert run.metrics[-1]["episode_return_mean"] > 1000 and run.solved_at is None
+    assert not (run.path / "events.jsonl").exists() or not events(run, "solved")
 
 
 class Repeated(gymnasium.Wrapper):

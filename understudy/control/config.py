@@ -131,7 +131,7 @@ class Config(Network):
     constraint_rollbacks: Whole = 3
     """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     stop_at_return: float | None = None
-    """End as soon as the mean return of the last 100 episodes reaches this."""
+    """End as soon as the mean return of the last 100 episodes, as wrappers pay it, reaches this."""
     video: bool = False
     """Record one episode of the final policy under RUN/video."""
     quiet: bool = False

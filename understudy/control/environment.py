@@ -14,8 +14,15 @@ from typing import Any
 
 import gymnasium
 import yaml
-from gymnasium.envs.registration import EnvSpec
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+from gymnasium.envs.registration import EnvSpec, load_env_creator
+from gymnasium.vector import (
+    AsyncVectorEnv,
+    AutoresetMode,
+    SyncVectorEnv,
+    VectorEnv,
+    VectorRewardWrapper,
+    VectorWrapper,
+)
 
 from understudy.control.infos import merge
 from understudy.control.masks import check_mask, with_mask, with_masks
@@ -256,9 +263,31 @@ def check_kind(field: str, name: str) -> None:
 
 
 def threshold(envs: VectorEnv) -> float | None:
-    """The return at which the environment counts as solved, where it says one."""
+    """The return at which an environment counts as solved; None where it says none, or a wrapper may pay otherwise."""
     spec = envs.spec or getattr(next(iter(getattr(envs.unwrapped, "envs", [])), None), "spec", None)
-    return None if spec is None else spec.reward_threshold
+    if spec is None:
+        return None
+    known = gymnasium.registry.get(spec.id)  # the wrappers that are part of an id are meant by its threshold
+    own = 0 if known is None else len(known.additional_wrappers)
+    kinds: list[Any] = [_kind(wrapper.entry_point) for wrapper in spec.additional_wrappers[own:]]
+    while isinstance(envs, VectorWrapper):
+        kinds.append(type(envs))
+        envs = envs.env
+    return spec.reward_threshold if all(map(_keeps_rewards, kinds)) else None
+
+
+def _kind(entry_point: str) -> Any:
+    try:
+        return load_env_creator(entry_point)
+    except (ImportError, AttributeError, ValueError):  # a class within a function, say
+        return None
+
+
+def _keeps_rewards(kind: Any) -> bool:
+    """Whether rewards pass a kind of wrapper as they are: Gymnasium's own and ours, and those that leave `step` to them."""
+    step = getattr(kind, "step", None)
+    ours = step is not None and step.__module__.partition(".")[0] in ("gymnasium", "understudy")
+    return ours and not issubclass(kind, gymnasium.RewardWrapper | VectorRewardWrapper)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -37,7 +37,8 @@ class Run:
 
     Attributes:
         path: its directory, absolute.  metrics: a sequence of one dict an iteration, as in metrics.jsonl.
-        solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold, or None.
+        solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold; or None, as in a run
+            with a wrapper that may change rewards: the threshold is one of the environment's own.
         startup_seconds: from process start to the first step.
         stopped: why it ended before its steps were done, where a constraint ended it.
     """
