@@ -267,9 +267,11 @@ def threshold(envs: VectorEnv) -> float | None:
     spec = envs.spec or getattr(next(iter(getattr(envs.unwrapped, "envs", [])), None), "spec", None)
     if spec is None:
         return None
-    known = gymnasium.registry.get(spec.id)  # the wrappers that are part of an id are meant by its threshold
-    own = 0 if known is None else len(known.additional_wrappers)
-    kinds: list[Any] = [_kind(wrapper.entry_point) for wrapper in spec.additional_wrappers[own:]]
+    kinds: list[Any] = []
+    if isinstance(spec, EnvSpec):  # EnvPool's is none
+        known = gymnasium.registry.get(spec.id)  # the wrappers that are part of an id are meant by its threshold
+        own = 0 if known is None else len(known.additional_wrappers)
+        kinds = [_kind(wrapper.entry_point) for wrapper in spec.additional_wrappers[own:]]
     while isinstance(envs, VectorWrapper):
         kinds.append(type(envs))
         envs = envs.env
