@@ -18,6 +18,12 @@ from understudy.run.installation import install_hint
 SMALL = ["--num-envs", "2", "--rollout", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
 
 
+def test_a_command_without_standard_output_ends_as_it_should(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # as after `>&-`
+
+    assert main(["--version"]) == 0
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working directory, with the tests' own environments importable."""

@@ -4,12 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from tests.rehearsed import furnish, ppo_config, sft_config
 from understudy import resume
 from understudy.cli import main
 from understudy.language import ppo, sft
+from understudy.language.data import Table
 from understudy.run import lineage
 from understudy.run.config import RequestError
 
@@ -47,6 +50,16 @@ def losses(path: Path) -> list[float]:
 
 def test_rows_in_memory_teach_what_the_same_file_teaches(trained, home, tmp_path):
     assert losses(sft.train(sft_config(home, tmp_path / "file", **FEW)).path) == losses(trained)
+
+
+def test_values_that_json_does_not_know_are_plain_from_the_start(tmp_path):
+    table = Table.of(
+        [{"prompt": "a", "answer": np.int64(3), "at": (np.float32(0.5), torch.arange(2)), "path": Path("x")}]
+    )
+
+    assert table.rows == [{"prompt": "a", "answer": 3, "at": [0.5, [0, 1]], "path": "x"}]
+    table.write(tmp_path / "data.jsonl")
+    assert Table.restored(table, tmp_path / "data.jsonl").rows == table.rows
 
 
 def test_every_field_of_data_takes_rows(home, tmp_path):

@@ -110,6 +110,19 @@ def test_a_sixteenth_of_the_rows_is_measured_at_least_eight(home, rows, measured
     assert len(region(Policy.from_pretrained(home), some_rows(rows)).text) == measured
 
 
+def test_rows_that_teach_nothing_are_not_measured(home):
+    policy, batch = Policy.from_pretrained(home), some_rows(64)
+    batch.mask[::2] = False  # dropped, or without a score: every eighth row is among them
+    measure = region(policy, batch, max_kl=1e-3)
+    moved(policy)
+
+    assert len(measure.text) == 8 and bool(measure.mask.any(dim=1).all())
+    with pytest.raises(UpdateRejected):
+        measure()
+    batch.mask[:] = False
+    assert region(policy, batch)() == {}
+
+
 def test_a_policy_that_stays_has_a_kl_of_zero_and_passes(home):
     measure = region(Policy.from_pretrained(home), some_rows(8), max_kl=1e-9)
     assert measure() == {"kl_update": 0.0}
@@ -234,6 +247,7 @@ FINE = {
         ({"kl": 17.0}, None),
         ({"stopped": 0.4}, "share of completions that end: 0.4, the reference's 1"),
         ({"distinct_4": 0.4}, "distinct 4-grams: 0.4, the reference's 0.9"),
+        ({"distinct_4": 0.0, "length": 2.9}, None),  # too short to have any
     ],
 )
 def test_an_evaluation_says_whether_a_run_ended_worse(changed, words):
@@ -280,7 +294,7 @@ REHEARSED = {
         ({}, {"copied": 0.5}, ["50% of its sentences are copied from the demonstrations"], False),
         ({"gap_closed": -0.1}, {"true_score": 0.2}, ["PPO closes -10% of the gap, which is less than 50%"], True),
         ({"kl": 31.0}, {}, ["its KL to SFT is 31 nats, above 10"], True),
-        ({}, {"grammatical": 0.4}, [], True),
+        ({}, {"grammatical": 0.4}, ["40% of its sentences are grammatical, under half of SFT's share"], True),
     ],
 )
 def test_a_rehearsal_names_what_it_missed(changed, after, missed, worse):

@@ -189,6 +189,21 @@ def test_a_checkpoint_that_is_named_is_the_one_used_or_none(finished, tmp_path):
     assert checkpoint.names(run / "checkpoints") == ["000002", "000004", "000006"]
 
 
+def test_newer_checkpoints_than_the_one_named_are_set_aside(finished, tmp_path, capsys):
+    run = copy_of(finished, tmp_path)
+    was = (run / "checkpoints/000006/state.json").read_bytes()
+
+    understudy.resume(run, checkpoint="000002", steps=160)  # another learning rate from there on
+
+    assert "the newer 000004, 000006 are in" in capsys.readouterr().err
+    assert (run / "checkpoints/quarantine/000006-1/state.json").read_bytes() == was
+    checkpoint.verify(run / "checkpoints/000006")
+    assert (run / "checkpoints/000006/state.json").read_bytes() != was
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    [aside] = [event for event in events if event["kind"] == "checkpoints_set_aside"]
+    assert aside["names"] == ["000004", "000006"]
+
+
 def test_more_steps_extend_a_run_and_are_written_down(finished, tmp_path):
     run = copy_of(finished, tmp_path)
 

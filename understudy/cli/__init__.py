@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _answer(sys.argv[1:] if argv is None else argv)
         finally:
-            sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
+            if sys.stdout is not None:  # it was closed before we began
+                sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
     except RequestError as error:
         print(f"understudy: {printable(redact(str(error)))}", file=sys.stderr)
         return 2

@@ -108,6 +108,8 @@ def shortfalls(found: dict[str, Any]) -> list[str]:
         missed.append(
             f"its distinct-4 is {after['distinct_4']:.3f}, below {MARK['distinct_4']:g} of SFT's, {least:.3f}"
         )
+    if after["grammatical"] < before["grammatical"] / 2:
+        missed.append(f"{after['grammatical']:.0%} of its sentences are grammatical, under half of SFT's share")
     if after["copied"] >= MARK["copied"]:
         missed.append(f"{after['copied']:.0%} of its sentences are copied from the demonstrations")
     return missed

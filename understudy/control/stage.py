@@ -41,6 +41,7 @@ from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt, closed_at_exit
+from understudy.run.metrics import combine
 from understudy.run.paths import short
 from understudy.run.picture import learning_curve
 from understudy.run.progress import Progress
@@ -193,8 +194,7 @@ class Stage:
         line["episode_return_mean"] = statistics.fmean(e.episode_return for e in self.window) if self.window else None
         line["episode_length_mean"] = statistics.fmean(e.length for e in self.window) if self.window else None
         line |= self._infos() if any(episode.info for episode in self.window) else {}
-        names = dict.fromkeys(name for metrics in iterations for name in metrics)  # one that only resets has few
-        line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
+        line |= combine(iterations)
         left = max(0, self.cfg.steps - steps) * seconds / steps
         return line | {"seconds": seconds, "steps_per_second": steps / seconds, "seconds_left": left}
 

@@ -302,7 +302,8 @@ class Cast:
                 f"top_k is {top_k} and top_p {top_p:g} beside an engine of your own, which samples as it "
                 "does: leave them out"
             )
-        return partial(generate, slots=self.cfg.slots, top_k=top_k, top_p=top_p)
+        ends = self.tokenizer.at_stop_string if self.tokenizer.stop_strings and not self.endless else None
+        return partial(generate, slots=self.cfg.slots, ends=ends, top_k=top_k, top_p=top_p)
 
     def _sampler(self, found: list[Any], engine: Engine | None = None) -> Sampler:
         cfg = self.cfg

@@ -28,7 +28,7 @@ class Table(str):
     """Rows in memory where a config has the name of a file: as text, how many they are and the beginning of their digest.
 
     Attributes:
-        rows: as they were given, each a dict.  digest: the SHA-256 of their JSON.
+        rows: each a dict of plain data.  digest: the SHA-256 of their JSON.
     """
 
     rows: list[Row]
@@ -40,6 +40,9 @@ class Table(str):
     @classmethod
     def of(cls, given: Any) -> Table:
         """A list of mappings, or anything like it that has a length, such as a `datasets.Dataset`.
+
+        Values become what JSON has for them, so that a resumed run reads the same rows: NumPy's and torch's numbers and
+        arrays as their `tolist()`, tuples as lists, anything else that JSON does not know as text.
 
         Raises:
             RequestError: it is something else.
@@ -56,6 +59,7 @@ class Table(str):
             if not isinstance(row, Mapping):
                 raise RequestError(f"row {number} of data is {str(row)[:40]!r}: must be a dict with named columns")
             rows.append(dict(row))
+        rows = [json.loads(line) for line in cls._lines(rows).splitlines()]
         digest = hashlib.sha256(cls._lines(rows).encode(errors="surrogatepass")).hexdigest()
         made = cls(f"{len(rows)} rows in memory, digest {digest[:12]}")
         made.rows, made.digest = rows, digest
@@ -73,12 +77,17 @@ class Table(str):
         return made
 
     def write(self, file: Path) -> None:
-        """Write the rows as JSONL, from which `restored` makes the same again; what JSON does not know becomes text."""
+        """Write the rows as JSONL, from which `restored` makes the same again."""
         file.write_text(self._lines(self.rows), encoding="utf-8", errors="surrogatepass")
 
     @staticmethod
     def _lines(rows: list[Row]) -> str:
-        return "".join(json.dumps(row, default=str) + "\n" for row in rows)
+        return "".join(json.dumps(row, default=plain_value) + "\n" for row in rows)
+
+
+def plain_value(value: Any) -> Any:
+    """What JSON is told of a value that it does not know: its `tolist()`, else its text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def read(

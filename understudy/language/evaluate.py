@@ -86,7 +86,7 @@ def ended_worse(line: Mapping[str, Any], *, kl_target: float = 0.0) -> str | Non
 
     A run ended worse if its policy scores below the reference with 95 % confidence (mean and win rate), if the KL to the
     reference is above three times its target, or if the policy collapsed: the share of its completions that end, or
-    their distinct 4-grams, are less than half of the reference's.
+    their distinct 4-grams where they are long enough to have some, are less than half of the reference's.
 
     Args:
         line: metrics with `evaluation_...`, as in the last line of metrics.jsonl.
@@ -103,11 +103,13 @@ def ended_worse(line: Mapping[str, Any], *, kl_target: float = 0.0) -> str | Non
         )
     if kl_target and found.get("kl", 0) > FAR * kl_target:
         reasons.append(f"its KL to the reference is {found['kl']:.3g} nats, where kl_reference_target is {kl_target:g}")
-    for name, what in (("stopped", "the share of completions that end"), ("distinct_4", "distinct 4-grams")):
+    measured = [("stopped", "the share of completions that end")]
+    measured += [("distinct_4", "distinct 4-grams")] if found.get("length", math.inf) >= 4 else []
+    for name, what in measured:
         if found.get(name, 0) < found.get(f"reference_{name}", 0) / 2:
             reasons.append(
                 f"the policy collapsed ({what}: {found[name]:.2g}, the reference's {found[f'reference_{name}']:.2g})"
             )
     if not reasons:
         return None
-    return f"the run ended worse than it began: {', and '.join(reasons)}; lower learning_rate, or set target_kl"
+    return f"the run ended worse than it began: {', and '.join(reasons)}; lower learning_rate"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import statistics
 import sys
 import time
 import traceback
@@ -32,6 +31,7 @@ from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
 from understudy.run.guard import Guard, out_of_memory
 from understudy.run.interrupt import Interrupt, closed_at_exit
+from understudy.run.metrics import combine
 from understudy.run.paths import short
 from understudy.run.progress import Progress
 from understudy.run.seeds import derive, generator, restore_shared_generators, shared_generators
@@ -147,9 +147,8 @@ class Stage:
         self.unlogged.append(metrics)
         if self.iteration % self.cfg.log_every == 0 or not self.on:
             iterations, self.unlogged = self.unlogged, []
-            names = dict.fromkeys(name for found in iterations for name in found)
             line: dict[str, Any] = {"iteration": self.iteration, "steps": self.steps, "rows": self.rows}
-            line |= {name: statistics.fmean(m[name] for m in iterations if name in m) for name in names}
+            line |= combine(iterations)
             seconds = time.time() - self.train_started
             left = max(0, self.total - self.steps) * seconds / max(self.steps, 1)
             line |= {"seconds": seconds, "steps_per_second": self.steps / seconds, "seconds_left": left}

@@ -17,6 +17,8 @@ from understudy.update import UpdateRejected
 
 LEAST = 8
 """Rows that are measured at least, where there are so many."""
+PIECE = 64
+"""Rows that are read at a time."""
 
 
 def verify(policy: Policy, batch: Batch, cfg: Rollouts) -> Callable[[], dict[str, float]]:
@@ -37,14 +39,15 @@ class TrustRegion:
 
     Args:
         policy: as it was when it sampled; its head is copied, for it may learn.
-        batch: what the update learns from; every k-th of its rows is measured.
+        batch: what the update learns from; every k-th of its rows in which something is chosen is measured.
         cfg: `trust_region_kl` is the bound, in nats a token; `trust_region_fraction` of the rows are measured, at least 8.
     """
 
     def __init__(self, policy: Policy, batch: Batch, cfg: Rollouts) -> None:
-        count = min(len(batch), max(LEAST, math.ceil(cfg.trust_region_fraction * len(batch))))
-        rows = torch.arange(count, device=batch.mask.device) * len(batch) // count
-        self.policy, self.max_kl, self.size = policy, cfg.trust_region_kl, cfg.micro or count
+        learned = batch.mask.any(dim=1).nonzero()[:, 0]  # a row may have been dropped, or have no score
+        count = min(len(learned), max(LEAST, math.ceil(cfg.trust_region_fraction * len(learned))))
+        rows = learned[torch.arange(count, device=learned.device) * len(learned) // max(count, 1)]
+        self.policy, self.max_kl, self.size = policy, cfg.trust_region_kl, cfg.micro or PIECE
         self.text, self.mask = batch.obs[rows], batch.mask[rows]
         head = policy.head.frozen()
         self.old = [replace(distribution, head=head) for distribution in self._read()]
@@ -54,11 +57,13 @@ class TrustRegion:
         """Measure the policy as it now is.
 
         Returns:
-            `kl_update`: mean KL(old, new) over the tokens of the measured rows, in nats.
+            `kl_update`: mean KL(old, new) over the tokens of the measured rows, in nats; nothing where no row teaches.
 
         Raises:
             UpdateRejected: it is above the bound, or not a number.
         """
+        if not len(self.mask):
+            return {}
         pairs = zip(self.old, self._read(), strict=True)
         kl = torch.cat([old.kl(new) for old, new in pairs])
         metrics = {"kl_update": float(masked_mean(kl, self.mask))}

@@ -156,6 +156,15 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name.isdigit() and p.is_dir())
 
 
+def set_aside_newer(checkpoint: Path) -> list[str]:
+    """Quarantine the checkpoints that are newer than this one, from which its run now goes on another way; their names."""
+    folder = checkpoint.parent
+    newer = [name for name in names(folder) if int(name) > int(checkpoint.name)]
+    for name in newer:
+        _quarantine(folder, name, f"the run went on from {checkpoint.name}")
+    return newer
+
+
 def _quarantine(folder: Path, name: str, reason: str) -> None:
     away = folder / "quarantine"
     away.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -21,6 +22,15 @@ BLOCK = 2**16
 """Bytes that are read at a time from the end."""
 LONGEST = 2**20
 """Bytes of a line; a longer one is none of ours."""
+
+
+def combine(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Each metric over the iterations of one line: what an evaluation found as it was last, all else on average."""
+    found: dict[str, list[float]] = {}
+    for metrics in iterations:
+        for name, value in metrics.items():
+            found.setdefault(name, []).append(value)
+    return {name: x[-1] if name.startswith("evaluation_") else statistics.fmean(x) for name, x in found.items()}
 
 
 class Line(NamedTuple):

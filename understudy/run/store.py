@@ -268,6 +268,14 @@ class Resume:
                     f"checkpoint is '{self.checkpoint}', which does not fit the run's config "
                     f"({type(error).__name__}: {' '.join(str(error).split())[:100]}): name another with --checkpoint"
                 ) from error
+            if newer := checkpoint.set_aside_newer(self.checkpoint):
+                away = self.checkpoint.parent / "quarantine"
+                self.run.event("checkpoints_set_aside", names=newer, goes_on_from=self.checkpoint.name)
+                print(
+                    f"understudy: the run goes on from checkpoint {self.checkpoint.name}; the newer {', '.join(newer)} are "
+                    f"in '{away}'",
+                    file=sys.stderr,
+                )
             checkpoint.drop(self.checkpoint.parent, keep=stage.cfg.keep_checkpoints)  # what a kill left undone
         self.run.event("resumed", iteration=stage.iteration, **self.about)
 
