@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from understudy.run import lineage
 from understudy.run.config import RequestError, fields_of
 from understudy.run.paths import absolute
@@ -88,9 +90,14 @@ def resume(
             about |= {"device": {"from": fields["device"], "to": config.device}}
             moved = f"understudy: the run was on {fields['device']} and goes on on {config.device}"
             print(f"{moved}: resume is exact only on the same device", file=sys.stderr)
+        if torch.device(config.device).type != "cpu":
+            opened.changed.append("device")  # exact on none but the CPU
+        if checkpoint is not None:
+            opened.changed.append("checkpoint")  # what came after it may have been of fewer steps
         lineage.settle_config(path, fields)
         if steps is not None and steps != config.steps:
             about |= {"extended": {"from": config.steps, "to": steps}}
+            opened.changed.append("steps")
             config = dataclasses.replace(config, steps=steps)
             lineage.extend(path, read_config(path), fields | {"steps": steps})
         return recipe.train(config, resume=Resume(opened, found, about), **objects)

@@ -28,13 +28,13 @@ from understudy.language import dpo, grpo, reward_model, sft
 from understudy.language import ppo as language_ppo
 from understudy.language import reinforce as language_reinforce
 from understudy.language import stage as language_stage
+from understudy.run.metrics import CLOCK
 
 Moment = tuple[str, int]
 LATE = 6
 """An iteration that every run here comes to, checkpoints behind it."""
 OPTIMIZERS = (torch.optim.AdamW, optimizer.Adam, optimizer.RMSprop)
 """A subclass first: torch gives it a `step` of its own once one was made, so that its base's does not reach it."""
-CLOCK = {"seconds", "steps_per_second", "seconds_left"}
 QUICK: dict[str, Any] = {"quiet": True, "checkpoint_every": 2, "hidden": (16,)}
 CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce": (reinforce, {"env": "CartPole-v1", "num_envs": 4, "steps": 700, "baseline": "value"}),
@@ -295,5 +295,8 @@ def survives(name: str, moment: Moment, home: Path, out: Path, whole: dict[str, 
     status = resumed(out)
     if status:
         return f"resume ended with {status}"
+    said = (out / "events.jsonl").read_text()
+    if '"resume_differs"' in said or '"not_compared"' in said:
+        return "it is said to differ from what it was, or is not compared"
     now = digests(out)
     return ", ".join(sorted(file for file in whole.keys() | now.keys() if whole.get(file) != now.get(file)))

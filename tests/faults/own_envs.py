@@ -77,3 +77,29 @@ class Unseeded(SaysItself):
 
     def _obs(self) -> np.ndarray:
         return super()._obs() + self.noise.normal(size=2).astype(np.float32)
+
+
+class CountsForAll(gymnasium.Env):
+    """Episodes of five steps that pay more, the more of them there were in this process."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        CountsForAll.episodes += 1
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action: Any) -> Any:
+        self.steps += 1
+        return np.zeros(2, np.float32), float(self.episodes + action), self.steps == 5, False, {}
+
+
+class CountsNothing(CountsForAll):
+    """The same without that."""
+
+    def step(self, action: Any) -> Any:
+        obs, _, *ends = super().step(action)
+        return obs, float(action), *ends

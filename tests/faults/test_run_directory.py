@@ -92,7 +92,7 @@ def test_a_line_that_a_kill_cut_off_is_no_damage(run, capsys):
 def test_a_last_line_without_its_end_is_kept_when_it_is_whole(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n{"iteration": 2}')
 
-    kept, damaged, _ = metrics.cut(tmp_path, 5)
+    kept, damaged, *_ = metrics.cut(tmp_path, 5)
 
     assert (len(kept), damaged) == (2, [])
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
@@ -131,9 +131,10 @@ def test_metrics_of_a_long_run_can_be_walked_through_and_have_an_end(tmp_path, m
 def test_a_long_file_of_metrics_is_cut_without_being_held(tmp_path, monkeypatch):
     long_metrics(tmp_path, monkeypatch)
 
-    kept, damaged, copy = metrics.cut(tmp_path, 7)
+    kept, damaged, copy, dropped = metrics.cut(tmp_path, 7)
 
     assert (len(kept), len(kept.recent), damaged, copy) == (7, 4, [], None)
+    assert dropped == [{"iteration": n + 1, "steps": 3 * n} for n in (7, 8, 9)]
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [*range(1, 8)]
 
 

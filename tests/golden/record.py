@@ -31,12 +31,12 @@ from understudy.control.policy import Policy
 from understudy.objective import huber_error, policy_gradient
 from understudy.objective import ppo as ppo_loss
 from understudy.objective import ppo_penalty as penalty_loss
+from understudy.run.metrics import CLOCK
 from understudy.update import update
 from understudy.value import estimate, next_value
 
 HERE = Path(__file__).parent
 ITERATIONS = 20
-CLOCKS = {"seconds", "steps_per_second", "seconds_left"}
 TINY = {
     "env": "CartPole-v1",
     "num_envs": 4,
@@ -96,7 +96,7 @@ def run(name: str, iterations: int = ITERATIONS) -> dict[str, list[float | None]
         going = recipe.iterate(recipe.Config(**(TINY | fields), out=out))
         lines = list(islice(going, iterations))
         going.close()
-    names = dict.fromkeys(metric for line in lines for metric in line if metric not in CLOCKS)
+    names = dict.fromkeys(metric for line in lines for metric in line if metric not in CLOCK)
     return {metric: [_plain(line.get(metric)) for line in lines] for metric in names}
 
 

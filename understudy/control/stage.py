@@ -290,6 +290,7 @@ class Stage:
             self.policy.reward_scale.running = state["running_returns"]
         if not self.walker.stand(state["walker"], self.policy):
             self.run.event("resume_inexact", iteration=self.iteration)
+            self.run.changed.append("env")
             print(
                 f"understudy: env {self.source.name!r} does not come back to where it stood (it is not decided by its seed "
                 "and actions): open episodes begin anew, and this run is no longer the one that was interrupted",
@@ -391,7 +392,7 @@ def open_stage(
             run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin, home)
         else:
             run = resume.run
-            lineage.go_on(run.path, origin | {"links": []})  # it has taken what it needs of `init`
+            run.changed += lineage.go_on(run.path, origin | {"links": []})  # it has taken what it needs of `init`
         walker = Walker(
             envs,
             seed_of=seed_of,

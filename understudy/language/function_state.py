@@ -70,6 +70,7 @@ def restore(cast: Any, states: dict[str, Any]) -> None:
     having = {name for name, function in cast.functions.items() if function.asked.wants["has_state"]}
     set_states(cast, {name: state for name, state in states.items() if name in having})
     if missing := sorted(having ^ states.keys()):
+        cast.run.run.expected.clear()
         cast.run.run.event("resume_inexact", iteration=cast.run.iteration, functions=missing)
         print(
             f"understudy: the checkpoint and the code do not both have a state of {', '.join(missing)}: it begins anew, and "

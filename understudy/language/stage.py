@@ -244,7 +244,7 @@ def open_stage(
                 rows.write(run.path / f"{name}.jsonl")
     else:
         run = resume.run
-        lineage.go_on(run.path, origin)
+        run.changed += lineage.go_on(run.path, origin)
     for remark in model.remarks:
         run.event("remark", text=remark)
         if not cfg.quiet:

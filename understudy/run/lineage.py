@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from understudy.run.checkpoint import Damaged, sha256
 from understudy.run.config import RequestError
 from understudy.run.installation import DISTRIBUTION
@@ -25,6 +27,8 @@ FILE = "lineage.json"
 PACKAGES = ("torch", "numpy", "safetensors", "gymnasium", "transformers", "tokenizers", "peft")
 MODEL = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
 """Endings of the files that a model's directory is told by."""
+MADE_BY = ("config", "code", "packages", "processor")
+"""What a run's numbers depend on besides what it reads."""
 LONGEST, MOST = 64, 1000  # runs in a row, and in all, of a chain
 
 
@@ -101,6 +105,7 @@ def describe(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], *
         "recipe": recipe,
         "code": code(),
         "packages": {"python": platform.python_version(), **versions},
+        "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "seed": fields.get("seed"),
         "config": of_config(fields),
         "links": links,
@@ -110,19 +115,28 @@ def describe(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], *
     return about | ({} if signed is None else {"vouched": signed})
 
 
-def go_on(path: Path, about: dict[str, Any]) -> None:
+def go_on(path: Path, about: dict[str, Any]) -> list[str]:
     """Check that a run that goes on still reads what it began with; one without a lineage.json gets this one.
 
     Args:
         about: what `describe` gives of it now.
 
+    Returns:
+        Which of `MADE_BY` are not known to be what they were when the run last went on; they are written down.
+
     Raises:
         RequestError: data, model or another link has changed since the run began.
     """
-    if (path / FILE).exists():
-        _unchanged(read_lineage(path).get("links") or [], about["links"])
-    else:
+    if not (path / FILE).exists():
         write_json(path / FILE, about)
+        return [*MADE_BY]
+    written = read_lineage(path)
+    _unchanged(written.get("links") or [], about["links"])
+    before = _mapping(written.get("went_on")) or written
+    changed = [name for name in MADE_BY if before.get(name) != about[name]]
+    if changed:
+        note(path, went_on={name: about[name] for name in MADE_BY})
+    return changed
 
 
 def extend(path: Path, about: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -22,6 +22,10 @@ BLOCK = 2**16
 """Bytes that are read at a time from the end."""
 LONGEST = 2**20
 """Bytes of a line; a longer one is none of ours."""
+COMPARED = 20
+"""Lines that are kept of those that a resumed run writes anew, to compare the new ones with."""
+CLOCK = frozenset({"seconds", "steps_per_second", "seconds_left"})
+"""Metrics that depend on the clock. All others come again when a run is resumed exactly."""
 
 
 def combine(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -105,16 +109,17 @@ def newest_first(run: Path) -> Iterator[dict[str, Any]]:
         yield from filter(None, [_parsed(rest)])
 
 
-def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None]:
+def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None, list[dict[str, Any]]]:
     """Drop the lines of a run's metrics.jsonl after an iteration.
 
     Damaged lines are dropped too, after the whole file was copied aside. An incomplete last line is no damage: a process
     that is killed leaves one.
 
     Returns:
-        The lines that stay, the numbers of damaged lines, and the copy, None where no line is damaged.
+        The lines that stay, the numbers of damaged lines, the copy, None where no line is damaged, and the first
+        `COMPARED` of the lines that are dropped.
     """
-    metrics, damaged = Metrics(run), []
+    metrics, damaged, dropped = Metrics(run), [], []
     file, part = run / FILE, run / f"{FILE}.part"
     part.unlink(missing_ok=True)
     with part.open("xb") as out:
@@ -122,12 +127,25 @@ def cut(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None]:
             if line.metrics is not None and line.metrics["iteration"] <= iteration:
                 metrics.append(line.metrics)
                 out.write(line.text if line.text.endswith(b"\n") else line.text + b"\n")
-            elif line.metrics is None and line.text.endswith(b"\n"):
+            elif line.metrics is not None:
+                dropped += [line.metrics] if len(dropped) < COMPARED else []
+            elif line.text.endswith(b"\n"):
                 damaged.append(line.number)
     copy = _copied(file) if damaged else None
     sync(part)
     os.replace(part, file)
-    return metrics, damaged, copy
+    return metrics, damaged, copy, dropped
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What two lines of the same iteration disagree about, as they are in the file: each metric's two values.
+
+    Numbers of the environment's infos do not count, for they may be of a clock.
+    """
+    names = [name for name in {**before, **now} if name not in CLOCK and not name.startswith("info_")]
+    return {
+        name: {"before": before.get(name), "now": now.get(name)} for name in names if before.get(name) != now.get(name)
+    }
 
 
 def _lines(run: Path) -> Iterator[Line]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from understudy.run import checkpoint, lock, metrics
 from understudy.run.config import RequestError
 from understudy.run.paths import absolute, short
-from understudy.run.redact import redact
+from understudy.run.redact import printable, redact
 from understudy.run.spikes import spikes
 
 _IMPORTED = time.monotonic()
@@ -54,6 +54,8 @@ class Run:
         self.looked = 0  # lines of metrics in which spikes were looked for
         self.ended_worse: str | None = None  # why the run ended worse than it began, where it did
         self.silent = False  # metrics or events that could not be written: said once
+        self.changed: list[str] = []  # what is not as it was before the interruption, so that metrics are not compared
+        self.expected: dict[int, dict[str, Any]] = {}  # lines from before the interruption, by their iterations
         self.lock = lock.acquire(path)
 
     @classmethod
@@ -134,8 +136,12 @@ class Run:
         return run, found
 
     def rewind(self, iteration: int) -> None:
-        """Drop the metrics of iterations after this one: they come again. Damaged lines are noted, the file is copied."""
-        self.metrics, damaged, copy = metrics.cut(self.path, iteration)
+        """Drop the metrics of iterations after this one: they come again, and are compared with what they were.
+
+        Damaged lines are noted, the file is copied.
+        """
+        self.metrics, damaged, copy, dropped = metrics.cut(self.path, iteration)
+        self.expected = {} if self.changed else {line["iteration"]: line for line in dropped}
         self.looked = len(self.metrics)
         if damaged:
             self.event("metrics_damaged", lines=damaged[:1000], count=len(damaged), copy=str(copy))
@@ -157,8 +163,8 @@ class Run:
         """Append an iteration to metrics.jsonl; on disk when this returns, but for the system's own cache."""
         self.metrics.append(line)
         self._append(metrics.FILE, line)
-        if len(self.metrics) - self.looked >= SPIKES_EVERY:
-            self._note_spikes()
+        if self.expected or len(self.metrics) - self.looked >= SPIKES_EVERY:
+            self._examine(line)
 
     def event(self, kind: str, **about: Any) -> None:
         """Append a finding or happening to events.jsonl."""
@@ -210,6 +216,27 @@ class Run:
             self.refused = 0
         except (OSError, checkpoint.Damaged) as error:
             self._refused(name, error)
+
+    def _examine(self, line: dict[str, Any]) -> None:
+        """Look for spikes up to this line, and for what is other in it than it was before an interruption."""
+        self._note_spikes()
+        before = self.expected.pop(line["iteration"], None)
+        if before is not None and (found := metrics.differences(before, plain(line))):
+            self._differs(line, found)
+
+    def _differs(self, line: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+        """Say that an iteration came to other numbers than before the interruption; once is enough."""
+        self.expected.clear()
+        self.event("resume_differs", iteration=line["iteration"], metrics=found)
+        name, values = next(iter(found.items()))
+        was, now = (str(values[when])[:40] for when in ("before", "now"))
+        text = (
+            f"iteration {line['iteration']} does not come to what it was before the interruption ({name[:40]} was {was}, "
+            f"now {now}): it depends on something that the checkpoint does not hold, such as what an environment or a "
+            "reward function remembers, a time limit, or another processor; this run is no longer the one that was "
+            "interrupted"
+        )
+        print(f"understudy: {printable(text)}", file=sys.stderr)
 
     def _note_spikes(self) -> None:
         """Note the spikes in the lines since the last time."""
@@ -277,7 +304,8 @@ class Resume:
                     file=sys.stderr,
                 )
             checkpoint.drop(self.checkpoint.parent, keep=stage.cfg.keep_checkpoints)  # what a kill left undone
-        self.run.event("resumed", iteration=stage.iteration, **self.about)
+        changed = {"not_compared": self.run.changed} if self.run.changed else {}
+        self.run.event("resumed", iteration=stage.iteration, **self.about, **changed)
 
 
 def due(every: int, iteration: int, since: int, total: int) -> bool:
