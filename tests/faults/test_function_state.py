@@ -151,7 +151,7 @@ def test_a_process_that_is_started_again_gets_the_state_that_was_asked_for_last(
         (object(), "not JSON serializable"),
         ("a" * 200, "gave 202 bytes: must be at most 76"),
     ],
-    ids=str,
+    ids=["a tuple", "a number as key", "nan", "an object", "too long"],
 )
 def test_a_state_that_no_checkpoint_can_hold_is_refused_before_there_is_a_run(state, why, home, tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "LARGEST_ANSWER", 1100)
