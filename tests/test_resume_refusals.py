@@ -1,14 +1,18 @@
 """`understudy resume` of finished runs, and of runs that should go on with other settings."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 import understudy
-from tests.rehearsed import furnish, sft_config
+from tests.rehearsed import furnish, ppo_config, sft_config
 from tests.test_cli import SMALL, here, refused
 from understudy.cli import main
+from understudy.control import ppo
+from understudy.language import ppo as language_ppo
 from understudy.language import sft
+from understudy.run import lineage
 from understudy.run.config import RequestError
 
 __all__ = ["here"]  # a fixture
@@ -63,3 +67,30 @@ def test_a_finished_run_without_metrics_is_one_sentence(run, capsys):
     Path("run/metrics.jsonl").unlink()
 
     refused(capsys, ["resume", "run"], 2, "no metrics", "evaluate")
+
+
+def test_another_reward_than_the_runs_is_said_and_written_down(tmp_path, capsys):
+    home = furnish(tmp_path / "home")
+    run = language_ppo.train(ppo_config(home, tmp_path / "run", reward="length:4", steps=1)).path
+
+    understudy.resume(run, steps=100, reward="length:4")
+    assert "reward" not in capsys.readouterr().err
+    understudy.resume(run, steps=200, reward="length:2")
+
+    assert "reward was ['length:4'] and is ['length:2'] from here on" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["config"]["reward"] == ["length:2"]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["replaced"] == {"reward": {"from": ["length:4"], "to": ["length:2"]}}
+    assert all(check.state == "same" for check in lineage.verify(lineage.chain(run)) if "config" in check.what)
+
+
+def test_other_options_of_the_environment_are_said_and_evaluated_with(tmp_path, capsys):
+    cfg = ppo.Config(
+        env="CartPole-v1", num_envs=1, rollout=8, minibatches=1, steps=8, quiet=True, out=str(tmp_path / "run")
+    )
+    run = ppo.train(cfg).path
+
+    understudy.resume(run, steps=16, env_options={"sutton_barto_reward": True})
+
+    assert "env_options was {} and is {'sutton_barto_reward': True}" in capsys.readouterr().err
+    assert json.loads((run / "config.json").read_text())["config"]["env_options"] == {"sutton_barto_reward": True}

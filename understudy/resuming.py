@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from understudy.run import lineage
-from understudy.run.config import RequestError, fields_of
+from understudy.run.config import RequestError, fields_of, to_json
 from understudy.run.paths import absolute
 from understudy.run.store import Resume, Run, read_config
 from understudy.run.trust import permit
@@ -52,8 +54,9 @@ def resume(
             the id of its environment.
         engine: language, who samples, where the run began with one.
         own: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
-            trust_remote_code; or rows it began with: data, pretraining; or device, where the run's own is not here: on
-            another one the run goes on, but not to the same bytes.
+            trust_remote_code (another value than the run's is said, and written to its config.json); or rows it began
+            with: data, pretraining; or device, where the run's own is not here: on another one the run goes on, but not
+            to the same bytes.
 
     Raises:
         RequestError: no run there; it is open in another process; it names code that is not the user's to trust.
@@ -95,6 +98,16 @@ def resume(
         if checkpoint is not None:
             opened.changed.append("checkpoint")  # what came after it may have been of fewer steps
         lineage.settle_config(path, fields)
+        if other := _replaced(config, named.keys() - {"device"}, fields):
+            about |= {"replaced": other}
+            opened.changed += other
+            for field, change in other.items():
+                was, now = change["from"], change["to"]
+                print(
+                    f"understudy: {field} was {was!r} and is {now!r} from here on, as config.json says", file=sys.stderr
+                )
+            fields |= {field: change["to"] for field, change in other.items()}
+            lineage.extend(path, read_config(path), fields)
         if steps is not None and steps != config.steps:
             about |= {"extended": {"from": config.steps, "to": steps}}
             opened.changed.append("steps")
@@ -103,6 +116,21 @@ def resume(
         return recipe.train(config, resume=Resume(opened, found, about), **objects)
     finally:
         opened.close()
+
+
+def _replaced(config: Any, named: Iterable[str], fields: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Which of the fields that were named anew are not what the run's config.json holds: from what to what."""
+    now = json.loads(json.dumps(to_json(config), default=str))
+    found = {name: {"from": fields.get(name), "to": now[name]} for name in sorted(named)}
+    return {name: change for name, change in found.items() if _placed(change["from"]) != _placed(change["to"])}
+
+
+def _placed(value: Any) -> Any:
+    """A value with the paths of its code absolute."""
+    if isinstance(value, list):
+        return [_placed(part) for part in value]
+    file, code, name = value.partition(".py:") if isinstance(value, str) else (value, "", "")
+    return f"{absolute(file)}{code}{name}" if code else value
 
 
 def unchangeable(field: str, world: str, run: Any) -> RequestError:
