@@ -13,6 +13,7 @@ from understudy.control import actor_critic, ppo, reinforce
 from understudy.control.evaluate import evaluate
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
+from understudy.run.config import RequestError
 
 SEEN = np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3)
 
@@ -113,3 +114,48 @@ def test_our_own_networks_have_no_such_layer(tmp_path):
     ppo.train(config(tmp_path))
 
     assert load(tmp_path).layers_held == []
+
+
+class Says(nn.Module):
+    """A network that answers whatever `says` makes of logits [B, T, 3], V [B, T] and the observation."""
+
+    def __init__(self, says) -> None:
+        super().__init__()
+        self.body, self.says = nn.Linear(3, 4), says
+
+    def forward(self, obs):
+        out = self.body(obs["obs"] if isinstance(obs, dict) else obs)
+        return self.says(out[..., :3], out[..., 3], obs)
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (lambda logits, v, _: (Categorical(logits), v), r"probabilities do not sum to 1: make it with Categorical\.of"),
+        (lambda logits, v, _: (torch.distributions.Categorical(logits=logits), v), "without noise, at"),
+        (
+            lambda logits, v, _: (Categorical.of(logits), v[..., None]),
+            r"value of shape \[1, 1, 1\] .* \[B, T\], \[1, 1\]",
+        ),
+        (lambda logits, v, _: Categorical.of(logits), "returns Categorical: must return distribution, value"),
+        (lambda logits, v, _: logits @ v, r"raises RuntimeError when it is called with observations \[1, 1, 3\]"),
+    ],
+)
+def test_an_answer_that_no_recipe_can_use_is_refused(says, words):
+    own = Policy(Says(says), spaces.Box(-1, 1, (3,)), spaces.Discrete(3))
+
+    with pytest.raises(RequestError, match=words):
+        own.act(np.zeros(3, dtype=np.float32))
+
+
+def test_a_network_that_ignores_the_mask_is_refused_and_one_that_obeys_acts():
+    def masked(logits, v, obs):
+        return Categorical.of(logits, obs["action_mask"]), v
+
+    seen, spaces_of = np.zeros(3, dtype=np.float32), (spaces.Box(-1, 1, (3,)), spaces.Discrete(3))
+    own = Policy(Says(lambda logits, v, _: (Categorical.of(logits), v)), *spaces_of)
+
+    own.act(seen, action_mask=[1, 1, 1])  # nothing is forbidden yet
+    with pytest.raises(RequestError, match=r"to an action that the mask forbids: .* obs\['action_mask'\]"):
+        own.act(seen, action_mask=[0, 1, 0])
+    assert Policy(Says(masked), *spaces_of).act(seen, action_mask=[0, 1, 0]) == 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from understudy.control import own_network
 from understudy.control.config import Network
 from understudy.control.masks import checked_mask
 from understudy.control.networks import ActorCritic
@@ -56,6 +57,7 @@ class Policy(nn.Module):
 
     Attributes:
         has_action_mask: it was trained with masks that are no part of its observations; `act` then asks for one.
+        proved: answers of a user's own network were looked at, and are what a recipe needs.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class Policy(nn.Module):
         check_action_space(action_space)
         self.network, self.squash = network, settled_squash(action_space, squash)
         self.made_of: dict[str, Any] | None = None
-        self.has_action_mask = False
+        self.has_action_mask = self.proved = False
         self.state_size: int = getattr(network, "state_size", 0)
         self.memory = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
@@ -135,7 +137,11 @@ class Policy(nn.Module):
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if self.obs_scale is None else self.obs_scale(obs, self.dtype)
-        return self.network(obs, state, start) if self.memory else self.network(obs)
+        given = (obs, state, start) if self.memory else (obs,)
+        if self.made_of is None and not self.proved:
+            found, self.proved = own_network.answer(self.network, given, self.action_space)
+            return found
+        return self.network(*given)
 
     def value(self, obs: Any) -> Tensor:
         """V(obs) alone, [B, T]; of a network of ours without memory."""
