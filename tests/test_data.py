@@ -4,11 +4,13 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import sys
 from collections import UserList
 from datetime import date
 
 import pytest
 
+from understudy.language import bounded
 from understudy.language.data import Table, read
 from understudy.run.config import RequestError
 
@@ -304,3 +306,85 @@ def test_a_packed_file_that_unpacks_to_far_more_is_refused(file, name, line):
 
     with pytest.raises(RequestError, match=r"data is .*, which unpacks to more than 100 times its size"):
         read(path)
+
+
+# a few bytes of Parquet that become: one value, many rows, one value in many rows, the same in one row
+PARQUET_BOMBS = {
+    "of one long value": (lambda pa: {"prompt": ["a" * 2**20]}, {"compression": "zstd", "use_dictionary": False}),
+    "of many rows": (lambda pa: {"prompt": repeated(pa, "a", 200_000)}, {}),
+    "of a long value in many rows": (lambda pa: {"prompt": repeated(pa, "ab" * 40_000, 4000)}, {}),
+    "of a row with many long values": (
+        lambda pa: {
+            "prompt": pa.ListArray.from_arrays(pa.array([0, 4000], pa.int32()), repeated(pa, "ab" * 40_000, 4000))
+        },
+        {"store_schema": False},
+    ),
+}
+
+
+def repeated(pa, text, count):
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([text]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how long values are is bounded on Linux alone")
+@pytest.mark.parametrize("kind", PARQUET_BOMBS)
+def test_a_parquet_bomb_is_refused(kind, tmp_path, monkeypatch):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns, how = PARQUET_BOMBS[kind]
+    parquet.write_table(pa.table(columns(pa)), tmp_path / "a.parquet", **how)
+    monkeypatch.setattr("understudy.language.data.LEAST_BOMB", 2**18)
+    monkeypatch.setattr(bounded, "BYTES", 2**27)
+
+    with pytest.raises(RequestError, match=r"^data is '[^']*a.parquet', which unpacks to more than 100 times its size"):
+        read(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how long values are is bounded on Linux alone")
+def test_a_bomb_that_datasets_has_saved_is_refused(tmp_path, monkeypatch):
+    dataset([{"prompt": "a"}]).save_to_disk(tmp_path / "saved")
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"prompt": repeated(pa, "ab" * 40_000, 4000)})
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    with pa.OSFile(str(arrow), "wb") as out, pa.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table)
+    monkeypatch.setattr("understudy.language.data.LEAST_BOMB", 2**18)
+    monkeypatch.setattr(bounded, "BYTES", 2**27)
+
+    with pytest.raises(RequestError, match=r"^data is '.*saved', which unpacks to more than 100 times its size"):
+        read(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_a_row_of_more_text_than_a_text_has_is_refused_with_its_number(file, name, monkeypatch):
+    monkeypatch.setattr("understudy.language.data.LONGEST", 100)
+    rows = [{"prompt": "a" * 100}, {"prompt": "a" * 60, "other": "b" * 41}]
+    content = {
+        "a.jsonl": "".join(json.dumps(row) + "\n" for row in rows),
+        "a.json": json.dumps([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows] + [rows[1]]),
+        "a.csv": f"prompt,other\n{'a' * 100},\n{'a' * 60},{'b' * 41}\n",
+    }[name]
+
+    number = 1 if name == "a.json" else 2  # "user" counts too
+    with pytest.raises(
+        RequestError, match=rf"row {number} of .* has 10[14] characters, more than a text has: split it"
+    ):
+        read(file(name, content))
+
+
+def test_a_line_that_does_not_end_is_refused_before_all_of_it_is_read(file, monkeypatch):
+    monkeypatch.setattr("understudy.language.data.LONGEST_LINE", 2**16)
+    path = file("a.jsonl", JSONL + "\n" + " " * 2**22)
+    read_on = []
+    monkeypatch.setattr(json, "loads", lambda text: read_on.append(text))
+
+    with pytest.raises(RequestError, match=r"row 3 of .*a.jsonl' has more than 65,536 characters"):
+        read(path)
+    assert read_on == []
+
+
+@pytest.mark.parametrize(("name", "row"), [("a.jsonl", "row 1"), ("a.json", "data is")])
+def test_json_that_is_nested_too_deeply_is_refused(file, name, row):
+    content = '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+    with pytest.raises(RequestError, match=rf"{row} .*nested too deeply"):
+        read(file(name, content if name == "a.jsonl" else f"[{content}]"))

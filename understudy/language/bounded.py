@@ -25,24 +25,40 @@ def bounded() -> Iterator[None]:
     Only in the main thread, which alone hears signals, and on Linux; elsewhere nothing is bounded. A single operation of
     Python's own, such as a power with millions of digits, cannot be broken off.
     """
-    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+    if not _can_bound():
         yield
         return
 
     def end(*_: Any) -> None:
         raise TimeoutError(f"it takes more than {SECONDS:g} seconds")
 
+    before = signal.signal(signal.SIGALRM, end)
+    own = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        with within_memory(BYTES):
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *own)
+        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+@contextmanager
+def within_memory(most: int) -> Iterator[None]:
+    """Raise `MemoryError` in a block that takes more than this many bytes, where `bounded` bounds anything."""
+    if not _can_bound():
+        yield
+        return
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = used + BYTES if soft == resource.RLIM_INFINITY else min(used + BYTES, soft)
-    before = signal.signal(signal.SIGALRM, end)
-    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
-    own = signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    limit = used + most if soft == resource.RLIM_INFINITY else min(used + most, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
     try:
         yield
     except MemoryError:
-        raise MemoryError(f"it takes more than {BYTES / 2**30:g} GiB of memory") from None
+        raise MemoryError(f"it takes more than {most / 2**30:g} GiB of memory") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, *own)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGALRM, before or signal.SIG_DFL)
+
+
+def _can_bound() -> bool:
+    return sys.platform == "linux" and threading.current_thread() is threading.main_thread()

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
 
+from understudy.language import bounded
 from understudy.run.config import RequestError, nearest
 
 Row = dict[str, Any]
@@ -99,6 +100,8 @@ def read(
 ) -> list[Row]:
     """The rows of JSONL, JSON, CSV, Parquet or `.jsonl.gz`/`.csv.gz`, in their order; blank lines are no rows.
 
+    Files of which a few bytes become more than any text does are refused, as are rows longer than any text.
+
     Args:
         source: a `Table`; such a file; a directory with one of that split (`train.*`) or its shards
             (`train-00000-of-00002.*`), a single file, or what `datasets` has saved to disk; or else the name of a set that
@@ -122,6 +125,9 @@ def read(
         rows = _published(str(source), config, split)
     if not rows:
         raise RequestError(f"data is {str(source)!r}: it has no rows; name a file with at least one")
+    for number, row in enumerate(rows, 1):
+        if (length := _length(row)) > LONGEST:
+            raise RequestError(f"row {number} of {str(source)!r} has {length:,} {TOO_LONG}")
     return _renamed(rows, columns or {})
 
 
@@ -154,6 +160,16 @@ def finite(name: str, cell: Any) -> float:
 def column_names(rows: Iterable[Row]) -> list[str]:
     """Every column that some row has, in order of appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _length(row: Row) -> int:
+    """Characters of the cells of a row."""
+    length, cells = 0, list(row.values())
+    while cells:
+        cell = cells.pop()
+        length += len(cell) if isinstance(cell, str) else 0
+        cells += cell.values() if isinstance(cell, dict) else cell if isinstance(cell, list) else ()
+    return length
 
 
 def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
@@ -243,14 +259,19 @@ def _read_directory(folder: Path, config: str | None, split: str) -> list[Row]:
 def _saved(folder: Path, split: str) -> list[Row]:
     """What `save_to_disk` of `datasets` has written."""
     datasets = _extra("datasets", f"reading {str(folder)!r}, which `datasets` has saved,")
-    found = datasets.load_from_disk(str(folder))
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    with _no_bomb(folder, size):
+        return list(_split_on_disk(datasets.load_from_disk(str(folder)), folder, split))
+
+
+def _split_on_disk(found: Any, folder: Path, split: str) -> Any:
     if isinstance(found, Mapping):
         if split not in found:
             raise RequestError(f"data_split is {split!r}: {str(folder)!r} has {', '.join(found)}")
         found = found[split]
     elif split != "train":
         raise RequestError(f"data_split is {split!r}, but {str(folder)!r} has no splits: leave it out")
-    return list(found)
+    return found
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -299,12 +320,31 @@ class _Unpacked(gzip.GzipFile):
 
     def read1(self, size: int = -1) -> bytes:
         text = super().read1(size)
-        if self.tell() > max(LEAST_BOMB, MOST_PACKED * os.path.getsize(self.name)):
-            raise RequestError(
-                f"data is {self.name!r}, which unpacks to more than {MOST_PACKED} times its size: unpack it yourself if "
-                "that is what it should hold"
-            )
+        if self.tell() > _most(os.path.getsize(self.name)):
+            raise _bomb(self.name)
         return text
+
+
+def _most(size: int) -> int:
+    """Bytes that a file of this size may unpack to."""
+    return max(LEAST_BOMB, MOST_PACKED * size)
+
+
+def _bomb(path: Any) -> RequestError:
+    return RequestError(
+        f"data is {str(path)!r}, which unpacks to more than {MOST_PACKED} times its size: give it as plain JSONL or CSV if "
+        "that is what it should hold"
+    )
+
+
+@contextmanager
+def _no_bomb(path: Path, size: int) -> Iterator[None]:
+    """Refuse what takes more memory than a file of this size may, on Linux: how long its values are is in no footer."""
+    try:
+        with bounded.within_memory(max(bounded.BYTES, _most(size))):
+            yield
+    except MemoryError:
+        raise _bomb(path) from None
 
 
 def _opened(path: Path) -> IO[str]:
@@ -314,14 +354,20 @@ def _opened(path: Path) -> IO[str]:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
+    lines: list[str] = []
     with _opened(path) as file:
-        lines = [line for line in file if line.strip()]
+        while line := file.readline(LONGEST_LINE + 1):
+            if len(line) > LONGEST_LINE:
+                raise RequestError(f"row {len(lines) + 1} of {str(path)!r} has more than {LONGEST_LINE:,} {TOO_LONG}")
+            lines += [line] if line.strip() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise RequestError(f"row {number} of {str(path)!r} is not JSON ({error.msg}): {line[:40]!r}") from None
+        except RecursionError:
+            raise RequestError(f"row {number} of {str(path)!r} is nested too deeply: {line[:40]!r}") from None
     return _objects(rows, path)
 
 
@@ -331,6 +377,8 @@ def _read_json(path: Path) -> list[Row]:
             rows = json.load(file)
         except json.JSONDecodeError as error:
             raise RequestError(f"data is {str(path)!r}: not JSON in line {error.lineno} ({error.msg})") from None
+        except RecursionError:
+            raise RequestError(f"data is {str(path)!r}, which is nested too deeply: give it as JSONL") from None
     if not isinstance(rows, list):
         raise RequestError(f"data is {str(path)!r}: it must be a list of objects, or JSONL with one on each line")
     return _objects(rows, path)
@@ -363,8 +411,17 @@ def _read_csv(path: Path) -> list[Row]:
 
 def _read_parquet(path: Path) -> list[Row]:
     parquet = _extra("pyarrow.parquet", f"reading {path.name!r}")
+    size = path.stat().st_size
     try:
-        return parquet.read_table(path).to_pylist()
+        about = parquet.read_metadata(path)
+        groups = map(about.row_group, range(about.num_row_groups))
+        chunks = [group.column(i) for group in groups for i in range(about.num_columns)]
+        if sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks) > _most(size):
+            raise _bomb(path)
+        with _no_bomb(path, size):
+            return parquet.read_table(path).to_pylist()
+    except RequestError:
+        raise
     except ValueError as error:  # pyarrow's ArrowInvalid
         raise RequestError(f"data is {str(path)!r}: not Parquet ({str(error).splitlines()[0]})") from None
 
@@ -408,6 +465,9 @@ def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
 
 LEAST_BOMB, MOST_PACKED = 64 * 2**20, 100
 """A packed file may unpack to this many bytes, or to this many times its size; ordinary text packs to a tenth or more."""
+LONGEST, LONGEST_LINE = 16 * 2**20, 64 * 2**20
+"""Characters that the cells of a row may have together, and a line of JSONL; the longest novels have ten million."""
+TOO_LONG = "characters, more than a text has: split it, or leave it out"
 SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
 IN_MEMORY = re.compile(r"\d+ rows in memory, digest [0-9a-f]+")
 USUAL = {
