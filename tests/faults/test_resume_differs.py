@@ -34,14 +34,14 @@ def control(out: Path, env: str = "CountsNothing", **fields: Any) -> ppo.Config:
 
 
 def language(home: Path, out: Path, **fields: Any) -> language_ppo.Config:
-    return ppo_config(home, out, **{"steps": 150, "checkpoint_every": 2, "epochs": 1, "minibatches": 1} | fields)
+    return ppo_config(home, out, **{"steps": 260, "checkpoint_every": 2, "epochs": 1, "minibatches": 1} | fields)
 
 
-def is_killed(recipe: Any, config: Any, iteration: int = 4) -> None:
-    """Train until just before the line of this iteration; a checkpoint is at every second."""
+def is_killed(recipe: Any, config: Any) -> None:
+    """Train until just before the sixth line. The second checkpoint has begun, so the first is whole, and maybe both are."""
 
     def job() -> None:
-        killed.watch_for(("iteration", iteration))
+        killed.watch_for(("iteration", 6))
         recipe.train(config)
 
     assert killed.in_fork(job) == -signal.SIGKILL
@@ -56,7 +56,7 @@ def test_an_environment_that_counts_in_a_global_is_found_out_on_resume(env, diff
     assert len(found) == differs
     assert capsys.readouterr().err.count(SAID) == differs
     if differs:
-        assert found[0]["iteration"] == 3
+        assert found[0]["iteration"] in (3, 5)
         assert "episode_return_mean" in found[0]["metrics"]
 
 
@@ -70,7 +70,7 @@ def test_a_reward_function_that_remembers_is_found_out_on_resume(body, differs, 
     assert len(found) == differs
     assert capsys.readouterr().err.count(SAID) == differs
     if differs:
-        assert found[0]["iteration"] == 3
+        assert found[0]["iteration"] in (3, 5)
         assert found[0]["metrics"]["score_mean"].keys() == {"before", "now"}
 
 
@@ -104,7 +104,7 @@ def test_other_versions_are_not_compared_and_the_next_resume_goes_by_them(tmp_pa
         killed.watch_for(("iteration", 2))
         understudy.resume(out)
 
-    assert killed.in_fork(goes_on) == -signal.SIGKILL  # the third iteration has a line again
+    assert killed.in_fork(goes_on) == -signal.SIGKILL  # one iteration has a line again
     assert not events(out, "resume_differs")
     assert events(out, "resumed")[0]["not_compared"] == ["packages"]
     about = json.loads((out / "lineage.json").read_text())
