@@ -8,7 +8,7 @@ import shutil
 import statistics
 from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -30,10 +30,7 @@ CLOCK = frozenset({"seconds", "steps_per_second", "seconds_left"})
 
 def combine(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
     """Each metric over the iterations of one line: what an evaluation found as it was last, all else on average."""
-    found: dict[str, list[float]] = {}
-    for metrics in iterations:
-        for name, value in metrics.items():
-            found.setdefault(name, []).append(value)
+    found = {name: [x[name] for x in iterations if name in x] for name in dict.fromkeys(chain(*iterations))}
     return {name: x[-1] if name.startswith("evaluation_") else statistics.fmean(x) for name, x in found.items()}
 
 
