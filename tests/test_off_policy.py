@@ -300,6 +300,15 @@ def test_truncated_samples_are_refused_where_they_would_not_be_weighed(fields, h
         Cast(cfg, Claims(1.0))
 
 
+def test_truncated_samples_end_while_they_are_sampled(home):
+    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length}
+    cast = Cast(reinforce.Config(**given, **FEW, off_policy="truncate", top_k=5, stop=("the old",)))
+    engine = cast.sampler.engine
+    assert isinstance(engine, partial)
+
+    assert engine.keywords["ends"] == cast.tokenizer.at_stop_string  # not cut afterwards alone
+
+
 def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home, tmp_path):
     engine = Claims(0.25)
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}

@@ -1,4 +1,4 @@
-"""Networks of a user's own: what is wrong with an answer of theirs, said in a sentence."""
+"""Checks of a user's own network: an answer that no recipe can learn from is refused in one sentence."""
 
 from __future__ import annotations
 
