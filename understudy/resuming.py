@@ -98,22 +98,27 @@ def resume(
         if checkpoint is not None:
             opened.changed.append("checkpoint")  # what came after it may have been of fewer steps
         lineage.settle_config(path, fields)
-        if other := _replaced(config, named.keys() - {"device"}, fields):
+        other = _replaced(config, named.keys() - {"device"}, fields)
+        if other:
             about |= {"replaced": other}
             opened.changed += other
-            for field, change in other.items():
-                was, now = change["from"], change["to"]
-                print(
-                    f"understudy: {field} was {was!r} and is {now!r} from here on, as config.json says", file=sys.stderr
-                )
-            fields |= {field: change["to"] for field, change in other.items()}
-            lineage.extend(path, read_config(path), fields)
+        now = fields | {field: change["to"] for field, change in other.items()}
         if steps is not None and steps != config.steps:
             about |= {"extended": {"from": config.steps, "to": steps}}
             opened.changed.append("steps")
             config = dataclasses.replace(config, steps=steps)
-            lineage.extend(path, read_config(path), fields | {"steps": steps})
-        return recipe.train(config, resume=Resume(opened, found, about), **objects)
+            now |= {"steps": steps}
+
+        def accepted() -> None:
+            for field, change in other.items():
+                was, to = change["from"], change["to"]
+                print(
+                    f"understudy: {field} was {was!r} and is {to!r} from here on, as config.json says", file=sys.stderr
+                )
+            if now != fields:
+                lineage.extend(path, read_config(path), now)
+
+        return recipe.train(config, resume=Resume(opened, found, about, accepted), **objects)
     finally:
         opened.close()
 

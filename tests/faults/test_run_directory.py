@@ -294,6 +294,8 @@ def test_a_resume_that_is_refused_lets_go_of_the_run(run):
     for _ in range(2):
         with pytest.raises(RequestError, match="which is damaged"):
             understudy.resume(run, checkpoint="000006")
+    config = (run / "config.json").read_bytes()
     with pytest.raises(RequestError, match="env is 'Nothing-v0'"):
         understudy.resume(run, env="Nothing-v0")
+    assert (run / "config.json").read_bytes() == config
     assert understudy.resume(run).metrics[-1]["iteration"] == 6

@@ -133,6 +133,7 @@ def go_on(path: Path, about: dict[str, Any]) -> list[str]:
     written = read_lineage(path)
     _unchanged(written.get("links") or [], about["links"])
     before = _mapping(written.get("went_on")) or written
+    about = about | {"config": of_config(read_config(path).get("config") or {})}  # the run's, until `extend`
     changed = [name for name in MADE_BY if before.get(name) != about[name]]
     if changed:
         note(path, went_on={name: about[name] for name in MADE_BY})
@@ -149,7 +150,10 @@ def extend(path: Path, about: dict[str, Any], fields: dict[str, Any]) -> None:
     """
     had = (path / FILE).exists()
     if had:
-        note(path, config=of_config(fields), config_before=of_config(about.get("config") or {}))
+        now = of_config(fields)
+        went_on = _mapping(read_lineage(path).get("went_on"))
+        again = {"went_on": went_on | {"config": now}} if went_on else {}
+        note(path, config=now, config_before=of_config(about.get("config") or {}), **again)
     write_json(path / "config.json", about | {"config": fields})
     if had:
         settle_config(path, fields)

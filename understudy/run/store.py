@@ -276,10 +276,11 @@ class Resume:
     Args:
         run: as `Run.reopen` gave it.  checkpoint: where to go on; None to begin anew.
         about: what events.jsonl says of it.
+        accepted: called once every check has passed and the stage is put back: only then does config.json change.
     """
 
-    def __init__(self, run: Run, checkpoint: Path | None, about: dict[str, Any]) -> None:
-        self.run, self.checkpoint, self.about = run, checkpoint, about
+    def __init__(self, run: Run, checkpoint: Path | None, about: dict[str, Any], accepted: Callable[[], None]) -> None:
+        self.run, self.checkpoint, self.about, self.accepted = run, checkpoint, about, accepted
 
     def restore(self, stage: Any) -> None:
         """Put a fresh stage where the checkpoint was written, or leave it at the beginning."""
@@ -304,6 +305,7 @@ class Resume:
                     file=sys.stderr,
                 )
             checkpoint.drop(self.checkpoint.parent, keep=stage.cfg.keep_checkpoints)  # what a kill left undone
+        self.accepted()
         changed = {"not_compared": self.run.changed} if self.run.changed else {}
         self.run.event("resumed", iteration=stage.iteration, **self.about, **changed)
 
