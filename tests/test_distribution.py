@@ -357,3 +357,26 @@ def test_state_noise_is_learnt_through_its_log_prob():
 
     # log N(0 | 0, v) = -log(v) / 2 + ...; dv/dw_f = 2 f^2 at w = 0: -f^2 / v with v = 1 + 4 + 9
     assert_close(weights.grad, -torch.tensor([[1.0], [4], [9]]).expand(3, 2) / 14)
+
+
+def test_choices_of_log_prob_minus_infinity_are_as_if_they_were_not_there():
+    some, others = normal(2, 3, seed=0).requires_grad_(), normal(2, 3, seed=1)
+    padded, theirs = (torch.nn.functional.pad(x, (0, 2), value=-torch.inf) for x in (some, others))
+    found = []
+    for ours, other in ((padded, theirs), (some, others)):
+        policy, old = Categorical.of(ours), Categorical.of(other)
+        values = torch.stack([policy.entropy(), policy.kl(old), old.kl(policy)])
+        found.append([values, *torch.autograd.grad(values.sum(), some, retain_graph=True)])
+
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected)
+
+
+def test_a_kl_to_what_rules_out_a_possible_choice_is_infinite():
+    assert float(Categorical.of(torch.zeros(2)).kl(Categorical.of(torch.tensor([0.0, -torch.inf])))) == math.inf
+
+
+def test_a_bit_that_is_certain_has_no_entropy_and_no_kl_to_itself():
+    certain = Bernoulli(torch.tensor([torch.inf, -torch.inf]))
+
+    assert float(certain.entropy()) == 0 and float(certain.kl(certain)) == 0

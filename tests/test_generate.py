@@ -219,3 +219,19 @@ def test_weights_that_are_no_numbers_end_sampling_in_a_sentence():
 
     with pytest.raises(FloatingPointError, match="probabilities are no numbers"):
         generate(policy, [[1]], limit=2, stops=frozenset(), seeds=[0])
+
+
+@pytest.mark.parametrize(("cached", "top_k", "top_p"), [(True, 0, 1.0), (True, 20, 0.9), (False, 20, 0.9)])
+def test_tokens_whose_logits_are_minus_infinity_are_never_said(cached, top_k, top_p):
+    model = tiny("llama")
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.arange(15, V), -math.inf))
+    policy = Policy(model)
+    policy.settle(PROMPTS)
+    assert policy.fast and not policy.remarks
+    policy.cached = cached
+
+    said = generate(
+        policy, PROMPTS, limit=12, stops=frozenset(), seeds=SEEDS, top_k=top_k, top_p=top_p, sample=bool(top_k)
+    )
+    assert all(token < 15 for c in said for token in c.ids)
+    assert all(map(math.isfinite, [x for c in said for x in c.logprob]))

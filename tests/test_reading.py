@@ -1,6 +1,7 @@
 """Before a model is trained: it is causal and without noise, its rows do not see each other, its sampler is its trainer."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.language import dpo, ppo, rehearsal, reward_model, sft
 from understudy.language.generate import check_cache, generate, lay_out
 from understudy.language.model import Policy, digest, recompute_activations
-from understudy.language.reading import check_reading
+from understudy.language.reading import check_reading, distance
 from understudy.language.scorer import RewardModel
 from understudy.run.config import RequestError
 
@@ -359,3 +360,11 @@ def test_an_architecture_without_a_class_for_scores_is_refused(saved):
 
 def test_a_parameter_without_dimensions_has_a_digest(saved):
     assert len(digest(Policy.from_pretrained(saved("apertus")).model)) == 64
+
+
+def test_log_probs_that_are_minus_infinity_alike_are_no_distance_apart():
+    ruled_out = torch.tensor([-math.inf, -1.0])
+
+    assert distance(ruled_out, ruled_out + 0) == 0
+    assert distance(ruled_out, torch.tensor([-math.inf, -3.0])) == 2
+    assert distance(ruled_out, torch.tensor([-2.0, -1.0])) == math.inf

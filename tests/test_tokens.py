@@ -189,3 +189,46 @@ def test_the_kl_of_sampled_tokens_is_zero_where_nothing_was_chosen():
 @pytest.mark.parametrize("size", [5, 1000])
 def test_probabilities_that_are_no_numbers_still_pick_a_token(size):
     assert 0 <= int(pick(torch.full((1, size), torch.nan), torch.tensor([0.5]))) < size
+
+
+class RulesOut(nn.Linear):
+    """Logits of -inf for every token from 7 on, as models have them whose vocabulary is padded."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input).masked_fill(torch.arange(self.out_features) >= 7, -torch.inf)
+
+
+def ruled_out(how: str, seed: int) -> TokenDistribution:
+    """11 tokens, of which the last 4 are ruled out by a bias of -inf or by the module, or absent."""
+    made = at_random(seed=seed)
+    project = made.head.project
+    with torch.no_grad():
+        if how == "bias":
+            project.bias[7:] = -torch.inf
+        elif how == "module":
+            project.__class__ = RulesOut
+        else:
+            made.head.project.weight, made.head.project.bias = (
+                nn.Parameter(x[:7].double()) for x in (project.weight, project.bias)
+            )
+    hidden = made.hidden.detach().to(project.weight.dtype).requires_grad_()
+    return TokenDistribution(hidden, MASK, Head(project, temperature=0.7))
+
+
+@pytest.mark.parametrize("piece", [11, 2**21])
+@pytest.mark.parametrize("how", ["bias", "module"])
+def test_tokens_ruled_out_are_as_if_they_were_not_there(monkeypatch, how, piece):
+    theirs = measured(ruled_out("absent", 0), ruled_out("absent", 1))  # in float64
+    monkeypatch.setattr(tokens, "WHOLE", piece)
+    monkeypatch.setattr(tokens, "PIECE", piece)
+
+    ours = measured(ruled_out(how, 0), ruled_out(how, 1))
+    for here, there in zip(ours[:-1], theirs[:-1], strict=True):
+        assert_close(here, there.to(here.dtype))
+    assert_close(ours[-1][:7], theirs[-1].float())  # of the weights
+    assert torch.equal(ours[-1][7:], torch.zeros(4, 4))
+
+    distribution, expected = ruled_out(how, 0), ruled_out("absent", 0)
+    distribution.log_prob(torch.zeros(2, 3, dtype=torch.long))
+    with torch.no_grad():  # as it came with the log-probs
+        assert_close(distribution.entropy(), expected.entropy().float())

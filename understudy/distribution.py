@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+LOWEST = -1e30
+"""What log-probs of -inf count as where they are weighted by their probability, so that 0 log 0 and its gradient are 0."""
 
 
 class Distribution(Protocol):
@@ -62,11 +64,11 @@ class Categorical:
 
     def entropy(self) -> Tensor:
         """-sum p log p, in nats, [...]."""
-        return -(self.logp.exp() * self.logp).sum(dim=-1)
+        return -(self.logp.exp() * self.logp.clamp(min=LOWEST)).sum(dim=-1)
 
     def kl(self, other: Categorical) -> Tensor:
         """KL(self, other) in nats, [...]; both over the same allowed actions."""
-        return (self.logp.exp() * (self.logp - other.logp)).sum(dim=-1)
+        return (self.logp.exp() * torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -130,18 +132,14 @@ class Bernoulli:
         return torch.nn.functional.logsigmoid(sign * self.logits).sum(dim=-1)
 
     def entropy(self) -> Tensor:
-        return self.kl_terms(None)
+        return self._outcomes().entropy().sum(dim=-1)
 
     def kl(self, other: Bernoulli) -> Tensor:
-        return self.kl_terms(other.logits)
+        return self._outcomes().kl(other._outcomes()).sum(dim=-1)
 
-    def kl_terms(self, other: Tensor | None) -> Tensor:
-        """sum p (log p - log q) over both outcomes; without `other`, the entropy -sum p log p."""
-        yes, no = (torch.nn.functional.logsigmoid(sign * self.logits) for sign in (1, -1))
-        if other is None:
-            return -(yes.exp() * yes + no.exp() * no).sum(dim=-1)
-        other_yes, other_no = (torch.nn.functional.logsigmoid(sign * other) for sign in (1, -1))
-        return (yes.exp() * (yes - other_yes) + no.exp() * (no - other_no)).sum(dim=-1)
+    def _outcomes(self) -> Categorical:
+        """1 and 0, [..., D, 2]."""
+        return Categorical(torch.nn.functional.logsigmoid(torch.stack([self.logits, -self.logits], dim=-1)))
 
 
 @dataclass(frozen=True)

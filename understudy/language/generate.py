@@ -398,4 +398,4 @@ def check_cache(policy: Policy, prompts: Sequence[Sequence[int]], *, steps: int 
     said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)), slots=1)
     record = lay_out(prompts, said)
     distribution, _ = policy(record.obs)
-    return distance((distribution.log_prob(record.action) - record.logprob)[record.mask])
+    return distance(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])

@@ -311,7 +311,7 @@ class Policy(nn.Module):
             ) from error
         try:
             ours = self.head(read(self.trunk, Text(ids, torch.ones_like(ids, dtype=torch.bool)))).log_softmax(dim=-1)
-            gap = float((ours - own).abs().max())
+            gap = float(torch.where(ours == own, 0.0, ours - own).abs().max())  # tokens ruled out are -inf in both
             problem = "" if gap <= TOLERANCE[self.model.dtype] else f"is {gap:.2g} nats from this model's own log-probs"
         except Exception as error:
             problem = f"cannot be used apart ({type(error).__name__}: {' '.join(str(error).split())[:120]})"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from understudy.batch import Batch, Text, map_tensors
+from understudy.distribution import Categorical
 from understudy.language.collect import Said
 from understudy.language.generate import failing, not_sampled, sampling_problem
 from understudy.language.model import Policy
@@ -262,11 +263,11 @@ def padding_is_no_token(ground: Ground) -> Finding | None:
         rows = [[*ground.longest[:1], token, *ground.longest[1:]], ground.longest]
         text = last_token(rows, fill=token).to(ground.policy.device)
         distribution, _ = ground.policy(text)
-        ours = distribution.head(distribution.hidden[text.mask]).log_softmax(dim=-1)
-        alone = [torch.tensor([row], device=ours.device) for row in rows]
+        ours = Categorical.of(distribution.head(distribution.hidden[text.mask]))
+        alone = [torch.tensor([row], device=ours.logp.device) for row in rows]
         logits = torch.cat([ground.policy.model(ids, use_cache=False).logits[:, -1].float() for ids in alone])
-        true = (logits / ground.policy.temperature).log_softmax(dim=-1)
-        if not float((true.exp() * (true - ours)).sum(dim=-1).max()) <= ground.tolerance:
+        true = Categorical.of(logits / ground.policy.temperature)
+        if not float(true.kl(ours).max()) <= ground.tolerance:
             return Finding("padding is no token", f"id {token} inside a row is read as if it were padding", mend)
     record = ground.said.record
     for row, completion in enumerate(ground.said.completions):

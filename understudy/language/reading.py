@@ -130,7 +130,7 @@ def check_causal(model: Reader) -> None:
     text = Text(ids, mask.expand(2, size)).to(model.model.device)
     with torch.no_grad(), _refusing(model):
         one, other = model.numbers(text).unflatten(0, (2, -1))[:, : half - 1]
-    if (moved := distance(one - other)) > TOLERANCE[model.model.dtype]:
+    if (moved := distance(one, other)) > TOLERANCE[model.model.dtype]:
         raise RequestError(
             f"{_named(model)}, which is not causal: a later token moves what it says of earlier ones by {moved:.2g}; "
             "give a model that was trained to predict the next token (an encoder such as BERT was not)"
@@ -153,7 +153,7 @@ def check_reading(model: Reader, rows: Sequence[Sequence[int]]) -> None:
         try:
             model.packing = False
             alone = torch.cat([model.numbers(_as_text([row], model.model.device)) for row in some])
-            gap = distance(model.numbers(together) - alone)
+            gap = distance(model.numbers(together), alone)
         finally:
             model.packing = packing
         if gap > 4 * tolerance:
@@ -166,20 +166,20 @@ def check_reading(model: Reader, rows: Sequence[Sequence[int]]) -> None:
                 f"packing is True, but a {type(model.model).__name__} is read through its own logits, row beside row; leave "
                 "packing out"
             )
-        if packing and (moved := distance(model.numbers(together) - alone)) > tolerance + 4 * gap:
+        if packing and (moved := distance(model.numbers(together), alone)) > tolerance + 4 * gap:
             raise RequestError(
                 f"packing is True, but a {type(model.model).__name__} lets packed rows see each other: what it says of "
                 f"them moves by {moved:.2g}; leave packing out"
             )
 
 
-def distance(gap: Tensor) -> float:
+def distance(one: Tensor, other: Tensor) -> float:
     """The size of the differences between numbers that should be equal: the largest; in half precision, the mean.
 
-    There, a single token may be off by ten times what all of them are on average.
+    There, a single token may be off by ten times what all of them are on average. Log-probs that are -inf alike are equal.
     """
-    size = gap.detach().abs()
-    return float(size.max() if torch.finfo(gap.dtype).bits >= 32 else size.mean())
+    size = torch.where(one == other, 0.0, one - other).detach().abs()
+    return float(size.max() if torch.finfo(size.dtype).bits >= 32 else size.mean())
 
 
 def _three_of(rows: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -221,7 +221,7 @@ def _check_noise(model: Reader, text: Text) -> None:
 
 def _is_random(model: Reader, text: Text, truth: Tensor) -> bool:
     """Whether one of two passes is not the truth."""
-    return max(distance(model.numbers(text) - truth) for _ in range(2)) > TOLERANCE[model.model.dtype]
+    return max(distance(model.numbers(text), truth) for _ in range(2)) > TOLERANCE[model.model.dtype]
 
 
 def _random_part(model: Reader, text: Text) -> str:

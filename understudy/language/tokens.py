@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
+from understudy.distribution import LOWEST, Categorical
 from understudy.products import linear, rounded
 
 WHOLE = 2**22  # logits kept whole, 16 MiB of float32; more than that are made, used and forgotten piece by piece
@@ -95,13 +96,13 @@ class TokenDistribution:
         """-sum p log p in nats, [B, T]."""
         if self._known and self._known[2] is not None and not torch.is_grad_enabled():
             return self._laid_out(self._known[2])
-        return self._each(lambda logp: -(logp.exp() * logp).sum(dim=-1))
+        return self._each(lambda logp: Categorical(logp).entropy())
 
     def kl(self, other: TokenDistribution) -> Tensor:
         """KL(self, other) over the whole vocabulary in nats, [B, T]; `other` keeps its hidden states, not its logits."""
 
         def divergence(logp: Tensor, hidden: Tensor) -> Tensor:
-            return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=-1)
+            return Categorical(logp).kl(Categorical.of(other.head(hidden)))
 
         return self._each(divergence, other.hidden)
 
@@ -179,10 +180,11 @@ class LogProb(Function):
     ) -> tuple[Tensor, Tensor | None]:
         learns, size, asked = any(ctx.needs_input_grad), max(1, PIECE // len(weight)), len(hidden)
         hidden, token = _with_rows(hidden, rounded(asked)), _with_rows(token, rounded(asked))
+        finite = None if bias is None else bias.clamp(min=LOWEST)  # for 0 log 0 of tokens that it rules out
         chosen, total, entropy = (hidden.new_empty(len(hidden)) for _ in range(3))
         for at in range(0, len(hidden), size):
             rows = slice(at, at + size)
-            logit = linear(hidden[rows], weight, bias)
+            logit = linear(hidden[rows], weight, finite)
             logit = logit if slope == 1.0 else logit.mul_(slope)
             p, total[rows] = normalized(logit)
             chosen[rows] = logit.gather(1, token[rows, None])[:, 0]
