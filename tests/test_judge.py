@@ -499,6 +499,41 @@ def test_a_batch_that_fails_whole_but_not_by_rows_loses_no_row_and_says_so(place
         assert one.last_error == "score, asked again row by row: 1 scores for 2 rows"
 
 
+def test_rows_that_go_missing_in_a_new_way_are_reported_once():
+    def score(completions):
+        return [None if text == "none" else float(text) for text in completions]
+
+    one = judge(score)
+    line = score.__code__.co_firstlineno + 1
+    one(sampled("1", "x", "y"))
+    assert one.reports == [
+        f"reward score gave 2 of 3 completions no score (2 raised; the first: score, row 1: ValueError: could not convert "
+        f"string to float: 'x' (test_judge.py, line {line})): they are missing, which is not 0"
+    ]
+    one(sampled("x", "2"))
+    assert len(one.reports) == 1
+    one(sampled("2", "none"))
+    assert one.reports[1:] == [
+        "reward score gave 1 of 2 completions no score (1 none): they are missing, which is not 0"
+    ]
+
+
+def test_a_batch_that_is_asked_again_row_by_row_is_reported():
+    one = judge(lambda completions: [5.0])
+    one(sampled("a", "b"))
+    one(sampled("a", "b"))
+
+    assert one.reports == [
+        "reward lambda, asked again row by row: 1 scores for 2 rows; that is slower, and no score is lost"
+    ]
+
+
+def test_an_error_inside_a_library_is_placed_in_the_users_file(write):
+    with make("a worker", "import json\ndef score(completions):\n    return [json.loads('{')]\n", write) as one:
+        one(sampled("a"))
+        assert one.last_error.endswith("(reward.py, line 3)")
+
+
 def test_failures_add_up_over_batches():
     with judge(lambda completions: [None] * len(completions)) as one:
         one(sampled("a", "b"))

@@ -569,6 +569,19 @@ def test_a_missing_score_is_counted_and_its_row_teaches_nothing(go):
     assert apart(missing.path / "policy", zero.path / "policy") > 1e-5  # missing is not zero
 
 
+def test_scores_that_go_missing_are_told_once_and_noted(go, capsys):
+    def score(completions):
+        return [None if i == 0 else float(i % 2) for i in range(len(completions))]
+
+    run = go(reward=score, quiet=False)
+
+    events = map(json.loads, (run.path / "events.jsonl").read_text().splitlines())
+    texts = [event["text"] for event in events if event["kind"] == "scores_missing"]
+    assert texts == ["reward score gave 1 of 8 completions no score (1 none): they are missing, which is not 0"]
+    assert capsys.readouterr().err.count(f"understudy: {texts[0]}\n") == 1
+    assert [line["score_missing"] for line in run.metrics] == [0.125, 0.125]
+
+
 @pytest.mark.parametrize("objective", ["clip", "penalty"])
 def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home, objective):
     run = go(

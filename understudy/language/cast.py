@@ -104,7 +104,9 @@ class Cast:
     def judged(self, said: Said) -> Verdict:
         """What the judges say; under `gold` what is only measured."""
         verdict = self.judge(said.judged)
-        return verdict if self.measured is None else verdict._replace(gold=self.measured(said.judged))
+        gold = None if self.measured is None else self.measured(said.judged)
+        self._report_missing()
+        return verdict._replace(gold=gold)
 
     def paid(self, verdict: Verdict) -> Tensor:
         """Scores as they are paid, [B]: less what held constraints charge, at their multipliers of now."""
@@ -117,6 +119,16 @@ class Cast:
             self.bounds.begin(means, self.policy, self.optimizer)
         return self.paid(verdict)
 
+    def _report_missing(self) -> None:
+        """Print, and note in events.jsonl, which scores went missing in a way that they had not before."""
+        for judge in (self.judge, self.gold, self.measured):
+            while judge is not None and judge.reports:
+                text = printable(redact(judge.reports.pop(0)))
+                if (run := getattr(self, "run", None)) is not None:
+                    run.tell("scores_missing", text=text)
+                else:
+                    print(f"understudy: {text}", file=sys.stderr)
+
     def pretraining(self, count: int) -> Text | None:
         """The iteration's rows of pretraining text, `count` of them, if any is mixed in; they come in turn."""
         if not self.texts:
@@ -127,6 +139,7 @@ class Cast:
     def examine(self, rows: int) -> dict[str, Any]:
         """What `language.evaluate.evaluate` measures on held-out prompts, and the specs that it was measured by."""
         found = evaluate(self.policy, self.examiner, self.judge, self.gold, self.reference, rows=rows)
+        self._report_missing()
         return found | {"specs": {"reward": list(self.cfg.reward), "gold": list(self.cfg.gold)}}
 
     def evaluate(self) -> dict[str, float]:

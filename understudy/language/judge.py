@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -85,6 +86,10 @@ class Judge:
         """What a refusal calls this judge."""
         self.last_error = ""
         """The first message of the latest batch in which something went wrong."""
+        self.reported: set[tuple[str, str]] = set()
+        """Each part with the kinds of failure that `reports` has described."""
+        self.reports: list[str] = []
+        """A sentence for each part whose rows went missing in a new way; whoever prints them clears the list."""
 
     @classmethod
     def of(
@@ -158,14 +163,30 @@ class Judge:
     def _count(self, name: str, part: Part, score: Tensor) -> list[str]:
         """Count a part's missing rows; the messages of what went wrong, rows first."""
         faults = part.faults if isinstance(part, Function) else {}
-        errors = []
-        for row in score.isnan().nonzero()[:, 0].tolist():
-            fault = faults.get(row, Fault("nan", "the score is not a finite number"))
-            self.failures[fault.kind] += 1
-            errors += [f"{name}, row {row}: {fault.message}"] if fault.kind != "none" else []
-        if isinstance(part, Function) and part.batch_fault:
-            errors.append(f"{name}, asked again row by row: {part.batch_fault.message}")
+        missing = score.isnan().nonzero()[:, 0].tolist()
+        found = {row: faults.get(row, Fault("nan", "the score is not a finite number")) for row in missing}
+        kinds = Counter(fault.kind for fault in found.values())
+        self.failures = {kind: count + kinds[kind] for kind, count in self.failures.items()}
+        errors = [f"{name}, row {row}: {fault.message}" for row, fault in found.items() if fault.kind != "none"]
+        batch = part.batch_fault if isinstance(part, Function) else None
+        if batch:
+            errors.append(f"{name}, asked again row by row: {batch.message}")
+        happened = {(name, kind) for kind in kinds} | ({(name, f"batch {batch.kind}")} if batch else set())
+        if not happened <= self.reported:
+            self.reported |= happened
+            self.reports.append(self._report(name, kinds, len(score), errors))
         return errors
+
+    def _report(self, name: str, kinds: Counter[str], rows: int, errors: list[str]) -> str:
+        """What went missing of a batch, in a sentence."""
+        if not kinds:
+            return f"{self.field} {errors[0]}; that is slower, and no score is lost"
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        first = f"; the first: {errors[0]}" if errors else ""
+        return (
+            f"{self.field} {name} gave {sum(kinds.values())} of {rows} completions no score ({listed}{first}): they are "
+            "missing, which is not 0"
+        )
 
 
 class Function:

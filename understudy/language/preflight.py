@@ -396,8 +396,8 @@ def reward_spreads(ground: Ground) -> Finding | None:
         score = judge(said.judged).score
     missing, rows = int(score.isnan().sum()), len(score)
     names = ", ".join(judge.parts)
+    problem = f" ({judge.last_error})" if judge.last_error else ""
     if missing == rows:
-        problem = f" ({judge.last_error})" if judge.last_error else ""
         cause = f"reward {names} gave none of {rows} completions a score{problem}"
         return Finding("reward spreads", cause, "mend it")
     if _same(score):
@@ -409,7 +409,7 @@ def reward_spreads(ground: Ground) -> Finding | None:
             "reward what the policy does now and then, or start from one that does it",
         )
     if missing > rows / 2:
-        cause = f"reward {names} gave {missing} of {rows} completions no score"
+        cause = f"reward {names} gave {missing} of {rows} completions no score{problem}"
         return Finding("reward spreads", cause, "mend it; rows without a score teach nothing", fatal=False)
     return None
 
@@ -479,8 +479,8 @@ def _plain(text: str) -> str:
 @contextmanager
 def _uncounted(judge: Any) -> Iterator[None]:
     """What goes missing in here is not the run's."""
-    failures, error = dict(judge.failures), judge.last_error
+    before = dict(judge.failures), judge.last_error, set(judge.reported), [*judge.reports]
     try:
         yield
     finally:
-        judge.failures, judge.last_error = failures, error
+        judge.failures, judge.last_error, judge.reported, judge.reports = before

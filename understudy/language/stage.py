@@ -128,12 +128,12 @@ class Stage:
         """Answer the bounds that this iteration broke, before it is closed; the metrics of them all."""
         if self.bounds is None:
             return {}
-        found = self.bounds.close(metrics, self.model, self.optimizer, self._tell)
+        found = self.bounds.close(metrics, self.model, self.optimizer, self.tell)
         self.run.stopped = self.bounds.stopped
         self.kept["bounds"] = self.bounds.state
         return found
 
-    def _tell(self, kind: str, **about: Any) -> None:
+    def tell(self, kind: str, **about: Any) -> None:
         """An event, which is said too where it is not one of many."""
         self.run.event(kind, iteration=self.iteration + 1, steps=self.steps, **about)
         if about.get("response") != "hold":

@@ -278,10 +278,9 @@ def describe(error: BaseException) -> str:
     """An exception in one line, with the place it came from."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}"
-    what = " ".join("".join(traceback.format_exception_only(error)).split())
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
-    what = what[:LONGEST_ERROR]
-    return f"{what} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else what
+    what = " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST_ERROR]
+    place = _module("understudy_origin", str(Path(__file__).parents[1] / "run/origin.py")).origin(error)
+    return f"{what} ({place})" if place else what
 
 
 def write(pipe: IO[bytes], message: Any, number: int) -> None:
