@@ -4,13 +4,14 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections import UserList
 from datetime import date
 
 import pytest
 
-from understudy.language import bounded
+from understudy.language import bounded, data
 from understudy.language.data import Table, read
 from understudy.run.config import RequestError
 
@@ -201,11 +202,19 @@ def test_other_rows_than_were_written_down_are_refused(tmp_path):
         Table.restored(str(Table.of(ROWS[:1])), tmp_path / "data.jsonl")
 
 
+DEEP: list = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+
+
 @pytest.mark.parametrize(
     ("given", "fault"),
     [
         ({"train": ROWS, "test": ROWS}, r"data is a dict of train, test: give one of them, as in data\[...\]"),
         ([{"prompt": "hi"}, "hi"], "row 2 of data is 'hi': must be a dict with named columns"),
+        ([{"n": 1}, {"n": 10**5000}], "row 2 of data cannot be written as JSON: a number has thousands of digits"),
+        ([{(1, 2): 3}], "row 1 of data cannot be written as JSON: keys must be"),
+        ([{"n": DEEP}], "row 1 of data cannot be written as JSON: nested too deeply"),
         (7, "data is a int: must be a file's name, or a list of rows, each a dict"),
         ((row for row in ROWS), "data is a generator: must be a file's name, or a list of rows"),
     ],
@@ -264,7 +273,18 @@ def test_a_column_the_file_lacks_is_refused_with_the_nearest_name(file):
         ("a.json", '{"rows": []}', "must be a list of objects, or JSONL"),
         ("a.json", "[{}, 2]", "row 2 of .* is 2: must be an object"),
         ("a.csv", CSV + "one,1,more\n", "row 3 of .* has 3 cells, the header 2: quote cells that hold a comma"),
-        ("a.csv", "text\n" + "x" * 200_000 + "\n", "row 1 of .* is not CSV: field larger than field limit"),
+        ("a.csv", "prompt,n,prompt\na,1,b\n", "has 2 columns 'prompt': give each a name of its own"),
+        ("a.csv", "prompt\na\0b\n", "has NUL bytes: convert it to UTF-8, or repair it"),
+        ("a.csv", "prompt\na\n".encode("utf-16-le").decode(), "has NUL bytes"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', r"row 1 of .* is not JSON \('prompt' is in it twice\)"),
+        (
+            "a.jsonl",
+            '{"n": ' + "1" * 5000 + "}",
+            r"row 1 of .* is not JSON \(a number has thousands of digits\): '{\"n",
+        ),
+        ("a.json", '[{"n": ' + "1" * 5000 + "}]", r"data is .*: not JSON \(a number has thousands of digits\)"),
+        ("a.jsonl", '{"n": ' + "[" * 80 + "]" * 80 + "}", "row 1 of .* is nested too deeply: leave it out"),
+        ("a.json", "[" * 900 + "]" * 900, "row 1 of .* is of type list: must be an object"),
         ("a.txt", "hi", r"the name must end in \.jsonl, "),
     ],
 )
@@ -380,6 +400,37 @@ def test_a_line_that_does_not_end_is_refused_before_all_of_it_is_read(file, monk
     with pytest.raises(RequestError, match=r"row 3 of .*a.jsonl' has more than 65,536 characters"):
         read(path)
     assert read_on == []
+
+
+def test_a_csv_cell_may_be_as_long_as_any_text(file, monkeypatch):
+    long = "x" * 200_000
+    assert read(file("a.csv", f"prompt\n{long}\n")) == [{"prompt": long}]
+
+    monkeypatch.setattr(data, "LONGEST", 1000)
+    with pytest.raises(RequestError, match=r"row 1 of .* is not CSV: field larger than field limit"):
+        read(file("a.csv", f"prompt\n{long}\n"))
+
+
+def test_a_csv_without_its_header_is_told_that_it_needs_one(file):
+    rows = read(file("a.csv", f"{'What is one and one? ' * 3},2\nWhat is it?,4\n"))
+
+    with pytest.raises(RequestError, match=r"but (What is one and one\?? ?){2}\.\.\., 2: put a header above"):
+        data.each_row(rows, lambda row, number: row, texts=("prompt",))
+
+
+def test_parquet_columns_of_one_name_are_refused(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["prompt", "prompt"]), tmp_path / "a.parquet")
+
+    with pytest.raises(RequestError, match="has 2 columns 'prompt'"):
+        read(str(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("cell", ["1e999", 10**400, "9" * 5000, math.nan], ids=["inf", "10^400", "digits", "nan"])
+def test_a_number_that_no_float_holds_is_refused(cell):
+    with pytest.raises(RequestError, match=r"margin is .*: must be a finite number"):
+        data.finite("margin", cell)
 
 
 @pytest.mark.parametrize(("name", "row"), [("a.jsonl", "row 1"), ("a.json", "data is")])

@@ -66,8 +66,11 @@ def test_every_recipe_reads_messages_that_are_json(recipe):
 
 
 def test_text_that_begins_with_a_bracket_stays_text():
-    for cell in ("[1, 2]", "[oops", '{"a": 1}', "[]"):
-        assert text.prompts([{"prompt": cell}], made(), max_length=99)[0].text == cell
+    cells = ["[1, 2]", "[oops", '{"a": 1}', "[]", "[" * 100_000, "[" + "1" * 5000 + "]", json.dumps(USER[0])]
+    cells += ['[{"from": "Oslo", "to": "Rome"}]', '[{"role": "admin", "name": "x"}]', '[{"role": 1, "content": "x"}]']
+    cells += [json.dumps([*USER, "hi"]), '[{"from": "Oslo", "value": 7}]', '[{"role": "user", "content": null}]']
+    for cell in cells:
+        assert text.prompts([{"prompt": cell}], made(), max_length=200_000)[0].text == cell
 
 
 @pytest.mark.parametrize("template", [CALLS, CALLS.replace("{{ m.content }}", "{{ '' + m['content'] }}")])
@@ -92,6 +95,13 @@ def test_content_that_is_no_text_is_refused_with_its_row(message, fault):
 
     with pytest.raises(RequestError, match=f"row 2: messages .*{fault}"):
         text.examples(rows, chatty(), max_length=999)
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template_kwargs"])
+@pytest.mark.parametrize("cell", ["[" * 100_000, "[" + "1" * 5000 + "]", "[" * 80 + "]" * 80])
+def test_json_in_cells_that_cannot_be_read_is_refused_with_its_row(name, cell):
+    with pytest.raises(RequestError, match=f"row 1: {name} is .*or its JSON"):
+        text.prompts([{"prompt": USER, name: cell}], chatty(), max_length=99)
 
 
 def test_messages_that_are_plain_text_are_refused():
@@ -194,6 +204,19 @@ def test_completions_with_labels_are_labelled_texts():
 
     assert [(list(one.ids), one.label) for one in found] == [(tokens("<s>hi yo"), 1.0), (tokens("<s>hi no"), 0.0)]
     assert found.notes == ("'prompt' and 'completion' (KTO) are read as one text",)
+
+
+@pytest.mark.parametrize(
+    ("column", "who"),
+    [("truncated", "--reward and --reply"), ("completions", "--reward and --reply"), ("stop", "--reply")],
+)
+def test_a_column_with_the_name_of_what_a_reward_function_is_given_is_said(column, who):
+    found = text.prompts([{"prompt": "a", "n": 1}, {"prompt": "b", column: 1}], made(), max_length=99)
+
+    assert found.notes == (
+        f"the column '{column}' does not reach functions of {who}, whose argument '{column}' is the run's own: give it "
+        f"another name with --columns NAME={column}",
+    )
 
 
 def test_completions_with_labels_are_no_pairs_and_the_sentence_says_so():

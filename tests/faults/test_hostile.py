@@ -27,7 +27,7 @@ from understudy.language import ppo as language_ppo
 from understudy.language.cast import Cast
 from understudy.language.model import Policy
 from understudy.language.text import Tokenizer
-from understudy.run import checkpoint, trust
+from understudy.run import checkpoint, lineage, trust
 from understudy.run.config import RequestError
 from understudy.run.store import read_config
 
@@ -130,6 +130,7 @@ def test_weights_that_are_no_safetensors_are_refused(place, which):
 JSON = {
     "huge": "[" + "0," * (9 * 2**20) + "0]",
     "deep": "[" * 200_000,
+    "a long number": '{"schema": ' + "1" * 5000 + "}",
     "a list": "[1, 2]",
     "another schema": '{"schema": 99}',
     "no JSON": "import os",
@@ -151,6 +152,23 @@ def test_json_that_is_none_of_ours_is_refused(place, text):
 
     (place / "model/config.json").write_text(text.replace("a list", ""))
     refused(lambda: Policy.from_pretrained(place / "model"), "model is")
+
+
+@pytest.mark.parametrize("name", ["config.json", "lineage.json"])
+def test_our_json_that_is_nested_is_refused(place, name):
+    file = place / "control" / name
+    file.write_text(file.read_text().rstrip().removesuffix("}") + ', "more": ' + "[" * 900 + "]" * 900 + "}")
+
+    refused(lambda: understudy.resume(place / "control", steps=64), "nested too deeply")
+    refused(lambda: lineage.read_lineage(file.parent) if name == "lineage.json" else read_config(file.parent), "nested")
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"version": ' + "1" * 5000 + "}"], ids=["deep", "a long number"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_json_of_a_tokenizer_that_cannot_be_read_is_refused(place, name, text):
+    (place / "model" / name).write_text(text)
+
+    refused(lambda: Tokenizer.load(place / "model"), "model is")
 
 
 SIZES = {

@@ -14,7 +14,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from understudy.run.config import RequestError, nearest
+from understudy.run.config import RequestError, nearest, shown
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_VALUES = 100_000  # aliases in YAML repeat a value without repeating its text
@@ -137,8 +137,10 @@ def _from_yaml(hint: Any, value: Any) -> Any:
     if origin is dict:
         try:
             json.dumps(value)
-        except TypeError as error:
-            raise RequestError(f"config has {str(value)[:60]!r}, which JSON cannot hold ({error})") from error
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                f"config has a field that is {shown(value)}, which JSON cannot hold ({error})"
+            ) from error
     if origin is tuple:
         return tuple(_from_yaml(args[0], x) for x in (value if isinstance(value, list | tuple) else [value]))
     if hint in (int, float) and isinstance(value, str | float):

@@ -158,6 +158,8 @@ class Config:
         for pair in self.columns:
             if not all(pair.partition("=")):
                 raise RequestError(f"columns is {pair!r}: must be ours=theirs, as in prompt=question")
+        if len(self.reading["columns"]) < len(self.columns):
+            raise RequestError(f"columns is {' '.join(self.columns)}, which fills a column twice: keep one")
 
     def needs(self) -> list[tuple[bool, str, str]]:
         """Which fields have an effect, and what those lack that have none: see `run.config.check_effects`."""

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,8 +20,10 @@ from types import ModuleType
 from typing import IO, Any
 
 from understudy.language import bounded
-from understudy.run.config import RequestError, nearest
+from understudy.run.config import RequestError, is_deep, nearest, shown
 
+FUNCTIONS_OWN = ("prompts", "completions", "completion_ids", "truncated")
+"""Arguments of reward functions and replies that are no columns of the data."""
 Row = dict[str, Any]
 """A row by column. Cells keep the type the file gives them; a CSV's are all strings."""
 
@@ -58,9 +61,11 @@ class Table(str):
         rows: list[Row] = []
         for number, row in enumerate(given, 1):
             if not isinstance(row, Mapping):
-                raise RequestError(f"row {number} of data is {str(row)[:40]!r}: must be a dict with named columns")
-            rows.append(dict(row))
-        rows = [json.loads(line) for line in cls._lines(rows).splitlines()]
+                raise RequestError(f"row {number} of data is {shown(row)[:40]}: must be a dict with named columns")
+            try:
+                rows.append(json.loads(cls._lines([dict(row)])))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise RequestError(f"row {number} of data cannot be written as JSON: {_why(error)}") from None
         digest = hashlib.sha256(cls._lines(rows).encode(errors="surrogatepass")).hexdigest()
         made = cls(f"{len(rows)} rows in memory, digest {digest[:12]}")
         made.rows, made.digest = rows, digest
@@ -128,6 +133,8 @@ def read(
     for number, row in enumerate(rows, 1):
         if (length := _length(row)) > LONGEST:
             raise RequestError(f"row {number} of {str(source)!r} has {length:,} {TOO_LONG}")
+        if is_deep(row):
+            raise RequestError(f"row {number} of {str(source)!r} is nested too deeply: leave it out")
     return _renamed(rows, columns or {})
 
 
@@ -150,11 +157,11 @@ def each_row(
 
 def finite(name: str, cell: Any) -> float:
     """A finite number; true is 1 and false 0, also as words."""
-    with suppress(TypeError, ValueError):
+    with suppress(TypeError, ValueError, OverflowError):
         word = {"true": 1.0, "false": 0.0}.get(str(cell).strip().lower())
         if math.isfinite(number := float(cell) if word is None else word):
             return number
-    raise RequestError(f"{name} is {cell!r}: must be a finite number")
+    raise RequestError(f"{name} is {shown(cell)}: must be a finite number")
 
 
 def column_names(rows: Iterable[Row]) -> list[str]:
@@ -186,10 +193,11 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
         mapping += [likely]
     pairs = " ".join(f"{ours}={theirs}" for ours, theirs in zip(missing, mapping, strict=True))
     lacking = " and ".join(map(repr, missing))
-    raise RequestError(
-        f"the data have no column {lacking} but {', '.join(there)}: map yours with --columns {pairs}"
-        + (INSTEAD if "prompt" in missing else "")
-    )
+    known = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in there)
+    mend = f"map yours with --columns {pairs}" + (INSTEAD if "prompt" in missing else "")
+    if any(len(name) > 40 or re.fullmatch(r"[-+.\d]+", name) for name in there):
+        mend = "put a header above them, whose cells name the columns, if this is the first row of a CSV, or " + mend
+    raise RequestError(f"the data have no column {lacking} but {known}: {mend}")
 
 
 def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: str | None = None) -> None:
@@ -223,7 +231,7 @@ def _check_text(name: str, cell: Any, chat: bool) -> None:
     if cell is None or blank or cell == []:
         raise RequestError(f"{name} is empty: fill it or leave the row out")
     if not isinstance(cell, str | list):
-        raise RequestError(f"{name} is {cell!r}: must be text, or a list of messages")
+        raise RequestError(f"{name} is {shown(cell)}: must be text, or a list of messages")
     if isinstance(cell, list) and not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in cell):
         raise RequestError(f"{name} is {str(cell)[:60]}: each message must be an object with a role and a content")
     if isinstance(cell, list) and not any(str(m["content"] or "").strip() or m.get("tool_calls") for m in cell):
@@ -363,22 +371,22 @@ def _read_jsonl(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise RequestError(f"row {number} of {str(path)!r} is not JSON ({error.msg}): {line[:40]!r}") from None
-        except RecursionError:
-            raise RequestError(f"row {number} of {str(path)!r} is nested too deeply: {line[:40]!r}") from None
+            rows.append(json.loads(line, object_pairs_hook=_each_once))
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"row {number} of {str(path)!r} is not JSON ({_why(error)}): {line[:40]!r}") from None
     return _objects(rows, path)
 
 
 def _read_json(path: Path) -> list[Row]:
     with _opened(path) as file:
         try:
-            rows = json.load(file)
+            rows = json.load(file, object_pairs_hook=_each_once)
         except json.JSONDecodeError as error:
             raise RequestError(f"data is {str(path)!r}: not JSON in line {error.lineno} ({error.msg})") from None
-        except RecursionError:
-            raise RequestError(f"data is {str(path)!r}, which is nested too deeply: give it as JSONL") from None
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"data is {str(path)!r}: not JSON ({_why(error)})") from None
     if not isinstance(rows, list):
         raise RequestError(f"data is {str(path)!r}: it must be a list of objects, or JSONL with one on each line")
     return _objects(rows, path)
@@ -388,17 +396,52 @@ def _objects(rows: list[Any], path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise RequestError(
-                f"row {number} of {str(path)!r} is {str(row)[:40]}: must be an object with named columns"
+                f"row {number} of {str(path)!r} is {shown(row)[:40]}: must be an object with named columns"
             )
     return rows
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> Row:
+    """An object of JSON whose names are all different: of two with one name, all but the last would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name[:40]!r} is in it twice")
+    return made
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with something that JSON cannot read or write."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if "int_max_str_digits" in str(error):
+        return "a number has thousands of digits"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _check_names(names: Sequence[str], path: Path) -> None:
+    """Refuse columns of which several have one name: all but the last would be lost."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise RequestError(
+                f"data is {str(path)!r}, which has {count} columns {name[:40]!r}: give each a name of its own"
+            )
+
+
+def _without_nul(cells: list[str], path: Path) -> list[str]:
+    if any("\0" in cell for cell in cells):
+        raise RequestError(f"data is {str(path)!r}, which has NUL bytes: convert it to UTF-8, or repair it")
+    return cells
+
+
 def _read_csv(path: Path) -> list[Row]:
     rows: list[Row] = []
+    before = csv.field_size_limit(LONGEST)
     with _opened(path) as file:
         try:
-            filled = (cells for cells in csv.reader(file) if cells)
+            filled = (_without_nul(cells, path) for cells in csv.reader(file) if cells)
             header = next(filled, [])
+            _check_names(header, path)
             for cells in filled:
                 if len(cells) != len(header):
                     got = f"row {len(rows) + 1} of {str(path)!r} has {len(cells)} cells"
@@ -406,6 +449,8 @@ def _read_csv(path: Path) -> list[Row]:
                 rows.append(dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             raise RequestError(f"row {len(rows) + 1} of {str(path)!r} is not CSV: {error}") from None
+        finally:
+            csv.field_size_limit(before)
     return rows
 
 
@@ -419,7 +464,9 @@ def _read_parquet(path: Path) -> list[Row]:
         if sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks) > _most(size):
             raise _bomb(path)
         with _no_bomb(path, size):
-            return parquet.read_table(path).to_pylist()
+            table = parquet.read_table(path)
+            _check_names(table.column_names, path)
+            return table.to_pylist()
     except RequestError:
         raise
     except ValueError as error:  # pyarrow's ArrowInvalid

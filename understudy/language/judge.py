@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from understudy.language.data import FUNCTIONS_OWN
 from understudy.language.final_answer import final_number
 from understudy.language.worker import Fault, InProcess, Worker
 from understudy.run.config import RequestError, nearest
@@ -260,8 +261,7 @@ class Against:
 
 def columns_of(sampled: Sampled) -> dict[str, list[Any]]:
     """All that a function may ask about the rows, by name."""
-    own = ("prompts", "completions", "completion_ids", "truncated")
-    return {**sampled.columns, **{name: getattr(sampled, name) for name in own}}
+    return {**sampled.columns, **{name: getattr(sampled, name) for name in FUNCTIONS_OWN}}
 
 
 def taken(wanted: dict[str, Any], columns: dict[str, list[Any]]) -> dict[str, list[Any]]:

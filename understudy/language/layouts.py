@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from understudy.language.data import Row, at_row, column_names
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, is_deep
 
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 SPEAKERS |= {"observation": "tool", "function_response": "tool", "function_call": "assistant"}
@@ -44,8 +44,8 @@ def arrange(rows: Sequence[Row], *, chat: bool, conversations: str | None = "mes
 def read_cells(rows: Sequence[Row], texts: Sequence[str]) -> Arranged:
     """Rows whose cells of text or chat have one form, and whose prompts are apart from what follows them.
 
-    Messages written as JSON become messages; their parts of text become one; text beside a chat becomes a message of it; a
-    prompt that is repeated at the beginning of what follows it is taken out there.
+    Messages written as JSON become messages, where they are a list of complete ones; their parts of text become one; text
+    beside a chat becomes a message of it; a prompt that is repeated at the beginning of what follows it is taken out there.
 
     Raises:
         RequestError: a message has something other than text; some rows repeat their prompt and others do not.
@@ -82,9 +82,9 @@ def _alpaca(row: Row, chat: bool) -> Row:
 
 def _cell(name: str, cell: Any) -> Any:
     """A cell of text, or the messages that it holds."""
-    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        with suppress(json.JSONDecodeError):
-            cell = found if _is_chat(found := json.loads(cell)) else cell
+    if isinstance(cell, str) and cell.lstrip()[:1] == "[":
+        with suppress(ValueError, RecursionError):
+            cell = found if _is_written_chat(found := json.loads(cell)) else cell
     messages: Any = [cell] if isinstance(cell, dict) else cell
     if name == "messages" and isinstance(cell, str) and cell.strip():
         raise RequestError(f"messages is {cell[:40]!r}: must be a list of messages, or its JSON")
@@ -94,6 +94,19 @@ def _cell(name: str, cell: Any) -> Any:
 def _is_chat(cell: Any) -> bool:
     several: list[Any] = [cell] if isinstance(cell, dict) else cell if isinstance(cell, list) else []
     return bool(several) and all(isinstance(one, dict) and ("role" in one or "from" in one) for one in several)
+
+
+def _is_written_chat(found: Any) -> bool:
+    """Whether the JSON in a cell of text is a chat: a list of messages with a role and a content or tool calls, or with
+    ShareGPT's from and value. Any other JSON is text like any other."""
+    return isinstance(found, list) and bool(found) and not is_deep(found) and all(map(_is_written_message, found))
+
+
+def _is_written_message(one: Any) -> bool:
+    if not isinstance(one, dict):
+        return False
+    speaker, said = (one.get(name) for name in (("role", "content") if "role" in one else ("from", "value")))
+    return isinstance(speaker, str) and (isinstance(said, str | list) or (said is None and bool(one.get("tool_calls"))))
 
 
 def _message(name: str, number: int, given: dict[str, Any]) -> dict[str, Any]:

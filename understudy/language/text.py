@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from understudy.batch import Text
-from understudy.language.data import Row, column_names, each_row, finite, no_prompt_left_out
+from understudy.language.data import FUNCTIONS_OWN, Row, column_names, each_row, finite, no_prompt_left_out
 from understudy.language.data import read as read
 from understudy.language.fitting import Fitted, Limit, Room, TooLong, without_beginning
 from understudy.language.tokenizer import Messages
@@ -93,6 +93,13 @@ def prompts(
         raise RequestError(
             "unconditional is True, but the data have a column 'prompt': remove the column, or leave out --unconditional"
         )
+
+    room.notes += [
+        f"the column {name!r} does not reach functions of {'--reply' if name == 'stop' else '--reward and --reply'}, whose "
+        f"argument {name!r} is the run's own: give it another name with --columns NAME={name}"
+        for name in column_names(rows)
+        if name in (*FUNCTIONS_OWN, "stop")
+    ]
 
     def one(row: Row, number: int) -> Prompt | None:
         text, others = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from understudy.language.bounded import bounded
 from understudy.language.files import check_files
 from understudy.language.lora import base_of, tokenizer_of
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, is_deep, shown
 
 Messages = list[dict[str, Any]]
 """A chat: `[{"role": ..., "content": ...}, ...]`."""
@@ -69,7 +69,7 @@ class Tokenizer:
         check_files(source, trust_remote_code=trust_remote_code)
         try:
             hf = AutoTokenizer.from_pretrained(tokenizer_of(source), trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise RequestError(f"model is {str(source)!r}: no tokenizer there; name a directory or hub id") from None
         if template is not None:
             hf.chat_template = _template(hf, template)
@@ -384,11 +384,11 @@ def _parsed(name: str, cell: Any, kind: type) -> Any:
     """A list or object, which may be written as JSON; None where there is none."""
     if cell is None or cell == "":
         return None
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         cell = json.loads(cell) if isinstance(cell, str) else cell
-    if not isinstance(cell, kind):
+    if not isinstance(cell, kind) or is_deep(cell):
         raise RequestError(
-            f"{name} is {str(cell)[:40]!r}: must be {'a list' if kind is list else 'an object'}, or its JSON"
+            f"{name} is {shown(cell)[:40]}: must be {'a list' if kind is list else 'an object'}, or its JSON"
         )
     return cell
 

@@ -63,7 +63,7 @@ def check(config: Any) -> None:
         if problem and isinstance(value, float) and value.is_integer() and not _problem(hint, int(value)):
             object.__setattr__(config, name, int(value))  # 1e5, which is a float in Python
         elif problem:
-            raise RequestError(f"{name} is {_shown(value)}: must be {problem}")
+            raise RequestError(f"{name} is {shown(value)}: must be {problem}")
 
 
 def check_effects(config: Any, needs: Iterable[tuple[bool, str, str]]) -> None:
@@ -101,7 +101,23 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _shown(value: Any) -> str:
+def is_deep(tree: Any, most: int = 2 * DEEPEST) -> bool:
+    """Whether dicts and lists in each other have more levels than this: what is done to them may recurse."""
+    level = [tree]
+    for _ in range(most + 1):
+        level = [
+            part
+            for value in level
+            for part in (
+                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+            )
+        ]
+        if not level:
+            return False
+    return True
+
+
+def shown(value: Any) -> str:
     """A value for an error: without its middle where it is long, by its type where it is deep or cannot be written."""
     try:
         text = repr(value) if _is_small(value) else f"of type {type(value).__name__}"
@@ -121,6 +137,13 @@ def _is_small(tree: Any) -> bool:
         left -= 1
         waiting += [(part, depth + 1) for part in parts]
     return not waiting
+
+
+def _is_finite(tree: Any) -> bool:
+    """Whether config.json can hold all of a tree's numbers."""
+    if isinstance(tree, dict | list | tuple):
+        return all(map(_is_finite, tree.values() if isinstance(tree, dict) else tree))
+    return not isinstance(tree, int | float) or abs(tree) <= sys.float_info.max
 
 
 def _problem(hint: Any, value: Any) -> str:
@@ -148,6 +171,8 @@ def _problem(hint: Any, value: Any) -> str:
     if hint is type(None):
         return "" if value is None else "none"
     if origin is dict and isinstance(value, dict):
-        return "" if _is_small(value) else f"nested at most {DEEPEST} deep, with at most {MOST:,} entries"
+        if not _is_small(value):
+            return f"nested at most {DEEPEST} deep, with at most {MOST:,} entries"
+        return "" if _is_finite(value) else "without numbers that are not finite, or of thousands of digits"
     kind = origin or hint
     return "" if kind is Any or isinstance(value, kind) else f"a {kind.__name__}"

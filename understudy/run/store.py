@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from understudy.run import checkpoint, lock, metrics
-from understudy.run.config import RequestError
+from understudy.run.config import RequestError, is_deep
 from understudy.run.paths import absolute, short
 from understudy.run.redact import printable, redact
 from understudy.run.spikes import spikes
@@ -356,6 +356,8 @@ def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
         about = checkpoint.read_json(path, most=LARGEST)
     except checkpoint.Damaged as error:
         raise RequestError(f"{otherwise} ({error}): give the directory of a run") from error
+    if is_deep(about):
+        raise RequestError(f"{otherwise} ('{path}' is nested too deeply): give the directory of a run")
     if not isinstance(about, dict) or about.get("schema", 0) not in range(SCHEMA + 1):
         has = about.get("schema") if isinstance(about, dict) else None
         raise RequestError(f"{otherwise}: it has schema {has!r}, this version reads 0 to {SCHEMA}; use a newer version")
