@@ -155,7 +155,13 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
     [
         ("NanObservationLater", ["observation", "not finite", "env 0", "after 4 steps"]),
         ("NanRewardLater", ["reward is nan", "env 0", "episode 0"]),
-        ("RaisesLater", ["the simulator went away"]),
+        (
+            "RaisesLater",
+            [
+                "the simulator went away; in badly_behaved.py, line 74; the traceback is in 'run/events.jsonl'",
+                "`understudy resume run` goes on from checkpoint 000003",
+            ],
+        ),
     ],
 )
 def test_an_env_that_fails_later_ends_the_run_with_1_and_keeps_what_was_saved(here, capsys, env, words):
@@ -292,3 +298,5 @@ def test_interrupting_saves_the_policy_and_exits_130(here, capsys, monkeypatch):
     assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "999", "--out", "run", *SMALL]) == 130
     assert load("run").action_space.n == 2
     assert [path.name for path in Path("run/checkpoints").iterdir()] == ["000002"]
+    stopped = "understudy: stopped; `understudy resume run` goes on from checkpoint 000002"
+    assert capsys.readouterr().err.splitlines()[-1] == stopped

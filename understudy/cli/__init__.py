@@ -58,20 +58,30 @@ def main(argv: list[str] | None = None) -> int:
             if sys.stdout is not None:  # it was closed before we began
                 sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
     except RequestError as error:
-        print(f"understudy: {printable(redact(str(error)))}", file=sys.stderr)
+        print(f"understudy: {printable(redact(_sentence(error)))}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("understudy: stopped; `understudy resume RUN` goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"understudy: {printable(_sentence(error, 'stopped'))}", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if hasattr(error, "__notes__"):  # a run that SIGTERM has ended
+            print(f"understudy: {printable(_sentence(error, 'stopped'))}", file=sys.stderr)
+        raise
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
             return 141
         if (refusal := _too_large(error)) is not None:
             print(f"understudy: {printable(redact(refusal))}", file=sys.stderr)
             return 2
-        said = printable(redact(" ".join(str(error).split())))
+        said = printable(redact(_sentence(error)))
         print(f"understudy: {type(error).__name__}: {said}", file=sys.stderr)
         return 1
+
+
+def _sentence(error: BaseException, said: str | None = None) -> str:
+    """An error's message on one line, with the notes that a run gave it."""
+    text = str(error) if said is None else said
+    return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
 
 
 def _too_large(error: Exception) -> str | None:

@@ -33,6 +33,7 @@ from understudy.control.supervise import Supervised
 from understudy.control.wrappers import Evaluated, RewardSum, SendableInfo
 from understudy.run.config import RequestError, nearest
 from understudy.run.installation import install_hint
+from understudy.run.origin import origin
 
 # the extra of this package that brings what an environment's own package needs, told by its entry point
 EXTRAS = {"box2d": "box2d", "mujoco": "mujoco"}
@@ -293,8 +294,9 @@ def _keeps_rewards(kind: Any) -> bool:
 
 
 def first_sentence(error: BaseException) -> str:
-    """An error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message on one line, with the line of the user's that it came from."""
+    place = origin(error)
+    return (" ".join(str(error).split()) or type(error).__name__) + (f" ({place})" if place else "")
 
 
 def _maker(env: str | Function) -> Function:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from understudy.control.spaces import MASK, mask_sizes
 from understudy.distribution import Categorical, MultiCategorical
 from understudy.run.config import RequestError
+from understudy.run.origin import origin
 
 NEEDED = ("noise", "at", "mode", "log_prob", "entropy")
 LARGEST_SUM = 1e-3  # of probabilities, by how much it may differ from 1
@@ -35,9 +36,10 @@ def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.S
     try:
         found = network(*given)
     except Exception as error:
+        place = origin(error)
         raise RequestError(
             f"policy is a network of your own, which raises {type(error).__name__} when it is called with {called}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"{' '.join(str(error).split())[:200]}{f' ({place})' if place else ''}"
         ) from error
     parts = 3 if len(given) == 3 else 2
     wanted = "distribution, value, state" if parts == 3 else "distribution, value"

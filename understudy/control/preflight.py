@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from understudy.control.environment import check_spaces
+from understudy.control.environment import check_spaces, first_sentence
 from understudy.control.masks import mask_of, random_allowed
 from understudy.control.spaces import lost_in_float32, outside
 from understudy.control.wrappers import running_statistics
@@ -80,7 +80,7 @@ def explained(name: str, env: Any, *, keep: bool) -> Iterator[None]:
         raise
     except Exception as error:
         raise RequestError(
-            f"env {name!r} raises {type(error).__name__} in its first steps: {error}; mend it"
+            f"env {name!r} raises {type(error).__name__} in its first steps: {first_sentence(error)}; mend it"
         ) from error
     finally:
         if not keep:

@@ -8,7 +8,6 @@ import re
 import statistics
 import sys
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -38,7 +37,7 @@ from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state, tensors_of
 from understudy.run.config import RequestError, to_json
-from understudy.run.guard import Guard, out_of_memory
+from understudy.run.guard import Guard, note_failure, out_of_memory, way_on
 from understudy.run.installation import need_package
 from understudy.run.interrupt import Interrupt, closed_at_exit
 from understudy.run.metrics import combine
@@ -416,24 +415,24 @@ def open_stage(
                 resume.restore(stage)
             try:
                 yield stage
-            except (KeyboardInterrupt, SystemExit):
+            except (KeyboardInterrupt, SystemExit) as error:
+                error.add_note(way_on(run))
                 raise  # what could be saved is saved: an iteration that is not whole is not
             except GeneratorExit:
                 stage.finish(interrupted=True)
                 raise
             except RestartsSpent as error:
                 stage.note_faults()
-                run.event("failed", error=str(error), traceback=traceback.format_exc())
                 walker.forget()
                 stage.finish(interrupted=True)
+                note_failure(run, error)
                 raise
             except torch.OutOfMemoryError as error:
                 refusal = out_of_memory(error, run, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
-                run.event("failed", error=str(refusal), traceback=traceback.format_exc())
+                note_failure(run, refusal)
                 raise refusal from error
             except BaseException as error:
-                said = f"{type(error).__name__}: {environment.first_sentence(error)}"
-                run.event("failed", error=said, traceback=traceback.format_exc())
+                note_failure(run, error)
                 raise
             else:
                 stage.finish()

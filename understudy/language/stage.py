@@ -7,7 +7,6 @@ import math
 import shutil
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -29,7 +28,7 @@ from understudy.products import keep_freed
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_json
-from understudy.run.guard import Guard, out_of_memory
+from understudy.run.guard import Guard, note_failure, out_of_memory, way_on
 from understudy.run.interrupt import Interrupt, closed_at_exit
 from understudy.run.metrics import combine
 from understudy.run.paths import short
@@ -256,18 +255,18 @@ def open_stage(
             resume.restore(stage)
         try:
             yield stage
-        except (KeyboardInterrupt, SystemExit):
+        except (KeyboardInterrupt, SystemExit) as error:
+            error.add_note(way_on(run))
             raise  # what could be saved is saved: an iteration that is not whole is not
         except GeneratorExit:
             stage.finish()
             raise
         except torch.OutOfMemoryError as error:
             refusal = out_of_memory(error, run, _smaller(cfg))
-            run.event("failed", error=str(refusal), traceback=traceback.format_exc())
+            note_failure(run, refusal)
             raise refusal from error
         except BaseException as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            run.event("failed", error=said, traceback=traceback.format_exc())
+            note_failure(run, error)
             raise
         else:
             stage.finish()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import traceback
 from typing import Any
 
 from understudy.run.config import RequestError
+from understudy.run.origin import origin
 from understudy.run.paths import short
 from understudy.run.store import Run
 
@@ -84,3 +87,23 @@ def whole(run: Run) -> str:
         return f"there is no checkpoint under '{short(run.path)}' yet: start again with another out"
     last = run.path / "checkpoints" / names[-1]
     return f"the last good checkpoint is '{short(last)}': `understudy resume {short(run.path)}` goes on from it"
+
+
+def note_failure(run: Run, error: BaseException) -> None:
+    """Write down what ended a run, and add a note to the error: the user's line, the file with the traceback, the way on."""
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    run.event("failed", error=said, traceback=traceback.format_exc())
+    place, text = origin(error), str(error)
+    parts = [f"in {place}"] if place and place not in text else []
+    parts.append(f"the traceback is in '{short(run.path / 'events.jsonl')}'")
+    error.add_note("; ".join([*parts, *([] if whole(run) in text else [way_on(run)])]))
+
+
+def way_on(run: Run) -> str:
+    """The command that goes on with a run that has ended early."""
+    names, command = run.checkpoints(), f"`understudy resume {shlex.quote(str(short(run.path)))}`"
+    return (
+        f"{command} goes on from checkpoint {names[-1]}"
+        if names
+        else f"there is no checkpoint yet: {command} begins anew"
+    )
