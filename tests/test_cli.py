@@ -165,7 +165,8 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
     ],
 )
 def test_an_env_that_fails_later_ends_the_run_with_1_and_keeps_what_was_saved(here, capsys, env, words):
-    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--rollout", "1", "--minibatches", "1", "--out", "run"]
+    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--rollout", "1", "--minibatches", "1"]
+    flags += ["--compile", "off", "--out", "run"]
 
     refused(capsys, ["control", "ppo", "--quiet", "--env", f"badly_behaved:{env}", *flags], 1, *words)
     assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 3

@@ -20,6 +20,14 @@ PEERS = [
 ]
 
 
+COMPILED = [("HalfCheetah-v5", "ppo"), ("cleanrl", "CartPole-v1", "ppo")]
+"""The presets that run as a user's would, compiled: what the compiler makes is in test_compiled.py, and takes its time."""
+
+
+def uncompiled(recipe, *preset):
+    return {"compile": "off"} if recipe == "ppo" and preset not in COMPILED else {}
+
+
 def two_iterations(recipe, config):
     lines = list(itertools.islice(recipe.iterate(config), 2))
     assert [line["iteration"] for line in lines] == [1, 2]
@@ -31,7 +39,8 @@ def test_a_tuned_preset_runs_two_iterations(env, recipe, tmp_path):
     package = "mujoco" if env.startswith(MUJOCO) else NEEDS.get(env.split("-")[0])
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    made = presets.preset(RECIPES[recipe].Config, env, quiet=True, log_every=1, out=str(tmp_path / "run"))
+    given = uncompiled(recipe, env, recipe)
+    made = presets.preset(RECIPES[recipe].Config, env, quiet=True, log_every=1, out=str(tmp_path / "run"), **given)
 
     assert made.preset == "tuned"
     two_iterations(RECIPES[recipe], made)
@@ -39,8 +48,8 @@ def test_a_tuned_preset_runs_two_iterations(env, recipe, tmp_path):
 
 @pytest.mark.parametrize(("peer", "env", "recipe"), PEERS)
 def test_a_peers_preset_runs_two_iterations(peer, env, recipe, tmp_path):
-    kind = RECIPES[recipe].Config
-    two_iterations(RECIPES[recipe], presets.preset(kind, env, peer, quiet=True, out=str(tmp_path / "run")))
+    kind, given = RECIPES[recipe].Config, uncompiled(recipe, peer, env, recipe)
+    two_iterations(RECIPES[recipe], presets.preset(kind, env, peer, quiet=True, out=str(tmp_path / "run"), **given))
 
 
 def test_the_well_known_environments_have_tuned_settings():

@@ -677,6 +677,7 @@ def test_a_run_without_faults_learns_to_the_bit_what_one_of_sync_environments_do
 
 def test_when_the_restarts_are_spent_the_run_is_saved_and_says_so(tmp_path):
     fields = FIELDS | {"env_options": {"file": str(tmp_path / "steps")}, "steps": 10_000, "rollout": 8}
+    fields |= {"compile": "off"}
     with pytest.raises(RestartsSpent, match=r"all 100 restarts of environments are spent, and env . failed again"):
         ppo.train(ppo.Config(env=f"{HERE}:WearsOut", out=str(tmp_path / "run"), **fields))
 
