@@ -48,10 +48,10 @@ class SaysItself(gymnasium.Env):
 
 
 class Slow(SaysItself):
-    """A step takes a fifth of a second."""
+    """A step takes a fiftieth of a second."""
 
     def step(self, action: Any) -> Any:
-        time.sleep(0.2)
+        time.sleep(0.02)
         return super().step(action)
 
 

@@ -294,7 +294,7 @@ def test_a_second_interrupt_exits_within_two_seconds_and_harms_nothing(tmp_path)
         "--out",
         str(tmp_path / "run"),
     ]
-    words += ["--num-envs", "1", "--rollout", "8", "--checkpoint-every", "1", "--compile", "off"]
+    words += ["--num-envs", "1", "--rollout", "80", "--checkpoint-every", "1", "--compile", "off"]
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=root, stderr=subprocess.PIPE, text=True)
     try:
