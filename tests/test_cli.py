@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from understudy import load
 from understudy.cli import main
+from understudy.control import ppo
+from understudy.distribution import Categorical
 from understudy.run.installation import install_hint
 
 SMALL = ["--num-envs", "2", "--rollout", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
@@ -249,6 +252,44 @@ def test_evaluate_gives_the_same_returns_every_time(here, capsys):
         assert main(["evaluate", "run", "--episodes", "3", "--sample", "--json"]) == 0
         said.append(json.loads(capsys.readouterr().out)["returns"])
     assert said[0] == said[1]
+
+
+def test_a_network_of_ones_own_is_named_in_commands(here, capsys):
+    network = Actor().eval()
+    fields = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "minibatches": 1, "epochs": 1, "quiet": True}
+    ppo.train(ppo.Config(**fields, steps=16, out="run"), policy=network)
+
+    refused(capsys, ["evaluate", "run"], 2, "policy is missing", "--policy my_net.py:MyNet")
+    named = ["--policy", "test_cli:Actor"]
+    assert main(["evaluate", "run", "--episodes", "2", *named]) == 0
+    assert main(["show", "run", "--steps", "1", *named]) == 0
+    assert capsys.readouterr().out.startswith("2 episodes, mode actions: return ")
+    refused(capsys, ["resume", "run", "--steps", "32"], 2, "began with a network of your own", "--policy my_net.py")
+    assert main(["resume", "run", "--steps", "32", *named]) == 0
+    assert "32 steps" in capsys.readouterr().out
+    refused(capsys, ["evaluate", "run", "--policy", "test_cli:Path"], 2, "makes a", "must make a torch.nn.Module")
+    refused(capsys, ["evaluate", "run", "--policy", "test_cli:Actr"], 2, "did you mean 'Actor'?")
+
+
+class Actor(torch.nn.Linear):
+    """A network of someone's own, for CartPole."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, obs):
+        found = super().forward(obs)
+        return Categorical.of(found[..., :2]), found[..., 2]
+
+
+def test_a_file_without_a_class_is_refused_with_its_classes(here, capsys):
+    Path("mine.py").write_text(
+        "raise SystemExit\nclass Cart:\n    pass\nclass _Own:\n    pass\nclass Pole:\n    pass\n"
+    )
+
+    for env in ("mine.py", "mine.py:"):
+        refused(capsys, ["control", "ppo", "--env", env], 2, "write mine.py:CLASS; it has Cart, Pole")
+    refused(capsys, ["control", "ppo", "--env", "none.py"], 2, "there is no file 'none.py'", "FILE.py:CLASS")
 
 
 def test_evaluate_imports_no_code_that_only_the_run_names(here, capsys):

@@ -285,6 +285,15 @@ def test_a_wrong_spec_is_refused_in_a_sentence_that_names_field_value_and_mend(s
     assert "\n" not in message
 
 
+def test_a_file_without_a_function_is_refused_with_its_functions(write):
+    file = write("class Score:\n    pass\ndef polite(completions):\n    pass\ndef _own():\n    pass\n").rpartition(":")[
+        0
+    ]
+
+    with pytest.raises(RequestError, match=r"write .*reward.py:FUNCTION; it has polite$"):
+        judge(file)
+
+
 def test_a_directory_without_a_config_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"the directory has no config\.json"):
         judge(str(tmp_path))

@@ -181,7 +181,7 @@ def test_weights_of_another_kind_of_network_are_refused_by_name(tmp_path):
     policy().save(tmp_path)
 
     with pytest.raises(RequestError, match=r"does not fit the network given: .*network.actor"):
-        load(tmp_path, network=Plain())
+        load(tmp_path, policy=Plain())
 
 
 class Plain(nn.Module):
@@ -205,7 +205,8 @@ def test_a_network_of_ones_own_is_trained_saved_and_loaded(tmp_path):
     run = ppo.train(plain(tmp_path, learning_rate=0.1), env=anything("vector", "Discrete"), policy=network)
 
     assert not torch.equal(before, network.first.weight)
-    loaded = load(run.path, network=Plain())
+    loaded = load(run.path, policy=Plain())
+    assert load(run.path, policy=loaded).network is loaded.network
     np.testing.assert_array_equal(
         loaded.act(observations(9)), Policy(network, OBSERVATIONS["vector"], ACTIONS["Discrete"]).act(observations(9))
     )
@@ -265,7 +266,9 @@ def test_a_policy_to_start_from_goes_with_fields_that_say_what_it_is_or_nothing(
 def test_a_network_of_ones_own_is_asked_for_when_loading(tmp_path):
     Policy(Plain(), OBSERVATIONS["vector"], ACTIONS["Discrete"]).save(tmp_path)
 
-    with pytest.raises(RequestError, match=r"network is missing: .* pass it as network="):
+    with pytest.raises(
+        RequestError, match=r"policy is missing: .*load\(.*, policy=my_network\), or --policy my_net.py:MyNet"
+    ):
         load(tmp_path)
 
 

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 __all__ = ["control", "language", "load", "resume"]
 
 
-def load(path: Any, network: Any = None) -> Any:
+def load(path: Any, policy: Any = None) -> Any:
     """The policy of a run, or of a policy directory: an agent ready to `act`, or a `language.Policy`.
 
     Imports nothing that the run names.
 
     Args:
         path: RUN or RUN/policy.
-        network: for a policy around a network of one's own, that network.
+        policy: the network of one's own, or the policy around it, that the run was trained with as `policy`.
     """
     from pathlib import Path
 
@@ -30,7 +30,7 @@ def load(path: Any, network: Any = None) -> Any:
             return LanguagePolicy.load(folder)
     from understudy.control.policy import Policy, policy_path
 
-    return Policy.load(policy_path(Path(path), "path"), network)
+    return Policy.load(policy_path(Path(path), "path"), policy)
 
 
 def resume(run: Any, **about: Any) -> Any:

@@ -51,7 +51,7 @@ def resume(
             beginning where there is none.
         steps: a new total, for a run that is to go on further; schedules then follow it.
         env, evaluation_env, policy: control, a user's own objects or functions, where the run began with them; or, as env,
-            the id of its environment.
+            the id of its environment; or, as policy, FILE.py:NAME or module:NAME of the network or of what makes it.
         engine: language, who samples, where the run began with one.
         own: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
             trust_remote_code (another value than the run's is said, and written to its config.json); or rows it began
@@ -67,12 +67,16 @@ def resume(
     for field in own:
         if field not in OWN:
             raise unchangeable(field, world, run)
+    if isinstance(policy, str):
+        policy = importlib.import_module("understudy.control.own_network").named_network(policy)
     named = own | ({"env": env} if isinstance(env, str) else {})
     given = (("env", env), ("evaluation_env", evaluation_env), ("policy", policy), ("engine", engine))
-    for key, what in (("env", "an environment object"), ("policy", "a network of your own")):
+    ways = (("env", "an environment object", "my_env.py:MyEnv"), ("policy", "a network of your own", "my_net.py:MyNet"))
+    for key, what, example in ways:
         if read_config(path).get(f"own_{key}") and dict(given)[key] is None:
             raise RequestError(
-                f"run is '{path}', which began with {what}: resume it in Python, understudy.resume({str(path)!r}, {key}=...)"
+                f"run is '{path}', which began with {what}: resume it in Python, understudy.resume({str(path)!r}, "
+                f"{key}=...), or with --{key} {example}"
             )
     objects = {key: x for key, x in given if x is not None and not isinstance(x, str)}
     objects_too = {"env"} if env is not None else set()

@@ -15,6 +15,7 @@ from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_i
 from understudy.cli.help import show_help
 from understudy.control.environment import check_kind
 from understudy.control.evaluate import SEED, evaluate
+from understudy.control.own_network import named_network
 from understudy.control.presets import settings
 from understudy.resuming import described, rebuilt
 from understudy.run.config import RequestError, nearest
@@ -101,6 +102,9 @@ def _summary(run: Any, config: Any, as_json: bool) -> None:
     print(f"Next: understudy evaluate {short(run.path)}")
 
 
+POLICY_HELP = "the network of your own that the run was trained with, or what makes it; module:NAME, too"
+
+
 def evaluate_run(argv: list[str]) -> int:
     parser = Parser(prog="understudy evaluate", description="Evaluate a run's final policy on seeds never trained on.")
     parser.add_argument("run", help="directory of a run")
@@ -111,6 +115,7 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument(
         "--env-options", metavar="JSON", help="a JSON object, where the run's own may reach files or memory"
     )
+    parser.add_argument("--policy", metavar="FILE.py:NAME", help=POLICY_HELP)
     parser.add_argument(
         "--num-evaluation-envs", type=whole_number, help="copies of the environment (default the run's)"
     )
@@ -151,7 +156,7 @@ def evaluate_run(argv: list[str]) -> int:
 
 
 def opened(path: Path, args: Any) -> tuple[Any, Any]:
-    """A run's final policy and its config; `args` may give some of it anew: env, wrappers, env_options, device."""
+    """A run's final policy and its config; `args` may give some of it anew: env, wrappers, env_options, policy, device."""
     _, name, fields = described(path)
     recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
     own = {"env": args.env} if args.env else {}
@@ -167,4 +172,5 @@ def opened(path: Path, args: Any) -> tuple[Any, Any]:
     given = {name: getattr(args, name, None) for name in ("device", "num_evaluation_envs", "evaluation_max_steps")}
     own |= {name: value for name, value in given.items() if value is not None}
     config = rebuilt(recipe.Config, fields | own)
-    return load(path), config
+    network = None if args.policy is None else named_network(args.policy)
+    return load(path, policy=network), config

@@ -31,6 +31,9 @@ def resume_run(argv: list[str]) -> int:
     parser.add_argument(
         "--env-options", metavar="JSON", help="a JSON object, where the run's own may reach files or memory"
     )
+    parser.add_argument(
+        "--policy", metavar="FILE.py:NAME", help="the network of your own that it began with, or what makes it"
+    )
     parser.add_argument("--reward", nargs="+", help="specs, where the run's own name code (file.py:function)")
     parser.add_argument("--gold", nargs="+", help="specs measured besides, where the run's own name code")
     parser.add_argument("--reply", help="who speaks between turns, where the run's own names code")
@@ -42,7 +45,7 @@ def resume_run(argv: list[str]) -> int:
     own: dict[str, Any] = {"env": args.env} if args.env else {}
     own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
-    own |= {name: x for name in ("reply", "device") if (x := getattr(args, name))}
+    own |= {name: x for name in ("reply", "device", "policy") if (x := getattr(args, name))}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
     before = next(newest_first(Path(args.run)), {}).get("iteration")
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)

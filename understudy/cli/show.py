@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from understudy.cli.control import opened
+from understudy.cli.control import POLICY_HELP, opened
 from understudy.cli.flags import Parser, whole_number
 from understudy.control.replay import Step, replay
 from understudy.resuming import described
@@ -47,6 +47,7 @@ def show(argv: list[str]) -> int:
     )
     control.add_argument("--wrappers", nargs="*", help="wrappers, where the run's own name code")
     control.add_argument("--env-options", metavar="JSON", help="a JSON object, in place of the run's own")
+    control.add_argument("--policy", metavar="FILE.py:NAME", help=POLICY_HELP)
     control.add_argument("--device", help="torch device, where the run's own is not here")
     args = parser.read(argv)
     path = Path(args.run)
@@ -54,7 +55,7 @@ def show(argv: list[str]) -> int:
     wrong = (
         ("best", "worst", "row", "iteration")
         if world == "control"
-        else ("episode", "steps", "env", "wrappers", "device")
+        else ("episode", "steps", "env", "wrappers", "policy", "device")
     )
     for name in wrong:
         if getattr(args, name) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium
 import yaml
@@ -33,7 +34,7 @@ from understudy.control.supervise import Supervised
 from understudy.control.wrappers import Evaluated, RewardSum, SendableInfo
 from understudy.run.config import RequestError, nearest
 from understudy.run.installation import install_hint
-from understudy.run.origin import origin
+from understudy.run.origin import listed, origin
 
 # the extra of this package that brings what an environment's own package needs, told by its entry point
 EXTRAS = {"box2d": "box2d", "mujoco": "mujoco"}
@@ -303,6 +304,8 @@ def _maker(env: str | Function) -> Function:
     if not isinstance(env, str):
         return env
     module, _, name = env.rpartition(":")
+    if (file := env.removesuffix(":")).endswith(".py"):
+        _refuse_file(f"env is {env!r}", file)
     if module:
         loaded = _module(module, f"env is {env!r}")
         if hasattr(loaded, name):
@@ -313,6 +316,29 @@ def _maker(env: str | Function) -> Function:
         raise RequestError(f"env is {env!r}, which Gymnasium does not know{nearest(name, gymnasium.registry)}")
     # the passive checker looks at the first step only; the walker looks at all of them
     return lambda **options: gymnasium.make(name, disable_env_checker=True, **options)
+
+
+def imported(field: str, text: str) -> Any:
+    """What FILE.py:NAME or module:NAME is, named by the user as a field.
+
+    Raises:
+        RequestError: there is no such thing.
+    """
+    module, _, name = text.rpartition(":")
+    if (file := text.removesuffix(":")).endswith(".py"):
+        _refuse_file(f"{field} is {text!r}", file)
+    if not module:
+        raise RequestError(f"{field} is {text!r}: write FILE.py:NAME or module:NAME")
+    loaded = _module(module, f"{field} is {text!r}")
+    if not hasattr(loaded, name):
+        raise RequestError(f"{field} is {text!r}, but there is no {name!r} in it{nearest(name, dir(loaded))}")
+    return getattr(loaded, name)
+
+
+def _refuse_file(what: str, file: str) -> NoReturn:
+    if not Path(file).is_file():
+        raise RequestError(f"{what}: there is no file {file!r} in '{Path.cwd()}'; give its path, as FILE.py:CLASS")
+    raise RequestError(f"{what}, a file and no class in it: write {file}:CLASS{listed(file, ast.ClassDef)}")
 
 
 def _module(name: str, what: str) -> Any:

@@ -8,6 +8,7 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
+from understudy.control.environment import first_sentence, imported
 from understudy.control.spaces import MASK, mask_sizes
 from understudy.distribution import Categorical, MultiCategorical
 from understudy.run.config import RequestError
@@ -16,6 +17,25 @@ from understudy.run.origin import origin
 NEEDED = ("noise", "at", "mode", "log_prob", "entropy")
 LARGEST_SUM = 1e-3  # of probabilities, by how much it may differ from 1
 SMALLEST = 1e-6  # a probability below this counts as none
+
+
+def named_network(text: str) -> nn.Module:
+    """The network that FILE.py:NAME or module:NAME is, or that it makes when it is called without arguments.
+
+    Raises:
+        RequestError: there is none.
+    """
+    made = imported("policy", text)
+    try:
+        made = made if isinstance(made, nn.Module) else made()
+    except Exception as error:
+        raise RequestError(
+            f"policy is {text!r}, which raises {type(error).__name__} when it is called without arguments: "
+            f"{first_sentence(error)}; name a function that makes the network"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise RequestError(f"policy is {text!r}, which makes a {type(made).__name__}: it must make a torch.nn.Module")
+    return made
 
 
 def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.Space) -> tuple[Any, bool]:

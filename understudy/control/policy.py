@@ -246,8 +246,10 @@ class Policy(nn.Module):
         about = read_schema(path / "policy.json", f"policy is '{path}', which holds no readable policy.json")
         if about.get("network") is None and network is None:
             raise RequestError(
-                f"network is missing: {path} holds weights of a network of your own, pass it as network=..."
+                f"policy is missing: '{path}' holds weights of a network of your own, which is needed again: "
+                f"understudy.load({str(path)!r}, policy=my_network), or --policy my_net.py:MyNet in a command"
             )
+        network = network.network if isinstance(network, Policy) else network
         weights = path / "policy.safetensors"
         whose = "its policy.json" if network is None else "the network given"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import math
 import os
@@ -18,6 +19,7 @@ from understudy.language.data import FUNCTIONS_OWN
 from understudy.language.final_answer import final_number
 from understudy.language.worker import Fault, InProcess, Worker
 from understudy.run.config import RequestError, nearest
+from understudy.run.origin import listed
 
 KINDS = ("raised", "timeout", "garbled", "wrong length", "none", "nan")
 HANGS = 8
@@ -372,7 +374,7 @@ def _part(spec: Spec, load_model: Callable[[str], Part], timeout: float) -> tupl
     if file.endswith(".py"):
         return function, weight, _of_file(file, function, timeout)
     if text.endswith(".py"):
-        raise RequestError(f"it names no function; write {text}:FUNCTION")
+        raise RequestError(f"it names no function; write {text}:FUNCTION{listed(text, ast.FunctionDef)}")
     if os.path.isdir(text):
         raise RequestError("the directory has no config.json; name one that a reward model was saved to")
     raise RequestError(
@@ -398,7 +400,7 @@ def _of_file(file: str, function: str, timeout: float) -> Function:
     if not os.path.isfile(file):
         raise RequestError(f"there is no file {file!r}; name one that exists")
     if not function:
-        raise RequestError(f"it names no function; write {file}:FUNCTION")
+        raise RequestError(f"it names no function; write {file}:FUNCTION{listed(file, ast.FunctionDef)}")
     try:
         worker = Worker(file, function, timeout=timeout)
     except Fault as fault:

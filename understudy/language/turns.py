@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from understudy.language.judge import Sampled, columns_of, taken
 from understudy.language.text import Messages, Prompt, Tokenizer
 from understudy.language.worker import Fault, InProcess, Worker
 from understudy.run.config import RequestError
+from understudy.run.origin import listed
 
 Speak = Callable[..., list[Completion]]
 """Continues ids: (prompts, seeds=..., starts=...) -> completions, as `generate` does."""
@@ -38,8 +40,9 @@ class Reply:
             return
         file, _, function = str(spec).rpartition(":")
         if not (file.endswith(".py") and os.path.isfile(file) and function):
+            known = listed(str(spec).removesuffix(":"), ast.FunctionDef)
             raise RequestError(
-                f"reply is {spec!r}: must be file.py:function of a file that exists, or a Python function"
+                f"reply is {spec!r}: must be file.py:function of a file that exists, or a Python function{known}"
             )
         try:
             self.asked = Worker(file, function, timeout=timeout, says="replies")

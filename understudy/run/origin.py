@@ -1,7 +1,11 @@
-"""Where in a user's own code an error came from. Standard library only: the workers of functions load this file alone."""
+"""Where a user's own code raised an error, and what a file of it defines; nothing is imported to find out.
+
+Standard library only: the workers of functions load this file alone.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
 import traceback
 from pathlib import Path
@@ -20,6 +24,16 @@ def origin(error: BaseException | None) -> str:
             return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
         error = error.__cause__
     return ""
+
+
+def listed(file: str, kind: type[ast.ClassDef | ast.FunctionDef]) -> str:
+    """The names of a kind, `ast.ClassDef` or `ast.FunctionDef`, that a file defines, as "; it has A, B"; "" for none."""
+    try:
+        body = ast.parse(Path(file).read_text(encoding="utf-8")).body
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return ""
+    names = [node.name for node in body if isinstance(node, kind) and not node.name.startswith("_")]
+    return f"; it has {', '.join(names[:8])}" if names else ""
 
 
 def _is_users(file: str) -> bool:
