@@ -10,9 +10,11 @@ import torch
 from understudy import compiled, load, resume
 from understudy.cli import main
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.run.checkpoint import newest_whole
+from understudy.control.optimizer import adam as adam_of
+from understudy.control.optimizer import load_moments
+from understudy.run.checkpoint import names
 from understudy.run.config import RequestError
-from understudy.run.store import optimizer_state
+from understudy.run.store import Run, optimizer_state
 
 FIELDS = {"env": "CartPole-v1", "num_envs": 2, "hidden": (4,), "steps": 64, "max_grad_norm": 1e9, "quiet": True}
 OF = {ppo: {"rollout": 8, "epochs": 1, "minibatches": 1, "compile": "off"}, actor_critic: {"rollout": 8}, reinforce: {}}
@@ -31,7 +33,7 @@ def train(recipe, out: Path, **fields):
 
 def kept(run) -> list[dict[str, torch.Tensor]]:
     """What the optimizer keeps of each parameter at the newest checkpoint."""
-    state = optimizer_state(newest_whole(run.path / "checkpoints"))  # pyright: ignore[reportArgumentType]
+    state = optimizer_state(run.path / "checkpoints" / names(run.path / "checkpoints")[-1])
     return [state[number] for number in sorted(state)]
 
 
@@ -89,14 +91,20 @@ def test_a_recipe_without_a_critic_keeps_its_actors_moments(tmp_path):
     ]
 
 
-def test_the_newest_checkpoint_that_is_whole_is_taken_and_none_is_moved(tmp_path):
+def test_a_policy_is_given_no_moments_but_those_beside_it(tmp_path):
     first = train(ppo, tmp_path / "first", checkpoint_every=1)
     folder = first.path / "checkpoints"
-    (folder / "000004" / "state.json").write_text("{")
-    went_on = train(ppo, tmp_path / "on", init=str(first.path), init_optimizer=True, steps=16)
+    shutil.copytree(folder / "000002", first.path / "best")
+    begun = {"init_optimizer": True, "steps": 16}
+    for name, place in (("whole", "checkpoints/000003"), ("best", "best"), ("policy", "policy")):
+        train(ppo, tmp_path / name, init=str(first.path / place), **begun)
+    assert [float(kept(Run(tmp_path / name))[0]["step"]) - 1 for name in ("whole", "best", "policy")] == [3, 2, 4]
 
-    assert float(kept(went_on)[0]["step"]) == 4  # of the third checkpoint, and one more
+    (folder / "000004" / "state.json").write_text("{")  # which is damaged, and stays where it is
+    with pytest.raises(RequestError, match=r"none of its checkpoints \(000003, 000002\) is that of '.*/policy'"):
+        train(ppo, tmp_path / "on", init=str(first.path), **begun)
     assert (folder / "000004").is_dir() and not (folder / "quarantine").exists()
+    assert not (tmp_path / "on").exists()
 
 
 def test_where_the_moments_came_from_is_in_the_lineage(tmp_path):
@@ -120,11 +128,10 @@ def test_a_resumed_run_needs_the_moments_it_began_with_no_more(tmp_path):
 
 REFUSED = {
     "no init": (ppo, {"init": None}, "init is not set, so it has no effect"),
-    "a policy": (ppo, {"init": "first/policy"}, "no run with a whole checkpoint"),
+    "a policy": (ppo, {"init": "alone"}, "no run with a whole checkpoint"),
     "damaged": (ppo, {"init": "damaged"}, "no run with a whole checkpoint"),
     "another optimizer": (actor_critic, RMSPROP, r"keeps \['exp_avg', 'exp_avg_sq', 'step'\], and this run's"),
     "other groups": (ppo, {"clip_grad_apart": True}, r"groups of \[8\] parameters, and this run's of \[4, 4\]"),
-    "other shapes": (ppo, {"init": "swapped"}, r"exp_avg of shape \[4, 4\], and this run's \[5, 4\]"),
     "without a critic": (ppo, {"init": "actor"}, "did not move all parameters that learn here"),
 }
 
@@ -133,14 +140,12 @@ REFUSED = {
 def test_moments_that_do_not_fit_are_refused(case, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(ppo, Path("first"))
+    if case == "a policy":
+        shutil.copytree("first/policy", "alone")
     if case == "damaged":
         shutil.copytree("first", "damaged")
         for file in Path("damaged/checkpoints").glob("*/optimizer.safetensors"):
             file.write_bytes(b"")
-    if case == "other shapes":
-        train(ppo, Path("wide"), hidden=(5,))
-        shutil.copytree("wide", "swapped", ignore=shutil.ignore_patterns("checkpoints"))
-        shutil.copytree("first/checkpoints", "swapped/checkpoints")
     if case == "without a critic":
         train(reinforce, Path("actor"), baseline="none")
     recipe, fields, words = REFUSED[case]
@@ -163,3 +168,12 @@ def test_without_the_field_a_run_begins_with_a_fresh_optimizer(tmp_path):
     runs = [train(ppo, tmp_path / name, init=str(first.path), steps=16) for name in "ab"]
 
     assert [float(kept(run)[0]["step"]) for run in runs] == [1, 1]
+
+
+def test_moments_of_other_shapes_are_refused(tmp_path):
+    first = train(ppo, tmp_path / "first")
+    cfg = config(ppo, tmp_path / "on", init=str(first.path))
+    wide = adam_of(load(train(ppo, tmp_path / "wide", hidden=(5,)).path), cfg)
+
+    with pytest.raises(RequestError, match=r"exp_avg of shape \[4, 4\], and this run's \[5, 4\]"):
+        load_moments(wide, cfg, first.path / "policy")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from understudy.control.config import Config
-from understudy.run.checkpoint import load_state, newest_whole
+from understudy.control.policy import WEIGHTS
+from understudy.run.checkpoint import Damaged, load_state, names, sha256, verify
 from understudy.run.config import RequestError
 from understudy.run.store import optimizer_state
 
@@ -23,19 +25,20 @@ def adam(policy: torch.nn.Module, cfg: Config) -> torch.optim.Optimizer:
     return Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps, fused=fused)
 
 
-def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, run: Path) -> Path:
+def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, policy: Path) -> Path:
     """Give an optimizer the moments and step counts of another run's; learning rate and the like stay the config's.
 
+    Args:
+        policy: the directory of the policy that the run begins with.
+
     Returns:
-        The checkpoint they are from: the newest of the run that is whole.
+        The checkpoint they are from: one that holds this very policy.
 
     Raises:
         RequestError: there is none, or its optimizer is of another kind, or has other parameters.
     """
     try:
-        found = newest_whole(run / "checkpoints")
-        if found is None:
-            raise ValueError("it is no run with a whole checkpoint")
+        found = _with_policy(policy)
         state = _fitting(optimizer, optimizer_state(found), load_state(found)["optimizer"]["param_groups"])
         learning = sum(len(group["params"]) for group in optimizer.param_groups)
         alike = len(state) == learning and len({float(entry["step"]) for entry in state.values()}) == 1
@@ -44,10 +47,30 @@ def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, run: Path) -> Pa
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RequestError(
             f"init_optimizer is True, and init is {cfg.init!r}, but {' '.join(str(error).split())}: name a run with the "
-            "same network and optimizer, or leave init_optimizer out"
+            "same network and optimizer, or one of its checkpoints, or leave init_optimizer out"
         ) from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return found
+
+
+def _with_policy(policy: Path) -> Path:
+    """The newest whole checkpoint of a policy's run with the same weights: moments of later or earlier ones are not theirs.
+
+    Raises:
+        ValueError: none does.
+    """
+    folder, whole = policy.parent / "checkpoints", []
+    for place in (policy, *(folder / name for name in reversed(names(folder)))):
+        with suppress(Damaged, OSError):  # a run that is going on may drop one meanwhile
+            verify(place)
+            whole.append(place)
+            if sha256(place / WEIGHTS) == sha256(policy / WEIGHTS):
+                return place
+    if not whole:
+        raise ValueError("it is no run with a whole checkpoint")
+    raise ValueError(
+        f"the policy of none of its checkpoints ({', '.join(x.name for x in whole)}) is that of '{policy}'"
+    )
 
 
 def _fitting(optimizer: torch.optim.Optimizer, state: Any, groups: Any) -> Any:

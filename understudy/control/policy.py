@@ -40,6 +40,7 @@ from understudy.run.config import RequestError, check
 from understudy.run.store import SCHEMA, read_schema
 from understudy.sample import choose
 
+WEIGHTS = "policy.safetensors"
 LAYERS, WIDEST = 64, 2**20  # of a network that a file describes
 
 
@@ -233,7 +234,7 @@ class Policy(nn.Module):
         }
         # clones: a network of one's own may share a weight between layers, which safetensors refuses
         weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.state_dict().items()}
-        save_file(weights, path / "policy.safetensors")
+        save_file(weights, path / WEIGHTS)
         (path / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
 
     @classmethod
@@ -250,7 +251,7 @@ class Policy(nn.Module):
                 f"understudy.load({str(path)!r}, policy=my_network), or --policy my_net.py:MyNet in a command"
             )
         network = network.network if isinstance(network, Policy) else network
-        weights = path / "policy.safetensors"
+        weights = path / WEIGHTS
         whose = "its policy.json" if network is None else "the network given"
         try:
             given = {"scale_obs": bool(about["scale_obs"]), "scale_reward": about["scale_reward"]}
@@ -330,6 +331,6 @@ def policy_path(path: Path, field: str) -> Path:
     for candidate in (path, path / "policy"):
         if candidate != path and candidate.is_symlink():
             raise RequestError(f"{field} is '{path}', whose policy is a link: name the directory it leads to")
-        if (candidate / "policy.json").is_file() and (candidate / "policy.safetensors").is_file():
+        if (candidate / "policy.json").is_file() and (candidate / WEIGHTS).is_file():
             return candidate
     raise RequestError(f"{field} is '{path}', which holds no policy: give the directory of a run, or its policy/")

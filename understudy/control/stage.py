@@ -28,7 +28,7 @@ from understudy.control.costs import Costs
 from understudy.control.evaluate import Stopped, evaluate
 from understudy.control.initial_policy import initial_policy
 from understudy.control.optimizer import adam, load_moments
-from understudy.control.policy import Policy, load_weights, policy_path
+from understudy.control.policy import WEIGHTS, Policy, load_weights, policy_path
 from understudy.control.presets import refuse_idle
 from understudy.control.sources import Env, Source
 from understudy.control.standing import Trail, Way
@@ -276,7 +276,7 @@ class Stage:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: everything as it was when it was written."""
         found = load_state(path)
-        load_weights(self.policy, tensors_of(path / "policy.safetensors"))
+        load_weights(self.policy, tensors_of(path / WEIGHTS))
         load_optimizer(path, self.optimizer, found["optimizer"])
         state = found["run"]
         for name in ("iteration", "episodes", "stopped", "best", "unlogged", "kept"):
@@ -380,8 +380,8 @@ def open_stage(
         refuse_idle(cfg, idle_in(policy))
         made = (optimizer or adam)(policy, cfg)
         came = [] if init is None else [lineage.link("init", init)]
-        if cfg.init_optimizer and begun is None:
-            came.append(lineage.link("init_optimizer", load_moments(made, cfg, home / str(cfg.init))))
+        if init is not None and cfg.init_optimizer and begun is None:
+            came.append(lineage.link("init_optimizer", load_moments(made, cfg, init)))
         origin = lineage.describe(f"control {recipe}", to_json(cfg), came)
         if resume is None:
             description: dict[str, Any] = {"recipe": f"control {recipe}", "config": to_json(cfg)}

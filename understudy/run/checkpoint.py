@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +138,6 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return folder / name, wrong
     return None, wrong
-
-
-def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole, of a run that is only read: damaged ones stay where they are."""
-    for name in reversed(names(folder)):
-        with suppress(Damaged, OSError):  # a run that is going on may drop one meanwhile
-            verify(folder / name)
-            return folder / name
-    return None
 
 
 def names(folder: Path) -> list[str]:
