@@ -159,3 +159,15 @@ def test_a_network_that_ignores_the_mask_is_refused_and_one_that_obeys_acts():
     with pytest.raises(RequestError, match=r"to an action that the mask forbids: .* obs\['action_mask'\]"):
         own.act(seen, action_mask=[0, 1, 0])
     assert Policy(Says(masked), *spaces_of).act(seen, action_mask=[0, 1, 0]) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_a_first_call_that_runs_out_of_memory_is_not_the_networks_fault(error):
+    def raises(*_):
+        raise error
+
+    with pytest.raises(type(error)) as found:
+        Policy(Says(raises), spaces.Box(-1, 1, (3,)), spaces.Discrete(3)).act(np.zeros(3, dtype=np.float32))
+    assert found.value is error

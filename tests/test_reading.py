@@ -15,7 +15,7 @@ from tests.architectures import make
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.language import dpo, ppo, rehearsal, reward_model, sft
-from understudy.language.generate import check_cache, generate, lay_out
+from understudy.language.generate import check_cache, generate, lay_out, sampling_problem
 from understudy.language.model import Policy, digest, recompute_activations
 from understudy.language.reading import check_reading, distance
 from understudy.language.scorer import RewardModel
@@ -368,3 +368,26 @@ def test_log_probs_that_are_minus_infinity_alike_are_no_distance_apart():
     assert distance(ruled_out, ruled_out + 0) == 0
     assert distance(ruled_out, torch.tensor([-math.inf, -3.0])) == 2
     assert distance(ruled_out, torch.tensor([-2.0, -1.0])) == math.inf
+
+
+CHECKS = {
+    "settle": lambda policy: policy.settle(ROWS),
+    "reading": lambda policy: check_reading(policy, ROWS),
+    "sampling": lambda policy: sampling_problem(policy, ROWS),
+}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out"), RuntimeError("can't allocate memory")], ids=["GPU", "CPU"]
+)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
+def test_memory_that_runs_out_in_a_check_is_not_the_models_fault(error, check):
+    policy = Policy(tiny("llama"))
+
+    def runs_out(*_):
+        raise error
+
+    policy.model.base_model.register_forward_pre_hook(runs_out)
+    with pytest.raises(type(error)) as found:
+        check(policy)
+    assert found.value is error

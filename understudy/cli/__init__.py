@@ -86,8 +86,10 @@ def _sentence(error: BaseException, said: str | None = None) -> str:
 
 def _too_large(error: Exception) -> str | None:
     """The refusal of a request that does not fit into memory or into a file name, wherever it was met; else None."""
+    from understudy.run.guard import ran_out_of_memory
+
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "can't allocate memory" in text:  # of NumPy and Python; of torch on a CPU
+    if ran_out_of_memory(error):
         tried = re.search(r"you tried to allocate (\d+ bytes)", text)
         amount = f" ({tried[1]} at once)" if tried else ""
         return f"memory ran out{amount}: lower the sizes asked for, such as hidden, num_envs, rollout, rows or max_new"

@@ -12,6 +12,7 @@ from understudy.control.environment import first_sentence, imported
 from understudy.control.spaces import MASK, mask_sizes
 from understudy.distribution import Categorical, MultiCategorical
 from understudy.run.config import RequestError
+from understudy.run.guard import ran_out_of_memory
 from understudy.run.origin import origin
 
 NEEDED = ("noise", "at", "mode", "log_prob", "entropy")
@@ -56,6 +57,8 @@ def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.S
     try:
         found = network(*given)
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         place = origin(error)
         raise RequestError(
             f"policy is a network of your own, which raises {type(error).__name__} when it is called with {called}: "

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from understudy.batch import Text, Trajectory
 from understudy.language.cache import Grid
-from understudy.language.reading import TOLERANCE, distance
+from understudy.language.reading import TOLERANCE, distance, ran_out_of_memory
 from understudy.language.tokens import pick, truncate
 from understudy.run.config import RequestError
 
@@ -385,7 +385,9 @@ def sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
 
 
 def failing(error: Exception) -> str:
-    """An exception as the end of a sentence."""
+    """An exception as the end of a sentence. That memory ran out says nothing about the model, and is raised on."""
+    if ran_out_of_memory(error):
+        raise error
     return f"fails on this model ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
 
 

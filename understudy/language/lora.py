@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from understudy.language.reading import trunk_of
 from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError, nearest
+from understudy.run.guard import ran_out_of_memory
 from understudy.run.installation import install_hint
 
 ADAPTER = "adapter"
@@ -205,6 +206,8 @@ def merge(model: Any, source: str | Path) -> Any:
             warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is going away
             merged: Any = PeftModel.from_pretrained(model, str(source), config=config).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise RequestError(
             f"model is '{source}', an adapter that does not go on its base ({' '.join(str(error).split())[:160]}): put the "
             f"right base_model_name_or_path into {CONFIG}"

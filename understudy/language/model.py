@@ -25,6 +25,7 @@ from understudy.language.reading import (
     TOLERANCE,
     check_causal,
     keep_from_training_mode,
+    ran_out_of_memory,
     read,
     silence_dropout,
     trunk_of,
@@ -153,7 +154,7 @@ class Policy(nn.Module):
         try:
             policy.critic = _load_critic(policy.model, critic, about.get("critic_layers", 1), path / "critic")
         except (Damaged, TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, RequestError):
+            if isinstance(error, RequestError) or ran_out_of_memory(error):
                 raise
             raise RequestError(
                 f"policy is '{path}', whose critic does not fit it ({' '.join(str(error).split())[:160]}): give another"
@@ -305,6 +306,8 @@ class Policy(nn.Module):
         try:
             own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
         except Exception as error:  # whatever a model raises that wants more than tokens
+            if ran_out_of_memory(error):
+                raise
             raise RequestError(
                 f"model is a {name}, which cannot read a row of tokens ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:120]}): give another"
@@ -314,6 +317,8 @@ class Policy(nn.Module):
             gap = float(torch.where(ours == own, 0.0, ours - own).abs().max())  # tokens ruled out are -inf in both
             problem = "" if gap <= TOLERANCE[self.model.dtype] else f"is {gap:.2g} nats from this model's own log-probs"
         except Exception as error:
+            if ran_out_of_memory(error):
+                raise
             problem = f"cannot be used apart ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         if problem:
             self.fast = False

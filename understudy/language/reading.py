@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from understudy.batch import Text
 from understudy.language.lean import lean
 from understudy.run.config import RequestError
+from understudy.run.guard import ran_out_of_memory as ran_out_of_memory
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float64: 1e-8}
 """In nats: how far log-probs computed in two right ways may lie apart."""
@@ -255,9 +256,11 @@ def _refusing(model: Reader) -> Iterator[None]:
     """Whatever a model raises that cannot read rows of tokens, as a sentence."""
     try:
         yield
-    except (RequestError, torch.OutOfMemoryError):
+    except RequestError:
         raise
     except Exception as error:
+        if ran_out_of_memory(error):
+            raise
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise RequestError(
             f"{_named(model)}, which cannot read rows of tokens ({problem}): give another model"

@@ -7,6 +7,8 @@ import sys
 import traceback
 from typing import Any
 
+import torch
+
 from understudy.run.config import RequestError
 from understudy.run.origin import origin
 from understudy.run.paths import short
@@ -69,6 +71,11 @@ class Guard:
         kept = self.stage.kept
         if kept.get("lr_scale", 1.0) < 1.0:
             kept["lr_scale"] = min(1.0, kept["lr_scale"] * 2 ** (1 / GROWS_BACK))
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of a GPU or the machine: nothing is wrong with what was called."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def out_of_memory(error: BaseException, run: Run, mend: str) -> RequestError:
