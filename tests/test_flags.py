@@ -17,6 +17,7 @@ from understudy.cli.flags import as_number, fields_in_file, fields_in_flags
 from understudy.cli.help import GROUPS, field_docs, group_of
 from understudy.cli.language import RECIPES as LANGUAGE
 from understudy.cli.language import REWARDS
+from understudy.cli.peers import PEERS
 from understudy.control.ppo import Config
 from understudy.language.judge import BUILTINS
 from understudy.run.config import RequestError
@@ -259,3 +260,40 @@ def test_a_whole_float_in_a_python_config_is_a_whole_number():
     assert (config.steps, type(config.steps), type(config.stop_at_return)) == (100_000, int, float)
     with pytest.raises(RequestError, match=r"^steps is 1\.5: must be a whole number"):
         Config(env="CartPole-v1", steps=1.5)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("own", PEERS)
+def test_what_other_libraries_call_a_field_leads_to_fields_of_ours(own):
+    known = {field for config in RECIPE_CONFIGS for field in config.__dataclass_fields__}
+
+    assert set(own.split()) <= known
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag", "own"),
+    [
+        (control.ppo, "--lr", "--learning-rate, Adam's step size at the start"),
+        (control.ppo, "--total-timesteps", "--steps"),
+        (control.ppo, "--n-steps", "--rollout"),
+        (control.ppo, "--batch-size", "--minibatches"),
+        (control.ppo, "--clip-range", "--clip"),
+        (language.sft, "--batch-size", "--minibatch-rows"),
+        (language.grpo, "--kl-coef", "--kl-reference-coef"),
+        (language.grpo, "--num_generations", "--group"),
+    ],
+)
+def test_a_flag_of_another_library_is_answered_with_ours(recipe, flag, own):
+    with pytest.raises(RequestError, match=f"is not a flag of `it`: here it is {own}"):
+        fields_in_flags(recipe.Config, [flag, "1"], prog="it")
+
+
+def test_a_field_of_another_library_in_a_file_is_answered_with_ours(tmp_path):
+    (tmp_path / "own.yaml").write_text("n_steps: 128\n")
+
+    with pytest.raises(RequestError, match="'n_steps' is no field of this recipe: here it is rollout"):
+        fields_in_file(control.ppo.Config, ["--config", str(tmp_path / "own.yaml")])
+
+
+def test_a_name_of_another_library_that_a_recipe_lacks_gets_the_nearest():
+    with pytest.raises(RequestError, match=r"--n-steps is not a flag of `it`; did you mean"):
+        fields_in_flags(language.sft.Config, ["--n-steps", "1"], prog="it")

@@ -14,6 +14,8 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
+from understudy.cli.help import field_docs
+from understudy.cli.peers import own_name
 from understudy.run.config import RequestError, nearest, shown
 
 MAX_CONFIG_BYTES = 1_000_000
@@ -29,9 +31,8 @@ def fields_in_file(kind: Any, argv: list[str]) -> tuple[dict[str, Any], list[str
     names = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if str(name).replace("-", "_") not in names:
-            raise RequestError(
-                f"config is {file!r}, where {name!r} is no field of this recipe{nearest(str(name), names)}"
-            )
+            hint = _known_elsewhere(kind, str(name), "") or nearest(str(name), names)
+            raise RequestError(f"config is {file!r}, where {name!r} is no field of this recipe{hint}")
     hints = get_type_hints(kind)
     given = {str(name).replace("-", "_"): value for name, value in given.items()}
     return {name: _from_yaml(hints[name], value) for name, value in given.items()}, argv
@@ -45,7 +46,8 @@ def fields_in_flags(kind: Any, argv: list[str], *, prog: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for flag, words in _by_flag(argv, prog):
         if flag not in flags | switches:
-            raise RequestError(f"{flag} is not a flag of `{prog}`{nearest(flag, flags | switches | {'--config'})}")
+            hint = _known_elsewhere(kind, flag, "--") or nearest(flag, flags | switches | {"--config"})
+            raise RequestError(f"{flag} is not a flag of `{prog}`{hint}")
         name = flag[2:].replace("-", "_")
         if flag in switches:
             name = name.removeprefix("no_")
@@ -60,6 +62,15 @@ def fields_in_flags(kind: Any, argv: list[str], *, prog: str) -> dict[str, Any]:
             _stray(words[1:], prog)
             given[name] = _from_text(name, hints[name], words[0])
     return given
+
+
+def _known_elsewhere(kind: Any, name: str, mark: str) -> str:
+    """The end of a refusal where other libraries call a field of ours so, with the field's line of help; else ""."""
+    docs = field_docs(kind)
+    own = own_name(name.removeprefix("--").replace("-", "_"), docs)
+    if own is None:
+        return ""
+    return f": here it is {mark}{own.replace('_', '-') if mark else own}, {docs[own].rstrip('.')}"
 
 
 def _by_flag(argv: list[str], prog: str) -> list[tuple[str, list[str]]]:

@@ -89,7 +89,8 @@ class Config(config.Rollouts):
                 "has no effect on a single step: raise epochs or minibatches",
             ),
             (clipped, "clip", "has no effect in this objective: make objective clip"),
-            (penalty, "kl_coef adaptive_kl_target", "has no effect in this objective: make objective penalty"),
+            (penalty, "kl_coef", "is of KL(old, new) in objective penalty: the reference's is kl_reference_coef"),
+            (penalty, "adaptive_kl_target", "has no effect in this objective: make objective penalty"),
             (
                 self.kl_coef > 0,
                 "adaptive_kl_target",
