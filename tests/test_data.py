@@ -439,3 +439,11 @@ def test_json_that_is_nested_too_deeply_is_refused(file, name, row):
 
     with pytest.raises(RequestError, match=rf"{row} .*nested too deeply"):
         read(file(name, content if name == "a.jsonl" else f"[{content}]"))
+
+
+def test_a_misspelt_name_of_ours_in_columns_is_refused_with_the_right_one(tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"question": "a", "solution": "b"}\n')
+
+    with pytest.raises(RequestError, match=r"'promt' is none of our names: write --columns prompt=question"):
+        read(str(tmp_path / "data.jsonl"), columns={"promt": "question"})
+    assert read(str(tmp_path / "data.jsonl"), columns={"answers": "solution"})[0]["answers"] == "b"  # a reward's

@@ -13,7 +13,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
+from understudy import load
 from understudy.batch import Batch, Text
+from understudy.control.policy import policy_path
 from understudy.language import ppo, rehearsal, reward_model, sft, stage
 from understudy.language.cast import open_cast
 from understudy.language.collect import Said
@@ -858,3 +860,49 @@ def test_the_kl_is_held_at_its_target_wherever_its_coefficient_began(kl_at_the_e
 @pytest.mark.learning
 def test_without_a_target_the_coefficient_decides_how_far_the_policy_goes(kl_at_the_end):
     assert kl_at_the_end(0.15, target=0.0, iterations=50) > 2 * kl_at_the_end(1.5, target=0.0, iterations=50)
+
+
+# runs of another kind
+
+
+def test_a_run_of_another_kind_is_refused_by_its_recipe(go, judge, tmp_path):
+    (tmp_path / "agent" / "policy").mkdir(parents=True)
+    (tmp_path / "agent" / "config.json").write_text('{"recipe": "control ppo", "config": {}}')
+    (tmp_path / "agent" / "policy" / "policy.json").write_text("{}")
+
+    with pytest.raises(
+        RequestError, match=r"agent', a run of `control ppo`, which acts in an environment: give a lang"
+    ):
+        go(model=str(tmp_path / "agent"))
+    with pytest.raises(RequestError, match=r"agent/policy', a policy of a control run, which acts in an environment"):
+        go(model=str(tmp_path / "agent" / "policy"))
+    for refused in (lambda: go(model=str(judge)), lambda: load(judge)):
+        with pytest.raises(
+            RequestError, match="a run of `language reward-model`, which holds a reward model and no policy"
+        ):
+            refused()
+    run = go(steps=1)
+    with pytest.raises(
+        RequestError, match=r"^reward is .* a run of `language ppo`, which holds a policy: give a reward"
+    ):
+        go(reward=str(run.path))
+    with pytest.raises(
+        RequestError, match=r"^init is .* a run of `language ppo`: its policy writes text, and acts nowhere"
+    ):
+        policy_path(run.path, "init")
+
+
+def test_a_run_without_its_policy_is_refused_with_the_way_to_finish_it(go, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"recipe": "language ppo", "config": {}}')
+
+    for refused in (lambda: go(model=str(tmp_path / "half")), lambda: load(tmp_path / "half")):
+        with pytest.raises(RequestError, match=r"has not saved its policy: finish it with `understudy resume .*half`"):
+            refused()
+
+
+def test_a_model_that_is_nowhere_is_refused_in_a_whole_sentence(go):
+    with pytest.raises(
+        RequestError, match=r"model is './none': there is no such directory here, .* in Hugging Face layout$"
+    ):
+        go(model="./none")

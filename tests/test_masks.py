@@ -276,3 +276,9 @@ def test_an_observation_that_is_a_mask_alone_is_refused():
 
 def test_a_mask_is_as_wide_as_its_parts_together():
     assert [mask_width(ACTIONS[name]) for name in ("Discrete", "MultiDiscrete", "MultiBinary", "Box")] == [3, 9, 6, 0]
+
+
+@pytest.mark.parametrize("mask", [[0.0, -np.inf, 0.0], np.array([0, 2, 1]), [np.nan, 1.0, 1.0]])
+def test_a_mask_of_other_values_than_0_and_1_is_refused(mask):
+    with pytest.raises(ValueError, match=r"action_mask holds (-inf|2|nan): must be 1 where an action is allowed"):
+        checked_mask(gymnasium.spaces.Discrete(3), mask)

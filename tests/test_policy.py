@@ -576,3 +576,31 @@ def test_a_network_may_have_no_hidden_layer(tmp_path, observation, memory):
 
     assert run.metrics[-1]["clip_fraction"] == 0
     assert load(run.path).made_of["hidden"] == ()
+
+
+ODD_OBSERVATIONS = {
+    "too short": (np.zeros(2, np.float32), r"obs has shape \[2\]: must be \[3\], or \[B, ...\] of them"),
+    "too wide a batch": (np.zeros((5, 4), np.float32), r"obs has shape \[5, 4\]: must be \[3\] in each of its 5 rows"),
+    "two batches": (np.zeros((1, 1, 3), np.float32), r"obs has shape \[1, 1, 3\]: must be \[3\] in each"),
+    "text": (np.array(["a", "b", "c"]), r"obs is of <U1: must be numbers of float32"),
+    "ragged": ([[1.0], [1.0, 2.0]], r"obs is a list, which does not fit observation_space Box"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_OBSERVATIONS)
+def test_an_observation_that_does_not_fit_is_refused_in_a_sentence(name):
+    obs, message = ODD_OBSERVATIONS[name]
+
+    with pytest.raises(ValueError, match=message):
+        policy().act(obs)
+
+
+def test_an_observation_with_other_keys_is_refused_in_a_sentence():
+    space = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (2,)), "key": gymnasium.spaces.Discrete(3)})
+    made = Policy.build(space, gymnasium.spaces.Discrete(2), Network(hidden=(4,)), seed=0)
+
+    assert made.act({"place": np.zeros(2), "key": 1}) in (0, 1)
+    with pytest.raises(ValueError, match=r"obs is the keys \['place'\], which does not fit"):
+        made.act({"place": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"obs of 'key' is of float64: must be numbers of int64"):
+        made.act({"place": np.zeros(2), "key": 0.5})

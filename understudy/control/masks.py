@@ -107,7 +107,7 @@ def checked_mask(action_space: gymnasium.Space, mask: Any) -> np.ndarray:
     """A mask of any form as bool [width].
 
     Raises:
-        ValueError: it has the wrong width, or allows nothing.
+        ValueError: it has the wrong width, holds other values than 0 and 1, or allows nothing.
     """
     allowed, width = flat_mask(mask), mask_width(action_space)
     if len(allowed) != width:
@@ -118,10 +118,18 @@ def checked_mask(action_space: gymnasium.Space, mask: Any) -> np.ndarray:
 
 
 def flat_mask(mask: Any) -> np.ndarray:
-    """A mask given as an array, a list, or one array for each dimension of the action, as bool [width]."""
-    if isinstance(mask, np.ndarray) and mask.dtype != object:
-        return mask.astype(bool).ravel()
-    return np.concatenate([np.ravel(part) for part in mask]).astype(bool)
+    """A mask given as an array, a list, or one array for each dimension of the action, as bool [width].
+
+    Raises:
+        ValueError: it holds other values than 0 and 1, such as logits or the numbers of actions.
+    """
+    plain = isinstance(mask, np.ndarray) and mask.dtype != object
+    flat = mask.ravel() if plain else np.concatenate([np.ravel(part) for part in mask])
+    if flat.dtype != bool and not (allowed := (flat == 0) | (flat == 1)).all():
+        raise ValueError(
+            f"{MASK} holds {flat[~allowed][0]!s:.20}: must be 1 where an action is allowed and 0 where it is not"
+        )
+    return flat.astype(bool)
 
 
 def random_allowed(action_space: gymnasium.Space, allowed: np.ndarray, rng: np.random.Generator) -> np.ndarray:

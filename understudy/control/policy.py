@@ -26,10 +26,10 @@ from understudy.control.spaces import (
     add_batch,
     all_forbidden,
     check_action_space,
+    checked_batch,
     executable,
     features,
     from_json,
-    is_batched,
     is_image,
     read,
     settled_squash,
@@ -37,7 +37,7 @@ from understudy.control.spaces import (
 )
 from understudy.run.checkpoint import Damaged, shapes_of, tensors_of
 from understudy.run.config import RequestError, check
-from understudy.run.store import SCHEMA, read_schema
+from understudy.run.store import SCHEMA, holds_no_policy, read_schema, recipe_of
 from understudy.sample import choose
 
 WEIGHTS = "policy.safetensors"
@@ -187,7 +187,8 @@ class Policy(nn.Module):
             The action; a policy with memory returns (action, state).
 
         Raises:
-            ValueError: the policy was trained with action masks and none is given, or the mask does not fit.
+            ValueError: the policy was trained with action masks and none is given; the mask, or the observation, does not
+                fit.
         """
         if action_mask is None and self.has_action_mask:
             raise ValueError(
@@ -195,7 +196,7 @@ class Policy(nn.Module):
                 'info["action_mask"] or what action_masks() returns, or True to allow every action'
             )
         self.eval()  # whatever mode the user's own network was put in meanwhile
-        batched = is_batched(self.observation_space, obs)
+        batched = checked_batch(self.observation_space, obs)
         obs = obs if batched else add_batch(self.observation_space, obs)
         mask = None if action_mask is None or action_mask is True else action_mask
         if mask is not None:
@@ -333,4 +334,8 @@ def policy_path(path: Path, field: str) -> Path:
             raise RequestError(f"{field} is '{path}', whose policy is a link: name the directory it leads to")
         if (candidate / "policy.json").is_file() and (candidate / WEIGHTS).is_file():
             return candidate
-    raise RequestError(f"{field} is '{path}', which holds no policy: give the directory of a run, or its policy/")
+    if (path / "policy" / "understudy.json").is_file():
+        raise RequestError(
+            f"{field} is '{path}', a run of `{recipe_of(path)}`: its policy writes text, and acts nowhere"
+        )
+    raise RequestError(f"{field} is '{path}', {holds_no_policy(path)}")

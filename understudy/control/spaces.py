@@ -188,6 +188,28 @@ def is_batched(space: gymnasium.Space, obs: Any) -> bool:
     return np.ndim(next(_arrays(space, obs))) > len(leaf.shape or ())
 
 
+def checked_batch(space: gymnasium.Space, obs: Any) -> bool:
+    """Whether an observation, of one row or of several, has a batch dimension.
+
+    Raises:
+        ValueError: it has another form, shape or kind of numbers than the space.
+    """
+    try:
+        found = list(zip(leaves(space), map(np.asarray, _arrays(space, obs)), strict=True))
+        batched = is_batched(space, obs)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        has = f"the keys {sorted(map(str, obs))}" if isinstance(obs, dict) else f"a {type(obs).__name__}"
+        raise ValueError(f"obs is {has}, which does not fit observation_space {space}") from error
+    for (path, leaf), array in found:
+        name, shape = "obs" if path == PLAIN else f"obs of {path!r}", tuple(leaf.shape or ())
+        if array.shape[batched:] != shape:
+            batch = ", or [B, ...] of them" if not batched else f" in each of its {len(array)} rows"
+            raise ValueError(f"{name} has shape {list(array.shape)}: must be {list(shape)}{batch}, as in {leaf}")
+        if array.dtype.kind not in ("biuf" if np.issubdtype(leaf.dtype, np.floating) else "biu"):
+            raise ValueError(f"{name} is of {array.dtype}: must be numbers of {leaf.dtype}, as in {leaf}")
+    return batched
+
+
 def add_batch(space: gymnasium.Space, obs: Any) -> Any:
     """The same observation as a batch of one."""
     if isinstance(space, spaces.Dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import gzip
 import hashlib
 import importlib
@@ -496,12 +497,21 @@ def _extra(module: str, purpose: str) -> ModuleType:
         raise RequestError(f"{purpose} needs the package {package}: pip install {package}") from None
 
 
+OURS = ("prompt", "completion", "messages", "chosen", "rejected")
+"""Columns of which a name that differs by a letter is taken for a mistake; others may be a reward function's."""
+
+
 def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
     there = column_names(rows)
     for ours, theirs in columns.items():
         if theirs not in there:
             known = f"the columns are {', '.join(there)}"
             raise RequestError(f"columns says {ours}={theirs}: {known}{nearest(theirs, there)}")
+        absent = [name for name in OURS if name not in {*there, *columns}]
+        if ours not in OURS and (close := difflib.get_close_matches(ours, absent, n=1, cutoff=0.8)):
+            raise RequestError(
+                f"columns says {ours}={theirs}, and {ours!r} is none of our names: write --columns {close[0]}={theirs}"
+            )
     taken = {*columns, *columns.values()}
     return [
         {name: cell for name, cell in row.items() if name not in taken}

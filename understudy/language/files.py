@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig
 from understudy.language.lora import base_of, merge
 from understudy.run.checkpoint import Damaged, read_json
 from understudy.run.config import RequestError
+from understudy.run.store import holds_no_policy, recipe_of
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
 INDEX = "model.safetensors.index.json"
@@ -85,9 +87,14 @@ def load_reported(
                 f"model is '{source}', whose architecture transformers does not load by {kind.__name__}: give a model of "
                 "another one"
             ) from error
+        if not Path(source).exists() and isinstance(error, OSError | ValueError):
+            raise RequestError(
+                f"model is '{source}': there is no such directory here, and no such model on the Hugging Face hub, if "
+                "that can be reached: give a directory or hub id in Hugging Face layout"
+            ) from error
+        why = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise RequestError(
-            f"model is '{source}', which cannot be loaded ({' '.join(str(error).split())[:200]}): give a directory or hub "
-            "id in Hugging Face layout"
+            f"model is '{source}', which cannot be loaded ({why}): give a directory or hub id in Hugging Face layout"
         ) from error
 
 
@@ -115,6 +122,7 @@ def check_files(source: str | Path, *, trust_remote_code: bool) -> None:
     path = Path(source)
     if not path.is_dir():
         return
+    _refuse_run(path)
     try:
         for file in path.iterdir():
             if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would be waited for
@@ -127,6 +135,21 @@ def check_files(source: str | Path, *, trust_remote_code: bool) -> None:
             _check_index(read_json(index, most=LARGEST_CONFIG, links=True), index)
     except Damaged as error:
         raise RequestError(f"model is '{source}', and {error}: give a directory in Hugging Face layout") from error
+
+
+def _refuse_run(path: Path) -> None:
+    """Refuse a run, or a policy, that is not of the kind that was asked for: its own would have been found inside."""
+    recipe = recipe_of(path)
+    if str(recipe).startswith("control") or (path / "policy.json").is_file():
+        what = f"a run of `{recipe}`" if recipe else "a policy of a control run"
+        raise RequestError(f"model is '{path}', {what}, which acts in an environment: give a language model")
+    if recipe is not None and recipe != "language reward-model" and (path / "policy").is_dir():
+        raise RequestError(
+            f"model is '{path}', a run of `{recipe}`, which holds a policy: give a reward model, as `language reward-model` "
+            "saves it"
+        )
+    if recipe is not None:
+        raise RequestError(f"model is '{path}', {holds_no_policy(path)}")
 
 
 def check_pickles(source: str | Path) -> None:

@@ -343,6 +343,31 @@ def read_config(run: Path) -> dict[str, Any]:
     return about
 
 
+def recipe_of(path: Path) -> str | None:
+    """The recipe of the run in a directory, as "control ppo"; None where it holds no run."""
+    try:
+        about = checkpoint.read_json(path / "config.json", most=LARGEST)
+    except checkpoint.Damaged:
+        return None
+    recipe = about.get("recipe") if isinstance(about, dict) else None
+    return recipe[:60] if isinstance(recipe, str) else None
+
+
+def holds_no_policy(path: Path) -> str:
+    """What a directory without a policy holds instead, and what to do, as the end of a sentence that names it."""
+    recipe = recipe_of(path)
+    if recipe is None or (path / "policy").exists():
+        return "which holds no policy: give the directory of a run, or its policy/"
+    if recipe == "language reward-model":
+        return (
+            "a run of `language reward-model`, which holds a reward model and no policy: it is for --reward, and in Python "
+            f"language.RewardModel.from_pretrained({str(path / 'reward_model')!r})"
+        )
+    return (
+        f"a run of `{recipe}` that has not saved its policy: finish it with `understudy resume {short(absolute(path))}`"
+    )
+
+
 def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
     """One of our JSON files with a version of its form, which may be anybody's.
 
