@@ -123,7 +123,7 @@ def test_what_runs_say_does_not_steer_the_terminal(made, capsys):
     assert main(["compare", str(run), str(other)]) == 0
     out = capsys.readouterr().out
     assert "\\x1b[2J" in out and not {"\x1b", "\x07", "\x9b", "\u202e"} & set(out)
-    assert out.count("\n") == 2  # a line a group, whatever their names hold
+    assert out.count("\n") == 3  # a line a group, whatever their names hold, and that env differs
 
 
 def test_a_million_lines_are_compared_in_a_moment_and_little_memory(made):
@@ -156,3 +156,14 @@ def test_a_model_directory_is_refused_as_no_run(tmp_path, capsys):
 
     assert main(["compare", str(tmp_path)]) == 2
     assert "config.json names no config: give the directory of a run" in capsys.readouterr().err
+
+
+def test_groups_in_other_environments_are_said_to_be_measured_on_others(made):
+    runs = [
+        made(seed=1, returns=[1.0], env="E", env_options={}),
+        made(seed=1, returns=[1.0], env="E", env_options={"g": 5}),
+    ]
+
+    assert table(groups(runs)).splitlines()[-1].startswith("The groups differ in env_options: ")
+    other = made(seed=1, returns=[1.0], env="E", env_options={}, lam=0.5)
+    assert "The groups differ" not in table(groups([runs[0], other]))

@@ -13,14 +13,15 @@ from tests.test_cli import SMALL, here, refused
 from understudy import control, language
 from understudy.cli import main
 from understudy.cli.control import RECIPES as CONTROL
-from understudy.cli.flags import as_number, fields_in_file, fields_in_flags
+from understudy.cli.flags import as_number, fields_in_file, fields_in_flags, unescaped
 from understudy.cli.help import GROUPS, field_docs, group_of
 from understudy.cli.language import RECIPES as LANGUAGE
-from understudy.cli.language import REWARDS
+from understudy.cli.language import REWARDS, _configure
 from understudy.cli.peers import PEERS
 from understudy.control.ppo import Config
 from understudy.language.judge import BUILTINS
 from understudy.run.config import RequestError
+from understudy.run.installation import version
 
 __all__ = ["here"]  # a fixture
 RECIPE_CONFIGS = [getattr(control, name).Config for name in CONTROL.values()]
@@ -297,3 +298,32 @@ def test_a_field_of_another_library_in_a_file_is_answered_with_ours(tmp_path):
 def test_a_name_of_another_library_that_a_recipe_lacks_gets_the_nearest():
     with pytest.raises(RequestError, match=r"--n-steps is not a flag of `it`; did you mean"):
         fields_in_flags(language.sft.Config, ["--n-steps", "1"], prog="it")
+
+
+def test_escapes_in_a_stop_of_the_command_line_are_read_and_others_stay():
+    assert [*map(unescaped, ["\\n\\n", "a\\tb", "\\\\n", "\\boxed", "###"])] == [
+        "\n\n",
+        "a\tb",
+        "\\n",
+        "\\boxed",
+        "###",
+    ]
+    assert _configure(language.sft.Config, ["--model", "m", "--data", "d", "--stop", r"\n\n"], prog="it").stop == (
+        "\n\n",
+    )
+
+
+def test_help_of_evaluate_is_of_both_worlds(capsys):
+    assert main(["evaluate", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Control runs:" in text and "--episodes" in text
+    assert "Language runs:" in text and "--evaluation-data" in text
+
+
+def test_the_program_says_its_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"understudy {version()}\n"
+
+
+def test_the_help_of_rewards_has_each_flag_once():
+    assert REWARDS.count("--fail-if-worse") == 1

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
-from understudy import load
+from understudy import load, resume
 from understudy.batch import Batch, Text
 from understudy.control.policy import policy_path
 from understudy.language import ppo, rehearsal, reward_model, sft, stage
@@ -582,6 +582,16 @@ def test_scores_that_go_missing_are_told_once_and_noted(go, capsys):
     assert texts == ["reward score gave 1 of 8 completions no score (1 none): they are missing, which is not 0"]
     assert capsys.readouterr().err.count(f"understudy: {texts[0]}\n") == 1
     assert [line["score_missing"] for line in run.metrics] == [0.125, 0.125]
+
+
+def test_what_resume_needs_of_a_function_is_printed_on_resume(go, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(completions):\n    return [float(len(c)) for c in completions]\n")
+    spec = f"{tmp_path / 'mine.py'}:score"
+    run = go(reward=spec, quiet=False)
+    assert "resume is exact only" not in capsys.readouterr().err
+
+    resume(run.path, reward=(spec,))
+    assert "resume is exact only if" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("objective", ["clip", "penalty"])

@@ -344,7 +344,10 @@ def test_code_that_has_changed_since_the_run_began_is_refused_until_it_is_named(
     own = own_run(place)
     (place / "own_tool.py").write_text(FILES["own_tool"] + "# otherwise\n")
 
-    refused(lambda: understudy.resume(own, steps=64), "not what a run of yours began with.*--env")
+    refused(
+        lambda: understudy.resume(own, steps=64),
+        "which your run began with, but own_tool.py has changed since: name it yourself with --env",
+    )
     assert understudy.resume(own, steps=64, env="own_tool:Own").metrics[-1]["steps"] == 64
 
 

@@ -299,3 +299,12 @@ def test_a_resume_that_is_refused_lets_go_of_the_run(run):
         understudy.resume(run, env="Nothing-v0")
     assert (run / "config.json").read_bytes() == config
     assert understudy.resume(run).metrics[-1]["iteration"] == 6
+
+
+def test_a_run_is_shown_by_its_recipe_steps_and_score(tmp_path):
+    run = Run.create(str(tmp_path / "run"), "ppo", {"recipe": "control ppo", "config": {}})
+    assert repr(run) == f"<Run '{tmp_path / 'run'}': control ppo, 0 steps>"
+    run.log({"iteration": 1, "steps": 4096, "episode_return_mean": 50.25})
+    run.close()
+
+    assert repr(run) == f"<Run '{tmp_path / 'run'}': control ppo, 4,096 steps, episode_return_mean 50.25>"

@@ -33,7 +33,7 @@ One policy-gradient library for agents in environments and language models under
   understudy lineage RUN                       where this policy comes from; --verify recomputes every digest
   understudy compare RUN RUN ...               interquartile mean, interval, probability of improvement
 
-Add --help to a verb for its flags. Start here:  understudy control ppo --env CartPole-v1
+Add --help to a verb for its flags; --version prints this program's. Start here:  understudy control ppo --env CartPole-v1
 """
 TRAINING = ("control", "language", "rehearse", "resume")
 VERBS = (*TRAINING, "evaluate", "generate", "show", "lineage", "compare")
@@ -119,6 +119,11 @@ def _answer(argv: list[str]) -> int:
     ):
         print(HELP, end="")
         return 0
+    if argv[0] == "--version":
+        from understudy.run.installation import version
+
+        print(f"understudy {version()}")
+        return 0
     from understudy.run.children import end_descendants_if_killed
     from understudy.run.installation import foreign_warning
     from understudy.run.redact import printable
@@ -170,11 +175,19 @@ def _run(verb: str, argv: list[str]) -> int:
 def _evaluate(argv: list[str]) -> int:
     from pathlib import Path
 
+    from understudy.cli.flags import asks_for_help
     from understudy.run.store import read_config
 
     path = next((Path(word) for word in argv if not word.startswith("-")), None)
     if path is not None and path.name == "best" and (path / "understudy.json").is_file():
         path = path.parent
+    if path is None and asks_for_help(argv):
+        from understudy.cli import control, language
+
+        for world in (control, language):
+            with contextlib.suppress(SystemExit):  # argparse ends after a help page
+                world.evaluate_run(argv)
+        return 0
     if path is not None and str(read_config(path).get("recipe", "")).startswith("language"):
         from understudy.cli.language import evaluate_run
     else:

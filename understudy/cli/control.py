@@ -106,7 +106,7 @@ POLICY_HELP = "the network of your own that the run was trained with, or what ma
 
 
 def evaluate_run(argv: list[str]) -> int:
-    parser = Parser(prog="understudy evaluate", description="Evaluate a run's final policy on seeds never trained on.")
+    parser = Parser(prog="understudy evaluate", description="Control runs: the final policy on seeds never trained on.")
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--episodes", type=whole_number, default=100, help="episodes (default 100)")
     parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import stat
 import types
 from collections.abc import Iterable
@@ -107,6 +108,11 @@ def _from_text(name: str, hint: Any, text: str) -> Any:
             raise RequestError(f"{name} is {text[:60]!r}: must be a {'whole ' if hint is int else ''}number")
         return number
     return json_object(name, text) if origin is dict else text
+
+
+def unescaped(text: str) -> str:
+    """A word of the command line in which \\n, \\t and \\\\ stand for a line's end, a tab and a backslash; others stay."""
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t", "\\": "\\"}[found[1]], text)
 
 
 def json_object(name: str, text: str) -> dict[str, Any]:

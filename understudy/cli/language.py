@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, whole_number
+from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, unescaped, whole_number
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
 from understudy.language.best import FOLDER as BEST
@@ -77,10 +77,8 @@ REWARDS = """
   repetition           the share of its 4-grams that the completion has had before
 
 besides the fields:
-  --fail-if-worse      exit code 1 where the run ended worse than it began
+  --fail-if-worse      exit code 1 where the run ended worse than it began, which it always says
   --json               the last line of standard output is one JSON object
-
---fail-if-worse        exit with 1 where the run ended worse than it began, which it always says
 """
 EXAMPLES = {
     "sft": "--model DIR --data demonstrations.jsonl --out runs/sft",
@@ -141,7 +139,8 @@ def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
     """A recipe's config from flags over a config file over its defaults."""
     helps = asks_for_help(argv)
     given, argv = fields_in_file(kind, [word for word in argv if word not in ("-h", "--help")])
-    given |= fields_in_flags(kind, argv, prog=prog)
+    flags = fields_in_flags(kind, argv, prog=prog)
+    given |= flags | ({"stop": tuple(map(unescaped, flags["stop"]))} if "stop" in flags else {})
     needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
     if helps:
         usage = " ".join(f"--{name} {NEEDED[name].partition(':')[0]}" for name in needed)
@@ -154,6 +153,9 @@ def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
         if name not in given:
             raise RequestError(f"{name} is missing: {NEEDED[name].partition(':')[2]}")
     return kind(**given)
+
+
+STOP_HELP = r"texts or token ids that end it; \n, \t and \\ stand for a line's end, a tab and \ (default: the model's)"
 
 
 def say(argv: list[str]) -> int:
@@ -173,7 +175,7 @@ def say(argv: list[str]) -> int:
     parser.add_argument("--count", type=whole_number, default=1, help="completions of the prompt (default 1)")
     parser.add_argument("--temperature", type=float, help="of sampling (default: the policy's own)")
     parser.add_argument("--greedy", action="store_true", help="the likeliest token each time, instead of sampling")
-    parser.add_argument("--stop", nargs="+", default=[], help="texts or token ids that end it (default: the model's)")
+    parser.add_argument("--stop", nargs="+", default=[], help=STOP_HELP)
     parser.add_argument("--seed", type=whole_number, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.read(argv)
@@ -182,7 +184,7 @@ def say(argv: list[str]) -> int:
     source = home(args.source, "policy")
     policy = load(source) if (Path(source) / "understudy.json").is_file() else Policy.from_pretrained(source)
     try:
-        policy.tokenizer = Tokenizer.load(source, stop=tuple(args.stop))
+        policy.tokenizer = Tokenizer.load(source, stop=tuple(map(unescaped, args.stop)))
     except RequestError:
         if args.stop:
             raise
@@ -213,7 +215,10 @@ def _talk(answer: Any, seed: int) -> int:
 
 def evaluate_run(argv: list[str]) -> int:
     """`understudy evaluate RUN` of a language run: held-out rows, fixed seeds."""
-    parser = Parser(prog="understudy evaluate", description="Evaluate a language run on rows it did not learn from.")
+    parser = Parser(
+        prog="understudy evaluate",
+        description="Language runs: the policy or reward model on rows it did not learn from.",
+    )
     parser.add_argument("run", help="directory of a run, or RUN/best")
     parser.add_argument("--rows", type=whole_number, help="completions to sample (default 256)")
     parser.add_argument("--evaluation-data", help="a file to evaluate on, instead of the rows that the run held out")

@@ -363,7 +363,8 @@ def open_cast(
         for text in () if cfg.quiet else map(str, findings):
             print(printable(text), file=sys.stderr)
         function_state.set_states(cast, states)  # preflight's calls are none of the run's
-        cast.policy.remarks += function_state.not_saved(cast) if resume is None else []
+        not_saved = function_state.not_saved(cast)
+        cast.policy.remarks += not_saved if resume is not None else []  # where it matters it is printed
         with stage.open_stage(recipe, cfg, cast.policy, cast.optimizer, total=cfg.steps, resume=resume) as run:
             cast.run, run.bounds = run, cast.bounds
             run.function_states = partial(function_state.save, cast)
@@ -373,6 +374,8 @@ def open_cast(
                 cast.bounds.restore(run.kept["bounds"])
                 run.run.stopped = cast.bounds.stopped
             stage.same_reference(run.run, cast.reference.digest)
+            for text in not_saved if resume is None else ():
+                run.run.event("remark", text=text)
             for finding in findings:
                 run.run.event("preflight", check=finding.check, text=str(finding))
             lineage.note(run.run.path, **{f"reward {name}": model.digest for name, (model, _) in cast.models.items()})

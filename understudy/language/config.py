@@ -91,7 +91,7 @@ class Config:
     evaluation_data: str | None = None
     """Rows to evaluate on, in a file like data, instead of rows held out; all of data is then learned from."""
     stop: tuple[str, ...] = ()
-    """What ends a completion: tokens, as text or ids, and longer texts; the model's own by default."""
+    r"""Tokens (text or ids) or longer texts that end a completion; a flag's \n is a line's end; default: the model's."""
     template: str | None = None
     """Jinja chat template, or its file, instead of the tokenizer's own."""
     add_bos: bool = False

@@ -12,6 +12,14 @@ DISTRIBUTION = "understudy-rl"  # the index gives `understudy` to another projec
 SUMMARY = "One policy-gradient library for agents in Gymnasium environments and language models under a reward."
 
 
+def version() -> str:
+    """The version of this package; "unknown" where it is on the path without being installed."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def install_hint(extra: str) -> str:
     """The command that installs an extra of this package, from the index or from the checkout that it came from."""
     written = (one.read_text("direct_url.json") for one in metadata.distributions(name=DISTRIBUTION))

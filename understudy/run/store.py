@@ -28,6 +28,7 @@ SCHEMA = 1
 LARGEST = 8 * 2**20  # bytes of such a file
 FILES = (metrics.FILE, "events.jsonl", "evaluation.json")
 FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
+SHOWN = ("episode_return_mean", "score_mean", "loss")  # metrics that a run's repr names
 SPIKES_EVERY = 1000  # lines, at the latest, in which spikes are looked for
 FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
 
@@ -57,6 +58,12 @@ class Run:
         self.changed: list[str] = []  # what is not as it was before the interruption, so that metrics are not compared
         self.expected: dict[int, dict[str, Any]] = {}  # lines from before the interruption, by their iterations
         self.lock = lock.acquire(path)
+
+    def __repr__(self) -> str:
+        last = self.metrics[-1] if len(self.metrics) else {}
+        parts = [recipe_of(self.path) or "no recipe", f"{last.get('steps', 0):,} steps"]
+        parts += [f"{name} {x:.4g}" for name in SHOWN if (x := last.get(name)) is not None]
+        return f"<Run '{short(self.path)}': {', '.join(parts)}>"
 
     @classmethod
     def create(

@@ -88,10 +88,14 @@ def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) ->
         elif code.module and all(_is_installed(file) for file in files):
             installed.append(code)
             continue
-        elif (digests := _digests(code)) and own.get(f"{code.field} {code.name}") == digests:
-            continue
         else:
+            digests, began = _digests(code), own.get(f"{code.field} {code.name}")
+            if digests and began == digests:
+                continue
             why = "which is no installed package's, and not what a run of yours began with"
+            if began:
+                changed = [Path(file).name for file in digests if began.get(file) != digests[file]]
+                why = f"which your run began with, but {', '.join(changed) or 'one of its files'} has changed since"
         raise RequestError(
             f"run '{run}' names code as its {code.field} ({code.name!r}), {why}: "
             f"name it yourself with --{code.field.replace('_', '-')}"

@@ -16,6 +16,7 @@ from understudy.run.store import read_config
 from understudy.study.statistics import interval, iqm, probability_of_improvement
 
 OWN = ("seed", "out", "quiet", "log", "video")  # fields that make no other experiment
+TASK = ("env", "env_options", "wrappers", "data", "evaluation_data")  # fields that say what a run is measured on
 MEASURES = ("evaluation return", "training return", "gold", "score", "accuracy")
 """What runs can be compared by; the first that all of them have is taken. Returns are of control runs, the others of the
 evaluations of language runs, where gold and score count as one measure only if they are made of the same specs."""
@@ -75,6 +76,9 @@ def table(found: list[dict[str, Any]]) -> str:
             f"[{', '.join(bounds) or 'no interval'}], P(above first) {group['improvement']:.2f}: "
             + " ".join(f"{score:.{digits}f}" for score in group["scores"])
         )
+    several = [name for name in TASK if len({json.dumps(group["config"].get(name)) for group in found}) > 1]
+    if several:
+        lines.append(f"The groups differ in {', '.join(several)}: what they are measured on is not the same.")
     runs, evaluated = sum(len(group["runs"]) for group in found), sum(group["evaluated"] for group in found)
     if first["measure"] == "training return" and evaluated:
         lines.append(
