@@ -94,3 +94,16 @@ def test_other_options_of_the_environment_are_said_and_evaluated_with(tmp_path, 
 
     assert "env_options was {} and is {'sutton_barto_reward': True}" in capsys.readouterr().err
     assert json.loads((run / "config.json").read_text())["config"]["env_options"] == {"sutton_barto_reward": True}
+
+
+def test_training_again_from_an_older_checkpoint_is_not_said_to_be_nothing(run, capsys):
+    assert main(["resume", "run", "--steps", "64"]) == 0
+    oldest = sorted(path.name for path in Path("run/checkpoints").iterdir())[0]
+    capsys.readouterr()
+
+    assert main(["resume", "run", "--checkpoint", oldest]) == 0
+    assert "finished" not in capsys.readouterr().err
+
+
+def test_fail_if_worse_is_refused_for_a_run_that_compares_nothing(run, capsys):
+    refused(capsys, ["resume", "run", "--fail-if-worse"], 2, "fail_if_worse is given to a run of control ppo")

@@ -268,6 +268,12 @@ def test_a_run_that_ended_worse_exits_1_where_asked(home, tmp_path, capsys):
     assert "Warning: the run ended worse than it began: its KL to the reference is" in capsys.readouterr().out
     assert "ended_worse" in (tmp_path / "run" / "events.jsonl").read_text()
 
+    assert main(["resume", f"{tmp_path}/run", "--steps", "18", "--fail-if-worse", "--json"]) == 1
+    assert "the run ended worse than it began" in json.loads(capsys.readouterr().out.splitlines()[-1])["ended_worse"]
+    assert main(["resume", f"{tmp_path}/run"]) == 0
+    said = capsys.readouterr()
+    assert "Warning: the run ended worse than it began" in said.out and "nothing was left to do" in said.err
+
 
 def test_fail_if_worse_is_refused_where_nothing_is_compared(home, tmp_path, capsys):
     words = f"language sft --model {home} --data {home}/texts.jsonl --fail-if-worse --out {tmp_path}/run"

@@ -22,6 +22,8 @@ RECIPES = {
     "control": ("reinforce", "actor-critic", "ppo"),
     "language": ("sft", "reward-model", "reinforce", "ppo", "grpo", "dpo"),
 }
+ROLLOUTS = RECIPES["language"][2:5]
+"""Recipes of language whose runs end better or worse than they began."""
 KEPT_ROWS = {"data", "evaluation_data", "pretraining"}  # fields of which a run may hold the rows itself
 
 START = {"control": "--init", "language": "--model"}

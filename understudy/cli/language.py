@@ -20,7 +20,7 @@ from understudy.language.cast import Cast, close
 from understudy.language.model import Policy, digest, home
 from understudy.language.scorer import RewardModel
 from understudy.language.text import Tokenizer
-from understudy.resuming import described, rebuilt
+from understudy.resuming import ROLLOUTS, described, rebuilt
 from understudy.run.config import RequestError, nearest
 from understudy.run.lineage import read_lineage
 from understudy.run.paths import short
@@ -36,7 +36,6 @@ RECIPES = {
     "grpo": "grpo",
     "dpo": "dpo",
 }
-ROLLOUTS = ("reinforce", "ppo", "grpo")
 NEEDED = {  # a field without a default: its value in usage, and the fix
     "model": "DIR:name a directory, run or hub id, as in --model DIR",
     "data": "FILE:name a file, as in --data prompts.jsonl",

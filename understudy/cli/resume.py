@@ -10,9 +10,8 @@ from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, json_object, whole_number
-from understudy.resuming import MOMENTS, START, described
+from understudy.resuming import MOMENTS, ROLLOUTS, START, described
 from understudy.run.config import RequestError
-from understudy.run.metrics import newest_first
 from understudy.run.paths import short
 from understudy.run.store import process_seconds
 
@@ -40,6 +39,9 @@ def resume_run(argv: list[str]) -> int:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with its models, where the run did"
     )
+    parser.add_argument(
+        "--fail-if-worse", action="store_true", help="exit code 1 where a language run ended worse than it began"
+    )
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = read(parser, argv)
     own: dict[str, Any] = {"env": args.env} if args.env else {}
@@ -47,28 +49,38 @@ def resume_run(argv: list[str]) -> int:
     own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
     own |= {name: x for name in ("reply", "device", "policy") if (x := getattr(args, name))}
     own |= {"trust_remote_code": True} if args.trust_remote_code else {}
-    before = next(newest_first(Path(args.run)), {}).get("iteration")
+    world, recipe, _ = described(Path(args.run))
+    if args.fail_if_worse and (world != "language" or recipe not in ROLLOUTS):
+        raise RequestError(
+            f"fail_if_worse is given to a run of {world} {recipe}: only language {', '.join(ROLLOUTS)} end better or "
+            "worse; leave it out"
+        )
     run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)
     if not len(run.metrics):
         raise RequestError(
             f"run is '{args.run}', which has no metrics left to tell what it came to: evaluate it instead"
         )
-    last = run.metrics[-1]
-    if last["iteration"] == before:
-        start = START[described(Path(args.run))[0]]
+    last, code = run.metrics[-1], int(args.fail_if_worse and run.ended_worse is not None)
+    if last["iteration"] <= run.began:
         print(
             f"understudy: the run was finished: nothing was left to do; --steps M extends it, and other settings take a new "
-            f"run with {start} {args.run}",
+            f"run with {START[world]} {args.run}",
             file=sys.stderr,
         )
     if args.json:
         shown = ("episode_return_mean", "score_mean", "loss")
         line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
         line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
+        line |= {} if run.stopped is None else {"stopped": run.stopped}
+        line |= {} if run.ended_worse is None else {"ended_worse": run.ended_worse}
         print(json.dumps(line | {name: last[name] for name in shown if name in last} | {"solved_at": run.solved_at}))
     else:
+        if run.stopped is not None:
+            print(f"Stopped by a constraint: {run.stopped}.")
+        if run.ended_worse is not None:
+            print(f"Warning: {run.ended_worse}.")
         print(f"{last['steps']:,} steps. Run: {short(run.path)}  Next: understudy evaluate {short(run.path)}")
-    return 0
+    return code
 
 
 def read(parser: Parser, argv: list[str]) -> argparse.Namespace:

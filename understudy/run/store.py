@@ -54,6 +54,7 @@ class Run:
         self.refused = 0  # checkpoints in a row that could not be written
         self.looked = 0  # lines of metrics in which spikes were looked for
         self.ended_worse: str | None = None  # why the run ended worse than it began, where it did
+        self.began = 0  # the iteration that it goes on from
         self.silent = False  # metrics or events that could not be written: said once
         self.changed: list[str] = []  # what is not as it was before the interruption, so that metrics are not compared
         self.expected: dict[int, dict[str, Any]] = {}  # lines from before the interruption, by their iterations
@@ -148,6 +149,7 @@ class Run:
         Damaged lines are noted, the file is copied.
         """
         self.metrics, damaged, copy, dropped = metrics.cut(self.path, iteration)
+        self.began = iteration
         self.expected = {} if self.changed else {line["iteration"]: line for line in dropped}
         self.looked = len(self.metrics)
         if damaged:
