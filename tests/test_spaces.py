@@ -22,7 +22,7 @@ from understudy.control.spaces import (
     is_batched,
     is_image,
     leaves,
-    lost_in_float32,
+    lost_in,
     mask_width,
     read,
     to_json,
@@ -238,8 +238,16 @@ def test_what_float32_loses_is_named_with_a_value():
         {"clock": np.array([0.5, 1.7e9 + second]), "x": np.array([1e9 * second])} for second in (0.0, 1.0, 2.0, 3.0)
     ]
 
-    assert lost_in_float32(space, seen) == "'clock' (such as 1700000000.0)"
-    assert lost_in_float32(space, [{"clock": np.zeros(2), "x": seen["x"]} for seen in seen]) == ""
+    assert lost_in(np.float32, space, seen) == "'clock' (such as 1700000000.0)"
+    assert lost_in(np.float32, space, [{"clock": np.zeros(2), "x": seen["x"]} for seen in seen]) == ""
+
+
+@pytest.mark.parametrize(("first", "lost"), [(0, []), (2**24, ["32"]), (2**53, ["32", "64"]), (2**62, ["32", "64"])])
+def test_whole_numbers_that_no_float_holds_are_named(first, lost):
+    space, seen = spaces.Box(0, 2**63 - 1, (1,), np.int64), [np.array([first + i]) for i in (1, 0, 1, 0)]
+    found = {"32": lost_in(np.float32, space, seen), "64": lost_in(np.float64, space, seen)}
+
+    assert found == {bits: f"'obs' (such as {first + 1})" if bits in lost else "" for bits in found}
 
 
 @pytest.mark.parametrize("squash", ["clip", "tanh"])

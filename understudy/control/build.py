@@ -7,18 +7,24 @@ from collections.abc import Iterator
 import gymnasium
 
 from understudy.control.policy import Policy, scaled_shapes
+from understudy.control.preflight import Preflight
 from understudy.control.spaces import far_from_unit
 
 
-def notices(policy: Policy, lost: str) -> Iterator[str]:
+def notices(policy: Policy, seen: Preflight) -> Iterator[str]:
     """What a user should know before the first step, a sentence each.
 
     Args:
-        lost: the entry of the observation of which float32 loses what is seen, if any.
+        seen: what the first steps of the environment told.
     """
-    if lost and not policy.exact:
+    if seen.lost_for_good:
         yield (
-            f"observation {lost} varies by less than float32 can hold, so the policy cannot see it: "
+            f"observation {seen.lost_for_good} varies by less than float64 can hold, so the policy cannot see it: let the "
+            "environment subtract a constant"
+        )
+    elif seen.lost and not policy.exact:
+        yield (
+            f"observation {seen.lost} varies by less than float32 can hold, so the policy cannot see it: "
             "set normalize_obs, which scales it in float64 first, or let the environment subtract a constant"
         )
     if policy.squash == "clip" and far_from_unit(policy.action_space):

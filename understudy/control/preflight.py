@@ -11,7 +11,7 @@ import numpy as np
 
 from understudy.control.environment import check_spaces, first_sentence
 from understudy.control.masks import mask_of, random_allowed
-from understudy.control.spaces import lost_in_float32, outside
+from understudy.control.spaces import lost_in, outside
 from understudy.control.wrappers import running_statistics
 from understudy.run.config import RequestError
 
@@ -27,6 +27,8 @@ class Preflight(NamedTuple):
     """Whether a reset with a seed works; where it does not, one without a seed does."""
     outside: str
     """What is outside the observation space, where that is let pass."""
+    lost_for_good: str = ""
+    """The entry of which float64 loses what is seen, too."""
 
 
 def check_env(
@@ -68,7 +70,8 @@ def check_env(
                 seen.append(obs)
                 beyond = beyond or check_observation(name, f"step {step}", env.observation_space, obs, out_of_space)
                 break
-        return Preflight(lost_in_float32(env.observation_space, seen), takes_seed, beyond)
+        lost, for_good = (lost_in(dtype, env.observation_space, seen) for dtype in (np.float32, np.float64))
+        return Preflight(lost, takes_seed, beyond, for_good)
 
 
 @contextmanager

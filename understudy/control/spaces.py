@@ -168,15 +168,19 @@ def is_wide(space: gymnasium.Space) -> bool:
     return isinstance(space, spaces.Box) and not np.can_cast(space.dtype, np.float32)
 
 
-def lost_in_float32(space: gymnasium.Space, observations: Sequence[Any]) -> str:
-    """The entry of which float32 would lose what is seen, with its values; empty where there is none.
+def lost_in(dtype: type[np.floating], space: gymnasium.Space, observations: Sequence[Any]) -> str:
+    """The entry of which numbers of this dtype would lose what is seen, with its values; empty where there is none.
 
     That is where the rounding of some observations varies by more than a tenth of what they vary by.
     """
     for (path, leaf), *values in zip(leaves(space), *(_arrays(space, obs) for obs in observations), strict=True):
         if path != MASK and is_wide(leaf):
-            seen = np.array(values, np.float64).reshape(len(values), -1)
-            lost = (seen - seen.astype(np.float32)).std(axis=0) > 0.1 * seen.std(axis=0)
+            seen = np.array(values).reshape(len(values), -1)
+            held = seen.astype(dtype).astype(np.float64)
+            if seen.dtype.kind in "iu" and np.abs(held).max(initial=0) >= 2**53:  # as float64 it would not be exact
+                seen = seen.astype(object)
+            varies, held = (seen - seen[:1]).astype(np.float64), held - held[:1]
+            lost = (varies - held).std(axis=0) > 0.1 * varies.std(axis=0)
             if lost.any():
                 return f"{path!r} (such as {seen[0, np.argmax(lost)]})"
     return ""

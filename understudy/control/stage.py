@@ -408,7 +408,7 @@ def open_stage(
             closing(run),
         ):
             stage = Stage(cfg, run, walker, policy, made, progress, interrupt, source, open_envs)
-            said = [*source.notices(stage.way), *notices(policy, source.seen.lost)]
+            said = [*source.notices(stage.way), *notices(policy, source.seen)]
             for text in said if resume is None else ():
                 stage.tell("notice", text=text)
             if resume is not None:

@@ -21,7 +21,7 @@ from understudy.control.preflight import (
     five,
     pair,
 )
-from understudy.control.spaces import MASK, lost_in_float32
+from understudy.control.spaces import MASK, lost_in
 from understudy.control.standing import to_bytes
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive, shared_generators_kept
@@ -61,7 +61,8 @@ def check_envs(name: str, envs: VectorEnv, *, seed: int, keep: bool = False) -> 
             choosing = ~(np.asarray(terminated) | np.asarray(truncated))
             if not choosing.all() and autoreset_mode(envs) is AutoresetMode.DISABLED:
                 break
-        return Preflight(lost_in_float32(space, seen), True, beyond)
+        lost, for_good = (lost_in(dtype, space, seen) for dtype in (np.float32, np.float64))
+        return Preflight(lost, True, beyond, for_good)
 
 
 def _check_column(name: str, does: str, values: Any, rows: int, kinds: str, what: str) -> None:
