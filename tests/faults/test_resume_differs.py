@@ -47,31 +47,24 @@ def is_killed(recipe: Any, config: Any) -> None:
     assert killed.in_fork(job) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize(("env", "differs"), [("CountsForAll", True), ("CountsNothing", False)])
-def test_an_environment_that_counts_in_a_global_is_found_out_on_resume(env, differs, tmp_path, capsys):
-    is_killed(ppo, control(tmp_path / "run", env))
-    understudy.resume(tmp_path / "run")
+@pytest.mark.parametrize("differs", [True, False])
+@pytest.mark.parametrize("world", ["control", "language"])
+def test_what_remembers_beside_the_checkpoint_is_found_out_on_resume(world, differs, home, tmp_path, capsys):
+    """An environment that counts in a global; a reward function that counts, without a state and with one."""
+    out = tmp_path / "run"
+    if world == "control":
+        is_killed(ppo, control(out, "CountsForAll" if differs else "CountsNothing"))
+    else:
+        (tmp_path / "reward.py").write_text(COUNTS + ("" if differs else STATE))
+        is_killed(language_ppo, language(home, out, reward=f"{tmp_path / 'reward.py'}:score"))
+    understudy.resume(out)
 
-    found = events(tmp_path / "run", "resume_differs")
-    assert len(found) == differs
-    assert capsys.readouterr().err.count(SAID) == differs
+    found = events(out, "resume_differs")
+    assert len(found) == capsys.readouterr().err.count(SAID) == differs
     if differs:
         assert found[0]["iteration"] in (3, 5)
-        assert "episode_return_mean" in found[0]["metrics"]
-
-
-@pytest.mark.parametrize(("body", "differs"), [(COUNTS, True), (COUNTS + STATE, False)])
-def test_a_reward_function_that_remembers_is_found_out_on_resume(body, differs, home, tmp_path, capsys):
-    (tmp_path / "reward.py").write_text(body)
-    is_killed(language_ppo, language(home, tmp_path / "run", reward=f"{tmp_path / 'reward.py'}:score"))
-    understudy.resume(tmp_path / "run")
-
-    found = events(tmp_path / "run", "resume_differs")
-    assert len(found) == differs
-    assert capsys.readouterr().err.count(SAID) == differs
-    if differs:
-        assert found[0]["iteration"] in (3, 5)
-        assert found[0]["metrics"]["score_mean"].keys() == {"before", "now"}
+        metric = found[0]["metrics"]["episode_return_mean" if world == "control" else "score_mean"]
+        assert metric.keys() == {"before", "now"}
 
 
 def test_a_run_that_begins_anew_is_compared_from_its_first_iteration(home, tmp_path):
