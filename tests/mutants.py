@@ -34,7 +34,9 @@ PATIENCE = 5, 10  # processor seconds for one mutant: times what its unbroken fi
 WALL_SECONDS = 900  # for one that waits without working
 ENOUGH = 0.9  # of the mechanical mutants
 
-GUARD, FAULTS, RESUME = (f"faults/test_{name}.py" for name in ("update_guard", "more_faults", "resume"))
+GUARD, FAULTS, RESUME, DIFFERS = (
+    f"faults/test_{name}.py" for name in ("update_guard", "more_faults", "resume", "resume_differs")
+)
 ESTIMATORS, OBJECTIVES, TWIN = "invariants/test_estimators.py", "invariants/test_objectives.py", "worlds/test_twin.py"
 TESTS = {  # file -> the tests that must notice, the likeliest first
     "batch.py": ("test_batch.py", TWIN),
@@ -77,7 +79,10 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "control/spaces.py": ("test_spaces.py",),
     "control/networks.py": ("test_quick.py",),
     "control/policy.py": ("test_quick.py",),
-    "control/optimizer.py": ("test_optimizer.py",),
+    "control/optimizer.py": (
+        "test_optimizer.py",
+        "test_init_optimizer.py",
+    ),
     "control/config.py": ("test_policy.py",),
     "control/rows.py": ("test_rows.py",),
     "compiled.py": ("test_compiled.py",),
@@ -126,6 +131,21 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
     "language/top.py": ("test_modes.py",),
     "language/lora.py": ("test_modes.py",),
     "language/stage.py": ("test_schedule.py",),
+    "control/own_network.py": ("test_own_network.py",),
+    "run/metrics.py": ("test_metrics.py",),
+    "run/store.py": (
+        f"{RESUME}::test_newer_checkpoints_than_the_one_named_are_set_aside",
+        f"{RESUME}::test_more_steps_extend_a_run_and_are_written_down",
+    ),
+    "run/lineage.py": (
+        f"{DIFFERS}::test_other_versions_are_not_compared_and_the_next_resume_goes_by_them",
+        "faults/test_lineage.py::test_an_extended_run_has_the_digest_of_its_new_config",
+        "faults/test_lineage.py::test_an_extended_run_that_other_versions_went_on_with_is_compared_again",
+    ),
+    "resuming.py": (
+        "test_resume_refusals.py",
+        "faults/test_run_directory.py::test_a_resume_that_is_refused_lets_go_of_the_run",
+    ),
     "language/data.py": ("test_data.py", "test_text.py"),
     "language/layouts.py": ("test_layouts.py",),
     "language/tokenizer.py": ("test_chat_templates.py", "test_text.py", "test_stop_strings.py"),
@@ -137,6 +157,11 @@ TESTS = {  # file -> the tests that must notice, the likeliest first
 HAND_ONLY = {  # too much of them is Hugging Face's bookkeeping, or that of whole runs
     "run/guard.py",
     "run/checkpoint.py",
+    "run/lineage.py",
+    "run/metrics.py",
+    "run/store.py",
+    "resuming.py",
+    "control/own_network.py",
     "control/infos.py",
     "control/config.py",
     "control/networks.py",
@@ -236,14 +261,14 @@ HAND = [
     Mutant("distribution.py", "(self.logp + noise).argmax", "noise.argmax", "ignores the policy"),
     Mutant(
         "distribution.py",
-        "(self.logp.exp() * (self.logp - other.logp))",
-        "(other.logp.exp() * (other.logp - self.logp))",
+        "(self.logp.exp() * torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0))",
+        "(other.logp.exp() * torch.where(other.logp > LOWEST, other.logp - self.logp, 0.0))",
         "KL turned round",
     ),
     Mutant(
         "distribution.py",
-        "return -(self.logp.exp() * self.logp)",
-        "return (self.logp.exp() * self.logp)",
+        "return -(self.logp.exp() * self.logp.clamp(min=LOWEST))",
+        "return (self.logp.exp() * self.logp.clamp(min=LOWEST))",
         "entropy's sign",
     ),
     Mutant("distribution.py", "noise < self.logits.sigmoid()", "noise > self.logits.sigmoid()", "yes is no"),
@@ -386,7 +411,7 @@ HAND = [
     Mutant("language/trust_region.py", "policy.head.frozen()", "policy.head", "the old head learns along"),
     Mutant("language/trust_region.py", "old.kl(new)", "new.kl(old)", "the KL is the other way round"),
     Mutant("language/trust_region.py", 'if not metrics["kl_update"] <=', 'if metrics["kl_update"] >', "nan passes"),
-    Mutant("language/trust_region.py", "* len(batch) // count", "", "the first rows are measured"),
+    Mutant("language/trust_region.py", "* len(learned) // max(count, 1)", "", "the first rows are measured"),
     Mutant("update.py", "if prepare is None else prepare(shuffled[rows])", "", "advantages are not standardised"),
     Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
     Mutant("update.py", "zero_grad(set_to_none=True)\n    totals", "step()\n    totals", "gradients pile up"),
@@ -560,7 +585,7 @@ HAND = [
     Mutant("control/networks.py", "(self.critic or self.actor)", "self.actor", "the actor's features are valued"),
     Mutant(
         "control/policy.py",
-        "critique(obs if self.obs_scale is None else self.obs_scale(obs))",
+        "critique(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))",
         "critique(obs)",
         "V unscaled",
     ),
@@ -568,7 +593,7 @@ HAND = [
     Mutant("value.py", "isinstance(record, Batch) else _critique", "True else _critique", "what sampled is told anew"),
     Mutant("compiled.py", "told[-min(minibatches, len(batch)) :, 1:]", "told[:, 1:]", "metrics of all epochs"),
     Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
-    Mutant("control/normalize.py", ".clamp(-CLIP, CLIP).float()", ".float()", "observations have no bound"),
+    Mutant("control/normalize.py", ".clamp(-CLIP, CLIP).to(dtype)", ".to(dtype)", "observations have no bound"),
     Mutant(
         "control/normalize.py",
         "self.shift_and_width(i, x.dtype)",
@@ -906,8 +931,8 @@ HAND = [
     Mutant("objective.py", "return loss + coef * charged", "return loss + charged", "pretraining at full weight"),
     Mutant(
         "language/tokens.py",
-        "lambda logp: -(logp.exp() * logp).sum(dim=-1)",
-        "lambda logp: (logp.exp() * logp).sum(dim=-1)",
+        "lambda logp: Categorical(logp).entropy()",
+        "lambda logp: -Categorical(logp).entropy()",
         "entropy's sign",
     ),
     Mutant(
@@ -955,7 +980,7 @@ HAND = [
     ),
     Mutant("run/guard.py", 'run.event("update_skipped"', 'dict(kind="update_skipped"', "not written down"),
     Mutant("run/guard.py", "if not self.stage.cfg.quiet", "if self.stage.cfg.quiet", "said where it should not be"),
-    Mutant("run/guard.py", "names[-1]", "names[0]", "names the oldest checkpoint"),
+    Mutant("run/guard.py", "/ names[-1]", "/ names[0]", "names the oldest checkpoint"),
     Mutant("run/guard.py", "if not names:", "if names:", "a run without a checkpoint has one"),
     Mutant("run/guard.py", "{mend}; {whole(run)}", "{whole(run)}", "does not say what to lower"),
     Mutant("run/spikes.py", "1.4826 * np.median", "np.median", "a MAD is no standard deviation"),
@@ -1007,6 +1032,69 @@ HAND = [
         "ValueError) as error:\n        if",
         "depth",
     ),
+    Mutant("distribution.py", "self.logp.clamp(min=LOWEST)", "self.logp", "0 log 0 is nan"),
+    Mutant(
+        "distribution.py",
+        "torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0)",
+        "(self.logp - other.logp)",
+        "nan",
+    ),
+    Mutant(
+        "language/tokens.py", "bias.clamp(min=LOWEST)", "bias", "a token ruled out by the bias makes the entropy nan"
+    ),
+    Mutant(
+        "language/reading.py", "torch.where(one == other, 0.0, one - other)", "(one - other)", "-inf is nan from -inf"
+    ),
+    Mutant(
+        "language/tokens.py", "ranked / ranked.sum(dim=-1, keepdim=True)", "ranked", "the kept mass is in no log-prob"
+    ),
+    Mutant(
+        "language/tokens.py", "before = ranked.cumsum(dim=-1) - ranked", "before = ranked.cumsum(dim=-1)", "one too few"
+    ),
+    Mutant("language/tokens.py", "ranked[:, top_k:] = 0", "ranked[:, top_k + 1 :] = 0", "top_k keeps one more"),
+    Mutant("language/generate.py", "p = self.truncated(p)", "self.truncated(p)", "top_k and top_p without effect"),
+    Mutant(
+        "language/trust_region.py",
+        "learned = batch.mask.any(dim=1).nonzero()",
+        "learned = (batch.mask.any(dim=1) | True).nonzero()",
+        "rows without a chosen token are measured",
+    ),
+    Mutant("control/own_network.py", "if most > SMALLEST:", "if False:", "a network may ignore the mask"),
+    Mutant(
+        "control/own_network.py", "if float((part.logp", "if 0 * float((part.logp", "log-probs need not be normalised"
+    ),
+    Mutant(
+        "control/own_network.py", "return not bool(allowed.all())", "return True", "a mask that allows all proves it"
+    ),
+    Mutant("control/own_network.py", "if ran_out_of_memory(error):", "if False:", "memory is the network's fault"),
+    Mutant(
+        "run/metrics.py", 'x[-1] if name.startswith("evaluation_") else statistics', "statistics", "the mean evaluation"
+    ),
+    Mutant(
+        "run/store.py", "if newer := checkpoint.set_aside_newer(self.checkpoint):", "if newer := []:", "newer ones stay"
+    ),
+    Mutant(
+        "run/store.py",
+        "        self.accepted()\n        changed",
+        "        changed",
+        "a resumed run's new values are never written",
+    ),
+    Mutant(
+        "resuming.py",
+        "        return recipe.train(config, resume=Resume(opened, found, about, accepted), **objects)",
+        "        accepted()\n        return recipe.train(config, resume=Resume(opened, found, about, dict), **objects)",
+        "config.json is written before the checks",
+    ),
+    Mutant(
+        "resuming.py",
+        'if _placed(change["from"]) != _placed(change["to"])',
+        "if False",
+        "another reward is not noticed",
+    ),
+    Mutant("run/lineage.py", '{"went_on": went_on | {"config": now}} if went_on', "{} if went_on", "another config's"),
+    Mutant(
+        "control/optimizer.py", "if sha256(place / WEIGHTS) == sha256(policy / WEIGHTS):", "if True:", "newer moments"
+    ),
 ]
 
 EQUIVALENT = {
@@ -1039,21 +1127,6 @@ EQUIVALENT = {
         "language/tokens.py",
         "return self._each(lambda logp: logp.argmax(dim=-1))",
         "return self._each(lambda logp: logp.argmax(dim=(1)))",
-    ): "the log-probs are a matrix: its last dimension is dimension 1",
-    (
-        "language/tokens.py",
-        "return self._each(lambda logp: -(logp.exp() * logp).sum(dim=-1))",
-        "return self._each(lambda logp: -(logp.exp() * logp).sum(dim=(1)))",
-    ): "the log-probs are a matrix: its last dimension is dimension 1",
-    (
-        "language/tokens.py",
-        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=-1)",
-        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=(1)))).sum(dim=-1)",
-    ): "the log-probs are a matrix: its last dimension is dimension 1",
-    (
-        "language/tokens.py",
-        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=-1)",
-        "return (logp.exp() * (logp - other.head(hidden).log_softmax(dim=-1))).sum(dim=(1))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",

@@ -233,6 +233,19 @@ def test_an_extended_run_has_the_digest_of_its_new_config(tmp_path, capsys):
     assert main(["lineage", str(run.path), "--verify"]) == 0
 
 
+def test_an_extended_run_that_other_versions_went_on_with_is_compared_again(tmp_path):
+    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONTROL))
+    file = run.path / lineage.FILE
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"packages": about["packages"] | {"torch": "2.9"}}))
+    for steps in (64, 96, 96):  # the first goes on with this torch, the second after an extension
+        understudy.resume(run.path, steps=steps)
+
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    changed = [event.get("not_compared", []) for event in events if event["kind"] == "resumed"]
+    assert changed == [["steps", "packages"], ["steps"], []]
+
+
 def test_a_control_run_leads_to_the_policy_it_began_with(tmp_path, capsys):
     first = ppo.train(ppo.Config(out=str(tmp_path / "first"), **CONTROL))
     ppo.train(ppo.Config(out=str(tmp_path / "second"), init=str(first.path), **CONTROL))
