@@ -267,6 +267,13 @@ def test_a_reward_function_that_goes_wrong_is_counted_not_scored(here, capsys, f
     assert all(line["score_mean"] is None for line in lines) == (function == "fails")
 
 
+def test_a_reply_that_fails_ends_a_run_that_has_begun_with_1(here, capsys):
+    refused(
+        capsys, ppo("--reply", "mine.py:fails", "--turns", "2", "--out", "rl"), 1, "mine.py:fails", "mine.py, line 3"
+    )
+    assert [json.loads(line)["kind"] for line in Path("rl/events.jsonl").read_text().splitlines()][-1] == "failed"
+
+
 def test_a_config_file_gives_defaults_that_flags_override(here, capsys):
     Path("c.yaml").write_text("model: model\ndata: prompts.jsonl\nreward: [length]\nrows: 4\nclip: 0.3\nmax-new: 4\n")
     flags = ["--steps", "8", "--quiet", "--no-preflight", "--clip", "0.1", "--out", "rl", "--evaluate-rows", "4"]

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
                 sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
     except RequestError as error:
         print(f"understudy: {printable(redact(_sentence(error)))}", file=sys.stderr)
-        return 2
+        return 1 if hasattr(error, "__notes__") else 2  # with notes, it ended a run that had begun
     except KeyboardInterrupt as error:
         print(f"understudy: {printable(_sentence(error, 'stopped'))}", file=sys.stderr)
         return 130
