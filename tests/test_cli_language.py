@@ -268,9 +268,8 @@ def test_a_reward_function_that_goes_wrong_is_counted_not_scored(here, capsys, f
 
 
 def test_a_reply_that_fails_ends_a_run_that_has_begun_with_1(here, capsys):
-    refused(
-        capsys, ppo("--reply", "mine.py:fails", "--turns", "2", "--out", "rl"), 1, "mine.py:fails", "mine.py, line 3"
-    )
+    flags = ["--reply", "mine.py:fails", "--turns", "2", "--max-new", "30", "--rows", "16", "--out", "rl"]
+    refused(capsys, ppo(*flags), 1, "mine.py:fails", "mine.py, line 3")
     assert [json.loads(line)["kind"] for line in Path("rl/events.jsonl").read_text().splitlines()][-1] == "failed"
 
 
