@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from understudy import products
 from understudy.language import tokens
-from understudy.language.tokens import Head, SampledTokens, TokenDistribution, pick
+from understudy.language.tokens import Head, SampledTokens, TokenDistribution, pick, truncate
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
 
@@ -232,3 +232,18 @@ def test_tokens_ruled_out_are_as_if_they_were_not_there(monkeypatch, how, piece)
     distribution.log_prob(torch.zeros(2, 3, dtype=torch.long))
     with torch.no_grad():  # as it came with the log-probs
         assert_close(distribution.entropy(), expected.entropy().float())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [
+        (2, 1.0, [0.0, 0.625, 0.375, 0.0]),  # 0.5 / 0.8 and 0.3 / 0.8
+        (0, 0.7, [0.0, 0.625, 0.375, 0.0]),  # 0.5 is not yet 0.7
+        (0, 0.5, [0.0, 1.0, 0.0, 0.0]),
+        (3, 0.9, [0.15 / 0.95, 0.5 / 0.95, 0.3 / 0.95, 0.0]),  # 0.8 is not yet 0.9 of 0.95
+    ],
+)
+def test_truncated_probabilities_are_the_likeliest_and_sum_to_one(top_k, top_p, kept):
+    p = torch.tensor([[0.15, 0.5, 0.3, 0.05]])
+
+    assert_close(truncate(p, top_k=top_k, top_p=top_p), torch.tensor([kept]))
