@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import SyncVectorEnv
 
+from tests.faults import own_envs
 from tests.foreign_envs import (
     CannotBeSeeded,
     Curriculum,
@@ -26,6 +27,7 @@ from understudy.cli import main
 from understudy.control import environment, ppo
 from understudy.control.evaluate import evaluate
 from understudy.control.sources import Source
+from understudy.control.standing import obeys_seed
 from understudy.run.config import RequestError
 
 HERE = "tests.test_sources"
@@ -492,6 +494,20 @@ def test_what_cannot_be_seeded_trains_and_is_marked(how, tmp_path):
     assert run.metrics[-1]["steps"] == 60
     assert json.loads((run.path / "config.json").read_text())["reproducible"] is False
     assert "cannot be seeded" in events(run, "notice")[0]["text"]
+
+
+def test_what_ignores_its_seed_is_promised_nothing(tmp_path):
+    fields = {"env": "tests.faults.own_envs:Unseeded", "checkpoint_every": 1}
+    run = ppo.train(short(tmp_path, **fields))
+
+    assert json.loads((run.path / "config.json").read_text())["reproducible"] is False
+    assert "takes a seed and is not decided by it" in events(run, "notice")[0]["text"]
+    assert len(events(resume(run.path, steps=80), "resume_inexact")) == 1
+
+
+@pytest.mark.parametrize(("env", "obeys"), [("Unseeded", False), ("Draws", True), ("Remembers", True)])
+def test_a_seed_is_obeyed_where_fresh_environments_begin_alike(env, obeys):
+    assert obeys_seed(getattr(own_envs, env), 3) is obeys
 
 
 # preflight

@@ -80,7 +80,7 @@ class Unseeded(SaysItself):
 
 
 class CountsForAll(gymnasium.Env):
-    """Episodes of five steps that pay more, the more of them there were in this process."""
+    """Episodes of five steps whose last pays more, the more of them there were in this process after the first eight."""
 
     observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
     action_space = gymnasium.spaces.Discrete(2)
@@ -94,7 +94,8 @@ class CountsForAll(gymnasium.Env):
 
     def step(self, action: Any) -> Any:
         self.steps += 1
-        return np.zeros(2, np.float32), float(self.episodes + action), self.steps == 5, False, {}
+        more = max(0, self.episodes - 8) if self.steps == 5 else 0
+        return np.zeros(2, np.float32), float(more + action), self.steps == 5, False, {}
 
 
 class CountsNothing(CountsForAll):

@@ -12,6 +12,7 @@ import pytest
 
 import understudy
 from tests.faults import killed
+from tests.faults.own_envs import CountsForAll
 from tests.faults.test_function_state import COUNTS, STATE, events
 from tests.rehearsed import furnish, ppo_config
 from understudy.control import ppo
@@ -49,9 +50,12 @@ def is_killed(recipe: Any, config: Any) -> None:
 
 @pytest.mark.parametrize("differs", [True, False])
 @pytest.mark.parametrize("world", ["control", "language"])
-def test_what_remembers_beside_the_checkpoint_is_found_out_on_resume(world, differs, home, tmp_path, capsys):
+def test_what_remembers_beside_the_checkpoint_is_found_out_on_resume(
+    world, differs, home, tmp_path, capsys, monkeypatch
+):
     """An environment that counts in a global; a reward function that counts, without a state and with one."""
     out = tmp_path / "run"
+    monkeypatch.setattr(CountsForAll, "episodes", 0)
     if world == "control":
         is_killed(ppo, control(out, "CountsForAll" if differs else "CountsNothing"))
     else:

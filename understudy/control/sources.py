@@ -20,7 +20,7 @@ from understudy.control.masks import with_mask
 from understudy.control.preflight import Preflight, check_env, check_statistics
 from understudy.control.rows import Rows
 from understudy.control.spaces import read_alike
-from understudy.control.standing import Way, forgets, way_of
+from understudy.control.standing import Way, forgets, obeys_seed, way_of
 from understudy.control.supervise import START_SECONDS, apart
 from understudy.control.vector_preflight import check_envs
 from understudy.control.wrappers import ClippedObservation, Evaluated, RewardSum, Unseeded
@@ -91,6 +91,7 @@ class Source:
         self.name = cfg.env or named(self.origin)
         self.seen = self.evaluation_seen = Preflight("", True, "")
         self.forgets = True  # what an object or a supervised environment remembers shows on resuming, by a digest
+        self.is_seeded = True  # so far as is known: a fresh environment's episodes are those of its seed
         self.seed = derive(cfg.seed, "preflight")
         if isinstance(evaluation_env, VectorEnv):
             raise RequestError(
@@ -117,6 +118,8 @@ class Source:
         elif self.cfg.vectorization in CHECKED:
             self.seen = self._checked()
             self.forgets = self.seen.takes_seed and forgets(self._maker()(), self.seed)
+            self.is_seeded = self.forgets or (self.seen.takes_seed and obeys_seed(self._maker(), self.seed))
+        self.is_seeded = self.is_seeded and self.seen.takes_seed
         self.forgets = self.forgets and self.seen.takes_seed
 
     def open(self, seed_of: Callable[[int, int], int], *checkpoint: int) -> VectorEnv:
@@ -233,7 +236,7 @@ class Source:
     def way(self, envs: VectorEnv) -> Way:
         """How the environments come back on resuming."""
         way = way_of(envs, forgets=self.forgets)
-        if way == "renew" and not (self.cfg.exact_resume and self.seen.takes_seed):
+        if way == "renew" and not (self.cfg.exact_resume and self.is_seeded):
             return "restart"
         return way
 
@@ -241,12 +244,17 @@ class Source:
         """What a user should know of the environments before the first step, a sentence each."""
         if not self.seen.takes_seed:
             yield f"env {self.name!r} cannot be seeded: this run cannot be reproduced, and resume begins new episodes"
+        elif not self.is_seeded:
+            yield (
+                f"env {self.name!r} takes a seed and is not decided by it: this run cannot be reproduced, and resume is not "
+                "exact"
+            )
         elif way == "renew":
             every = self.cfg.checkpoint_every
             often = f"every {every} iterations" if every else "five times over the run"
             what = "it is made anew" if self.object is None else "its open episodes end"
             yield (
-                f"env {self.name!r} remembers something across episodes, or is not decided by its seed: so that resume is "
+                f"env {self.name!r} remembers something across episodes: so that resume is "
                 f"exact, {what} at each checkpoint, {often}; set exact_resume to false (--no-exact-resume) to keep it"
             )
         if self.seen.outside:

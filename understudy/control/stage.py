@@ -386,7 +386,7 @@ def open_stage(
         if resume is None:
             description: dict[str, Any] = {"recipe": f"control {recipe}", "config": to_json(cfg)}
             description |= {"own_env": env is not None, "own_policy": policy.made_of is None}
-            description |= {"reproducible": source.seen.takes_seed}
+            description |= {"reproducible": source.is_seeded}
             name = re.sub(r"[^\w.-]+", "-", source.name.rpartition(":")[2])
             run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin, home)
         else:

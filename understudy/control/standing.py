@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any, Literal
 
 import gymnasium
@@ -28,6 +29,7 @@ from understudy.batch import Tree
 from understudy.control.masks import mask_of, random_allowed
 from understudy.control.spaces import stacked
 from understudy.control.supervise import Supervised
+from understudy.run.seeds import seed_shared_generators, shared_generators_kept
 
 Way = Literal["snapshot", "replay", "renew", "restart"]
 LONGEST = 10_000
@@ -113,6 +115,21 @@ def forgets(env: gymnasium.Env, seed: int) -> bool:
         return True
     finally:
         env.close()
+
+
+def obeys_seed(made: Callable[[], gymnasium.Env], seed: int) -> bool:
+    """Whether the first episodes of two fresh environments are the same from one seed; both are closed.
+
+    An environment may draw from the shared generators, which a run seeds and its checkpoints hold.
+    """
+    walks = []
+    for _ in range(2):
+        with shared_generators_kept():
+            seed_shared_generators(seed)
+            with closing(made()) as env:
+                env.action_space.seed(seed)
+                walks.append(_walked(env, seed, [env.action_space.sample() for _ in range(PROBE)]))
+    return walks[0] == walks[1]
 
 
 def _walked(env: gymnasium.Env, seed: int, actions: Sequence[Any]) -> str:
