@@ -99,7 +99,7 @@ def test_columns_of_these_names_beside_plain_text_are_columns():
     ("column", "cell", "fault"),
     [
         ("tools", "a hammer", "tools is 'a hammer': must be a list, or its JSON"),
-        ("chat_template_kwargs", [1], r"chat_template_kwargs is '\[1\]': must be an object, or its JSON"),
+        ("chat_template_kwargs", [1], r"chat_template_kwargs is \[1\]: must be an object, or its JSON"),
         ("chat_template_kwargs", {"tokenize": False}, "has 'tokenize', which is set by the library: leave it out"),
         ("enable_thinking", "perhaps", "enable_thinking is 'perhaps': must be true or false"),
     ],
