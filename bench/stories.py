@@ -297,7 +297,7 @@ def page(sampled: dict[str, Any], judged: dict[str, Any], found: list[dict[str, 
         "",
         "`make stories` (`python bench/stories.py`) writes this page; data from `../shared/data`. "
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, CPU, "
-        "1 thread; seconds are of a run beside other work on the same two cores.",
+        "1 thread; seconds are of the clock, beside other work on the same two cores; some runs were paused meanwhile.",
         "",
         "stories260K, a Llama of 260,032 parameters, continues openings that it sampled itself; PPO with a critic and KL to "
         "the reference teaches it to sound positive to a reward model. Gold is never trained on and shares no weights with "
