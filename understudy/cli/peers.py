@@ -61,7 +61,7 @@ PEERS = {  # our fields, the first that a recipe has -> what others call it
 
 def own_name(name: str, fields: Collection[str]) -> str | None:
     """Which of a recipe's fields has this name elsewhere; None where none has."""
-    for own, theirs in PEERS.items():
-        if name in theirs.split():
-            return next((field for field in own.split() if field in fields), None)
+    for own_names, peer_names in PEERS.items():
+        if name in peer_names.split():
+            return next((field for field in own_names.split() if field in fields), None)
     return None

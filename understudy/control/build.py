@@ -15,7 +15,7 @@ def notices(policy: Policy, seen: Preflight) -> Iterator[str]:
     """What a user should know before the first step, a sentence each.
 
     Args:
-        seen: what the first steps of the environment told.
+        seen: what preflight observed in the first steps of the environment.
     """
     if seen.lost_for_good:
         yield (

@@ -54,7 +54,7 @@ def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, policy: Path) ->
 
 
 def _with_policy(policy: Path) -> Path:
-    """The newest whole checkpoint of a policy's run with the same weights: moments of later or earlier ones are not theirs.
+    """The newest whole checkpoint of a policy's run with the same weights (other moments belong to other weights).
 
     Raises:
         ValueError: none does.

@@ -195,10 +195,10 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
     pairs = " ".join(f"{ours}={theirs}" for ours, theirs in zip(missing, mapping, strict=True))
     lacking = " and ".join(map(repr, missing))
     known = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in there)
-    mend = f"map yours with --columns {pairs}" + (INSTEAD if "prompt" in missing else "")
+    fix = f"map yours with --columns {pairs}" + (INSTEAD if "prompt" in missing else "")
     if any(len(name) > 40 or re.fullmatch(r"[-+.\d]+", name) for name in there):
-        mend = "put a header above them, whose cells name the columns, if this is the first row of a CSV, or " + mend
-    raise RequestError(f"the data have no column {lacking} but {known}: {mend}")
+        fix = f"put a header above them, whose cells name the columns, if this is the first row of a CSV, or {fix}"
+    raise RequestError(f"the data have no column {lacking} but {known}: {fix}")
 
 
 def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: str | None = None) -> None:
@@ -240,7 +240,7 @@ def _check_text(name: str, cell: Any, chat: bool) -> None:
     try:
         "".join([cell] if isinstance(cell, str) else [str(m["content"]) for m in cell]).encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{name} has half of a surrogate pair, which is no text: mend its encoding") from None
+        raise RequestError(f"{name} has half of a surrogate pair, which is no text: fix its encoding") from None
     if isinstance(cell, list) is not chat:
         here, first = ("text", "chat") if chat else ("chat", "text")
         raise RequestError(f"{name} is {here} where the data began with {first}: keep to one in a file")
