@@ -65,7 +65,7 @@ def score(arm: str, gamma: float, seed: int, steps: int) -> dict[str, float]:
         cfg = config(arm, gamma, seed, steps, f"{directory}/run")
         run = ppo.train(cfg)
         policy = Policy.load(run.path / "policy")
-        returns = evaluate(policy, cfg, episodes=100).returns
+        returns = evaluate(policy, cfg, num_episodes=100).returns
     training = [line["episode_return_mean"] for line in run.metrics if line["episode_return_mean"] is not None]
     return {
         "score": statistics.fmean(returns),

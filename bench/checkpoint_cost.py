@@ -69,8 +69,8 @@ class Copies:
 def measure() -> dict[str, dict[str, float]]:
     """By run: train seconds, and the seconds and shares of checkpoints and copies."""
     found: dict[str, dict[str, float]] = {}
-    stages = [(stage.Stage, "checkpoint") for stage in (control_stage, language_stage)]
-    checkpoints, room.copy = Clock((Run, "checkpoint"), (Run, "settle"), *stages), Copies()
+    stages = [(stage.TrainingRun, "checkpoint") for stage in (control_stage, language_stage)]
+    checkpoints, room.copy = Clock((Run, "checkpoint"), (Run, "wait_for_checkpoint"), *stages), Copies()
     copies = Clock((room.copy, "deepcopy"))
     log = Run.log
 

@@ -23,11 +23,11 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from understudy.control import actor_critic, environment, ppo, reinforce
-from understudy.control.collect import Walker
-from understudy.control.masks import mask_of, random_allowed
+from understudy.control.collect import RolloutCollector
+from understudy.control.masks import find_action_mask, sample_allowed_action
 from understudy.control.policy import Policy
 from understudy.run.config import RequestError
-from understudy.run.seeds import derive
+from understudy.run.seeds import derive_seed
 
 sys.path.append(str(Path(__file__).parents[1]))  # the environments are those of the tests
 from tests.foreign_envs import DOES, SEES, Guess
@@ -154,8 +154,12 @@ def play_randomly(case: Case) -> list[float]:
         obs, info = made.reset(seed=episode)
         total, over = 0.0, False
         while not over:
-            allowed = mask_of(made.action_space, obs, info)
-            action = made.action_space.sample() if allowed is None else random_allowed(made.action_space, allowed, rng)
+            allowed = find_action_mask(made.action_space, obs, info)
+            action = (
+                made.action_space.sample()
+                if allowed is None
+                else sample_allowed_action(made.action_space, allowed, rng)
+            )
             obs, reward, terminated, truncated, info = made.step(action)
             total, over = total + float(reward), terminated or truncated
         returns.append(total)
@@ -171,9 +175,17 @@ def play(policy: Policy, case: Case, cfg: Any, *, sample: bool) -> list[float]:
     else:
         envs = environment.make(case.env, num_envs=copies, options=case.options, wrappers=cfg.wrappers)
     draws = torch.Generator().manual_seed(0)
-    walker = Walker(envs, seed_of=lambda row, n: derive(7, row, n), generator=draws, sample=sample, exact=policy.exact)
+    walker = RolloutCollector(
+        envs,
+        seed_of=lambda row, n: derive_seed(7, row, n),
+        generator=draws,
+        sample=sample,
+        keep_float64=policy.keeps_float64,
+    )
     with torch.no_grad():
-        returns = [episode.episode_return for episode in walker.play(policy, -(-case.episodes // copies)) or ()]
+        returns = [
+            episode.episode_return for episode in walker.play_episodes(policy, -(-case.episodes // copies)) or ()
+        ]
     envs.close()
     return returns
 
@@ -210,7 +222,7 @@ def run(case: Case) -> dict[str, Any]:
 
 def _single(case: Case) -> gymnasium.Env:
     name = FOREIGN + "Guess" if case.env == FOREIGN + "GuessRows" else case.env
-    return environment.single(name, case.options, case.fields.get("wrappers", ()))()
+    return environment.make_factory(name, case.options, case.fields.get("wrappers", ()))()
 
 
 def page(results: list[dict[str, Any]]) -> str:

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.architectures import ARCHITECTURES, make  # noqa: E402
 from understudy.language import grpo, rehearsal, sft  # noqa: E402
-from understudy.language.generate import generate, lay_out  # noqa: E402
+from understudy.language.generate import build_trajectory, generate  # noqa: E402
 from understudy.language.model import Policy  # noqa: E402
-from understudy.language.reading import check_reading  # noqa: E402
-from understudy.language.text import pad  # noqa: E402
+from understudy.language.reading import check_forward_consistency  # noqa: E402
+from understudy.language.text import pad_sequences  # noqa: E402
 from understudy.run.config import RequestError  # noqa: E402
 
 RESULTS, PAGE = ROOT / "bench" / "results" / "compatibility_language.json", ROOT / "docs" / "compatibility-language.md"
@@ -50,7 +50,7 @@ def examine(name: str, home: Path) -> dict[str, Any]:
     try:
         policy = Policy.from_pretrained(folder)
         found |= {"class": type(policy.model).__name__, "attention": _attention(policy)}
-        check_reading(policy, ROWS)
+        check_forward_consistency(policy, ROWS)
         truth = _true_log_probs(folder)
         found["log_prob_gap"] = _gap(policy, truth)
         found |= _packed(policy, truth) | _sampled(policy) | _trained(folder, home / "data", truth)
@@ -68,7 +68,7 @@ def _save(name: str, folder: Path) -> None:
     for setting, value in SETTINGS.items():
         setattr(model.generation_config, setting, value)
     model.save_pretrained(folder)
-    rehearsal.tokenizer().save_pretrained(folder)
+    rehearsal.make_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     own = ARCHITECTURES[name].fields
     rates = {key: 0.3 for key, x in config.items() if isinstance(x, float) and "drop" in key and key not in own}
@@ -90,7 +90,7 @@ def _next_tokens(model: Any, row: list[int]) -> torch.Tensor:
 @torch.no_grad()
 def _gap(policy: Policy, truth: list[torch.Tensor]) -> float:
     """The largest distance of the policy's log-probs, padded rows together, from the truth."""
-    text = pad(ROWS, [1] * len(ROWS))
+    text = pad_sequences(ROWS, [1] * len(ROWS))
     found = policy.train()(text)[0].log_prob(text.action)
     gaps = [found[i, : len(true)] - true for i, true in enumerate(truth)]
     return float(torch.cat(gaps).abs().max())
@@ -99,7 +99,7 @@ def _gap(policy: Policy, truth: list[torch.Tensor]) -> float:
 def _packed(policy: Policy, truth: list[torch.Tensor]) -> dict[str, Any]:
     policy.packing = True
     try:
-        check_reading(policy, ROWS)
+        check_forward_consistency(policy, ROWS)
         return {"packing": "accepted", "packed_gap": _gap(policy, truth)}
     except RequestError:
         return {"packing": "refused"}
@@ -111,9 +111,9 @@ def _packed(policy: Policy, truth: list[torch.Tensor]) -> dict[str, Any]:
 def _sampled(policy: Policy) -> dict[str, Any]:
     prompts = [row[:4] for row in ROWS]
     said = generate(policy, prompts, limit=LIMIT, stops=frozenset([2]), seeds=range(len(prompts)))
-    record = lay_out(prompts, said)
-    gap = (policy(record.obs)[0].log_prob(record.action) - record.logprob)[record.mask].abs().max()
-    return {"sampler": "own cache" if policy.cached else "Hugging Face", "sampler_gap": float(gap)}
+    record = build_trajectory(prompts, said)
+    gap = (policy(record.obs)[0].log_prob(record.action) - record.behavior_logprob)[record.mask].abs().max()
+    return {"sampler": "own cache" if policy.uses_own_kv_cache else "Hugging Face", "sampler_gap": float(gap)}
 
 
 def _trained(folder: Path, data: Path, truth: list[torch.Tensor]) -> dict[str, Any]:

@@ -22,10 +22,10 @@ import gymnasium
 import torch
 
 from understudy.batch import Batch, Trajectory, map_tensors
-from understudy.compiled import Compiled
-from understudy.control.config import Network
+from understudy.compiled import CompiledUpdate
+from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
-from understudy.control.ppo import Config, standardized
+from understudy.control.ppo import Config, standardize_advantages
 from understudy.control.stage import adam
 from understudy.objective import ppo
 from understudy.update import update
@@ -44,24 +44,31 @@ def record_of(env: gymnasium.Env, policy: Policy, steps: int) -> Batch:
     blank = torch.zeros(1, steps)
     record = Trajectory(obs, action, logprob, blank == 0, blank, blank > 0, blank > 0)
     old = map_tensors(torch.Tensor.detach, found)
-    return Batch.of(record, value=value, advantage=torch.randn(1, steps), target=torch.randn(1, steps), old=old)
+    return Batch.of(
+        record, value=value, advantage=torch.randn(1, steps), target=torch.randn(1, steps), old_distribution=old
+    )
 
 
 def measured(name: str, rows: int) -> dict[str, float | str]:
     """Seconds of an optimizer step, plain and compiled, and of compiling it."""
     env = gymnasium.make(name)
-    policy = Policy.build(env.observation_space, env.action_space, Network(), seed=1)
+    policy = Policy.build(env.observation_space, env.action_space, NetworkConfig(), seed=1)
     record, optimizer = record_of(env, policy, rows * STEPS), adam(policy, Config(env=name))
     objective = partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.01)
-    options = {"epochs": 1, "minibatches": STEPS, "max_grad_norm": 0.5, "prepare": standardized}
+    options = {
+        "num_epochs": 1,
+        "num_minibatches": STEPS,
+        "max_grad_norm": 0.5,
+        "transform_minibatch": standardize_advantages,
+    }
     generator = torch.Generator()
 
     def seconds(step: Callable[..., object]) -> float:
         since = time.perf_counter()
-        step(policy, optimizer, record, objective, generator=generator, guard=lambda _: None, **options)
+        step(policy, optimizer, record, objective, generator=generator, on_nonfinite=lambda _: None, **options)
         return time.perf_counter() - since
 
-    compiled = Compiled(rows * STEPS, varying=("clip",)).update
+    compiled = CompiledUpdate(rows * STEPS, varying=("clip",)).update
     first = seconds(compiled)
     turns = [(seconds(update), seconds(compiled)) for _ in range(ROUNDS)]
     plain, fast = (statistics.median(side) / STEPS for side in zip(*turns, strict=True))

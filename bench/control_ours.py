@@ -11,21 +11,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from understudy.compiled import Compiled
+from understudy.compiled import CompiledUpdate
 from understudy.control import ppo
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.policy import Policy
 from understudy.control.presets import preset
 
 WARMUP = 3
 PARTS = [  # what is timed: its name, where it stands, what it is part of
-    ("1 sample", Walker, "collect"),
+    ("1 sample", RolloutCollector, "collect"),
     ("of it: environments", None, "step"),
-    ("2 score", Policy, "reward"),
-    ("3 value", ppo, "estimate"),
-    ("4 advantage", ppo, "weigh_up"),
+    ("2 score", Policy, "normalize_reward"),
+    ("3 value", ppo, "estimate_values"),
+    ("4 advantage", ppo, "compute_advantages"),
     ("5 update", ppo, "update"),
-    ("5 update", Compiled, "update"),
+    ("5 update", CompiledUpdate, "update"),
 ]
 
 
@@ -64,11 +64,11 @@ def watched() -> dict[str, float]:
         if owner is not None:
             setattr(owner, attribute, timed(name, getattr(owner, attribute)))
 
-    def walk_in(self: Walker, envs: Any) -> None:  # more than once, where a checkpoint renews them
+    def walk_in(self: RolloutCollector, envs: Any) -> None:  # more than once, where a checkpoint renews them
         envs.step = timed("of it: environments", envs.step)
         vars(self)["walked"] = envs
 
-    Walker.envs = property(lambda self: vars(self)["walked"], walk_in)  # pyright: ignore[reportAttributeAccessIssue]
+    RolloutCollector.envs = property(lambda self: vars(self)["walked"], walk_in)  # pyright: ignore[reportAttributeAccessIssue]
     return spent
 
 

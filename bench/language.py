@@ -143,11 +143,11 @@ GROWTH_REPEATS = 2  # A B B A; the curves say how cost grows, not by how much on
 MEMORY = {"grpo-32k": "GRPO, vocabulary 32k", "ppo-32k": "PPO, vocabulary 32k, shared trunk"}
 STEPS = {  # of an iteration: function of ours whose time, with all that it calls, is the step's
     "sampling": (("collect.py", "collect"),),
-    "scoring": (("cast.py", "judged"), ("cast.py", "pay")),
-    "values": (("ppo.py", "look"),),
-    "advantage": (("ppo.py", "weigh_up"), ("grpo.py", "compare")),
+    "scoring": (("cast.py", "score_completions"), ("cast.py", "compute_rewards")),
+    "values": (("ppo.py", "estimate_values"),),
+    "advantage": (("ppo.py", "compute_advantages"), ("grpo.py", "group_advantage")),
     "update": (("update.py", "update"),),
-    "noting": (("cast.py", "observe"),),
+    "logging": (("cast.py", "log_rollout"),),
 }
 
 

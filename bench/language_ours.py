@@ -103,7 +103,7 @@ def sample(given: dict[str, Any]) -> None:
     while not clock.done:
         seeds = range(len(clock.tokens) * given["rows"], (len(clock.tokens) + 1) * given["rows"])
         found = generate(
-            policy, given["prompts"], limit=given["length"], stops=frozenset(), seeds=seeds, slots=given["rows"]
+            policy, given["prompts"], limit=given["length"], stops=frozenset(), seeds=seeds, max_num_seqs=given["rows"]
         )
         clock.end(sum(len(one.ids) for one in found))
     clock.report(file_bytes(given["models"]), "torch", "transformers", "understudy-rl")

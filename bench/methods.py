@@ -61,7 +61,7 @@ def run(name: str, seed: int) -> Path:
         config = preset(module.Config, ENV, seed=seed, quiet=True, out=f"{out}/run", **fields)
         began = time.time()
         done = module.train(config)
-        returns = evaluate(load(done.path), config, episodes=100).returns
+        returns = evaluate(load(done.path), config, num_episodes=100).returns
         found = {
             "name": name,
             "seed": seed,

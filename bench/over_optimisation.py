@@ -28,10 +28,10 @@ from matplotlib.figure import Figure
 from understudy import load
 from understudy.cli import rehearse
 from understudy.language import RewardModel, ppo, rehearsal, reward_model
-from understudy.language.text import preferences
-from understudy.run.seeds import derive
-from understudy.study.overoptimise import Curve, Form, fit, kl_of_best, mean_of_best, peak_interval
-from understudy.study.statistics import interval
+from understudy.language.text import make_preferences
+from understudy.run.seeds import derive_seed
+from understudy.study.overoptimise import Curve, Form, fit, kl_of_best_of_n, mean_of_best_of_n, peak_interval
+from understudy.study.statistics import bootstrap_interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "over_optimisation"
@@ -142,8 +142,8 @@ def policy_of(seed: int) -> Path:
     out = RUNS / str(seed)
     if not (out / "tested.jsonl").exists():
         shutil.rmtree(out, ignore_errors=True)
-        policy = rehearse.taught(out, seed, rehearse.FULL, say=lambda text: None)
-        pairs = rehearse.pairs(policy, max(SIZES) + TESTED, seed)
+        policy = rehearse.train_sft_policy(out, seed, rehearse.FULL_SIZES, report=lambda text: None)
+        pairs = rehearse.sample_pairs(policy, max(SIZES) + TESTED, seed)
         rows = rehearsal.preferences(pairs, temperature=rehearse.TEMPERATURE, seed=seed)
         for size in SIZES:
             rehearsal.write_jsonl(rows[:size], out / f"pairs-{size}.jsonl")
@@ -157,7 +157,7 @@ def proxy_of(out: Path, seed: int, size: int) -> RewardModel:
     if not (path / "reward_model").exists():
         shutil.rmtree(path, ignore_errors=True)
         data, epochs = str(out / f"pairs-{size}.jsonl"), math.ceil(PROXY_STEPS * PROXY["minibatch_rows"] / size)
-        given: dict[str, Any] = {**rehearse.COMMON, **PROXY, "seed": seed, "epochs": epochs}
+        given: dict[str, Any] = {**rehearse.COMMON_FIELDS, **PROXY, "seed": seed, "epochs": epochs}
         reward_model.train(reward_model.Config(model=str(out / "sft"), data=data, out=str(path), **given))
     return RewardModel.from_pretrained(path / "reward_model")
 
@@ -167,7 +167,7 @@ def examine(out: Path, proxy: RewardModel, size: int) -> dict[str, float]:
     found = {}
     for name, file in (("learned", f"pairs-{size}"), ("tested", "tested")):
         rows = [json.loads(line) for line in (out / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
-        said = reward_model.examine(proxy, preferences(rows, proxy.tokenizer, max_length=64))
+        said = reward_model.evaluate_reward_model(proxy, make_preferences(rows, proxy.tokenizer, max_length=64))
         found |= {f"{name}{end}": said[f"accuracy{end}"] for end in ("", "_low", "_high")}
     return found
 
@@ -179,10 +179,10 @@ def best_of(out: Path, proxy: RewardModel, seed: int) -> dict[str, list[float]]:
     by = proxy.score([ids for ids, _ in said]).double().numpy().reshape(OPENINGS, SAMPLES)
     return {
         "n": list(BEST_OF),
-        "kl": [kl_of_best(n) for n in BEST_OF],
-        "true": [mean_of_best(by, true, n) for n in BEST_OF],
-        "score": [mean_of_best(by, by, n) for n in BEST_OF],
-        "best": [mean_of_best(true, true, n) for n in BEST_OF],
+        "kl": [kl_of_best_of_n(n) for n in BEST_OF],
+        "true": [mean_of_best_of_n(by, true, n) for n in BEST_OF],
+        "score": [mean_of_best_of_n(by, by, n) for n in BEST_OF],
+        "best": [mean_of_best_of_n(true, true, n) for n in BEST_OF],
     }
 
 
@@ -190,9 +190,9 @@ def sampled(out: Path, seed: int) -> list[tuple[list[int], str]]:
     """Completions of openings nobody was trained on, ids and text; the same for every proxy."""
     path = out / "sampled.json"
     if not path.exists():
-        openings = [row["prompt"] for row in rehearsal.prompts(OPENINGS, derive(seed, "test"))]
+        openings = [row["prompt"] for row in rehearsal.prompts(OPENINGS, derive_seed(seed, "test"))]
         many = [x for x in openings for _ in range(SAMPLES)]
-        said = rehearse.answers(load(out / "sft"), many, derive(seed, "best of") >> 1)
+        said = rehearse.sample_completions(load(out / "sft"), many, derive_seed(seed, "best of") >> 1)
         path.write_text(json.dumps([[[*ids, *completion.ids], text] for ids, completion, text in said]))
     return json.loads(path.read_text())
 
@@ -201,8 +201,8 @@ def by_ppo(out: Path, seed: int, size: int) -> dict[str, list[float]]:
     """True score, proxy score and KL of PPO's policy on held-out openings, every few iterations, from KL 0 on."""
     path = out / f"ppo-{size}"
     shutil.rmtree(path, ignore_errors=True)
-    cfg = rehearse.reinforced(out, seed, replace(rehearse.FULL, iterations=ITERATIONS))
-    judges: dict[str, Any] = {"reward": (str(out / f"proxy-{size}"),), "gold": (rehearsal.truth,)}
+    cfg = rehearse.ppo_config(out, seed, replace(rehearse.FULL_SIZES, iterations=ITERATIONS))
+    judges: dict[str, Any] = {"reward": (str(out / f"proxy-{size}"),), "gold": (rehearsal.true_scores,)}
     metrics = ppo.train(replace(cfg, **judges, **PPO, out=str(path))).metrics
     lines = [m for m in metrics if "evaluation_kl" in m and m["iteration"] > PPO["critic_warmup"]]
     first = lines[0]
@@ -352,7 +352,7 @@ def row(way: str, size: int, seeds: list[dict[str, Any]]) -> str:
     low, high = peak_interval(curves, FORMS[way])
     learned, tested = (np.mean([seed[way]["proxy"][name] for seed in seeds]) for name in ("learned", "tested"))
     measured = [seed[way]["kl"][turns(seed[way])[0]] for seed in seeds]
-    first, last = interval(measured, np.mean)
+    first, last = bootstrap_interval(measured, np.mean)
     most = min(max(seed[way]["kl"]) for seed in seeds), max(max(seed[way]["kl"]) for seed in seeds)
     cells = [
         NAMES[way],

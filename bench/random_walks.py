@@ -114,7 +114,9 @@ def measure(run: Path, edges: dict[str, list[str]], best: dict[str, int]) -> flo
     policy = load(run)
     starts = [node for node in NODES[1:] for _ in range(64)]
     ids = [policy.tokenizer.encode_prompt(start) for start in starts]
-    said = generate(policy, ids, limit=LONGEST + 1, stops=policy.tokenizer.stops, seeds=range(len(ids)), slots=256)
+    said = generate(
+        policy, ids, limit=LONGEST + 1, stops=policy.tokenizer.stops, seeds=range(len(ids)), max_num_seqs=256
+    )
     paths = [policy.tokenizer.decode(completion.ids).split() for completion in said]
     return statistics.fmean(optimality(s, path, edges, best) for s, path in zip(starts, paths, strict=True))
 

@@ -29,7 +29,7 @@ from torch.nn.functional import softplus
 from understudy.language import dpo, reward_model, stage
 from understudy.language.model import Policy
 from understudy.language.scorer import RewardModel, load_reward_model
-from understudy.language.text import Preference, Tokenizer, preferences, read
+from understudy.language.text import Preference, Tokenizer, make_preferences, read_rows
 from understudy.reduce import mean_interval
 
 HERE = Path(__file__).parent
@@ -108,9 +108,9 @@ def once(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 @cache
 def split() -> tuple[list[Preference], list[Preference], dict[str, int]]:
     """The pairs to learn from, those held out, and how many rows were cut or skipped: as the recipes split them."""
-    pairs = preferences(read(PAIRS), Tokenizer.load(MODEL), max_length=TOKENS, too_long="cut")
-    learned, kept = stage.hold_out(list(map(stage.asked, pairs)), len(pairs) // SHARE)
-    counts = {"read": len(pairs), "cut": pairs.cut, "skipped": pairs.skipped, "equal": pairs.equal}
+    pairs = make_preferences(read_rows(PAIRS), Tokenizer.load(MODEL), max_length=TOKENS, too_long="cut")
+    learned, kept = stage.hold_out(list(map(stage.preference_split_key, pairs)), len(pairs) // SHARE)
+    counts = {"read": len(pairs), "cut": pairs.num_cut, "skipped": pairs.num_skipped, "equal": pairs.num_equal}
     return [pairs[i] for i in learned], [pairs[i] for i in kept], counts
 
 
@@ -130,7 +130,7 @@ def by_length(learned: Sequence[Preference], kept: Sequence[Preference]) -> Tens
 def count_pairs() -> dict[str, Any]:
     """The two parts of the preferences in numbers."""
     learned, kept, counts = split()
-    asked = [{stage.asked(pair) for pair in part} for part in (learned, kept)]
+    asked = [{stage.preference_split_key(pair) for pair in part} for part in (learned, kept)]
     right = by_length(learned, kept)
     return {
         **counts,
@@ -155,10 +155,10 @@ def tune(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     """A run on four fifths of the pairs that are learned from, and what it is worth on the other fifth of them."""
     pairs, _, _ = split()
     source = RUNS / "learned.jsonl"
-    rows = read(PAIRS)
+    rows = read_rows(PAIRS)
     source.write_text("".join(json.dumps(rows[pair.row - 1]) + "\n" for pair in pairs), encoding="utf-8")
     count = len(pairs) // SHARE
-    learned, kept = stage.hold_out(list(map(stage.asked, pairs)), count)
+    learned, kept = stage.hold_out(list(map(stage.preference_split_key, pairs)), count)
     return run(kind, TUNING_SEED, source, count, settings, [pairs[i] for i in learned], [pairs[i] for i in kept])
 
 
@@ -224,7 +224,9 @@ def margin_of_scores(path: Path, pairs: Sequence[Preference], settings: dict[str
 @torch.no_grad()
 def margin_of_gains(path: Path, pairs: Sequence[Preference], settings: dict[str, Any]) -> Tensor:
     """By how much the chosen side gained more over the model that training began from, times DPO's beta, [N]."""
-    after, before = (dpo.refer(Policy.from_pretrained(source), pairs) for source in (path / "policy", MODEL))
+    after, before = (
+        dpo.compute_pair_logprobs(Policy.from_pretrained(source), pairs) for source in (path / "policy", MODEL)
+    )
     gained = after - before
     return settings["kl_reference_coef"] * (gained[:, 0] - gained[:, 1])
 

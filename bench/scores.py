@@ -50,8 +50,8 @@ def run(env: str, seed: int) -> Path:
             "seed": seed,
             "seconds": time.time() - began,
             "training_return": done.metrics[-1]["episode_return_mean"],
-            "mode": evaluate(policy, config, episodes=EPISODES).returns,
-            "sampled": evaluate(policy, config, episodes=EPISODES, sample=True).returns,
+            "mode": evaluate(policy, config, num_episodes=EPISODES).returns,
+            "sampled": evaluate(policy, config, num_episodes=EPISODES, sample=True).returns,
             "config": {name: value for name, value in vars(config).items() if name != "out"},
         }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def run(env: str, seed: int) -> Path:
 
 def row(env: str, paths: list[Path]) -> dict:
     """One environment over its seeds."""
-    from understudy.study.statistics import interval, iqm
+    from understudy.study.statistics import bootstrap_interval, iqm
 
     found = [json.loads(path.read_text()) for path in paths]
     scores, sampled = ([statistics.fmean(f[how]) for f in found] for how in ("mode", "sampled"))
@@ -71,7 +71,7 @@ def row(env: str, paths: list[Path]) -> dict:
         "seeds": [f["seed"] for f in found],
         "scores": scores,
         "iqm": iqm(scores),
-        "interval": interval(scores),
+        "interval": bootstrap_interval(scores),
         "sampled": sampled,
         "sampled_iqm": iqm(sampled),
         "perfect": sum(score == 500.0 for score in scores),

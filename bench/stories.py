@@ -25,15 +25,15 @@ import torch
 import transformers
 
 from understudy.language import ppo, reward_model, stage
-from understudy.language.collect import Said, Sampler
-from understudy.language.evaluate import answers
+from understudy.language.collect import Rollout, Sampler
+from understudy.language.evaluate import sample_evaluation_rollout
 from understudy.language.generate import generate
 from understudy.language.judge import distinct_n
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import load_reward_model
-from understudy.language.text import Tokenizer, prompts
-from understudy.reduce import mean_interval, share_interval
-from understudy.run.seeds import derive
+from understudy.language.text import Tokenizer, make_prompts
+from understudy.reduce import fraction_interval, mean_interval
+from understudy.run.seeds import derive_seed
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "shared" / "data" / "stories260K"
@@ -131,7 +131,7 @@ def write_openings() -> dict[str, Any]:
     policy, tokenizer = Policy.from_pretrained(MODEL), Tokenizer.load(MODEL, stop=STOP)
     rows, bos = 4 * OPENINGS, tokenizer.encode_prompt("")
     lengths = torch.randint(8, 17, (rows,), generator=torch.Generator().manual_seed(OPENINGS_SEED)).tolist()
-    seeds = [derive(OPENINGS_SEED, "opening", row) for row in range(rows)]
+    seeds = [derive_seed(OPENINGS_SEED, "opening", row) for row in range(rows)]
     said = generate(policy, [bos] * rows, limit=16, stops=tokenizer.stops, seeds=seeds)
     found: dict[str, None] = {}
     skipped = {"equal": 0, "ended": 0, "other tokens": 0}
@@ -196,8 +196,8 @@ def learn_to_judge() -> dict[str, Any]:
         gold = torch.tensor([gold_words.logit(text) > 0 for _, text in reviews])
         found[name] = {
             "rows": len(reviews),
-            "reward_model": share_interval(((raw > 0) == label).float()),
-            "gold": share_interval((gold == label).float()),
+            "reward_model": fraction_interval(((raw > 0) == label).float()),
+            "gold": fraction_interval((gold == label).float()),
         }
     return found
 
@@ -232,25 +232,27 @@ def examine(path: Path) -> dict[str, Any]:
     policy, base = Policy.from_pretrained(path / "policy"), Policy.from_pretrained(MODEL)
     sampler, scorer = (
         held_out(),
-        load_reward_model(str(judge_path() / "reward_model")).part(Tokenizer.load(MODEL, stop=STOP)),
+        load_reward_model(str(judge_path() / "reward_model")).make_reward_term(Tokenizer.load(MODEL, stop=STOP)),
     )
     which = [i % len(sampler) for i in range(ROWS)]
     found: dict[str, Any] = {"held_out": len(sampler)}
-    said = {name: answers(model, sampler, which) for name, model in (("policy", policy), ("base", base))}
+    said = {
+        name: sample_evaluation_rollout(model, sampler, which) for name, model in (("policy", policy), ("base", base))
+    }
     for name, told in said.items():
-        likely = torch.tensor(gold_words.positive([str(text) for text in told.judged.completions]))
+        likely = torch.tensor(gold_words.positive([str(text) for text in told.scoring_input.completions]))
         found[name] = {
-            "gold": share_interval((likely > 0.5).float()),
-            "score": mean_interval(scorer(told.judged)),
+            "gold": fraction_interval((likely > 0.5).float()),
+            "score": mean_interval(scorer(told.scoring_input)),
             "distinct_4": distinct_n([completion.ids for completion in told.completions[:DISTINCT_ROWS]], 4),
             "nll": surprise(base, told),
             "length": sum(len(completion.ids) for completion in told.completions) / ROWS,
             "stopped": sum(completion.stopped for completion in told.completions) / ROWS,
         }
-    text = said["policy"].record.obs
+    text = said["policy"].trajectory.obs
     found["kl"] = mean_interval(policy(text)[0].kl(Reference(base)(text)).sum(dim=1))
-    found["words"] = shifted(*(said[name].judged.completions for name in ("base", "policy")))
-    pairs = zip(*(said[name].judged.completions for name in ("base", "policy")), strict=True)
+    found["words"] = shifted(*(said[name].scoring_input.completions for name in ("base", "policy")))
+    pairs = zip(*(said[name].scoring_input.completions for name in ("base", "policy")), strict=True)
     openings = [prompt.text for prompt in said["base"].prompts]
     found["samples"] = [[o, b, p] for o, (b, p) in zip(openings, pairs, strict=True)][:SHOWN]
     return found | judgement(found)
@@ -277,15 +279,15 @@ def held_out() -> Sampler:
     """The openings that the recipe keeps from training, in the order of the file."""
     tokenizer = Tokenizer.load(MODEL, stop=STOP)
     rows = [json.loads(line) for line in data().read_text(encoding="utf-8").splitlines()]
-    found = prompts(rows, tokenizer, max_length=64)
+    found = make_prompts(rows, tokenizer, max_length=64)
     _, kept = stage.hold_out([prompt.ids for prompt in found], HELD_OUT)
-    return Sampler([found[i] for i in kept], tokenizer, limit=TOKENS, endless=False, seed=0, slots=128)
+    return Sampler([found[i] for i in kept], tokenizer, limit=TOKENS, has_fixed_length=False, seed=0, max_num_seqs=128)
 
 
 @torch.no_grad()
-def surprise(base: Policy, told: Said) -> float:
+def surprise(base: Policy, told: Rollout) -> float:
     """Mean -log p in nats a token of what was said, under the model that training began from."""
-    record = told.record
+    record = told.trajectory
     return -float(base(record.obs)[0].log_prob(record.action)[record.mask].mean())
 
 

@@ -27,12 +27,12 @@ import torch
 import transformers
 
 from understudy.language import grpo, ppo, reinforce
-from understudy.language.evaluate import answers
+from understudy.language.evaluate import sample_evaluation_rollout
 from understudy.language.judge import distinct_n
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import load_reward_model
 from understudy.language.text import Tokenizer
-from understudy.reduce import mean_interval, share_interval, student_t
+from understudy.reduce import fraction_interval, mean_interval, student_t
 
 RESULTS = stories.RESULTS.parent / "stories_methods"
 RUNS = stories.RUNS.parent / "stories_methods"
@@ -131,12 +131,14 @@ def measured(path: Path) -> dict[str, Any]:
     """A policy on the held-out openings: reward, gold and exact KL with intervals, and how varied it is."""
     policy, base, sampler = Policy.from_pretrained(path), Policy.from_pretrained(stories.MODEL), stories.held_out()
     scorer = load_reward_model(str(stories.judge_path() / "reward_model"))
-    said = answers(policy, sampler, [i % len(sampler) for i in range(stories.ROWS)])
-    likely = torch.tensor(gold_words.positive([str(text) for text in said.judged.completions]))
-    kl = policy(said.record.obs)[0].kl(Reference(base)(said.record.obs)).sum(dim=1)
+    said = sample_evaluation_rollout(policy, sampler, [i % len(sampler) for i in range(stories.ROWS)])
+    likely = torch.tensor(gold_words.positive([str(text) for text in said.scoring_input.completions]))
+    kl = policy(said.trajectory.obs)[0].kl(Reference(base)(said.trajectory.obs)).sum(dim=1)
     return {
-        "score": mean_interval(scorer.part(Tokenizer.load(stories.MODEL, stop=stories.STOP))(said.judged)),
-        "gold": share_interval((likely > 0.5).float()),
+        "score": mean_interval(
+            scorer.make_reward_term(Tokenizer.load(stories.MODEL, stop=stories.STOP))(said.scoring_input)
+        ),
+        "gold": fraction_interval((likely > 0.5).float()),
         "kl": mean_interval(kl),
         "distinct_4": distinct_n([completion.ids for completion in said.completions[: stories.DISTINCT_ROWS]], 4),
         "nll": stories.surprise(base, said),

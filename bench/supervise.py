@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 
-from understudy.control.supervise import Supervised
+from understudy.control.supervise import FaultTolerantVectorEnv
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "supervise.json", ROOT / "docs" / "supervise.md"
@@ -55,7 +55,7 @@ def steps_per_second(envs: VectorEnv, actions: list[np.ndarray]) -> float:
     return len(actions) * envs.num_envs / (time.perf_counter() - since)
 
 
-def restart_seconds(envs: Supervised, action: np.ndarray) -> float:
+def restart_seconds(envs: FaultTolerantVectorEnv, action: np.ndarray) -> float:
     """From a step in which every worker dies to the first observations of new episodes, over the number of workers."""
     envs.call("doom")
     since = time.perf_counter()
@@ -67,7 +67,7 @@ def restart_seconds(envs: Supervised, action: np.ndarray) -> float:
 def measure(num_envs: int, calls: int, rounds: int) -> dict[str, object]:
     kinds: dict[str, Callable[[], VectorEnv]] = {
         "AsyncVectorEnv": lambda: AsyncVectorEnv([make] * num_envs),
-        "Supervised": lambda: Supervised([make] * num_envs, step_timeout=60.0),
+        "Supervised": lambda: FaultTolerantVectorEnv([make] * num_envs, step_timeout=60.0),
     }
     envs = {name: kind() for name, kind in kinds.items()}
     space = envs["AsyncVectorEnv"].action_space

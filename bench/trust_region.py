@@ -67,8 +67,8 @@ def run(seed: int, way: str) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     if not (taught / "rehearsal.json").exists():
         shutil.rmtree(taught, ignore_errors=True)
-        rehearse.pipeline(taught, seed, rehearse.FULL, say=lambda text: None)
-    usual = rehearse.reinforced(taught, seed, rehearse.FULL)
+        rehearse.pipeline(taught, seed, rehearse.FULL_SIZES, report=lambda text: None)
+    usual = rehearse.ppo_config(taught, seed, rehearse.FULL_SIZES)
     rates = {name: TIMES * getattr(usual, name) for name in ("learning_rate", "critic_learning_rate")}
     copies = SimpleNamespace(deepcopy=copy.deepcopy)
     update.copy = copies  # pyright: ignore[reportAttributeAccessIssue]  # the copy that an undone update returns to
@@ -79,13 +79,13 @@ def run(seed: int, way: str) -> dict[str, Any]:
         moved.append(line["kl_reference"])
     seconds = time.process_time() - began
     found = json.loads((taught / "rehearsal.json").read_text())
-    shown = rehearsal.demonstrations(rehearse.FULL.demonstrations, seed)
+    shown = rehearsal.demonstrations(rehearse.FULL_SIZES.num_demonstrations, seed)
     judge = RewardModel.from_pretrained(taught / "reward_model" / "reward_model")
     policy = load(out)
-    found["ppo"], said = rehearse.measured(
-        policy, judge, {row["prompt"] + row["completion"] for row in shown}, seed, rehearse.FULL
+    found["ppo"], said = rehearse.evaluate_policy(
+        policy, judge, {row["prompt"] + row["completion"] for row in shown}, seed, rehearse.FULL_SIZES
     )
-    found["kl"] = rehearse.kl(policy, load(taught / "sft"), said)
+    found["kl"] = rehearse.mean_kl(policy, load(taught / "sft"), said)
     found["gap_closed"] = rehearse.gap_closed(found)
     shutil.rmtree(out)
     return {

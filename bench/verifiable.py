@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from understudy import load
 from understudy.language import grpo, sft
 from understudy.language.generate import generate
-from understudy.reduce import share_interval
+from understudy.reduce import fraction_interval
 
 RESULTS = Path(__file__).parent / "results" / "verifiable"
 PAGE = Path(__file__).parents[1] / "docs" / "verifiable.md"
@@ -143,7 +143,7 @@ def correct(path: Path, rows: list[Row], task: Task) -> Tensor:
     policy = load(path)
     ids = [policy.tokenizer.encode_prompt(row["prompt"]) for row in rows]
     limit, stops = task.longest + 1, policy.tokenizer.stops
-    said = generate(policy, ids, limit=limit, stops=stops, seeds=range(len(ids)), slots=256)
+    said = generate(policy, ids, limit=limit, stops=stops, seeds=range(len(ids)), max_num_seqs=256)
     texts = [policy.tokenizer.decode(completion.ids) for completion in said]
     return torch.tensor([float(text == row["answer"]) for text, row in zip(texts, rows, strict=True)])
 
@@ -169,7 +169,7 @@ def run(name: str, seed: int, **changes: Any) -> dict[str, Any]:
         )
         history = grpo.train(cfg).metrics
         seconds = {"sft_seconds": between - began, "grpo_seconds": time.process_time() - between}
-        score = {stage: share_interval(correct(out / stage, held_out, task)) for stage in ("sft", "grpo")}
+        score = {stage: fraction_interval(correct(out / stage, held_out, task)) for stage in ("sft", "grpo")}
     means = [line["score_mean"] for line in history]
     undone = sum(line.get("updates_skipped", 0) for line in history)
     curve = {str(line["steps"]): line["score_mean"] for line in history[:: len(means) // 20]}

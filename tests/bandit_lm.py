@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from tests.records import seeded
 from understudy.advantage import gae, group_relative, leave_one_out
-from understudy.batch import Batch, Text, Trajectory
+from understudy.batch import Batch, TokenBatch, Trajectory
 from understudy.distribution import Categorical
 from understudy.language import config, dpo, grpo, ppo, reinforce, stage
-from understudy.language.collect import Said
-from understudy.language.judge import Sampled
+from understudy.language.collect import Rollout
+from understudy.language.judge import ScoringInput
 from understudy.language.text import Preference
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution
-from understudy.objective import critic_alone, policy_gradient, scaled, squared_error
+from understudy.objective import critic_only, policy_gradient, scale_penalty, squared_error
 from understudy.reduce import per_row
-from understudy.score import at_last_step, episode_score
+from understudy.score import episode_score, reward_at_last_step
 from understudy.update import update
 from understudy.value import next_value
 
@@ -39,7 +39,7 @@ PAIRS, PAIR_STEPS, PAIR_ROWS = 50_000, 150, 2048
 class TableLM(nn.Module):
     """Looks up what it says next: a state for every prefix of a prompt of one token. logits: [states, WORDS]."""
 
-    memory = True
+    needs_whole_rows = True
     device = "cpu"
 
     def __init__(self, logits: Tensor, *, length: int) -> None:
@@ -48,7 +48,7 @@ class TableLM(nn.Module):
         self.values = nn.Parameter(torch.zeros(len(logits)))
         self.head = Head(nn.Identity())
 
-    def forward(self, text: Text) -> tuple[TokenDistribution, Tensor]:
+    def forward(self, text: TokenBatch) -> tuple[TokenDistribution, Tensor]:
         state = self.states(text.ids)
         return TokenDistribution(self.logits[state], text.mask, self.head), self.values[state]
 
@@ -126,7 +126,7 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 
 
 @torch.no_grad()
-def say(lm: TableLM, rows: int, generator: torch.Generator) -> Said:
+def say(lm: TableLM, rows: int, generator: torch.Generator) -> Rollout:
     """That many completions, laid out as `language.generate.lay_out` does."""
     shape = rows, lm.length + 1
     ids, logprob = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
@@ -134,15 +134,15 @@ def say(lm: TableLM, rows: int, generator: torch.Generator) -> Said:
     for column in range(lm.length):
         here = torch.zeros_like(mask)
         here[:, column] = True
-        distribution, _ = lm(Text(ids, here))
+        distribution, _ = lm(TokenBatch(ids, here))
         token = distribution.sample(generator)
         logprob = logprob + distribution.log_prob(token)
         ids[:, column + 1] = token[:, column]
     mask[:, : lm.length] = True
     terminated[:, lm.length - 1] = True
-    text = Text(ids, mask)
+    text = TokenBatch(ids, mask)
     record = Trajectory(text, text.action, logprob, mask, torch.zeros(shape), terminated, torch.zeros_like(mask))
-    return Said([], [], record, Sampled([], [], [], [], {}))
+    return Rollout([], [], record, ScoringInput([], [], [], [], {}))
 
 
 class Frozen(nn.Module):
@@ -152,7 +152,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.lm = lm.requires_grad_(False)
 
-    def forward(self, text: Text) -> TokenDistribution:
+    def forward(self, text: TokenBatch) -> TokenDistribution:
         return self.lm(text)[0]
 
 
@@ -162,12 +162,12 @@ def learn(task: Task, make: Callable[..., Any], seed: int) -> list[Tensor]:
     `make(lm, said, score, reference)` is steps 2 to 4 of a recipe: its batch, its objective and what else `update` is told.
     """
     lm, reference, generator = task.lm(), Frozen(task.lm()), seeded(seed)
-    optimizer = stage.adamw(settings(config.Rollouts, task), stage.all_of(lm))
+    optimizer = stage.adamw(settings(config.RolloutConfig, task), stage.trainable_parameter_group(lm))
     last = []
     for i in range(ITERATIONS):
         slow_down(optimizer, i / ITERATIONS)
         said = say(lm, ROWS[task.length], generator)
-        batch, objective, told = make(lm, said, task.score(said.record), reference)
+        batch, objective, told = make(lm, said, task.score(said.trajectory), reference)
         update(lm, optimizer, batch, objective, max_grad_norm=1.0, generator=generator, **told)
         last = [*last, lm.completions()][-LAST:]
     return last
@@ -188,13 +188,13 @@ def by_ppo(task: Task, charge: Any = None, **fields: Any) -> Callable[..., Any]:
     cfg = settings(ppo.Config, task, **fields)
 
     def make(lm, said, score, reference):
-        record, reward, referred = ppo.pay(said, score, reference, task.coef, cfg)
-        old, value = ppo.look(lm, record, cfg)
-        batch = ppo.weigh_up(record, reward, value, old, referred, cfg)
-        objective: Any = ppo.surrogate(cfg, cfg.kl_coef, task.coef)
+        record, reward, referred = ppo.compute_rewards(said, score, reference, task.coef, cfg)
+        old, value = ppo.estimate_values(lm, record, cfg)
+        batch = ppo.compute_advantages(record, reward, value, old, referred, cfg)
+        objective: Any = ppo.make_objective(cfg, cfg.kl_coef, task.coef)
         if charge is not None:
-            objective = partial(objective, charge=charge)
-        return batch, objective, {"epochs": 2, "minibatches": 1}
+            objective = partial(objective, kl_penalty=charge)
+        return batch, objective, {"num_epochs": 2, "num_minibatches": 1}
 
     return make
 
@@ -204,11 +204,17 @@ def by_grpo(task: Task, **fields: Any) -> Callable[..., Any]:
 
     def make(lm, said, score, reference):
         cfg = settings(grpo.Config, task, rows=len(score), **fields)
-        record, reward, referred = grpo.pay(said, score, reference, task.coef, cfg)
+        record, reward, referred = grpo.compute_rewards(said, score, reference, task.coef, cfg)
         members = torch.arange(len(score)) // cfg.group
-        advantage = grpo.compare(episode_score(reward, record.mask), members, record.mask.any(dim=1), scale=cfg.scale)
+        advantage = grpo.group_advantage(
+            episode_score(reward, record.mask), members, record.mask.any(dim=1), scale_by_std=cfg.scale
+        )
         batch = learnable(record, reward, advantage[:, None] * record.mask, referred, cfg)
-        return batch, grpo.surrogate(cfg, task.coef), {"epochs": 2, "minibatches": 1, "weigh": per_row}
+        return (
+            batch,
+            grpo.make_objective(cfg, task.coef),
+            {"num_epochs": 2, "num_minibatches": 1, "loss_weights": per_row},
+        )
 
     return make
 
@@ -218,19 +224,19 @@ def by_reinforce(task: Task, **fields: Any) -> Callable[..., Any]:
 
     def make(lm, said, score, reference):
         cfg = settings(reinforce.Config, task, rows=len(score), **fields)
-        record, reward, referred = reinforce.pay(said, score, reference, task.coef, cfg)
+        record, reward, referred = reinforce.compute_rewards(said, score, reference, task.coef, cfg)
         paid, there = episode_score(reward, record.mask), record.mask.any(dim=1)
         to_go = reinforce.reward_to_go(reward, record.terminated, record.truncated, record.mask, gamma=cfg.gamma)
-        advantage = reinforce.relative(to_go, paid, there, record.mask, float(paid.mean()), cfg)
+        advantage = reinforce.subtract_baseline(to_go, paid, there, record.mask, float(paid.mean()), cfg)
         objective = partial(
             policy_gradient,
             value_coef=0.0,
             entropy_coef=0.0,
-            value_loss=squared_error,
-            charge=reinforce.reference_charge(task.coef, cfg),
+            value_loss_fn=squared_error,
+            kl_penalty=reinforce.reference_kl_penalty(task.coef, cfg),
         )
         batch = learnable(record, reward, advantage, referred, cfg)
-        return batch, objective, {"epochs": 1, "minibatches": 1}
+        return batch, objective, {"num_epochs": 1, "num_minibatches": 1}
 
     return make
 
@@ -238,8 +244,8 @@ def by_reinforce(task: Task, **fields: Any) -> Callable[..., Any]:
 def learnable(record: Trajectory, reward: Tensor, advantage: Tensor, referred: TokenDistribution, cfg: Any) -> Batch:
     zeros = torch.zeros_like(reward)
     reference = referred if cfg.kl_reference == "exact" else referred.log_prob(record.action)
-    old = SampledTokens(record.action, record.logprob)
-    return Batch.of(record, value=zeros, advantage=advantage, target=zeros, old=old, reference=reference)
+    old = SampledTokens(record.action, record.behavior_logprob)
+    return Batch.of(record, value=zeros, advantage=advantage, target=zeros, old_distribution=old, reference=reference)
 
 
 def drawn_pairs(task: Task, count: int, seed: int) -> list[Preference]:
@@ -267,13 +273,13 @@ def learn_pairs(task: Task, pairs: list[Preference], seed: int) -> list[Tensor]:
     lm, generator = task.lm(), seeded(seed)
     cfg = dpo.Config(model="-", data="-", kl_reference_coef=task.coef)
     optimizer = stage.adamw(cfg, {"params": [lm.logits]})
-    data = dpo.gather(pairs, dpo.refer(lm, pairs, micro=len(pairs)))  # pyright: ignore[reportArgumentType]
+    data = dpo.collate(pairs, dpo.compute_pair_logprobs(lm, pairs, micro_batch_size=len(pairs)))  # pyright: ignore[reportArgumentType]
     last = []
     for i in range(PAIR_STEPS):
         slow_down(optimizer, i / PAIR_STEPS)
         some = torch.randint(len(pairs), (PAIR_ROWS,), generator=generator)
-        told = {"epochs": 1, "minibatches": 1, "max_grad_norm": 1.0, "generator": generator}
-        update(lm, optimizer, data[some], dpo.loss(cfg), **told)
+        told = {"num_epochs": 1, "num_minibatches": 1, "max_grad_norm": 1.0, "generator": generator}
+        update(lm, optimizer, data[some], dpo.make_objective(cfg), **told)
         last = [*last, lm.completions()][-LAST:]
     return last
 
@@ -306,7 +312,7 @@ CHARGED = {
 # ... and these, the negative controls, elsewhere
 ASTRAY = {
     "ppo, bare k3 in the loss": lambda task: by_ppo(
-        task, standardize="none", kl_reference="k3", charge=scaled(bare_k3, task.coef)
+        task, standardize="none", kl_reference="k3", charge=scale_penalty(bare_k3, task.coef)
     ),
     "grpo, scaled, k3 in the loss": by_grpo,
     "ppo, standardised, exact in the loss": partial(by_ppo, kl_reference="exact"),
@@ -361,11 +367,11 @@ class Exam:
         shape = ids.shape
         mask = torch.tensor([False, True, True, False]).expand(shape)
         terminated = torch.tensor([False, False, True, False]).expand(shape)
-        text = Text(ids, mask)
+        text = TokenBatch(ids, mask)
         self.states = self.lm.states(ids)
         logp = self.logits.log_softmax(-1)
         logprob = torch.where(mask, logp[self.states].gather(-1, text.action[..., None])[..., 0], 0.0)
-        reward = at_last_step(self.score, mask)
+        reward = reward_at_last_step(self.score, mask)
         self.record = Trajectory(text, text.action, logprob, mask, reward, terminated, torch.zeros_like(mask))
         self.prompt = digits[:, 0]
         self.chance = logprob.sum(dim=1).exp()  # given the prompt
@@ -374,7 +380,11 @@ class Exam:
         """V of every state, [states]: what a perfect critic says."""
         found = torch.zeros(len(self.logits), dtype=torch.float64)
         for column in (1, 2):
-            before = torch.where(self.record.mask[:, :column], self.record.logprob[:, :column], 0.0).sum(dim=1).exp()
+            before = (
+                torch.where(self.record.mask[:, :column], self.record.behavior_logprob[:, :column], 0.0)
+                .sum(dim=1)
+                .exp()
+            )
             share = self.chance / before
             found.index_add_(0, self.states[:, column], share * self.score)
         return found
@@ -391,12 +401,12 @@ class Exam:
         rows = torch.arange(len(self.prompt))[:, None]
         zeros = torch.zeros_like(advantage)
 
-        def copies(text: Text) -> tuple[Categorical, Tensor]:
+        def copies(text: TokenBatch) -> tuple[Categorical, Tensor]:
             return Categorical.of(tables[rows, self.lm.states(text.ids)]), zeros
 
         old = Categorical.of(self.logits[self.states])
-        batch = Batch.of(self.record, value=zeros, advantage=advantage, target=zeros, old=old)
-        loss, _ = policy_gradient(copies, batch, value_coef=0.0, entropy_coef=0.0, value_loss=squared_error)
+        batch = Batch.of(self.record, value=zeros, advantage=advantage, target=zeros, old_distribution=old)
+        loss, _ = policy_gradient(copies, batch, value_coef=0.0, entropy_coef=0.0, value_loss_fn=squared_error)
         loss.sum().backward()
         assert tables.grad is not None
         return tables.grad.flatten(1)
@@ -451,16 +461,16 @@ class Exam:
         updates = answers // 512
         for i in range(updates):
             slow_down(optimizer, i / updates)
-            record = say(lm, 512, draw).record
+            record = say(lm, 512, draw).trajectory
             mask = record.mask.clone()
             mask[:, 0] = False
             number = (record.action[:, :3] * torch.tensor([WORDS**2, WORDS, 1])).sum(dim=1)
             target = torch.where(mask, self.score[number, None].float(), 0.0)
             zeros = torch.zeros_like(target)
-            fields = {"value": zeros, "advantage": zeros, "target": target, "old": None}
-            batch = Batch.of(record, mask=mask, obs=Text(record.obs.ids, mask), **fields)
-            told = {"epochs": 2, "minibatches": 1, "max_grad_norm": None, "generator": draw}
-            update(lm, optimizer, batch, critic_alone, **told)
+            fields = {"value": zeros, "advantage": zeros, "target": target, "old_distribution": None}
+            batch = Batch.of(record, mask=mask, obs=TokenBatch(record.obs.ids, mask), **fields)
+            told = {"num_epochs": 2, "num_minibatches": 1, "max_grad_norm": None, "generator": draw}
+            update(lm, optimizer, batch, critic_only, **told)
         return lm.values.detach().double()
 
 
@@ -498,7 +508,10 @@ def print_tables() -> None:
         print(f"| {name} | {exam.variance(exam.gradients(exam.advantage(values))):.3f} |")
     for lam in (0.95, 0.0):
         print(f"| critic, lam {lam} | {exam.variance(exam.gradients(exam.advantage(exam.values(), lam=lam))):.3f} |")
-    for name, judge in {"leave one out": leave_one_out, "group mean": partial(group_relative, scale=False)}.items():
+    for name, judge in {
+        "leave one out": leave_one_out,
+        "group mean": partial(group_relative, scale_by_std=False),
+    }.items():
         print(f"| {name} of 2 | {exam.pairs(judge)[1]:.3f} |")
 
 

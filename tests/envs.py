@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 
 from understudy.control import environment
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
 
@@ -178,12 +178,12 @@ class Anything(nn.Module):
 
 def diaries(mode: AutoresetMode, rows: int = 4, diary: type[gymnasium.Env] = Diary) -> VectorEnv:
     """A SyncVectorEnv in this mode, as a user hands it to a recipe."""
-    return environment.adopt(SyncVectorEnv([diary] * rows, autoreset_mode=mode), seed_of)
+    return environment.as_vector_env(SyncVectorEnv([diary] * rows, autoreset_mode=mode), seed_of)
 
 
 def scripted(wrong: float = 0.0) -> Policy:
     return Policy(Scripted(wrong), Diary.observation_space, Diary.action_space)
 
 
-def walker(envs: VectorEnv, **options) -> Walker:
-    return Walker(envs, seed_of=seed_of, generator=torch.Generator().manual_seed(0), **options)
+def walker(envs: VectorEnv, **options) -> RolloutCollector:
+    return RolloutCollector(envs, seed_of=seed_of, generator=torch.Generator().manual_seed(0), **options)

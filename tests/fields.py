@@ -274,7 +274,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "preflight": (PPO + "test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look",),
     },
 }
-SHARED = {field.name for field in dataclasses.fields(config.Rollouts)} - {
+SHARED = {field.name for field in dataclasses.fields(config.RolloutConfig)} - {
     field.name for field in dataclasses.fields(config.Config)
 }
 ROLLOUTS = {name: tests for name, tests in TABLE["ppo"].items() if name in SHARED}  # one cast, one `pay` for them all

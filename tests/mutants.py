@@ -210,12 +210,14 @@ HAND = [
     ),
     Mutant(
         "batch.py",
-        "dataclasses.fields(record)} | found)",
-        "dataclasses.fields(record) if f.name not in found} | found | {'value': 0})",
+        "dataclasses.fields(trajectory)} | fields)",
+        "dataclasses.fields(trajectory) if f.name not in fields} | fields | {'value': 0})",
         "what is found is thrown away",
     ),
     Mutant("batch.py", 'if not f.metadata.get("shared")', "", "cuts what all steps share"),
-    Mutant("batch.py", "record.state, record.start)", "record.state, record.ended)", "forgets at the end"),
+    Mutant(
+        "batch.py", "trajectory.state, trajectory.start)", "trajectory.state, trajectory.ended)", "forgets at the end"
+    ),
     Mutant("reduce.py", "return mask / mask.sum().clamp(min=1)", "return mask / mask.numel()", "mean over padding"),
     Mutant(
         "reduce.py",
@@ -223,12 +225,25 @@ HAND = [
         "weight = mask / mask.sum(dim=0, keepdim=True)",
         "rows and columns mixed up",
     ),
-    Mutant("reduce.py", "logprob - sampled_logprob, 0.0).detach()", "sampled_logprob - logprob, 0.0)", "mu / pi"),
+    Mutant("reduce.py", "logprob - behavior_logprob, 0.0).detach()", "behavior_logprob - logprob, 0.0)", "mu / pi"),
     Mutant(
-        "reduce.py", 'if ratio == "row_mean" else 1)', 'if ratio == "row" else 1)', "product and mean change places"
+        "reduce.py",
+        'if ratio == "row_mean" else 1\n        )',
+        'if ratio == "row" else 1)',
+        "product and mean change places",
     ),
-    Mutant("reduce.py", 'kept = mask if how == "truncate"', 'kept = mask if how == "mask"', "what is cut is left out"),
-    Mutant("reduce.py", "torch.where(kept, weight.clamp(max=high), 0.0)", "torch.where(kept, weight, 0.0)", "no bound"),
+    Mutant(
+        "reduce.py",
+        'in_bounds = mask if mode == "truncate"',
+        'in_bounds = mask if mode == "mask"',
+        "what is cut is left out",
+    ),
+    Mutant(
+        "reduce.py",
+        "torch.where(in_bounds, weight.clamp(max=high), 0.0)",
+        "torch.where(in_bounds, weight, 0.0)",
+        "no bound",
+    ),
     Mutant(
         "reduce.py", "weight.square().sum() * mask.sum()", "weight.square().sum() * mask.numel()", "padding's share"
     ),
@@ -242,14 +257,16 @@ HAND = [
     Mutant(
         "reduce.py", "(square / (size - 1).clamp(min=1))[index]", "(square / size)[index]", "a group's biased variance"
     ),
-    Mutant("reduce.py", "return max(1.0, float(sums", "return min(1.0, float(sums", "copies narrow an interval"),
+    Mutant(
+        "reduce.py", "return max(\n        1.0, float(sums", "return min(1.0, float(sums", "copies narrow an interval"
+    ),
     Mutant(
         "reduce.py", "(groups if groups > 1 else len(x)) - 1", "len(x) - 1", "rows for clusters as degrees of freedom"
     ),
     Mutant(
         "reduce.py", "(2 * k - 1 + odd) / (2 * k + odd)", "(2 * k - 1) / (2 * k)", "Student's t of even degrees alone"
     ),
-    Mutant("reduce.py", "n = different if share", "n = n if share", "copies that agree narrow an interval"),
+    Mutant("reduce.py", "n = num_clusters if fraction", "n = n if fraction", "copies that agree narrow an interval"),
     Mutant("reduce.py", "z2 / (4 * n * n)", "0.0", "a share of all or nothing has no width"),
     Mutant("distribution.py", "torch.where(allowed, logits,", "torch.where(~allowed, logits,", "the mask inverted"),
     Mutant("distribution.py", "return cls(logits.log_softmax(dim=-1))", "return cls(logits)", "unnormalised"),
@@ -263,14 +280,14 @@ HAND = [
     Mutant("distribution.py", "(self.logp + noise).argmax", "noise.argmax", "ignores the policy"),
     Mutant(
         "distribution.py",
-        "(self.logp.exp() * torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0))",
-        "(other.logp.exp() * torch.where(other.logp > LOWEST, other.logp - self.logp, 0.0))",
+        "(self.logp.exp() * torch.where(self.logp > MIN_LOGPROB, self.logp - other.logp, 0.0))",
+        "(other.logp.exp() * torch.where(other.logp > MIN_LOGPROB, other.logp - self.logp, 0.0))",
         "KL turned round",
     ),
     Mutant(
         "distribution.py",
-        "return -(self.logp.exp() * self.logp.clamp(min=LOWEST))",
-        "return (self.logp.exp() * self.logp.clamp(min=LOWEST))",
+        "return -(self.logp.exp() * self.logp.clamp(min=MIN_LOGPROB))",
+        "return (self.logp.exp() * self.logp.clamp(min=MIN_LOGPROB))",
         "entropy's sign",
     ),
     Mutant("distribution.py", "noise < self.logits.sigmoid()", "noise > self.logits.sigmoid()", "yes is no"),
@@ -314,8 +331,10 @@ HAND = [
     Mutant("distribution.py", "(noise * self.weight_std)", "noise", "noise without its width"),
     Mutant("score.py", ".amax(dim=1)", ".amin(dim=1)", "never paid, or paid at the first step"),
     Mutant("score.py", "torch.where(mask, column, -1)", "column.expand_as(mask)", "paid in the padding"),
-    Mutant("value.py", "record.ended | (following == steps)", "following == steps", "bootstraps from the next episode"),
-    Mutant("value.py", "record.ended | (following == steps)", "record.ended", "a cut row does not bootstrap"),
+    Mutant(
+        "value.py", "trajectory.ended | (following == steps)", "following == steps", "bootstraps from the next episode"
+    ),
+    Mutant("value.py", "trajectory.ended | (following == steps)", "trajectory.ended", "a cut row does not bootstrap"),
     Mutant(
         "value.py",
         "torch.nn.functional.pad(at_or_after[:, 1:], (0, 1), value=steps)",
@@ -333,7 +352,7 @@ HAND = [
         "truncation is terminal",
     ),
     Mutant("advantage.py", "next_value) - value, mask)", "next_value) + value, mask)", "V's sign"),
-    Mutant("advantage.py", "_carry(gamma * lam, delta", "_carry(lam, delta", "the trace is not discounted"),
+    Mutant("advantage.py", "_trace_decay(gamma * lam, delta", "_trace_decay(lam, delta", "the trace is not discounted"),
     Mutant(
         "advantage.py",
         "torch.where(ended, 0.0, torch.where(mask, torch.full_like(like, decay), 1.0))",
@@ -349,11 +368,11 @@ HAND = [
     Mutant("advantage.py", "mask[:, 1:] | ended[:, :-1]", "mask[:, 1:]", "pay after an end counts"),
     Mutant(
         "advantage.py",
-        "return _masked(_backward_sum(reward, passed), mask)",
-        "return _backward_sum(reward, passed)",
+        "return _zero_masked(_backward_sum(reward, carry), mask)",
+        "return _backward_sum(reward, carry)",
         "tool pay counts twice",
     ),
-    Mutant("advantage.py", "if scale else centred", "if not scale else centred", "the flag inverted"),
+    Mutant("advantage.py", "if scale_by_std else centred", "if not scale_by_std else centred", "the flag inverted"),
     Mutant(
         "advantage.py",
         "(score - mean) * size / (size - 1)",
@@ -372,23 +391,25 @@ HAND = [
         "ratio turned round",
     ),
     Mutant("objective.py", "- entropy_coef * entropy", "+ entropy_coef * entropy", "entropy is punished"),
-    Mutant("objective.py", "+ value_coef * error", "+ error", "value_coef is ignored"),
+    Mutant(
+        "objective.py", "policy_loss + value_coef * value_loss", "policy_loss + value_loss", "value_coef is ignored"
+    ),
     Mutant(
         "objective.py",
-        "kl_coef * batch.old.kl(distribution)",
-        "-kl_coef * batch.old.kl(distribution)",
+        "kl_old_coef * batch.old_distribution.kl(distribution)",
+        "-kl_old_coef * batch.old_distribution.kl(distribution)",
         "the KL is rewarded",
     ),
     Mutant(
         "objective.py",
-        "kl_coef * batch.old.kl(distribution)",
-        "kl_coef * distribution.kl(batch.old)",
+        "kl_old_coef * batch.old_distribution.kl(distribution)",
+        "kl_old_coef * distribution.kl(batch.old_distribution)",
         "KL turned round in the loss",
     ),
     Mutant(
         "objective.py",
-        "return torch.maximum(error, squared_error(near",
-        "return torch.minimum(error, squared_error(near",
+        "return torch.maximum(value_loss, squared_error(clipped_value",
+        "return torch.minimum(value_loss, squared_error(clipped_value",
         "critic's clip",
     ),
     Mutant("objective.py", "return 0.5 * (value", "return (value", "twice the squared error"),
@@ -400,11 +421,11 @@ HAND = [
     ),
     Mutant(
         "objective.py",
-        "torch.where(batch.mask, distribution.log_prob(batch.action), batch.logprob)",
+        "torch.where(batch.mask, distribution.log_prob(batch.action), batch.behavior_logprob)",
         "distribution.log_prob(batch.action)",
         "infinite loss in padding",
     ),
-    Mutant("update.py", "else record.steps()", "else record", "padding is shuffled in"),
+    Mutant("update.py", "else batch.flatten_steps()", "else batch", "padding is shuffled in"),
     Mutant(
         "update.py", "if not minibatch.mask.any():\n                    continue", "", "an empty minibatch makes a step"
     ),
@@ -413,9 +434,14 @@ HAND = [
     Mutant("language/trust_region.py", "policy.head.frozen()", "policy.head", "the old head learns along"),
     Mutant("language/trust_region.py", "old.kl(new)", "new.kl(old)", "the KL is the other way round"),
     Mutant("language/trust_region.py", 'if not metrics["kl_update"] <=', 'if metrics["kl_update"] >', "nan passes"),
-    Mutant("language/trust_region.py", "* len(learned) // max(count, 1)", "", "the first rows are measured"),
-    Mutant("update.py", "if prepare is None else prepare(shuffled[rows])", "", "advantages are not standardised"),
-    Mutant("update.py", "record = refresh(record)", "refresh(record)", "the record is never made anew"),
+    Mutant("language/trust_region.py", "* len(learned) // max(num_rows, 1)", "", "the first rows are measured"),
+    Mutant(
+        "update.py",
+        "if transform_minibatch is None else transform_minibatch(shuffled[rows])",
+        "",
+        "advantages are not standardised",
+    ),
+    Mutant("update.py", "batch = recompute(batch)", "recompute(batch)", "the record is never made anew"),
     Mutant("update.py", "zero_grad(set_to_none=True)\n    totals", "step()\n    totals", "gradients pile up"),
     Mutant(
         "update.py",
@@ -424,17 +450,30 @@ HAND = [
         "scaled by the minibatch",
     ),
     Mutant("update.py", "totals.get(name, 0.0) + mean", "mean", "metrics of the last micro-batch"),
-    Mutant("update.py", "return mean_of(seen) |", "return mean_of(seen[-1:]) |", "metrics of the last minibatch"),
     Mutant(
-        "update.py", 'return finite("gradient\'s norm", norm, NORM)', "return norm", "a broken gradient is learnt from"
+        "update.py",
+        "return mean_metrics(minibatch_metrics) |",
+        "return mean_metrics(minibatch_metrics[-1:]) |",
+        "metrics of the last minibatch",
     ),
-    Mutant("update.py", 'finite("loss", total, LOSS).backward()', "total.backward()", "a broken loss is learnt from"),
+    Mutant(
+        "update.py",
+        'return require_finite("gradient\'s norm", norm, GRAD_NORM_FIX)',
+        "return norm",
+        "a broken gradient is learnt from",
+    ),
+    Mutant(
+        "update.py",
+        'require_finite("loss", total, LOSS_FIX).backward()',
+        "total.backward()",
+        "a broken loss is learnt from",
+    ),
     Mutant("update.py", "generator=generator, device", "device", "the order is not the generator's"),
-    Mutant("control/normalize.py", "shift.square() * self.count", "0 * self.count", "variance between batches is lost"),
+    Mutant("control/normalize.py", "delta.square() * self.count", "0 * self.count", "variance between batches is lost"),
     Mutant(
         "control/normalize.py",
-        "_named(record.obs)[name][record.mask]",
-        "_named(record.obs)[name].flatten(0, 1)",
+        "_as_dict(trajectory.obs)[name][trajectory.mask]",
+        "_as_dict(trajectory.obs)[name].flatten(0, 1)",
         "padding is gathered",
     ),
     Mutant("control/normalize.py", "np.where(ended, 0.0, 1.0)", "np.where(ended, 1.0, 1.0)", "returns cross an end"),
@@ -444,85 +483,117 @@ HAND = [
         "np.where(mask, 1.0, 1.0)",
         "the running return is not discounted",
     ),
-    Mutant("control/normalize.py", "0.0, self.running)", "self.running, self.running)", "returns cross a cut"),
-    Mutant("control/normalize.py", "self.is_ahead = True", "pass", "the first record is gathered twice"),
+    Mutant(
+        "control/normalize.py",
+        "0.0, self.running_returns)",
+        "self.running_returns, self.running_returns)",
+        "returns cross a cut",
+    ),
+    Mutant("control/normalize.py", "self.is_already_updated = True", "pass", "the first record is gathered twice"),
     Mutant("control/infos.py", "array.dtype != dtype or", "", "a fraction beside a whole number is cut off"),
     Mutant("control/infos.py", "or array.shape[1:] != shape", "", "a second shape ends the run"),
-    Mutant("control/infos.py", "isinstance(value, dict) or _pickles(value)", "True", "what cannot be sent is sent"),
-    Mutant("control/ppo.py", "and not skipped", "", "a skipped update steers the coefficient"),
-    Mutant("control/normalize.py", "(x - shift)", "x", "observations are not centred"),
+    Mutant("control/infos.py", "isinstance(value, dict) or _can_pickle(value)", "True", "what cannot be sent is sent"),
+    Mutant("control/ppo.py", "and not was_skipped", "", "a skipped update steers the coefficient"),
+    Mutant("control/normalize.py", "(x - mean)", "x", "observations are not centred"),
     Mutant("control/normalize.py", "(reward / ", "((reward - self.moments.mean.float()) / ", "rewards are centred"),
     Mutant("control/normalize.py", "returns.T[mask.T]", "returns.T.reshape(-1)", "padding is gathered"),
     Mutant(
         "control/collect.py",
-        "chosen, reward, died, ended ^ died), over",
-        "chosen, reward, died, truncated & chosen), over",
+        "mask, reward, masked_terminated, masked_done ^ masked_terminated), done",
+        "mask, reward, masked_terminated, truncated & mask), done",
         "a death at the time limit is both",
     ),
     Mutant(
         "control/collect.py",
-        "np.asarray(terminated, dtype=bool) & heard",
+        "np.asarray(terminated, dtype=bool) & stepped",
         "np.asarray(terminated, dtype=bool)",
         "a reset ends an episode",
     ),
-    Mutant("control/collect.py", "np.where(heard, call.reward, 0.0)", "call.reward", "a reset is paid"),
+    Mutant("control/collect.py", "np.where(stepped, call.reward, 0.0)", "call.reward", "a reset is paid"),
     Mutant(
         "control/collect.py",
-        "self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found",
-        "found",
+        "self._final_obs(info, done) if self.autoreset_mode is AutoresetMode.SAME_STEP and done.any() else obs",
+        "obs",
         "V of the next episode's first obs",
     ),
     Mutant(
         "control/collect.py",
-        "call.chosen & heard &",
-        "call.chosen &",
+        "call.mask & stepped &",
+        "call.mask &",
         "resets are steps",
     ),
     Mutant(
         "control/collect.py",
-        "torch.from_numpy(over | self.pending)",
-        "torch.from_numpy(over & ~over)",
+        "torch.from_numpy(done | self.needs_reset)",
+        "torch.from_numpy(done & ~done)",
         "memory crosses an end",
     ),
-    Mutant("control/collect.py", "int(record.mask.sum())", "record.mask.numel()", "all is counted"),
+    Mutant("control/collect.py", "int(trajectory.mask.sum())", "trajectory.mask.numel()", "all is counted"),
     Mutant(
         "control/layout.py",
-        "stacked(died) | stacked(cut)]",
-        "stacked(died) & stacked(cut)]",
+        "fast_stack(terminated) | fast_stack(truncated)]",
+        "fast_stack(terminated) & fast_stack(truncated)]",
         "no room for the last observation",
     ),
     Mutant(
         "control/layout.py",
-        "np.where(led, behind[call], call)",
-        "call",
+        "np.where(is_next_obs, next_obs_index[call_index], call_index)",
+        "call_index",
         "a last obs is the one before it",
     ),
     Mutant(
-        "control/collect.py", "(terminated, truncated, self.pending)", "(terminated, truncated)", "resets are heard"
+        "control/collect.py", "(terminated, truncated, self.needs_reset)", "(terminated, truncated)", "resets are heard"
     ),
-    Mutant("control/collect.py", "self.ended += ended", "self.ended += died", "an episode that is cut does not count"),
-    Mutant("control/collect.py", 'options={"reset_mask": over.copy()}', "options=None", "one end resets every row"),
-    Mutant("control/collect.py", "row if over[row] else np.argmax(over)", "np.argmax(over)", "another row's last obs"),
     Mutant(
-        "control/collect.py", "said, wanted, np.array", "said, self.every, np.array", "surplus episodes are learnt from"
+        "control/collect.py",
+        "self.num_finished += masked_done",
+        "self.masked_done += masked_terminated",
+        "an episode that is cut does not count",
     ),
-    Mutant("control/collect.py", "self.pending = over if", "self.pending = ~over if", "the wrong rows are pending"),
-    Mutant("control/collect.py", "(over & call.chosen).nonzero()", "over.nonzero()", "surplus episodes are reported"),
-    Mutant("control/collect.py", "self.returns[over], self.lengths", "_, self.lengths", "returns of episodes pile up"),
+    Mutant("control/collect.py", 'options={"reset_mask": done.copy()}', "options=None", "one end resets every row"),
+    Mutant("control/collect.py", "row if done[row] else np.argmax(done)", "np.argmax(done)", "another row's last obs"),
+    Mutant(
+        "control/collect.py",
+        "policy_output,\n            mask,\n            np.array",
+        "policy_output, self.all_rows, np.array",
+        "surplus episodes are learnt from",
+    ),
+    Mutant(
+        "control/collect.py", "self.needs_reset = done if", "self.needs_reset = ~done if", "the wrong rows are pending"
+    ),
+    Mutant("control/collect.py", "(done & call.mask).nonzero()", "done.nonzero()", "surplus episodes are reported"),
+    Mutant("control/collect.py", "self.returns[done], self.lengths", "_, self.lengths", "returns of episodes pile up"),
     Mutant(
         "control/layout.py", ".max(axis=1) % 2 == 0", ".max(axis=1) < 0", "a cut row has no obs after its last step"
     ),
-    Mutant("control/layout.py", "keep[row, slot] > led", "led == 0", "what was not chosen stands in the padding"),
+    Mutant(
+        "control/layout.py",
+        "keep_slot[row_index, slot] > is_next_obs",
+        "is_next_obs == 0",
+        "what was not chosen stands in the padding",
+    ),
     Mutant("control/collect.py", "int(self.episode[row])))", "0))", "every episode is the first"),
     Mutant("control/collect.py", "self.episode.max() + 1", "self.episode + 1", "a group begins from several states"),
-    Mutant("control/collect.py", "sub.episode = int(self.episode[0]) - 1", "pass", "self-resetting envs lose count"),
-    Mutant("control/collect.py", "self.calls % self.hold", "self.calls % 1", "noise is never held"),
-    Mutant("control/collect.py", "choosing=~self.pending)", "choosing=self.pending)", "masks where nothing is chosen"),
-    Mutant("control/collect.py", "((info, ~over), (told, over))", "((info, over), (told, ~over))", "masks of last obs"),
+    Mutant(
+        "control/collect.py", "sub_env.episode = int(self.episode[0]) - 1", "pass", "self-resetting envs lose count"
+    ),
+    Mutant("control/collect.py", "self.num_calls % self.noise_interval", "self.num_calls % 1", "noise is never held"),
+    Mutant(
+        "control/collect.py",
+        "choosing=~self.needs_reset)",
+        "choosing=self.needs_reset)",
+        "masks where nothing is chosen",
+    ),
+    Mutant(
+        "control/collect.py",
+        "((info, ~done), (reset_info, done))",
+        "((info, done), (reset_info, ~done))",
+        "masks of last obs",
+    ),
     Mutant("control/quick.py", "np.minimum(np.maximum((", "(((", "the scaled observation has no bound"),
     Mutant("control/quick.py", "x += bias", "x += 0", "layers have no bias"),
-    Mutant("control/quick.py", "drawn * self.log_std.exp()", "drawn", "noise has deviation 1"),
-    Mutant("control/quick.py", "x if scale is None else scale(x)", "x", "many rows are not scaled"),
+    Mutant("control/quick.py", "draws * self.log_std.exp()", "draws", "noise has deviation 1"),
+    Mutant("control/quick.py", "x if obs_normalizer is None else obs_normalizer(x)", "x", "many rows are not scaled"),
     Mutant("compiled.py", "torch.stack(parts).sum(dim=0)", "parts[0]", "the first chunk's gradient"),
     Mutant("compiled.py", "mask=batch.mask & valid[:, None]", "mask=batch.mask", "rows that fill up are learnt from"),
     Mutant("compiled.py", "(norm + 1e-6)).clamp(max=1.0)", "(norm + 1e-6))", "small gradients are made large"),
@@ -533,33 +604,51 @@ HAND = [
     Mutant(
         "compiled.py", "(index, graph.call_function(aten.arange.default, (_width(zeros),)))", "(index, index)", "all"
     ),
-    Mutant("compiled.py", "            _lower_products()\n", "", "products go through Python"),
-    Mutant("compiled.py", "return x if turned else super()", "return super()", "turned factors are laid out"),
+    Mutant("compiled.py", "            _lower_linear()\n", "", "products go through Python"),
+    Mutant("compiled.py", "return x if is_transposed else super()", "return super()", "turned factors are laid out"),
     Mutant("compiled.py", "0.134132465", "0.134132865", "tanh off by less than a millionth"),
-    Mutant("compiled.py", "x = aten.clamp.default(x, -WIDE, WIDE)", "", "tanh beyond its quotient's range"),
+    Mutant(
+        "compiled.py",
+        "x = aten.clamp.default(x, -TANH_SATURATION, TANH_SATURATION)",
+        "",
+        "tanh beyond its quotient's range",
+    ),
     Mutant("compiled.py", ".dtype == torch.float32 for node", ".dtype != torch.int8 for node", "doubles are rounded"),
-    Mutant("compiled.py", "_exponential, _quotient, [_single]", "_exponential, _exponential, [_single]", "no quotient"),
+    Mutant(
+        "compiled.py",
+        "_tanh_by_sigmoid, _tanh_by_rational, [_is_float32]",
+        "_tanh_by_sigmoid, _tanh_by_sigmoid, [_is_float32]",
+        "no quotient",
+    ),
     Mutant("products.py", "tanh_backward(grad, y)", "tanh_backward(grad, y / 2)", "tanh's gradient"),
     Mutant(
         "compiled.py", 'cache_key_tag=f"understudy {crc32(Path(__file__).read_bytes())}"', "", "stale compiled forms"
     ),
-    Mutant("control/stage.py", "    keep_freed()\n", "", "freed memory is given back"),
-    Mutant("compiled.py", "if _width(left) <= NARROW:", "if _width(left) < NARROW:", "a side of four is a call"),
+    Mutant("control/stage.py", "    keep_freed_memory()\n", "", "freed memory is given back"),
+    Mutant(
+        "compiled.py",
+        "if _width(left) <= MAX_NARROW_SIZE:",
+        "if _width(left) < MAX_NARROW_SIZE:",
+        "a side of four is a call",
+    ),
     Mutant("compiled.py", "aten.unsqueeze.default, (x, dim)", "aten.unsqueeze.default, (x, 0)", "columns become rows"),
     Mutant(
         "compiled.py",
-        "order[part.start : part.start + self.rows]",
-        "order[: self.rows]",
+        "order[part.start : part.start + self.minibatch_size]",
+        "order[: self.minibatch_size]",
         "the first rows again and again",
     ),
     Mutant(
-        "value.py", "rounded(len(part)) - len(part) if len(part) < MANY else 0", "0", "pieces of any number of rows"
+        "value.py",
+        "round_up_rows(len(chunk)) - len(chunk) if len(chunk) < CHUNK_STEPS else 0",
+        "0",
+        "pieces of any number of rows",
     ),
     Mutant("value.py", "[: shape.numel()]", "", "what fills up a piece is told, too"),
     Mutant(
         "advantage.py",
-        "if torch.equal(own := _masked(reward, mask), reward):",
-        "if True:",
+        "if torch.equal(masked_reward := _zero_masked(reward, mask), reward):",
+        "if torch.equal(masked_reward := _zero_masked(reward, mask), masked_reward):",
         "pay between choices is lost",
     ),
     Mutant("control/rows.py", "if info != {} else merged", "if False else merged", "what infos say is lost"),
@@ -576,30 +665,46 @@ HAND = [
         "drawn anew",
     ),
     Mutant("control/rows.py", "space = vars(env.unwrapped)", "space = vars(env)", "what is wrapped stays slow"),
-    Mutant("control/rows.py", "found.shape == self.shape", "True", "another shape passes"),
+    Mutant("control/rows.py", "obs.shape == self.shape", "True", "another shape passes"),
     Mutant(
         "control/rows.py",
         "concatenate(self.single_observation_space, self._env_obs, self._observations)",
         "self._observations",
         "stale",
     ),
-    Mutant("control/quick.py", "found, found.log_prob", "found, -found.log_prob", "log-probs of what is unlikely"),
+    Mutant(
+        "control/quick.py",
+        "distribution, distribution.log_prob",
+        "distribution, -distribution.log_prob",
+        "log-probs of what is unlikely",
+    ),
     Mutant("control/networks.py", "(self.critic or self.actor)", "self.actor", "the actor's features are valued"),
     Mutant(
         "control/policy.py",
-        "critique(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))",
-        "critique(obs)",
+        "forward_value(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))",
+        "forward_value(obs)",
         "V unscaled",
     ),
-    Mutant("control/optimizer.py", 'torch.no_grad()(own["step"])', 'own["step"]', "a step is part of the graph"),
-    Mutant("value.py", "isinstance(record, Batch) else _critique", "True else _critique", "what sampled is told anew"),
-    Mutant("compiled.py", "told[-min(minibatches, len(batch)) :, 1:]", "told[:, 1:]", "metrics of all epochs"),
-    Mutant("control/normalize.py", "len(self.running) != len(record)", "True", "rows forget between records"),
+    Mutant(
+        "control/optimizer.py", 'torch.no_grad()(methods["step"])', 'methods["step"]', "a step is part of the graph"
+    ),
+    Mutant(
+        "value.py",
+        "isinstance(trajectory, Batch) else _forward_value",
+        "True else _forward_value",
+        "what sampled is told anew",
+    ),
+    Mutant(
+        "compiled.py", "outputs[-min(num_minibatches, len(samples)) :, 1:]", "outputs[:, 1:]", "metrics of all epochs"
+    ),
+    Mutant(
+        "control/normalize.py", "len(self.running_returns) != len(trajectory)", "True", "rows forget between records"
+    ),
     Mutant("control/normalize.py", ".clamp(-CLIP, CLIP).to(dtype)", ".to(dtype)", "observations have no bound"),
     Mutant(
         "control/normalize.py",
-        "self.shift_and_width(i, x.dtype)",
-        "self.shift_and_width(i, torch.float32)",
+        "self.mean_and_std(i, x.dtype)",
+        "self.mean_and_std(i, torch.float32)",
         "float64 is lost",
     ),
     Mutant("control/policy.py", "super().train(False)", "super().train(mode)", "dropout acts"),
@@ -639,14 +744,14 @@ HAND = [
     Mutant("language/tokens.py", "right=True", "right=False", "a token of probability 0 can be drawn"),
     Mutant(
         "language/tokens.py",
-        "level - pad(total",
-        "level - 0 * pad(total",
+        "level - pad(cumulative",
+        "level - 0 * pad(cumulative",
         "within its block a token is looked for from 0",
     ),
-    Mutant("language/tokens.py", "rows - len(x)))", "0))", "a kernel for each number of chosen tokens"),
+    Mutant("language/tokens.py", "num_rows - len(x)))", "0))", "a kernel for each number of chosen tokens"),
     Mutant(
         "language/tokens.py",
-        "found[here, token[here] - at] += pull[here, 0]",
+        "grad_logit[token_rows, token[token_rows] - start] += scaled_grad[token_rows, 0]",
         "pass",
         "the token itself gets no gradient",
     ),
@@ -654,10 +759,16 @@ HAND = [
         "language/tokens.py", "total[rows] - torch.linalg.vecdot(p, logit)", "total[rows]", "an entropy without logits"
     ),
     Mutant(
-        "language/tokens.py", "self._known and torch.equal(token, self._known[0])", "self._known", "others' log-probs"
+        "language/tokens.py",
+        "self._logprob_cache and torch.equal(token, self._logprob_cache[0])",
+        "self._logprob_cache",
+        "others' log-probs",
     ),
     Mutant(
-        "products.py", "_product(x.t(), grad.t()).t()", "_product(x.t(), grad.t()).t() / 2", "half a gradient, if wide"
+        "products.py",
+        "_linear_op(x.t(), grad.t()).t()",
+        "_linear_op(x.t(), grad.t()).t() / 2",
+        "half a gradient, if wide",
     ),
     Mutant("products.py", "TRIM_THRESHOLD, 2**31 - 1", "TRIM_THRESHOLD, 2**17", "freed memory goes back to the system"),
     Mutant(
@@ -671,13 +782,13 @@ HAND = [
     ),
     Mutant(
         "language/reading.py",
-        "position[packed, at : at + needed[row]] = torch.arange(needed[row]",
-        "position[packed, at : at + needed[row]] = at + torch.arange(needed[row]",
+        "position[packed_row, start : start + num_columns[row]] = torch.arange(num_columns[row]",
+        "position[packed_row, start : start + num_columns[row]] = start + torch.arange(num_columns[row]",
         "packed rows see each other",
     ),
     Mutant(
         "language/reading.py",
-        "                _silence_rates(owner, NOISE)\n",
+        "                _zero_rates(owner, NOISE_RATE_NAMES)\n",
         "                pass\n",
         "noise stays on",
     ),
@@ -689,42 +800,79 @@ HAND = [
     ),
     Mutant("language/reading.py", "ids[1, :half] = ids[0, :half]", "ids[1] = ids[0]", "no later token is another one"),
     Mutant(
-        "language/reading.py", "if packing and (moved :=", "if not packing and (moved :=", "packed rows see each other"
+        "language/reading.py",
+        "packing\n            and (difference :=",
+        "not packing\n            and (difference :=",
+        "packed rows see each other",
     ),
     Mutant(
         "language/model.py",
-        "copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared})",
+        "copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared_parameters})",
         "policy.model",
         "the reference learns along",
     ),
-    Mutant("language/model.py", " if name not in self.frozen", "", "a critic that has warmed up lets the base learn"),
-    Mutant("language/model.py", "else adapter.merged()", "else model.state_dict()", "saved without its adapter"),
-    Mutant("language/top.py", "_hidden(calls[0]).detach()", "_hidden(calls[0])", "the critic moves the lower layers"),
-    Mutant("language/top.py", "layers_of(trunk)[0][-len", "layers_of(trunk)[0][:len", "reads beside the lowest layers"),
     Mutant(
-        "language/top.py", "copy.deepcopy(layers[-count:])", "layers[-count:]", "the critic's layers are the policy's"
+        "language/model.py",
+        " if name not in self.frozen_parameter_names",
+        "",
+        "a critic that has warmed up lets the base learn",
+    ),
+    Mutant(
+        "language/model.py", "else adapter.merged_state_dict()", "else model.state_dict()", "saved without its adapter"
+    ),
+    Mutant(
+        "language/top.py",
+        "_hidden_states_of(calls[0]).detach()",
+        "_hidden_states_of(calls[0])",
+        "the critic moves the lower layers",
+    ),
+    Mutant(
+        "language/top.py",
+        "layers_and_norm(trunk)[0][-len",
+        "layers_and_norm(trunk)[0][:len",
+        "reads beside the lowest layers",
+    ),
+    Mutant(
+        "language/top.py",
+        "copy.deepcopy(layers[-num_layers:])",
+        "layers[-num_layers:]",
+        "the critic's layers are the policy's",
     ),
     Mutant("language/top.py", "return self.norm(hidden)", "return hidden", "the last norm is left out"),
     Mutant(
-        "language/top.py", "for part in (*layers[-count:], norm)", "for part in layers[-count:]", "the norm is frozen"
+        "language/top.py",
+        "for part in (*layers[-num_layers:], norm)",
+        "for part in layers[-num_layers:]",
+        "the norm is frozen",
     ),
     Mutant(
         "language/stage.py",
-        "self.steps - start) / max(self.total - start",
-        "self.steps) / max(self.total",
+        "self.steps - decay_start) / max(self.total_steps - decay_start",
+        "self.steps) / max(self.total_steps",
         "falls early",
     ),
     Mutant("language/data.py", "if counts != {len(chosen)}:", "if False:", "a shard that is missing is not noticed"),
-    Mutant("language/data.py", "cell.strip() if whole else cell", "cell", "a policy trains on prompts of white space"),
     Mutant(
-        "language/layouts.py", "if not all(repeated):", "if False:", "prompts are taken out where they are not repeated"
+        "language/data.py", "cell.strip() if is_input else cell", "cell", "a policy trains on prompts of white space"
+    ),
+    Mutant(
+        "language/layouts.py",
+        "if not all(repeats_prompt):",
+        "if False:",
+        "prompts are taken out where they are not repeated",
     ),
     Mutant("language/layouts.py", '        content = ""\n', "        pass\n", "tool calls need a content"),
     Mutant(
-        "language/tokenizer.py", "return ids if ids == [self.bos] else []", "return [self.bos]", "BOS nobody asked for"
+        "language/tokenizer.py",
+        "return ids if ids == [self.bos_token_id] else []",
+        "return [self.bos_token_id]",
+        "BOS nobody asked for",
     ),
     Mutant(
-        "language/tokenizer.py", "(self._begun(prompt) if _is_prefill(prompt) else ", "(", "a begun answer is closed"
+        "language/tokenizer.py",
+        "(\n                self._render_prefill(prompt)\n                if _is_prefill(prompt)\n                else",
+        "(",
+        "a begun answer is closed",
     ),
     Mutant("language/tokenizer.py", "tokenize=False, **self.template_arguments", "tokenize=False", "tools are dropped"),
     Mutant(
@@ -733,39 +881,52 @@ HAND = [
     Mutant(
         "language/reward_model.py", "if low > 0.5 or high <= 0.5:", "if low > 0.5:", "bad texts alone are not noted"
     ),
-    Mutant("language/stage.py", "min(count, size - self.rows % size)", "min(count, size)", "an epoch overshoots"),
+    Mutant(
+        "language/stage.py",
+        "min(batch_size, num_data_rows - self.rows % num_data_rows)",
+        "min(batch_size, num_data_rows)",
+        "an epoch overshoots",
+    ),
     Mutant("language/lora.py", "torch.manual_seed(seed)", "pass", "an adapter of another seed each time"),
     Mutant("language/lora.py", "parameter.data = parameter.data.float()", "pass", "an adapter in half precision"),
-    Mutant("language/lora.py", "weight + part.get_delta_weight(NAME)", "weight", "merged without the adapter"),
+    Mutant(
+        "language/lora.py", "weight + module.get_delta_weight(ADAPTER_NAME)", "weight", "merged without the adapter"
+    ),
     Mutant("language/lora.py", "return set(targets) or names", "return names", "an adapter on every layer"),
     Mutant("language/lora.py", "if weight.ndim == 3 and", "if weight.ndim == 9 and", "experts learn nothing"),
-    Mutant("language/lora.py", "if _last(name) in found}", "}", "a layer that is never called is adapted"),
+    Mutant("language/lora.py", "if _last_names(name) in called}", "}", "a layer that is never called is adapted"),
     Mutant(
         "language/optimizer.py", "[MASTER] = parameter.data", "[MASTER] = half.float()", "the copies are rounded, too"
     ),
     Mutant(
         "language/optimizer.py", "value.to(parameter.device, copy=True)", "value.to(parameter)", "a state is rounded"
     ),
-    Mutant("language/optimizer.py", " or not torch.equal(copy.to(half.dtype), half)", "", "old weights come back"),
-    Mutant("language/turns.py", "self.chosen += [False]", "self.chosen += [True]", "what others say is learned from"),
+    Mutant("language/optimizer.py", " or not torch.equal(master.to(half.dtype), half)", "", "old weights come back"),
+    Mutant("language/turns.py", "self.mask += [False]", "self.mask += [True]", "what others say is learned from"),
     Mutant("language/turns.py", "len(ids) >= limit", "len(ids) > limit", "no room is left for the policy"),
-    Mutant("language/turns.py", "if turn < turns - 1 else []", "", "somebody is asked after the last turn"),
+    Mutant("language/turns.py", "if turn < max_turns - 1 else []", "", "somebody is asked after the last turn"),
     Mutant("language/turns.py", "starts=[len(row.ids)", "starts=[0", "every turn has the noise of the first"),
     Mutant("language/turns.py", "            self.stopped = False\n", "", "a row without room counts as ended"),
     Mutant("language/turns.py", "*self.messages[:-1]]", "*self.messages]", "a turn stands there twice"),
-    Mutant("language/turns.py", "if answer is not None and row", "if row", "None does not end a row"),
+    Mutant("language/turns.py", "if reply is not None and row", "if row", "None does not end a row"),
     Mutant(
-        "language/turns.py", "seed for row in going]", "seed for row in rows[: len(going)]]", "rows take others' seeds"
+        "language/turns.py",
+        "seed for row in active]",
+        "seed for row in rows[: len(active)]]",
+        "rows take others' seeds",
     ),
-    Mutant("language/generate.py", "torch.tensor(said.chosen)", "True", "what others say is learned from"),
+    Mutant("language/generate.py", "torch.tensor(completion.mask)", "True", "what others say is learned from"),
     Mutant(
         "language/generate.py",
-        "own, model.generation_config = model.generation_config, GenerationConfig()",
-        "own = model.generation_config",
+        "previous_config, model.generation_config = model.generation_config, GenerationConfig()",
+        "previous_config = model.generation_config",
         "a checkpoint's own settings change what is sampled",
     ),
     Mutant(
-        "language/generate.py", "torch.stack(out.scores)", "torch.stack(out.logits)", "log-probs of another sampler"
+        "language/generate.py",
+        "torch.stack(output.scores)",
+        "torch.stack(output.logits)",
+        "log-probs of another sampler",
     ),
     Mutant(
         "language/generate.py",
@@ -775,7 +936,7 @@ HAND = [
     ),
     Mutant(
         "language/generate.py",
-        "seeds=range(len(prompts)), slots=1)",
+        "seeds=range(len(prompts)), max_num_seqs=1\n    )",
         "seeds=range(len(prompts)))",
         "the ring is not tried",
     ),
@@ -795,8 +956,8 @@ HAND = [
     ),
     Mutant(
         "language/cache.py",
-        "behind < self.window",
-        "behind <= self.window",
+        "age < self.window",
+        "age <= self.window",
         "a window too wide by one",
     ),
     Mutant(
@@ -805,66 +966,117 @@ HAND = [
         "position_ids=torch.zeros_like(self.length)[:, None],",
         "every new token at position 0",
     ),
-    Mutant("language/generate.py", " or row in texts", "", "what a stop string ended counts as cut"),
-    Mutant("language/generate.py", "ids=said.ids[:end], ", "", "an engine's words behind a stop string stay"),
-    Mutant("language/tokenizer.py", "if not earlier.startswith(string, match.start())", "", "an old stop string cuts"),
+    Mutant("language/generate.py", " or row in stopped_rows", "", "what a stop string ended counts as cut"),
+    Mutant("language/generate.py", "ids=completion.ids[:end], ", "", "an engine's words behind a stop string stay"),
+    Mutant(
+        "language/tokenizer.py", "if not previous_text.startswith(string, match.start())", "", "an old stop string cuts"
+    ),
     Mutant(
         "language/tokenizer.py",
-        "self.stop_string([*before, *ids[:turn]], ids[turn:])",
-        "self.stop_string(before, ids)",
+        "self.find_stop_string([*before, *ids[:turn_start]], ids[turn_start:])",
+        "self.find_stop_string(before, ids)",
         "a stop string begins in what others say",
     ),
-    Mutant("language/tokenizer.py", "        if not closed:\n            return ids\n", "", "a turn is left open"),
+    Mutant("language/tokenizer.py", "        if not is_closed:\n            return ids\n", "", "a turn is left open"),
     Mutant(
         "language/tokenizer.py",
-        "self._written(before, MARGIN) if len(end) < most else []",
+        "self._last_written_ids(before, MARGIN_TOKENS) if len(last_ids) < max_ids else []",
         "[]",
         "a completion that begins with a blank",
     ),
     Mutant("language/tokenizer.py", "stops or self.stops, stop_strings", "stops, stop_strings", "a stop string alone"),
-    Mutant("language/generate.py", "last & (rows >= 0)", "last", "a slot that is nobody's ends again and again"),
-    Mutant("language/cache.py", "rows[into] = rows[moved]", "pass", "who moves up leaves what it read behind"),
-    Mutant("language/generate.py", "        self.count[-1] = 0\n", "", "nobody outgrows the limit"),
-    Mutant("language/cache.py", "behind < length[:, None]", "behind <= length[:, None]", "sees what is not its own"),
+    Mutant("language/generate.py", "is_last & (rows >= 0)", "is_last", "a slot that is nobody's ends again and again"),
     Mutant(
         "language/cache.py",
-        "first + self.place[:width]) % capacity",
-        "self.place[:width] + 0 * first) % capacity",
+        "rows[destination_rows] = rows[source_rows]",
+        "pass",
+        "who moves up leaves what it read behind",
+    ),
+    Mutant("language/generate.py", "            self.num_tokens[-1] = 0\n", "", "nobody outgrows the limit"),
+    Mutant("language/cache.py", "age < length[:, None]", "age <= length[:, None]", "sees what is not its own"),
+    Mutant(
+        "language/cache.py",
+        "first_column + self.column_index[:width]\n        ) % capacity",
+        "self.column_index[:width] + 0 * first_column) % capacity",
         "prompts lie at the left",
     ),
     Mutant(
-        "language/lean.py", "_turned(joint[:, :, :-1], turn[:, None])", "joint[:, :, :-1]", "a new token is not turned"
+        "language/lean.py",
+        "_apply_rotary(qkv[:, :, :-1], rotary_factors[:, None])",
+        "qkv[:, :, :-1]",
+        "a new token is not turned",
     ),
     Mutant("language/lean.py", "torch.complex(cos, sin)", "torch.complex(cos, -sin)", "turned the wrong way"),
-    Mutant("language/lean.py", "_turned(joint[..., :-1, :], turning)", "joint[..., :-1, :]", "a prompt is not turned"),
-    Mutant("language/lean.py", "queries.transpose(2, 3), keys", "queries, keys", "halves of pairs stand apart"),
-    Mutant("language/lean.py", "[self.width**-0.5] * self.queries", "[1.0] * self.queries", "scores are not scaled"),
-    Mutant("language/lean.py", "turning.conj().resolve_conj()", "turning", "a gradient is turned the same way"),
+    Mutant(
+        "language/lean.py",
+        "_apply_rotary(qkv[..., :-1, :], rotary_factors)",
+        "qkv[..., :-1, :]",
+        "a prompt is not turned",
+    ),
+    Mutant(
+        "language/lean.py", "queries.transpose(2, 3),\n            keys", "queries, keys", "halves of pairs stand apart"
+    ),
+    Mutant(
+        "language/lean.py",
+        "[self.head_dim**-0.5] * self.num_queries_per_kv_head",
+        "[1.0] * self.num_queries_per_kv_head",
+        "scores are not scaled",
+    ),
+    Mutant(
+        "language/lean.py",
+        "rotary_factors.conj().resolve_conj()",
+        "rotary_factors",
+        "a gradient is turned the same way",
+    ),
     Mutant("language/lean.py", "/ -normed.shape[-1]", "/ normed.shape[-1]", "a norm's gradient along what it normed"),
     Mutant(
-        "language/lean.py", "flat.index_add_(0, taken[again]", "flat.index_add_(0, 0 * again", "a prompt's gradient"
+        "language/lean.py",
+        "flat.index_add_(0, gather_index[repeat_index]",
+        "flat.index_add_(0, 0 * repeat_index",
+        "a prompt's gradient",
     ),
     Mutant(
         "language/lean.py", "argmax(dim=1) + 1, 0)", "argmax(dim=1) + 2, 0)", "answers that begin apart pass as one"
     ),
-    Mutant("language/lean.py", "behind < self.window", "behind <= self.window", "a window too wide by one"),
-    Mutant("language/lean.py", "mlp.up_proj.weight * after", "mlp.up_proj.weight", "a norm's weights are left out"),
+    Mutant("language/lean.py", "distance < self.window", "distance <= self.window", "a window too wide by one"),
+    Mutant("language/lean.py", "mlp.up_proj.weight * mlp_norm", "mlp.up_proj.weight", "a norm's weights are left out"),
     Mutant(
-        "language/lean.py", "again or trunk.dtype.itemsize < 4", "again", "half precision is read in half precision"
+        "language/lean.py",
+        "recomputes_activations or trunk.dtype.itemsize < 4",
+        "recomputes_activations",
+        "half precision is read in half precision",
     ),
     Mutant(
         "language/lean.py", 'any(getattr(module, "gradient_checkpointing", False)', "any(False", "activations are kept"
     ),
-    Mutant("language/lean.py", "windowed if layer.sliding else seen", "seen", "a window is not kept"),
-    Mutant(
-        "language/lean.py", "4 * needed[row] < 3 *", "4 * needed[row] <= 3 *", "rows of three quarters attend apart"
-    ),
-    Mutant("language/lean.py", "(begin[row] * parts + column)", "(begin[row] + column)", "groups lie over each other"),
-    Mutant("language/generate.py", "at = self.at + 1\n", "at = self.at\n", "every token has the place of the first"),
     Mutant(
         "language/lean.py",
-        "x + linear(heard.view",
-        "linear(heard.view",
+        "window_mask_per_head if layer.is_sliding else full_mask_per_head",
+        "full_mask_per_head",
+        "a window is not kept",
+    ),
+    Mutant(
+        "language/lean.py",
+        "4 * num_columns[row] < 3 *",
+        "4 * num_columns[row] <= 3 *",
+        "rows of three quarters attend apart",
+    ),
+    Mutant(
+        "language/lean.py",
+        "(row_offset[row] * num_vectors + column)",
+        "(row_offset[row] + column)",
+        "groups lie over each other",
+    ),
+    Mutant(
+        "language/generate.py",
+        "positions = self.last_positions + 1\n",
+        "last_positions = self.last_positions\n",
+        "every token has the place of the first",
+    ),
+    Mutant(
+        "language/lean.py",
+        "x + linear(attended.view",
+        "linear(attended.view",
         "what went around attention is lost",
     ),
     Mutant(
@@ -874,24 +1086,27 @@ HAND = [
         "who watches a trunk sees nothing",
     ),
     Mutant(
-        "language/lean.py", 'any(word in getattr(trunk.rotary_emb, "rope_type", "")', 'any(word in ""', "positions grow"
+        "language/lean.py",
+        'any(rope_type in getattr(trunk.rotary_emb, "rope_type", "")',
+        'any(rope_type in ""',
+        "positions grow",
     ),
-    Mutant("language/generate.py", "grid.length.masked_fill_(owner < 0, 0)", "pass", "a freed slot grows on"),
+    Mutant("language/generate.py", "kv_cache.length.masked_fill_(row_of_slot < 0, 0)", "pass", "a freed slot grows on"),
     Mutant(
         "language/generate.py",
-        "logprob[row, first:end] = torch.tensor(said.logprob)",
-        "logprob[row, first + 1 : end + 1] = torch.tensor(said.logprob)",
+        "logprob[row, first:end] = torch.tensor(completion.logprob)",
+        "logprob[row, first + 1 : end + 1] = torch.tensor(completion.logprob)",
         "log-probs one column late",
     ),
     Mutant(
         "language/generate.py",
-        "(terminated if said.stopped or endless else truncated)[row, end - 1] = True",
+        "(terminated if completion.stopped or has_fixed_length else truncated)[row, end - 1] = True",
         "terminated[row, end - 1] = True",
         "a cut row counts as ended",
     ),
     Mutant("score.py", "score - missing_eos_penalty", "score + missing_eos_penalty", "a cut row is rewarded"),
-    Mutant("score.py", "left_out = score.isnan() |", "left_out =", "a missing score is zero"),
-    Mutant("score.py", "mask & ~left_out[:, None]", "mask", "rows without a score learn"),
+    Mutant("score.py", "is_dropped = score.isnan() |", "is_dropped =", "a missing score is zero"),
+    Mutant("score.py", "mask & ~is_dropped[:, None]", "mask", "rows without a score learn"),
     Mutant(
         "score.py",
         "coef * (reference_logprob - logprob)",
@@ -906,8 +1121,8 @@ HAND = [
     ),
     Mutant(
         "objective.py",
-        "(logprob - batch.logprob).exp() * ((-gap).exp() - 1 + gap)",
-        "((-gap).exp() - 1 + gap)",
+        "(logprob - batch.behavior_logprob).exp() * ((-log_ratio).exp() - 1 + log_ratio)",
+        "((-log_ratio).exp() - 1 + log_ratio)",
         "k3's gradient is that of the forward KL",
     ),
     Mutant(
@@ -924,13 +1139,23 @@ HAND = [
     ),
     Mutant(
         "objective.py",
-        "center * (chosen + rejected).square()",
-        "center * (chosen - rejected).square()",
+        "center_coef * (chosen + rejected).square()",
+        "center_coef * (chosen - rejected).square()",
         "pulls apart sides together",
     ),
-    Mutant("objective.py", "loss = -gap.detach().exp()", "loss = -gap.exp()", "gradient through a clipped weight"),
-    Mutant("objective.py", "(gap - 1 / (2 * coef)).square()", "(gap - 1 / coef).square()", "IPO's target doubled"),
-    Mutant("objective.py", "return loss + coef * charged", "return loss + charged", "pretraining at full weight"),
+    Mutant(
+        "objective.py",
+        "loss = -log_ratio.detach().exp()",
+        "loss = -log_ratio.exp()",
+        "gradient through a clipped weight",
+    ),
+    Mutant(
+        "objective.py",
+        "(logratio_difference - 1 / (2 * beta)).square()",
+        "(logratio_difference - 1 / beta).square()",
+        "IPO's target doubled",
+    ),
+    Mutant("objective.py", "return loss + coef * row_loss", "return loss + row_loss", "pretraining at full weight"),
     Mutant(
         "language/tokens.py",
         "lambda logp: Categorical(logp).entropy()",
@@ -939,110 +1164,148 @@ HAND = [
     ),
     Mutant(
         "objective.py",
-        "/ batch.mask.sum(dim=1, keepdim=True).clamp(min=1)\n    gap = gap.expand_as",
-        "\n    gap = gap.expand_as",
+        "/ batch.mask.sum(dim=1, keepdim=True).clamp(\n        min=1\n    )\n    log_ratio = log_ratio.expand_as",
+        "\n    log_ratio = log_ratio.expand_as",
         "a row's ratio is a product",
     ),
     Mutant("update.py", "parameter.copy_(value)", "parameter.copy_(parameter)", "parameters stay where they got to"),
     Mutant("update.py", "buffer.copy_(value)", "buffer.copy_(buffer)", "buffers stay where they got to"),
-    Mutant("update.py", "optimizer.load_state_dict(twin.state_dict())", "twin", "moments stay where they got to"),
     Mutant(
         "update.py",
-        "optimizer.zero_grad(set_to_none=True)\n    guard(error)",
-        "guard(error)",
+        "optimizer.load_state_dict(optimizer_copy.state_dict())",
+        "optimizer_copy",
+        "moments stay where they got to",
+    ),
+    Mutant(
+        "update.py",
+        "optimizer.zero_grad(set_to_none=True)\n    on_nonfinite(error)",
+        "on_nonfinite(error)",
         "what is not finite stays in the gradients",
     ),
     Mutant(
         "update.py", "not math.isfinite(value.item())", "math.isnan(value.item())", "what is infinite is stepped with"
     ),
     Mutant("update.py", "not math.isfinite(value.item())", "math.isinf(value.item())", "nan is stepped with"),
-    Mutant("update.py", "(epochs * minibatches > 1", "(epochs > 1", "no way back within one epoch"),
-    Mutant("update.py", "(epochs * minibatches > 1", "(minibatches > 1", "no way back between epochs"),
+    Mutant("update.py", "(num_epochs * num_minibatches > 1", "(num_epochs > 1", "no way back within one epoch"),
+    Mutant("update.py", "(num_epochs * num_minibatches > 1", "(num_minibatches > 1", "no way back between epochs"),
     Mutant(
         "update.py",
         "copy.deepcopy((optimizer, [*policy.buffers()]))",
         "(optimizer, [*policy.buffers()])",
         "what was before is what is now",
     ),
-    Mutant("run/guard.py", "IN_A_ROW = 3", "IN_A_ROW = 2", "ends a run at the second"),
-    Mutant("run/guard.py", "IN_A_ROW = 3", "IN_A_ROW = 4", "lets three pass"),
-    Mutant("run/guard.py", "self.stage.iteration + 1", "self.stage.iteration", "notes the update before"),
+    Mutant("run/guard.py", "MAX_CONSECUTIVE_SKIPS = 3", "MAX_CONSECUTIVE_SKIPS = 2", "ends a run at the second"),
+    Mutant("run/guard.py", "MAX_CONSECUTIVE_SKIPS = 3", "MAX_CONSECUTIVE_SKIPS = 4", "lets three pass"),
+    Mutant("run/guard.py", "self.training_run.iteration + 1", "self.training_run.iteration", "notes the update before"),
     Mutant(
         "run/guard.py",
-        "last == [*range(number - IN_A_ROW + 1, number + 1)]",
-        "len(last) == IN_A_ROW",
+        "recent_skips == [*range(iteration - MAX_CONSECUTIVE_SKIPS + 1, iteration + 1)]",
+        "len(recent_skips) == MAX_CONSECUTIVE_SKIPS",
         "three anywhere in a run end it",
     ),
-    Mutant("run/guard.py", 'self.stage.kept.get("skipped", ())', "()", "each is the first"),
+    Mutant("run/guard.py", 'self.training_run.recipe_state.get("skipped", ())', "()", "each is the first"),
     Mutant(
         "run/guard.py",
-        'last = self.stage.kept["skipped"] = [*self.stage.kept.get("skipped", ()), number]',
-        'last = self.skipped = [*getattr(self, "skipped", ()), number]',
+        'recent_skips = self.training_run.recipe_state["skipped"] = [\n            *self.training_run.recipe_state.get("skipped", ()),\n',
+        'recent_skips = self.skipped = [\n            *getattr(self, "skipped", ()),\n',
         "a resumed run begins to count anew",
     ),
     Mutant("run/guard.py", 'run.event("update_skipped"', 'dict(kind="update_skipped"', "not written down"),
-    Mutant("run/guard.py", "if not self.stage.cfg.quiet", "if self.stage.cfg.quiet", "said where it should not be"),
+    Mutant(
+        "run/guard.py",
+        "if not self.training_run.cfg.quiet",
+        "if self.training_run.cfg.quiet",
+        "said where it should not be",
+    ),
     Mutant("run/guard.py", "/ names[-1]", "/ names[0]", "names the oldest checkpoint"),
     Mutant("run/guard.py", "if not names:", "if names:", "a run without a checkpoint has one"),
-    Mutant("run/guard.py", "{mend}; {whole(run)}", "{whole(run)}", "does not say what to lower"),
+    Mutant(
+        "run/guard.py",
+        "{fix}; {describe_last_checkpoint(run)}",
+        "{describe_last_checkpoint(run)}",
+        "does not say what to lower",
+    ),
     Mutant("run/spikes.py", "1.4826 * np.median", "np.median", "a MAD is no standard deviation"),
-    Mutant("run/spikes.py", "FAR = 10.0", "FAR = 9.0", "nearer"),
-    Mutant("run/spikes.py", "FAR = 10.0", "FAR = 11.0", "farther"),
-    Mutant("run/spikes.py", "WINDOW, LEAST = 100, 20", "WINDOW, LEAST = 100, 10", "says something of ten lines"),
+    Mutant("run/spikes.py", "MIN_DEVIATIONS = 10.0", "MIN_DEVIATIONS = 9.0", "nearer"),
+    Mutant("run/spikes.py", "MIN_DEVIATIONS = 10.0", "MIN_DEVIATIONS = 11.0", "farther"),
+    Mutant(
+        "run/spikes.py", "WINDOW, MIN_WINDOW = 100, 20", "WINDOW, MIN_WINDOW = 100, 10", "says something of ten lines"
+    ),
     Mutant("run/spikes.py", "[late - WINDOW])", "[late - WINDOW + 1])", "a line is held against itself"),
-    Mutant("run/spikes.py", "value[:place][None]", "value[: place + 1][None]", "an early line is held against itself"),
-    Mutant("run/spikes.py", "max(0, after - 2 * WINDOW)", "after", "forgets what was before when asked in pieces"),
-    Mutant("run/spikes.py", "0.01 * np.abs(middle)", "0.01 * middle", "a negative median has no least deviation"),
-    Mutant("run/spikes.py", "np.maximum(spread, 0.01 * np.abs(middle))", "spread", "whatever hardly moves is a spike"),
+    Mutant(
+        "run/spikes.py", "values[:index][None]", "values[: index + 1][None]", "an early line is held against itself"
+    ),
+    Mutant(
+        "run/spikes.py", "max(0, first_line - 2 * WINDOW)", "first_line", "forgets what was before when asked in pieces"
+    ),
+    Mutant(
+        "run/spikes.py",
+        "0.01 * np.abs(window_median)",
+        "0.01 * window_median",
+        "a negative median has no least deviation",
+    ),
+    Mutant(
+        "run/spikes.py",
+        "np.maximum(window_deviation, 0.01 * np.abs(window_median))",
+        "window_deviation",
+        "whatever hardly moves is a spike",
+    ),
     Mutant("run/spikes.py", "return value is not None and", "return value is not None or", "nan is a value"),
     Mutant("run/checkpoint.py", "        sync(file)\n", "", "a file that is not on the disk"),
     Mutant("run/checkpoint.py", "    sync(manifest)\n", "", "a manifest that is not on the disk"),
     Mutant("run/checkpoint.py", "    sync(folder)\n", "", "a name that is not on the disk"),
     Mutant("run/checkpoint.py", "        sync(directory)\n", "        pass\n", "names inside that are not on the disk"),
-    Mutant("run/checkpoint.py", "        verify(aside)  #", "        #", "a disk is believed"),
+    Mutant("run/checkpoint.py", "        verify(partial_dir)  #", "        #", "a disk is believed"),
     Mutant(
         "run/checkpoint.py",
-        "    shutil.rmtree(aside, ignore_errors=True)  # of a process",
+        "    shutil.rmtree(partial_dir, ignore_errors=True)  # of a process",
         "    # of a process",
         "what was left behind is in the way",
     ),
     Mutant(
         "run/checkpoint.py",
-        "        shutil.rmtree(aside, ignore_errors=True)\n        if isinstance",
+        "        shutil.rmtree(partial_dir, ignore_errors=True)\n        if isinstance",
         "        if isinstance",
         "what could not be written stays",
     ),
-    Mutant("run/checkpoint.py", "names(folder)[:-keep]", "names(folder)[:-1]", "keeps one"),
-    Mutant("run/checkpoint.py", "names(folder)[:-keep]", "names(folder)[keep:]", "keeps the oldest"),
+    Mutant("run/checkpoint.py", "list_checkpoints(folder)[:-keep]", "list_checkpoints(folder)[:-1]", "keeps one"),
+    Mutant(
+        "run/checkpoint.py", "list_checkpoints(folder)[:-keep]", "list_checkpoints(folder)[keep:]", "keeps the oldest"
+    ),
     Mutant("run/checkpoint.py", 'manifest.get("schema") != SCHEMA', "False", "any form of a manifest is read"),
     Mutant(
         "run/checkpoint.py",
-        'not isinstance(found, dict) or found.get("schema") != SCHEMA',
-        "not isinstance(found, dict)",
+        'not isinstance(document, dict) or document.get("schema") != SCHEMA',
+        "not isinstance(document, dict)",
         "any form of a state is read",
     ),
-    Mutant("run/checkpoint.py", 'or sha256(file) != about.get("sha256")', "", "sizes are enough"),
-    Mutant("run/checkpoint.py", "sorted(found ^ (", "sorted(found - (", "what is missing is not missed"),
-    Mutant("run/checkpoint.py", "sorted(found ^ (", "sorted((", "what is too much is let be"),
-    Mutant("run/checkpoint.py", "reversed(names(folder))", "names(folder)", "goes on from the oldest"),
+    Mutant("run/checkpoint.py", 'or sha256(file) != entry.get("sha256")', "", "sizes are enough"),
+    Mutant("run/checkpoint.py", "sorted(present ^ (", "sorted(present - (", "what is missing is not missed"),
+    Mutant("run/checkpoint.py", "sorted(present ^ (", "sorted((", "what is too much is let be"),
+    Mutant(
+        "run/checkpoint.py", "reversed(list_checkpoints(folder))", "list_checkpoints(folder)", "goes on from the oldest"
+    ),
     Mutant("run/checkpoint.py", "            _quarantine(folder, name, str(error))\n", "", "what is damaged stays"),
     Mutant("run/checkpoint.py", "if p.name.isdigit() and p.is_dir()", "if p.is_dir()", "any directory is a checkpoint"),
-    Mutant("run/checkpoint.py", "path.stat().st_size > most", "False", "JSON of any size is read"),
+    Mutant("run/checkpoint.py", "path.stat().st_size > max_bytes", "False", "JSON of any size is read"),
     Mutant(
         "run/checkpoint.py",
         "ValueError, RecursionError) as error:\n        if",
         "ValueError) as error:\n        if",
         "depth",
     ),
-    Mutant("distribution.py", "self.logp.clamp(min=LOWEST)", "self.logp", "0 log 0 is nan"),
+    Mutant("distribution.py", "self.logp.clamp(min=MIN_LOGPROB)", "self.logp", "0 log 0 is nan"),
     Mutant(
         "distribution.py",
-        "torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0)",
+        "torch.where(self.logp > MIN_LOGPROB, self.logp - other.logp, 0.0)",
         "(self.logp - other.logp)",
         "nan",
     ),
     Mutant(
-        "language/tokens.py", "bias.clamp(min=LOWEST)", "bias", "a token ruled out by the bias makes the entropy nan"
+        "language/tokens.py",
+        "bias.clamp(min=MIN_LOGPROB)",
+        "bias",
+        "a token ruled out by the bias makes the entropy nan",
     ),
     Mutant(
         "language/reading.py", "torch.where(one == other, 0.0, one - other)", "(one - other)", "-inf is nan from -inf"
@@ -1051,17 +1314,25 @@ HAND = [
         "language/tokens.py", "ranked / ranked.sum(dim=-1, keepdim=True)", "ranked", "the kept mass is in no log-prob"
     ),
     Mutant(
-        "language/tokens.py", "before = ranked.cumsum(dim=-1) - ranked", "before = ranked.cumsum(dim=-1)", "one too few"
+        "language/tokens.py",
+        "probability_before = ranked.cumsum(dim=-1) - ranked",
+        "probability_before = ranked.cumsum(dim=-1)",
+        "one too few",
     ),
     Mutant("language/tokens.py", "ranked[:, top_k:] = 0", "ranked[:, top_k + 1 :] = 0", "top_k keeps one more"),
-    Mutant("language/generate.py", "p = self.truncated(p)", "self.truncated(p)", "top_k and top_p without effect"),
+    Mutant(
+        "language/generate.py",
+        "probabilities = self.truncate_probabilities(probabilities)",
+        "self.truncate_probabilities(probabilities)",
+        "top_k and top_p without effect",
+    ),
     Mutant(
         "language/trust_region.py",
         "learned = batch.mask.any(dim=1).nonzero()",
         "learned = (batch.mask.any(dim=1) | True).nonzero()",
         "rows without a chosen token are measured",
     ),
-    Mutant("control/own_network.py", "if most > SMALLEST:", "if False:", "a network may ignore the mask"),
+    Mutant("control/own_network.py", "if most > MIN_PROBABILITY:", "if False:", "a network may ignore the mask"),
     Mutant(
         "control/own_network.py", "if float((part.logp", "if 0 * float((part.logp", "log-probs need not be normalised"
     ),
@@ -1083,13 +1354,13 @@ HAND = [
     ),
     Mutant(
         "resuming.py",
-        "        return recipe.train(config, resume=Resume(opened, found, about, accepted), **objects)",
-        "        accepted()\n        return recipe.train(config, resume=Resume(opened, found, about, dict), **objects)",
+        "        return recipe.train(config, resume=ResumePoint(reopened, checkpoint_path, event_fields, accepted), **objects)",
+        "        accepted()\n        return recipe.train(config, resume=ResumePoint(reopened, checkpoint_path, event_fields, dict), **objects)",
         "config.json is written before the checks",
     ),
     Mutant(
         "resuming.py",
-        'if _placed(change["from"]) != _placed(change["to"])',
+        'if _with_absolute_paths(change["from"]) != _with_absolute_paths(change["to"])',
         "if False",
         "another reward is not noticed",
     ),
@@ -1102,13 +1373,13 @@ HAND = [
 EQUIVALENT = {
     (
         "objective.py",
-        "gap = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)",
-        "gap = torch.where(batch.mask, logprob - _reference_logprob(batch), logprob - _reference_logprob(batch))",
+        "log_ratio = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)",
+        "log_ratio = torch.where(batch.mask, logprob - _reference_logprob(batch), logprob - _reference_logprob(batch))",
     ): "where nothing was chosen both sides are the sampler's own log-prob",
     (
         "products.py",
-        "multiplications >= LARGE",
-        "multiplications > LARGE",
+        "multiplications >= MIN_ONEDNN_MULTIPLICATIONS",
+        "multiplications > MIN_ONEDNN_MULTIPLICATIONS",
     ): "at exactly the bound both libraries give the product",
     (
         "products.py",
@@ -1122,18 +1393,18 @@ EQUIVALENT = {
     ): "either orientation gives the product: one is quicker",
     (
         "language/tokens.py",
-        "total = p.cumsum(dim=-1)",
-        "total = p.cumsum(dim=(1))",
+        "cumulative = p.cumsum(dim=-1)",
+        "cumulative = p.cumsum(dim=(1))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",
-        "return self._each(lambda logp: logp.argmax(dim=-1))",
-        "return self._each(lambda logp: logp.argmax(dim=(1)))",
+        "return self._map_chosen(lambda logp: logp.argmax(dim=-1))",
+        "return self._map_chosen(lambda logp: logp.argmax(dim=(1)))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",
-        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
-        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=(1))",
+        "else self.head(self._chosen_hidden).log_softmax(dim=-1)",
+        "else self.head(self._chosen_hidden).log_softmax(dim=(1))",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",
@@ -1142,33 +1413,33 @@ EQUIVALENT = {
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",
-        "return self._each(lambda logp, token: logp.gather(-1, token[:, None])[:, 0], action)",
-        "return self._each(lambda logp, token: logp.gather((1), token[:, None])[:, 0], action)",
+        "return self._map_chosen(lambda logp, token: logp.gather(-1, token[:, None])[:, 0], action)",
+        "return self._map_chosen(lambda logp, token: logp.gather((1), token[:, None])[:, 0], action)",
     ): "the log-probs are a matrix: its last dimension is dimension 1",
     (
         "language/tokens.py",
-        "return None if len(self._chosen) * width > WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
-        "return None if len(self._chosen) * width >= WHOLE else self.head(self._chosen).log_softmax(dim=-1)",
+        "if len(self._chosen_hidden) * vocabulary_size > MAX_STORED_LOGITS",
+        "if len(self._chosen_hidden) * vocabulary_size >= MAX_STORED_LOGITS",
     ): "at exactly the bound both ways give the same numbers",
     (
         "language/tokens.py",
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1 - 1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1 - 1]).shape[-1]',
     ): "only the width of what the head gives is asked for, which any row or none has",
     (
         "language/tokens.py",
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[-(1):]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[-(1):]).shape[-1]',
     ): "only the width of what the head gives is asked for, which any row or none has",
     (
         "language/tokens.py",
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[(1)]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1]).shape[(1)]',
     ): "only the width of what the head gives is asked for, which any row or none has",
     (
         "language/tokens.py",
-        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen[:1]).shape[-1]',
-        'return getattr(self.head.project, "out_features", 0) and self.head(self._chosen[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) or self.head(self._chosen_hidden[:1]).shape[-1]',
+        'return getattr(self.head.project, "out_features", 0) and self.head(self._chosen_hidden[:1]).shape[-1]',
     ): "the same width, found by asking the head; or 0, and then all is kept whole: only memory differs",
     (
         "reduce.py",
@@ -1202,8 +1473,8 @@ EQUIVALENT = {
     ): "both have the same shape and type",
     (
         "score.py",
-        "cut = (truncated & mask).any(dim=1)",
-        "cut = (truncated).any(dim=1)",
+        "is_cut = (truncated & mask).any(dim=1)",
+        "is_cut = (truncated).any(dim=1)",
     ): "in a record of text an end stands at a chosen step",
     (
         "distribution.py",
@@ -1217,8 +1488,8 @@ EQUIVALENT = {
     ): "the nodes and their weights are symmetric about 0",
     (
         "distribution.py",
-        "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))",
-        "nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) - (torch.diag(off, -1)))",
+        "nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))",
+        "nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) - (torch.diag(off_diagonal, -1)))",
     ): "eigh reads one triangle; its sign changes neither the eigenvalues nor the squares of the vectors",
     (
         "control/normalize.py",
@@ -1232,8 +1503,8 @@ EQUIVALENT = {
     ): "the log of 0 stands in the branch that is not taken, and the width is not learnt",
     (
         "control/collect.py",
-        "self.calls, self.returns = self.calls + 1, self.returns + call.reward",
-        "self.calls, self.returns = self.calls - (1), self.returns + call.reward",
+        "self.num_calls, self.returns = self.num_calls + 1, self.returns + call.reward",
+        "self.num_calls, self.returns = self.num_calls - (1), self.returns + call.reward",
     ): "only whether the calls are a multiple of `hold` is ever asked",
     (
         "control/quick.py",
@@ -1242,8 +1513,8 @@ EQUIVALENT = {
     ): "at 0 both are 0",
     (
         "control/quick.py",
-        "self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::-1])",
-        "self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::(1)])",
+        "self.noise = list((draws if self.log_std is None else draws * self.log_std.exp()).numpy()[::-1])",
+        "self.noise = list((draws if self.log_std is None else draws * self.log_std.exp()).numpy()[::(1)])",
     ): "independent draws, in another order",
     (
         "value.py",
@@ -1252,8 +1523,8 @@ EQUIVALENT = {
     ): "what it returns is detached; this only saves the graph",
     (
         "value.py",
-        "distribution, value = ask(policy, record) if record.mask.numel() < FEW else in_pieces(ask, policy, record)",
-        "distribution, value = ask(policy, record) if record.mask.numel() <= FEW else in_pieces(ask, policy, record)",
+        "if trajectory.mask.numel() < MIN_CHUNKED_STEPS",
+        "if trajectory.mask.numel() <= MIN_CHUNKED_STEPS",
     ): "a record of just as many steps is the same either way",
     (
         "advantage.py",

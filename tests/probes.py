@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from understudy.control.spaces import MASK, mask_width
+from understudy.control.spaces import MASK_KEY, mask_width
 
 OBSERVATIONS = {
     "vector": spaces.Box(-2.0, 2.0, (3,)),
@@ -47,7 +47,7 @@ class Anything(gymnasium.Env):
         if masked and observation == "Dict":
             width = mask_width(self.action_space)
             own = OBSERVATIONS[observation].spaces
-            self.observation_space = spaces.Dict(own | {MASK: spaces.MultiBinary(width)})
+            self.observation_space = spaces.Dict(own | {MASK_KEY: spaces.MultiBinary(width)})
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         super().reset(seed=seed)
@@ -69,8 +69,8 @@ class Anything(gymnasium.Env):
             return obs, {}
         self.allowed = np.zeros(mask_width(self.action_space), np.int8) if last else random_mask(self)
         if isinstance(self.observation_space, spaces.Dict):
-            return obs | {MASK: self.allowed}, {}
-        return obs, {MASK: self.allowed}
+            return obs | {MASK_KEY: self.allowed}, {}
+        return obs, {MASK_KEY: self.allowed}
 
 
 def sizes(space: gymnasium.Space) -> list[int]:
@@ -196,7 +196,7 @@ class Tempting(gymnasium.Env):
     action_space = spaces.Discrete(3)
 
     def __init__(self, *, masked: bool):
-        self.info = {MASK: np.array([1, 1, 0], np.int8)} if masked else {}
+        self.info = {MASK_KEY: np.array([1, 1, 0], np.int8)} if masked else {}
         self.taken: list[int] = []
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from understudy.batch import Batch, Trajectory
 from understudy.distribution import Categorical, DiagonalGaussian
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 STATES, ACTIONS = 5, 3
 
@@ -27,7 +27,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def record(mask: Tensor, **fields: Tensor) -> Trajectory:
     """A record with this mask; fields not given are zero."""
     zeros = torch.zeros(mask.shape)
-    default = {"obs": zeros.long(), "action": zeros.long(), "logprob": zeros, "reward": zeros}
+    default = {"obs": zeros.long(), "action": zeros.long(), "behavior_logprob": zeros, "reward": zeros}
     default |= {"terminated": zeros.bool(), "truncated": zeros.bool()}
     return Trajectory(**(default | {"mask": mask} | fields))
 
@@ -39,7 +39,7 @@ class Table(nn.Module):
         super().__init__()
         self.logits = nn.Parameter(torch.randn(states, actions, generator=seeded(seed), dtype=torch.float64))
         self.values = nn.Parameter(torch.randn(states, generator=seeded(seed + 1), dtype=torch.float64))
-        self.memory = memory
+        self.needs_whole_rows = memory
 
     def forward(self, obs):
         return Categorical.of(self.logits[obs]), self.values[obs]
@@ -48,7 +48,7 @@ class Table(nn.Module):
 class Adder(nn.Module):
     """A recurrent policy whose state is the sum of what it saw in the episode; the value is that sum."""
 
-    memory = True
+    needs_whole_rows = True
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ class Adder(nn.Module):
 class Blind(nn.Module):
     """A policy that looks at nothing: what it says of every step are its parameters themselves."""
 
-    memory = False
+    needs_whole_rows = False
 
     def __init__(self, rows: int, steps: int):
         super().__init__()
@@ -97,7 +97,7 @@ def random_record(seed: int, *, rows: int = 6, episodes: int = 3) -> Trajectory:
     return Trajectory(
         obs=torch.randint(STATES, shape, generator=g),
         action=torch.randint(ACTIONS, shape, generator=g),
-        logprob=-torch.rand(shape, generator=g, dtype=torch.float64) - 0.5,
+        behavior_logprob=-torch.rand(shape, generator=g, dtype=torch.float64) - 0.5,
         mask=mask,
         reward=reward,
         terminated=terminated,
@@ -117,9 +117,14 @@ def _random_episode(upto) -> list[tuple[int, int, int]]:
 def random_batch(seed: int, policy: Table, **sizes: int) -> Batch:
     """A random record, ready to learn from: sampled by another policy than `policy`, so that ratios differ from 1."""
     taken = random_record(seed, **sizes)
-    old, value = estimate(Table(seed=90), taken)
-    logprob = torch.where(taken.mask, old.log_prob(taken.action), taken.logprob)
+    old, value = estimate_values(Table(seed=90), taken)
+    logprob = torch.where(taken.mask, old.log_prob(taken.action), taken.behavior_logprob)
     after = next_value(value, taken)
-    fields = {"value": value, "advantage": taken.reward - value + after, "target": taken.reward + after, "old": old}
-    fields["reference"] = estimate(Table(seed=80), taken)[0].log_prob(taken.action)
-    return Batch.of(taken, logprob=logprob, **fields)
+    fields = {
+        "value": value,
+        "advantage": taken.reward - value + after,
+        "target": taken.reward + after,
+        "old_distribution": old,
+    }
+    fields["reference"] = estimate_values(Table(seed=80), taken)[0].log_prob(taken.action)
+    return Batch.of(taken, behavior_logprob=logprob, **fields)

@@ -28,8 +28,8 @@ LEARN = {"minibatch_rows": 8, "quiet": True, "held_out": 8}
 
 def furnish(path: Path) -> Path:
     """Write model, tokenizer and data; the same every time."""
-    rehearsal.model(0).save_pretrained(path)
-    rehearsal.tokenizer().save_pretrained(path)
+    rehearsal.make_model(0).save_pretrained(path)
+    rehearsal.make_tokenizer().save_pretrained(path)
     said = rehearsal.sentences(64, 0)
     halves = [sentence.split(" ", 3) for sentence in said]
     pairs = [(" ".join(words[:3]), words[3], "sat .") for words in halves]

@@ -73,18 +73,18 @@ def test_a_trace_passes_over_tool_text_undecayed():
 
 def test_a_score_above_its_groups_mean_is_positive_over_the_groups_deviation():
     # group 5: {1, 3}, mean 2, deviation sqrt(2); group 0: {4, 4, 10}, mean 6, deviation sqrt((4 + 4 + 16) / 2) = sqrt(12)
-    A = group_relative(torch.tensor([1.0, 4, 4, 3, 10]), torch.tensor([5, 0, 0, 5, 0]), scale=True, eps=0.0)
+    A = group_relative(torch.tensor([1.0, 4, 4, 3, 10]), torch.tensor([5, 0, 0, 5, 0]), scale_by_std=True, eps=0.0)
     assert_close(A, torch.tensor([-(0.5**0.5), -2 / 12**0.5, -2 / 12**0.5, 0.5**0.5, 4 / 12**0.5]))
 
 
 def test_eps_is_added_to_the_groups_deviation():
     # deviation sqrt(2), eps sqrt(2)
-    A = group_relative(torch.tensor([1.0, 3]), torch.tensor([0, 0]), scale=True, eps=2**0.5)
+    A = group_relative(torch.tensor([1.0, 3]), torch.tensor([0, 0]), scale_by_std=True, eps=2**0.5)
     assert_close(A, torch.tensor([-(0.125**0.5), 0.125**0.5]))
 
 
 def test_without_scale_a_score_is_only_centred():
-    A = group_relative(torch.tensor([1.0, 4, 4, 3, 10]), torch.tensor([5, 0, 0, 5, 0]), scale=False)
+    A = group_relative(torch.tensor([1.0, 4, 4, 3, 10]), torch.tensor([5, 0, 0, 5, 0]), scale_by_std=False)
     assert_close(A, torch.tensor([-1.0, -2, -2, 1, 4]))
 
 
@@ -98,14 +98,16 @@ def test_a_score_is_compared_with_the_others_of_its_group():
 def test_who_is_alone_in_a_group_has_no_advantage(scale):
     score, group = torch.tensor([7.0, 1, 3]), torch.tensor([0, 1, 1])
 
-    assert group_relative(score, group, scale=scale)[0] == 0
+    assert group_relative(score, group, scale_by_std=scale)[0] == 0
     assert leave_one_out(score, group)[0] == 0
 
 
 def test_equal_scores_have_no_advantage():
     score, group = torch.full((3,), 0.1), torch.zeros(3, dtype=torch.long)
 
-    assert_close(group_relative(score, group, scale=True), torch.zeros(3), atol=1e-3, rtol=0)  # rounding over eps
+    assert_close(
+        group_relative(score, group, scale_by_std=True), torch.zeros(3), atol=1e-3, rtol=0
+    )  # rounding over eps
     assert_close(leave_one_out(score, group), torch.zeros(3))
 
 
@@ -204,11 +206,11 @@ def _ends_last(record, b: int) -> bool:
 def test_leave_one_out_is_group_relative_times_n_over_n_minus_one():
     score, group = torch.randn(12, generator=seeded(), dtype=torch.float64), torch.arange(12) // 4
 
-    assert_close(leave_one_out(score, group), group_relative(score, group, scale=False) * 4 / 3)
+    assert_close(leave_one_out(score, group), group_relative(score, group, scale_by_std=False) * 4 / 3)
 
 
 @pytest.mark.parametrize(("size", "score"), [(8, 0.7), (3, 5.7), (8, 100.1)])
 def test_equal_scores_have_no_advantage_whatever_their_rounding(size, score):
-    found = group_relative(torch.full((size,), score), torch.zeros(size).long(), scale=True)
+    found = group_relative(torch.full((size,), score), torch.zeros(size).long(), scale_by_std=True)
 
     assert_close(found, torch.zeros(size), atol=1e-6, rtol=0)

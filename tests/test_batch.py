@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import Adder, Table, flags, random_batch, record, row
-from understudy.batch import Batch, Labelled, Pairs, Text, consult, map_tensors
+from understudy.batch import Batch, LabelledText, PreferencePairs, TokenBatch, map_tensors, policy_forward
 from understudy.distribution import Categorical, SquashedGaussian
 
 
-@pytest.mark.parametrize("name", ["logprob", "reward", "terminated", "truncated"])
+@pytest.mark.parametrize("name", ["behavior_logprob", "reward", "terminated", "truncated"])
 def test_a_field_of_another_shape_than_the_mask_is_refused_by_name(name):
     with pytest.raises(ValueError, match=rf"{name} is \(1, 3\), mask is \(1, 2\): both must be \[B, T\]"):
         record(flags(1, 1), **{name: flags(1, 1, 0)})
@@ -56,7 +56,7 @@ def test_rows_of_a_batch_keep_every_field_of_theirs():
     for name in (
         "obs",
         "action",
-        "logprob",
+        "behavior_logprob",
         "mask",
         "reward",
         "terminated",
@@ -66,7 +66,7 @@ def test_rows_of_a_batch_keep_every_field_of_theirs():
         "target",
     ):
         assert_close(getattr(some, name), getattr(batch, name)[[4, 1]])
-    assert_close(some.old.logp, batch.old.logp[[4, 1]])
+    assert_close(some.old_distribution.logp, batch.old_distribution.logp[[4, 1]])
 
 
 def test_rows_of_a_batch_bring_their_own_recurrent_state():
@@ -79,23 +79,33 @@ def test_rows_of_a_batch_bring_their_own_recurrent_state():
 def test_the_steps_of_a_batch_are_the_chosen_ones_in_order():
     batch = random_batch(1, Table())
 
-    steps = batch.steps()
+    steps = batch.flatten_steps()
 
-    for name in ("obs", "action", "logprob", "reward", "terminated", "truncated", "value", "advantage", "target"):
+    for name in (
+        "obs",
+        "action",
+        "behavior_logprob",
+        "reward",
+        "terminated",
+        "truncated",
+        "value",
+        "advantage",
+        "target",
+    ):
         assert_close(getattr(steps, name), getattr(batch, name)[batch.mask][:, None])
-    assert_close(steps.old.logp, batch.old.logp[batch.mask][:, None])
+    assert_close(steps.old_distribution.logp, batch.old_distribution.logp[batch.mask][:, None])
 
 
 def test_every_step_of_a_batch_is_a_chosen_row_of_one_column():
     batch = random_batch(1, Table())
 
-    assert_close(batch.steps().mask, torch.ones(int(batch.mask.sum()), 1).bool())
+    assert_close(batch.flatten_steps().mask, torch.ones(int(batch.mask.sum()), 1).bool())
 
 
 def test_steps_apart_have_no_recurrent_state():
     batch = Batch.of(random_batch(0, Table()), state=torch.zeros(6, 1))
 
-    assert batch.steps().state is None
+    assert batch.flatten_steps().state is None
 
 
 def test_what_is_given_replaces_what_the_record_has():
@@ -141,7 +151,7 @@ def test_mapping_leaves_what_all_steps_share():
 def test_a_policy_without_state_is_asked_about_the_observations_alone():
     table, batch = Table(), random_batch(0, Table())
 
-    distribution, value = consult(table, batch)
+    distribution, value = policy_forward(table, batch)
 
     assert_close(value, table.values[batch.obs])
     assert_close(distribution.logp, table.logits[batch.obs].log_softmax(-1))
@@ -151,20 +161,20 @@ def test_a_recurrent_policy_begins_with_the_records_state_and_forgets_it_at_a_st
     # the state before column 0 is 10; the last observation (3) is still the first episode's, the next one begins at 0
     taken = record(flags(1, 1, 0, 1), obs=row(1, 2, 3, 4), terminated=flags(0, 1, 0, 0), state=torch.tensor([[10.0]]))
 
-    _, value = consult(Adder(), taken)
+    _, value = policy_forward(Adder(), taken)
 
     assert_close(value, row(11, 13, 16, 4))
 
 
 def test_the_length_of_text_pairs_and_labelled_text_is_their_number_of_rows():
-    text = Text(torch.zeros(2, 5).long(), torch.ones(2, 5).bool())
+    text = TokenBatch(torch.zeros(2, 5).long(), torch.ones(2, 5).bool())
 
     assert len(text) == 2
-    assert len(Pairs(text, text, torch.zeros(2, 1))) == 2
-    assert len(Labelled(text, torch.zeros(2, 1))) == 2
+    assert len(PreferencePairs(text, text, torch.zeros(2, 1))) == 2
+    assert len(LabelledText(text, torch.zeros(2, 1))) == 2
 
 
 def test_what_text_chooses_at_a_column_is_the_token_to_its_right():
-    text = Text(torch.tensor([[7, 8, 9]]), torch.tensor([[True, True, False]]))
+    text = TokenBatch(torch.tensor([[7, 8, 9]]), torch.tensor([[True, True, False]]))
 
     assert text.action.tolist() == [[8, 9, 0]]

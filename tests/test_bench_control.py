@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy.compiled import available
+from understudy.compiled import is_compiler_available
 from understudy.control import ppo
 from understudy.control.presets import preset
 
@@ -146,7 +146,7 @@ def test_cleanrls_own_lines_are_read_as_they_are():
     assert read("SPS: 2345\n") == [1024, 3, pytest.approx(96.5 / 3)]
 
 
-@pytest.mark.skipif(not available(), reason="there is no C++ compiler")
+@pytest.mark.skipif(not is_compiler_available(), reason="there is no C++ compiler")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_row_of_ours_is_a_config_that_runs_on_either_device(device):
     bench = script("control")
@@ -161,6 +161,6 @@ def test_every_row_of_ours_is_a_config_that_runs_on_either_device(device):
             compiled.add("on" if given["fields"].get("compile") == "on" else "off")
             continue
         cfg = preset(ppo.Config, **given["fields"], steps=given["steps"], device=device)
-        compiled.add(ppo.settled(cfg, own=False)[0].compile)  # refuses what cannot be compiled
+        compiled.add(ppo.resolve_compile(cfg, is_user_policy=False)[0].compile)  # refuses what cannot be compiled
 
     assert "on" in compiled if device == "cpu" else compiled == {"off"}

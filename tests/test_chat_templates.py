@@ -11,9 +11,9 @@ from tests.test_text import CHAT, CHATML, EOS, THINKING, TURN_END, built, made, 
 from understudy.language import bounded, text
 from understudy.language.collect import Sampler
 from understudy.language.generate import Completion
-from understudy.language.sft import pad_examples
+from understudy.language.sft import collate_examples
 from understudy.language.text import Prompt, Tokenizer
-from understudy.language.turns import converse
+from understudy.language.turns import run_dialogue
 from understudy.run.config import RequestError
 
 TOOLING = (
@@ -42,34 +42,36 @@ def chatty(template=CHATML, **options) -> Tokenizer:
 def test_every_recipe_gives_the_template_what_a_row_has_for_it(recipe, columns):
     tokenizer, answer = chatty(TOOLING), tokens("yo<|im_end|>")
     if recipe == "prompts":
-        ids = text.prompts([{"prompt": USER, **columns}], tokenizer, max_length=99)[0].ids
+        ids = text.make_prompts([{"prompt": USER, **columns}], tokenizer, max_length=99)[0].ids
         answer = []
     elif recipe == "examples":
-        ids = text.examples([{"messages": CHAT, **columns}], tokenizer, max_length=99)[0].ids
+        ids = text.make_examples([{"messages": CHAT, **columns}], tokenizer, max_length=99)[0].ids
     elif recipe == "pairs":
         row = {"prompt": USER, "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "no"}], **columns}
-        ids = text.preferences([row], tokenizer, max_length=99)[0].chosen
+        ids = text.make_preferences([row], tokenizer, max_length=99)[0].chosen
     else:
-        ids = text.labelled([{"text": CHAT, "label": 1, **columns}], tokenizer, max_length=99)[0].ids
+        ids = text.make_labelled_examples([{"text": CHAT, "label": 1, **columns}], tokenizer, max_length=99)[0].ids
 
     assert list(ids) == [*tokens(START), *answer]
 
 
 def test_the_next_row_is_without_the_arguments_of_the_one_before():
     rows = [{"prompt": USER, "enable_thinking": False}, {"prompt": USER, "enable_thinking": None}]
-    first, second = text.prompts(rows, chatty(TOOLING), max_length=99)
+    first, second = text.make_prompts(rows, chatty(TOOLING), max_length=99)
 
     assert list(first.ids) == tokens(ASKED + "/think ") and list(second.ids) == tokens(ASKED)
 
 
 def test_a_reply_is_written_by_the_template_with_the_rows_arguments():
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ mood }}")
-    (prompt,) = text.prompts([{"prompt": USER, "chat_template_kwargs": {"mood": "!"}}], chatty(template), max_length=99)
+    (prompt,) = text.make_prompts(
+        [{"prompt": USER, "chat_template_kwargs": {"mood": "!"}}], chatty(template), max_length=99
+    )
 
     def speak(prompts, **_):
         return [Completion([*tokens("yo"), TURN_END], [0.0] * 3, True, 0) for _ in prompts]
 
-    (row,) = converse(
+    (row,) = run_dialogue(
         speak,
         lambda sampled, stops: [{"role": "user", "content": "so"}],
         lambda prompts, completions: [],
@@ -77,20 +79,20 @@ def test_a_reply_is_written_by_the_template_with_the_rows_arguments():
         [prompt],
         [0],
         limit=99,
-        turns=2,
+        max_turns=2,
     )
 
     assert row.ids == tokens("yo<|im_end|>\n<|im_start|>user\nso!<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>")
 
 
 def test_arguments_that_the_template_does_not_use_are_noted():
-    found = text.prompts([{"prompt": USER, **HAS}], chatty(TOOLING.replace("tools", "nothing")), max_length=99)
+    found = text.make_prompts([{"prompt": USER, **HAS}], chatty(TOOLING.replace("tools", "nothing")), max_length=99)
 
     assert found.notes == ("tools of the rows changes nothing: the chat template does not use it",)
 
 
 def test_columns_of_these_names_beside_plain_text_are_columns():
-    assert text.prompts([{"prompt": "hi", "tools": "a hammer"}], made(), max_length=9)[0].columns == {
+    assert text.make_prompts([{"prompt": "hi", "tools": "a hammer"}], made(), max_length=9)[0].columns == {
         "tools": "a hammer"
     }
 
@@ -106,7 +108,7 @@ def test_columns_of_these_names_beside_plain_text_are_columns():
 )
 def test_arguments_of_another_form_are_refused_with_their_row(column, cell, fault):
     with pytest.raises(RequestError, match=f"row 1: {fault}|row 1: {column} {fault}"):
-        text.prompts([{"prompt": USER, column: cell}], chatty(), max_length=99)
+        text.make_prompts([{"prompt": USER, column: cell}], chatty(), max_length=99)
 
 
 # the beginning of an answer
@@ -146,15 +148,15 @@ def test_an_answer_that_was_begun_is_learned_as_it_is_sampled(recipe):
     row = {"prompt": BEGUN, "completion": [{"role": "assistant", "content": "o"}]}
     row |= {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "es"}]}
     if recipe == "examples":
-        (one,) = text.examples([row], chatty(), max_length=99)
+        (one,) = text.make_examples([row], chatty(), max_length=99)
         assert (list(one.ids), one.start) == (tokens(ASKED + "yo<|im_end|>"), len(tokens(ASKED)) + 1)
     else:
-        (pair,) = text.preferences([row], chatty(), max_length=99)
+        (pair,) = text.make_preferences([row], chatty(), max_length=99)
         assert list(pair.rejected) == tokens(ASKED + "yes<|im_end|>")
 
 
 def test_prompts_that_the_policy_continues_are_counted():
-    found = text.prompts([{"prompt": BEGUN}, {"prompt": USER}], chatty(), max_length=99)
+    found = text.make_prompts([{"prompt": BEGUN}, {"prompt": USER}], chatty(), max_length=99)
 
     assert found.notes == ("1 prompts end with words of the assistant, which the policy continues",)
 
@@ -163,7 +165,7 @@ def test_a_prompt_that_ends_with_tool_calls_is_refused():
     calls = [*USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
 
     with pytest.raises(RequestError, match="row 1: the prompt ends with tool calls of the assistant"):
-        text.prompts([{"prompt": calls}], chatty(), max_length=99)
+        text.make_prompts([{"prompt": calls}], chatty(), max_length=99)
 
 
 # which turns are learned
@@ -171,9 +173,9 @@ def test_a_prompt_that_ends_with_tool_calls_is_refused():
 
 def taught(rows: list[dict], tokenizer: Tokenizer, train_on: str) -> list[str]:
     """What each row teaches, as text, in pieces."""
-    found = text.examples(rows, tokenizer, max_length=999, train_on=train_on)
-    batch = pad_examples(found)
-    assert [int(row.sum()) for row in batch.mask] == [example.learned for example in found]
+    found = text.make_examples(rows, tokenizer, max_length=999, train_on=train_on)
+    batch = collate_examples(found)
+    assert [int(row.sum()) for row in batch.mask] == [example.num_target_tokens for example in found]
     return [tokenizer.hf.decode(ids[1:][mask[:-1]]) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
 
 
@@ -194,7 +196,7 @@ def test_the_turns_that_were_asked_for_are_learned(train_on, row, expected):
 
 
 def test_all_turns_are_laid_out_as_the_template_writes_the_chat():
-    (one,) = text.examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    (one,) = text.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
     whole = built(template=CHATML).apply_chat_template(LONG, return_dict=False)
 
     assert list(one.ids) == whole[:-1]  # less the newline behind the last turn
@@ -207,19 +209,19 @@ def test_a_turn_that_the_template_would_now_write_otherwise_is_learned_as_it_is_
 
 
 def test_a_chat_loses_its_beginning_and_keeps_the_turns_that_are_learned():
-    (whole,) = text.examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
-    (cut,) = text.examples(
+    (whole,) = text.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    (cut,) = text.make_examples(
         [{"messages": LONG}], chatty(), max_length=len(whole.ids) - 4, too_long="cut", train_on="all"
     )
 
-    assert cut.learned == whole.learned and cut.ids[1:] == whole.ids[5:]
-    (begin, end), (was, _) = cut.unlearned[0], whole.unlearned[0]
+    assert cut.num_target_tokens == whole.num_target_tokens and cut.ids[1:] == whole.ids[5:]
+    (begin, end), (was, _) = cut.ignored_spans[0], whole.ignored_spans[0]
     assert (begin, cut.ids[begin:end]) == (was - 4, whole.ids[was : was + end - begin])
 
 
 def test_all_turns_of_plain_text_are_refused():
     with pytest.raises(RequestError, match="row 1: train_on is 'all', but the data are text"):
-        text.examples([{"prompt": "hi", "completion": "yo"}], made(), max_length=9, train_on="all")
+        text.make_examples([{"prompt": "hi", "completion": "yo"}], made(), max_length=9, train_on="all")
 
 
 # special tokens of completions
@@ -232,9 +234,11 @@ def test_completions_keep_special_tokens_where_asked(keep, expected):
     tokenizer = Tokenizer(built(template=CHATML), frozenset((EOS, TURN_END)), keep_special_tokens=keep)
     ids = [*tokens("<|im_start|>hm<unk> yo<|im_end|>")]
     prompt = Prompt(tuple(tokenizer.encode_prompt("hi ")), "hi ", {}, 1)
-    sampler = Sampler([prompt], tokenizer, limit=99, endless=False, seed=0, slots=1)
+    sampler = Sampler([prompt], tokenizer, limit=99, has_fixed_length=False, seed=0, max_num_seqs=1)
 
-    sampled = sampler.written_down([prompt], [Completion(ids, [0.0] * len(ids), True, 0)], torch.device("cpu")).judged
+    sampled = sampler.build_rollout(
+        [prompt], [Completion(ids, [0.0] * len(ids), True, 0)], torch.device("cpu")
+    ).scoring_input
 
     assert sampled.completions == [expected]
     assert sampled.completion_ids == [ids]
@@ -258,20 +262,20 @@ ENDLESS = {
 @pytest.mark.parametrize("case", ENDLESS)
 def test_a_chat_template_is_bounded_in_time_memory_and_output(case, monkeypatch):
     template, words = ENDLESS[case]
-    monkeypatch.setattr(bounded, "SECONDS", 0.2 if case == "loops" else 20.0)  # a busy machine doubles slowly
-    monkeypatch.setattr(bounded, "BYTES", 2**26)
-    monkeypatch.setattr("understudy.language.tokenizer.LONGEST", 1000)
+    monkeypatch.setattr(bounded, "MAX_SECONDS", 0.2 if case == "loops" else 20.0)  # a busy machine doubles slowly
+    monkeypatch.setattr(bounded, "MAX_BYTES", 2**26)
+    monkeypatch.setattr("understudy.language.tokenizer.MAX_RENDERED_CHARACTERS", 1000)
 
     with pytest.raises(RequestError, match=rf"^the chat template .*{words}"):
         chatty(template).encode_prompt(USER)
 
 
 def test_a_template_that_is_given_is_bounded(monkeypatch, tmp_path):
-    monkeypatch.setattr(bounded, "SECONDS", 0.2)
+    monkeypatch.setattr(bounded, "MAX_SECONDS", 0.2)
     built(template=CHATML).save_pretrained(tmp_path)
 
     with pytest.raises(RequestError, match=r"^template is .* never ends"):
-        Tokenizer.load(tmp_path, template=NESTED)
+        Tokenizer.load(tmp_path, chat_template=NESTED)
 
 
 def test_a_bound_leaves_the_limits_and_the_timer_as_they_were():

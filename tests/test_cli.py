@@ -326,16 +326,16 @@ def test_help_answers_without_torch_in_half_a_second():
 
 
 def test_interrupting_saves_the_policy_and_exits_130(here, capsys, monkeypatch):
-    from understudy.control.stage import Stage
+    from understudy.control.stage import TrainingRun
 
-    report = Stage.report
+    report = TrainingRun.finish_iteration
 
     def interrupted(self, metrics):
         if self.iteration == 1:
             os.kill(os.getpid(), signal.SIGINT)
         yield from report(self, metrics)
 
-    monkeypatch.setattr(Stage, "report", interrupted)
+    monkeypatch.setattr(TrainingRun, "finish_iteration", interrupted)
 
     assert main(["control", "ppo", "--env", "CartPole-v1", "--steps", "999", "--out", "run", *SMALL]) == 130
     assert load("run").action_space.n == 2

@@ -36,8 +36,8 @@ FAST += ["--no-preflight", "--evaluate-rows", "4"]
 def stand(tmp_path_factory):
     """A directory with a tiny model, data files and reward functions."""
     folder = tmp_path_factory.mktemp("language")
-    rehearsal.model(0).save_pretrained(folder / "model")
-    rehearsal.tokenizer().save_pretrained(folder / "model")
+    rehearsal.make_model(0).save_pretrained(folder / "model")
+    rehearsal.make_tokenizer().save_pretrained(folder / "model")
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "broken.jsonl").write_text('{"prompt": "the"}\n{"prompt": \n')
@@ -112,7 +112,7 @@ WRONG_REQUESTS = {
     "an adapter of any scale": (ppo("--lora", "1", "--lora-alpha", "1e30"), ["lora_alpha is 1e+30"]),
     "rows beyond memory": (ppo("--rows", "1e12"), ["rows is 1000000000000", "1e+06"]),
     "generate beyond memory": (["generate", "model", "--prompt", "the", "--count", "1e12"], ["count 1000000000000"]),
-    "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["count is 0"]),
+    "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["num_completions is 0"]),
     "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "greedy"]),
 }
 
@@ -242,8 +242,8 @@ def test_a_reference_that_is_not_the_runs_is_refused(here, capsys):
     assert main(ppo("--out", "rl", "--held-out", "4")) == 0
     capsys.readouterr()
     Path("model").unlink()
-    rehearsal.model(1).save_pretrained("model")
-    rehearsal.tokenizer().save_pretrained("model")
+    rehearsal.make_model(1).save_pretrained("model")
+    rehearsal.make_tokenizer().save_pretrained("model")
 
     refused(capsys, ["evaluate", "rl", "--rows", "4"], 2, "reference is 'model'", "put back")
 
@@ -295,9 +295,9 @@ def test_generate_goes_on_from_a_prompt_and_repeats_itself_with_a_seed(here, cap
 
 def test_chat_takes_turns_until_the_input_ends(here, capsys, monkeypatch):
     folder = Path("chatty")
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    rehearsal.model(0).save_pretrained(folder)
+    rehearsal.make_model(0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the old\nsome\n"))
 

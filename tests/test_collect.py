@@ -30,12 +30,12 @@ from tests.envs import (
     walker,
 )
 from understudy.advantage import gae
-from understudy.batch import consult
+from understudy.batch import policy_forward
 from understudy.control import environment
 from understudy.control.policy import Policy
 from understudy.control.spaces import all_forbidden
 from understudy.distribution import Categorical, DiagonalGaussian
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES
 IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -61,14 +61,14 @@ def aligned(taken, policy, lam=0.9):
     """What is known of each chosen step, by (row, episode, step); advantages of episodes whole in one record, apart."""
     found, whole = {}, {}
     for record in taken:
-        _, value = estimate(policy, record)
+        _, value = estimate_values(policy, record)
         after = next_value(value, record)
         ends = record.terminated, record.truncated, record.mask
         advantage = gae(record.reward, value, after, *ends, gamma=GAMMA, lam=lam)
         here = keys(record)
         for b, t, key in here:
             assert key not in found, f"{key} was chosen twice"
-            at = [x[b, t] for x in (record.reward, value, after, *ends[:2], record.action, record.logprob)]
+            at = [x[b, t] for x in (record.reward, value, after, *ends[:2], record.action, record.behavior_logprob)]
             found[key] = torch.stack([x.float() for x in at])
             steps = {k[2] for _, _, k in here if k[:2] == key[:2]}
             if steps == set(range(length_of(*key[:2]))):
@@ -126,7 +126,7 @@ def test_every_chosen_step_is_what_happened(rollout, mode, make):
 def test_advantages_under_the_true_value_are_zero_at_every_step(rollout, mode):
     # in whole and in cut episodes, past terminations and truncations: r + gamma V(s') - V(s) = 0 by construction
     for record in records(diaries(mode), scripted(), rollout)[0]:
-        _, value = estimate(scripted(), record)
+        _, value = estimate_values(scripted(), record)
         ends = record.terminated, record.truncated, record.mask
         advantage = gae(record.reward, value, next_value(value, record), *ends, gamma=GAMMA, lam=0.9)
         # float32 at values up to some tens
@@ -139,7 +139,7 @@ def test_advantages_under_a_value_wrong_by_c_are_known(rollout, mode):
     # delta = gamma c - c before the end and at a truncation, -c at a termination; the trace runs to the end of the row
     c, lam = 2.0, 0.9
     for record in records(diaries(mode), scripted(c), rollout)[0]:
-        _, value = estimate(scripted(c), record)
+        _, value = estimate_values(scripted(c), record)
         ends = record.terminated, record.truncated, record.mask
         advantage = gae(record.reward, value, next_value(value, record), *ends, gamma=GAMMA, lam=lam)
         here = {key: (b, t) for b, t, key in keys(record)}
@@ -192,7 +192,7 @@ def test_an_async_vector_env_walks_as_a_sync_one():
 
 
 def test_a_single_env_of_the_users_becomes_a_vector_env_of_one():
-    envs = environment.adopt(Diary(), lambda row, episode: 0)
+    envs = environment.as_vector_env(Diary(), lambda row, episode: 0)
 
     found, _ = aligned(records(envs, scripted(), 5, calls=10)[0], scripted())
 
@@ -250,14 +250,14 @@ def test_a_record_is_no_wider_than_its_longest_row(rollout):
 @IN_EVERY_MODE
 def test_masked_columns_hold_nothing_but_observations(mode):
     for record in records(diaries(mode), scripted(), 5)[0]:
-        for field in (record.action, record.logprob, record.reward, record.terminated, record.truncated):
+        for field in (record.action, record.behavior_logprob, record.reward, record.terminated, record.truncated):
             assert not field[~record.mask].any()
 
 
 @IN_EVERY_MODE
 def test_every_field_is_finite_in_the_padding(mode):
     for record in records(diaries(mode), scripted(), 5)[0]:
-        assert torch.isfinite(record.obs).all() and torch.isfinite(record.logprob).all()
+        assert torch.isfinite(record.obs).all() and torch.isfinite(record.behavior_logprob).all()
 
 
 def test_a_record_does_not_change_when_the_env_writes_over_its_arrays():
@@ -278,14 +278,14 @@ def test_a_record_does_not_change_when_the_env_writes_over_its_arrays():
 def test_only_chosen_steps_are_counted(mode):
     taken, walks = records(diaries(mode), scripted(), 5)
 
-    assert walks.steps == sum(int(record.mask.sum()) for record in taken)
+    assert walks.num_steps == sum(int(record.mask.sum()) for record in taken)
 
 
 def test_a_reset_row_of_next_step_mode_is_no_step():
     # one row, lengths 3, 1, 4, 1: eight calls are 3, reset, 1, reset, and two of the third episode
     taken, walks = records(diaries(NEXT_STEP, rows=1), scripted(), 8, calls=8)
 
-    assert walks.steps == 6
+    assert walks.num_steps == 6
     assert [key for _, _, key in keys(taken[0])] == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 2, 0), (0, 2, 1)]
 
 
@@ -294,7 +294,7 @@ def test_a_row_that_only_resets_has_no_chosen_step():
     taken, walks = records(diaries(NEXT_STEP, rows=1), scripted(), 1, calls=4)
 
     assert [int(record.mask.sum()) for record in taken] == [1, 1, 1, 0]
-    assert walks.steps == 3
+    assert walks.num_steps == 3
 
 
 @IN_EVERY_MODE
@@ -311,8 +311,8 @@ def test_a_termination_at_the_time_limit_is_a_termination(mode):
 def test_a_finished_episode_has_its_return_and_length(mode):
     _, walks = records(diaries(mode), scripted(), 5)
 
-    assert len(walks.finished) > 10
-    for done in walks.finished:
+    assert len(walks.finished_episodes) > 10
+    for done in walks.finished_episodes:
         assert done.length == length_of(done.row, done.number)
         assert done.episode_return == pytest.approx(sum(pay(done.row, done.number, t) for t in range(done.length)))
         assert done.truncated == (end_of(done.row, done.number) == "truncated")
@@ -337,14 +337,14 @@ def test_steps_after_a_rows_last_whole_episode_are_not_counted(mode):
     walks = walker(diaries(mode))
     record = walks.collect_episodes(scripted(), 1)
 
-    assert walks.steps == int(record.mask.sum()) == 3 + 1 + 4 + 1
-    assert sorted((done.row, done.number) for done in walks.finished) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert walks.num_steps == int(record.mask.sum()) == 3 + 1 + 4 + 1
+    assert sorted((done.row, done.number) for done in walks.finished_episodes) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
 
 @pytest.mark.parametrize("episodes", [1, 2])
 @IN_EVERY_MODE
 def test_playing_gives_the_returns_of_whole_episodes(mode, episodes):
-    played = walker(diaries(mode)).play(scripted(), episodes)
+    played = walker(diaries(mode)).play_episodes(scripted(), episodes)
 
     assert sorted((done.row, done.number) for done in played) == [(row, n) for row in range(4) for n in range(episodes)]
     for done in played:
@@ -375,7 +375,7 @@ def test_what_an_env_says_of_a_row_that_only_resets_does_not_matter():
     found, _ = aligned(taken, policy)
     assert found.keys() == expected.keys()
     assert_close(list(found.values()), list(expected.values()))
-    assert all(done.episode_return == pytest.approx(paid_in(done.row, done.number)) for done in walks.finished)
+    assert all(done.episode_return == pytest.approx(paid_in(done.row, done.number)) for done in walks.finished_episodes)
 
 
 def paid_in(row, episode):
@@ -421,11 +421,11 @@ def test_a_recurrent_policy_says_of_a_record_what_it_said_when_it_chose(rollout,
     policy = counting()
     for record in records(diaries(mode), policy, rollout)[0]:
         with torch.no_grad():
-            distribution, value = consult(policy, record)
+            distribution, value = policy_forward(policy, record)
         step = record.obs[..., 2]
 
         assert_close(value[record.mask], ((step + 1) * (step + 2) / 2)[record.mask])
-        assert_close(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])
+        assert_close(distribution.log_prob(record.action)[record.mask], record.behavior_logprob[record.mask])
 
 
 @IN_EVERY_MODE
@@ -433,7 +433,7 @@ def test_a_recurrent_policy_sees_the_last_observation_of_an_episode(mode):
     # V of a truncated episode's last observation knows the episode: 1 + ... + (length + 1)
     policy = counting()
     for record in records(diaries(mode), policy, 5)[0]:
-        _, value = estimate(policy, record)
+        _, value = estimate_values(policy, record)
         length = record.obs[..., 2] + 1
         expected = (length + 1) * (length + 2) / 2
         assert_close(next_value(value, record)[record.truncated], expected[record.truncated])
@@ -468,7 +468,7 @@ class Forever(gymnasium.Env):
 
 
 def noises(hold, *rollouts):
-    walks = walker(SyncVectorEnv([Forever] * 2, autoreset_mode=DISABLED), hold=hold)
+    walks = walker(SyncVectorEnv([Forever] * 2, autoreset_mode=DISABLED), noise_interval=hold)
     policy = Policy(Noisy(), Forever.observation_space, Forever.action_space)
     taken = [walks.collect(policy, rollout) for rollout in rollouts]
     return torch.cat([record.action[record.mask].reshape(2, -1) for record in taken], dim=1), taken
@@ -491,9 +491,9 @@ def test_noise_is_held_for_as_many_calls_as_asked_for_over_records():
 def test_log_probs_under_held_noise_are_the_distributions_own():
     _, (record,) = noises(3, 6)
 
-    distribution, _ = consult(Policy(Noisy(), Forever.observation_space, Forever.action_space), record)
+    distribution, _ = policy_forward(Policy(Noisy(), Forever.observation_space, Forever.action_space), record)
 
-    assert_close(distribution.log_prob(record.action).detach()[record.mask], record.logprob[record.mask])
+    assert_close(distribution.log_prob(record.action).detach()[record.mask], record.behavior_logprob[record.mask])
 
 
 def test_without_sampling_the_mode_is_chosen():
@@ -508,9 +508,9 @@ def test_no_gradient_is_left_in_a_record_or_a_value_of_a_policy_that_looks_at_no
     policy = Policy(Noisy(), Forever.observation_space, Forever.action_space)
     walks = walker(SyncVectorEnv([Forever], autoreset_mode=DISABLED), sample=False)
     record = walks.collect(policy, 4)
-    distribution, value = estimate(policy, record)
+    distribution, value = estimate_values(policy, record)
 
-    assert not any(x.requires_grad for x in (record.action, record.logprob, value, distribution.mean))
+    assert not any(x.requires_grad for x in (record.action, record.behavior_logprob, value, distribution.mean))
 
 
 # nested observations and action masks
@@ -664,7 +664,7 @@ def test_a_mask_in_the_observation_that_allows_nothing_is_refused(mode):
 def test_a_mask_in_the_observation_may_allow_nothing_where_an_episode_is_over(mode):
     for record, expected in zip(picky(mode, 5, DeadEndInObs), picky(mode, 5), strict=True):
         assert_close(record.action, expected.action)
-        assert_close(record.logprob, expected.logprob)
+        assert_close(record.behavior_logprob, expected.behavior_logprob)
 
 
 def test_a_mask_must_allow_something_in_every_dimension():
@@ -778,7 +778,7 @@ class Pushing(nn.Module):
 
 def test_a_native_vector_env_is_in_next_step_mode():
     _, walks = native(calls=40)
-    assert walks.mode is AutoresetMode.NEXT_STEP
+    assert walks.autoreset_mode is AutoresetMode.NEXT_STEP
 
 
 def test_every_step_of_a_native_vector_env_obeys_its_physics():
@@ -795,7 +795,7 @@ def test_every_step_of_a_native_vector_env_obeys_its_physics():
             assert record.reward[b, t] == reward
             assert record.terminated[b, t] == terminated
             ended += terminated
-    assert ended == len(walks.finished) > 6
+    assert ended == len(walks.finished_episodes) > 6
 
 
 def test_episodes_of_a_native_vector_env_begin_at_its_start_states():
@@ -822,7 +822,7 @@ def test_what_the_call_that_resets_a_row_says_of_it_is_not_heard():
     expected, plain = records(Rows(4, NEXT_STEP), scripted(), 5)
 
     assert_close([vars(record) for record in found], [vars(record) for record in expected])
-    assert walks.finished == plain.finished
+    assert walks.finished_episodes == plain.finished_episodes
 
 
 class Asked(Rows):
@@ -864,7 +864,7 @@ def test_the_rows_of_gymnasiums_vector_envs_are_seeded_one_by_one(kind):
     finally:
         envs.close()
 
-    assert walks.now.tolist() == [[0, 0, 0], [1, 0, 0]]
+    assert walks.current_obs.tolist() == [[0, 0, 0], [1, 0, 0]]
 
 
 class MasksAtOnce(Rows):
@@ -906,7 +906,7 @@ def test_fresh_episodes_have_the_same_number_in_every_row_however_many_a_fast_ro
 
 @IN_EVERY_MODE
 def test_an_env_adopted_twice_gets_the_seeds_of_its_second_run(mode):
-    envs = environment.adopt(diaries(mode), lambda row, episode: 500 + 1000 * row + episode)
+    envs = environment.as_vector_env(diaries(mode), lambda row, episode: 500 + 1000 * row + episode)
     walks = walker(envs)
     walks.seed_of = lambda row, episode: 500 + 1000 * row + episode
 

@@ -9,8 +9,8 @@ import pytest
 
 from understudy.cli import main
 from understudy.run.config import RequestError
-from understudy.run.metrics import newest_first
-from understudy.study.compare import groups, table
+from understudy.run.metrics import read_metrics_reversed
+from understudy.study.compare import format_table, group_runs
 
 
 @pytest.fixture
@@ -34,16 +34,16 @@ def made(tmp_path):
 def test_evaluations_are_compared_where_every_run_has_one(made):
     runs = [made(seed=i, evaluation={"returns": [i, i + 2]}, returns=[99.0]) for i in (1, 2)]
 
-    [group] = groups(runs)
+    [group] = group_runs(runs)
     assert (group["measure"], group["scores"], group["evaluated"]) == ("evaluation return", [2.0, 3.0], 2)
 
 
 def test_evaluations_and_training_returns_are_never_mixed(made):
     runs = [made(seed=1, evaluation={"returns": [500.0]}, returns=[10.0, 20.0, None]), made(seed=2, returns=[30.0])]
 
-    [group] = groups(runs)
+    [group] = group_runs(runs)
     assert (group["measure"], group["scores"]) == ("training return", [20.0, 30.0])
-    assert "1 of 2 runs were evaluated" in table([group])
+    assert "1 of 2 runs were evaluated" in format_table([group])
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_evaluations_and_training_returns_are_never_mixed(made):
 def test_language_runs_are_compared_by_their_evaluations(made, evaluation, measure):
     runs = [made("language ppo", seed=i, evaluation=evaluation, reward=["length"]) for i in (1, 2)]
 
-    [group] = groups(runs)
+    [group] = group_runs(runs)
     assert (group["measure"], group["scores"]) == (measure, [evaluation[measure]] * 2)
-    assert f"{measure}, IQM {evaluation[measure]:.3f} [no interval]" in table([group])
+    assert f"{measure}, IQM {evaluation[measure]:.3f} [no interval]" in format_table([group])
 
 
 def test_scores_of_different_rewards_are_no_common_measure(made):
     runs = [made("language ppo", evaluation={"score": 0.5}, reward=[reward]) for reward in ("length:4", "length:9")]
 
     with pytest.raises(RequestError, match=r"no measure in common .*score of length:4.*score of length:9.*--gold SPEC"):
-        groups(runs)
+        group_runs(runs)
 
 
 def test_gold_is_common_where_rewards_differ(made):
@@ -74,7 +74,7 @@ def test_gold_is_common_where_rewards_differ(made):
         specs = {"reward": [reward], "gold": ["exact"]}
         return made("language ppo", evaluation={"score": 9.0, "gold": gold, "specs": specs}, reward=[reward])
 
-    first, second = groups([run("length:4", 0.5), run("length:9", 0.75)])
+    first, second = group_runs([run("length:4", 0.5), run("length:9", 0.75)])
     assert (first["measure"], first["scores"], second["scores"]) == ("gold", [0.5], [0.75])
     assert second["improvement"] == 1.0
 
@@ -82,12 +82,12 @@ def test_gold_is_common_where_rewards_differ(made):
 @pytest.mark.parametrize("recipe", ["control ppo", "language sft", "language grpo"])
 def test_a_run_without_anything_to_compare_is_refused(made, recipe):
     with pytest.raises(RequestError, match=r"has nothing to compare, neither .* leave it out"):
-        groups([made(recipe)])
+        group_runs([made(recipe)])
 
 
 def test_runs_of_both_worlds_are_not_compared(made):
     with pytest.raises(RequestError, match="no measure in common"):
-        groups([made(returns=[1.0]), made("language ppo", evaluation={"score": 1.0})])
+        group_runs([made(returns=[1.0]), made("language ppo", evaluation={"score": 1.0})])
 
 
 def test_copies_of_a_run_are_refused(made):
@@ -95,14 +95,14 @@ def test_copies_of_a_run_are_refused(made):
 
     for other in (one, made(seed=3, returns=[1.0])):
         with pytest.raises(RequestError, match=r"settings and the seed of .* leave one of them out"):
-            groups([one, other])
+            group_runs([one, other])
 
 
 def test_equal_scores_have_no_interval_and_different_ones_do(made):
     runs = [made(seed=i, returns=[x]) for i, x in enumerate((500.0, 500.0, 500.0, 400.0))]
 
-    assert groups(runs[:1])[0]["interval"] is groups(runs[:3])[0]["interval"] is None
-    low, high = groups(runs)[0]["interval"]
+    assert group_runs(runs[:1])[0]["interval"] is group_runs(runs[:3])[0]["interval"] is None
+    low, high = group_runs(runs)[0]["interval"]
     assert low < high
 
 
@@ -113,7 +113,7 @@ def test_an_evaluation_that_is_none_is_no_crash(made, evaluation):
     run = made(evaluation=evaluation)
 
     with pytest.raises(RequestError, match=r"evaluation.json is no object|nothing to compare"):
-        groups([run])
+        group_runs([run])
 
 
 def test_what_runs_say_does_not_steer_the_terminal(made, capsys):
@@ -134,7 +134,7 @@ def test_a_million_lines_are_compared_in_a_moment_and_little_memory(made):
 
     tracemalloc.start()
     began = time.process_time()
-    [group] = groups([run])
+    [group] = group_runs([run])
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert group["scores"] == [8.0]
@@ -146,9 +146,9 @@ def test_lines_from_the_end_are_those_from_the_beginning(made, monkeypatch, bloc
     run = made(returns=[1.0, 2.0, 3.0])
     with (run / "metrics.jsonl").open("a") as file:
         file.write('damaged\n{"iteration": 9}\n{"iteration": 10, "half')
-    monkeypatch.setattr("understudy.run.metrics.BLOCK", block)
+    monkeypatch.setattr("understudy.run.metrics.BLOCK_BYTES", block)
 
-    assert [line["iteration"] for line in newest_first(run)] == [9, 3, 2, 1]
+    assert [line["iteration"] for line in read_metrics_reversed(run)] == [9, 3, 2, 1]
 
 
 def test_a_model_directory_is_refused_as_no_run(tmp_path, capsys):
@@ -164,6 +164,6 @@ def test_groups_in_other_environments_are_said_to_be_measured_on_others(made):
         made(seed=1, returns=[1.0], env="E", env_options={"g": 5}),
     ]
 
-    assert table(groups(runs)).splitlines()[-1].startswith("The groups differ in env_options: ")
+    assert format_table(group_runs(runs)).splitlines()[-1].startswith("The groups differ in env_options: ")
     other = made(seed=1, returns=[1.0], env="E", env_options={}, lam=0.5)
-    assert "The groups differ" not in table(groups([runs[0], other]))
+    assert "The groups differ" not in format_table(group_runs([runs[0], other]))

@@ -13,8 +13,8 @@ CONTEXT = 64  # of the model below
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    rehearsal.model(0).save_pretrained(folder)
-    rehearsal.tokenizer().save_pretrained(folder)
+    rehearsal.make_model(0).save_pretrained(folder)
+    rehearsal.make_tokenizer().save_pretrained(folder)
     made = Policy.from_pretrained(folder)
     made.tokenizer = Tokenizer.load(folder)
     made.save(folder / "policy")
@@ -22,7 +22,7 @@ def policy(tmp_path_factory):
 
 
 def test_each_prompt_has_as_many_texts_as_asked_for(policy):
-    texts = policy.generate(["the old", "some"], max_new_tokens=5, count=3)
+    texts = policy.generate(["the old", "some"], max_new_tokens=5, num_completions=3)
 
     assert [len(own) for own in texts] == [3, 3]
     assert all(isinstance(text, str) for own in texts for text in own)
@@ -37,7 +37,7 @@ def test_equal_seeds_give_equal_texts_and_a_single_prompt_is_a_list_of_one(polic
 
 
 def test_greedy_texts_are_equal_and_the_temperature_is_put_back(policy):
-    [texts] = policy.generate(["the old"], max_new_tokens=5, count=3, greedy=True, temperature=2.0)
+    [texts] = policy.generate(["the old"], max_new_tokens=5, num_completions=3, greedy=True, temperature=2.0)
 
     assert len(set(texts)) == 1
     assert policy.temperature == 1.0
@@ -66,7 +66,7 @@ def test_nothing_is_asked_for_nothing(policy):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"count": 0}, "count is 0"),
+        ({"num_completions": 0}, "num_completions is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": 0.0}, "temperature is 0.0: .*greedy"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -79,4 +79,4 @@ def test_numbers_out_of_range_are_refused(policy, given, words):
 
 def test_a_policy_without_a_tokenizer_is_refused():
     with pytest.raises(RequestError, match="no tokenizer"):
-        Policy(rehearsal.model(0)).generate("the")
+        Policy(rehearsal.make_model(0)).generate("the")

@@ -12,10 +12,10 @@ from tests.probes import ACTIONS, MODES, OBSERVATIONS, Anything, anything, is_al
 from tests.records import seeded
 from understudy import load
 from understudy.control import ppo
-from understudy.control.collect import Walker
-from understudy.control.config import Network
+from understudy.control.collect import RolloutCollector
+from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
-from understudy.value import estimate
+from understudy.value import estimate_values
 
 MASKS = [(action, masked) for action in ACTIONS for masked in ((False,) if action == "Box" else (False, True))]
 
@@ -26,12 +26,12 @@ def acts(policy: Policy, seen: list) -> list:
     for number, (obs, allowed) in enumerate(seen):
         result = policy.act(obs, state=state, start=number == 1, action_mask=allowed)
         results.append(result)
-        state = result[1] if policy.memory else None
+        state = result[1] if policy.needs_whole_rows else None
     space = policy.observation_space
     together = concatenate(space, [obs for obs, _ in seen], create_empty_array(space, n=len(seen)))
     masks = None if seen[0][1] is None else np.stack([allowed for _, allowed in seen])
     batch = policy.act(together, action_mask=masks)
-    return [*results, batch] if policy.memory else [(action, torch.zeros(0)) for action in [*results, batch]]
+    return [*results, batch] if policy.needs_whole_rows else [(action, torch.zeros(0)) for action in [*results, batch]]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -70,17 +70,19 @@ def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observa
 
 def second_record(memory: str, mode: str):
     """A policy with memory and its second record, before which one row is in the middle of an episode."""
-    shape = Network(hidden=(8,), memory=memory, memory_size=4, orthogonal=False)
+    shape = NetworkConfig(hidden=(8,), memory=memory, memory_size=4, orthogonal=False)
     policy = Policy.build(OBSERVATIONS["vector"], ACTIONS["Box"], shape, seed=1)
-    walker = Walker(anything("vector", "Box", mode=mode), seed_of=lambda row, n: 9 * row + n, generator=seeded())
+    walker = RolloutCollector(
+        anything("vector", "Box", mode=mode), seed_of=lambda row, n: 9 * row + n, generator=seeded()
+    )
     walker.collect(policy, 5 if mode == "NEXT_STEP" else 6)  # row 0 ends at calls 3, 6, 9, 12, or with resets 3, 7, 11
     return policy, walker.collect(policy, 6)
 
 
 def furthest_ratio(policy, record) -> float:
     """How far the first ratio is from 1 where it is furthest."""
-    distribution, _ = estimate(policy, record)
-    ratio = (distribution.log_prob(record.action) - record.logprob).exp()
+    distribution, _ = estimate_values(policy, record)
+    ratio = (distribution.log_prob(record.action) - record.behavior_logprob).exp()
     return (ratio - 1)[record.mask].abs().max().item()
 
 

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from understudy.constrain import Bounds, Constraint, adapt_multiplier, charge
+from understudy.constrain import Constraint, LagrangianConstraints, adapt_multiplier, subtract_constraint_cost
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
 
 
-def bounds(*texts: str, rate: float = 0.5, rollbacks: int = 2) -> Bounds:
-    return Bounds([Constraint.parse(text) for text in texts], rate=rate, rollbacks=rollbacks)
+def bounds(*texts: str, rate: float = 0.5, rollbacks: int = 2) -> LagrangianConstraints:
+    return LagrangianConstraints([Constraint.parse(text) for text in texts], rate=rate, max_rollbacks=rollbacks)
 
 
 class Ground:
@@ -34,7 +34,7 @@ class Ground:
     def tell(self, kind: str, **about) -> None:
         self.told.append({"kind": kind, **about})
 
-    def iterate(self, found: Bounds, learned: float | None = None, **values: float) -> dict[str, float]:
+    def iterate(self, found: LagrangianConstraints, learned: float | None = None, **values: float) -> dict[str, float]:
         """An iteration in which so much was measured, and the weight learned to be that."""
         found.begin(values, self.model, self.optimizer)
         if learned is not None:
@@ -106,7 +106,7 @@ def test_a_multiplier_follows_the_excess_and_never_falls_below_zero():
 
 def test_a_cost_is_taken_off_at_the_multipliers_price():
     # 1 - 0.5 * 4 = -1; 2 - 0.5 * 0 = 2
-    found = charge(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 0.0]]), multiplier=0.5)
+    found = subtract_constraint_cost(torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 0.0]]), multiplier=0.5)
 
     assert_close(found, torch.tensor([[-1.0, 2.0]]))
 
@@ -116,7 +116,9 @@ def test_what_is_charged_is_what_this_iteration_came_to(ground):
     held.begin({"cost": 3.0}, ground.model, ground.optimizer)
 
     # the multiplier is 0.5 * (3 - 1) = 1 before the first charge
-    assert_close(held.charge(torch.tensor([5.0]), {"cost": torch.tensor([2.0])}), torch.tensor([3.0]))
+    assert_close(
+        held.subtract_constraint_costs(torch.tensor([5.0]), {"cost": torch.tensor([2.0])}), torch.tensor([3.0])
+    )
 
 
 def test_at_least_charges_for_too_little(ground):
@@ -124,7 +126,7 @@ def test_at_least_charges_for_too_little(ground):
     ground.iterate(held, length=4.0)  # 0.5 * (10 - 4) = 3
 
     # a longer one loses less: 0 + 3 * 2 against 0 + 3 * 1
-    found = held.charge(torch.zeros(2), {"length": torch.tensor([2.0, 1.0])})
+    found = held.subtract_constraint_costs(torch.zeros(2), {"length": torch.tensor([2.0, 1.0])})
     assert_close(found, torch.tensor([6.0, 3.0]))
 
 
@@ -134,7 +136,8 @@ def test_two_held_bounds_add_up_and_others_charge_nothing(ground):
 
     # 10 - 1 * 3 - 2 * 1
     assert_close(
-        held.charge(torch.tensor([10.0]), {"a": torch.tensor([3.0]), "b": torch.tensor([1.0])}), torch.tensor([5.0])
+        held.subtract_constraint_costs(torch.tensor([10.0]), {"a": torch.tensor([3.0]), "b": torch.tensor([1.0])}),
+        torch.tensor([5.0]),
     )
 
 
@@ -143,7 +146,7 @@ def test_a_bound_that_holds_costs_nothing(ground):
     ground.iterate(held, cost=0.5)
 
     reward = torch.tensor([5.0])
-    assert_close(held.charge(reward, {"cost": torch.tensor([100.0])}), reward)
+    assert_close(held.subtract_constraint_costs(reward, {"cost": torch.tensor([100.0])}), reward)
 
 
 def test_what_was_not_measured_changes_no_multiplier(ground):
@@ -187,7 +190,7 @@ def test_a_bound_is_told_of_when_it_breaks_and_when_it_holds_again(ground):
         ("constraint", 5.0, True),
     ]
     assert ground.told[0]["text"] == "cost is 2: outside cost<=1"
-    assert warned.stopped is None
+    assert warned.stop_reason is None
 
 
 # stop
@@ -196,10 +199,10 @@ def test_a_bound_is_told_of_when_it_breaks_and_when_it_holds_again(ground):
 def test_stop_says_why_and_nothing_else_does(ground):
     stopping = bounds("cost<=1:stop", "other<=0:warn")
     ground.iterate(stopping, cost=1.0, other=9.0)
-    assert stopping.stopped is None
+    assert stopping.stop_reason is None
 
     ground.iterate(stopping, cost=1.5)
-    assert stopping.stopped == "cost is 1.5: outside cost<=1"
+    assert stopping.stop_reason == "cost is 1.5: outside cost<=1"
     assert ground.told[-1]["kind"] == "stopped"
 
 
@@ -213,7 +216,7 @@ def test_going_back_gives_the_weights_that_were_inside_and_half_the_rate(ground)
     ground.iterate(back, learned=3.0, cost=1.1)  # outside at weight 2
 
     assert ground.weight == 1.0
-    assert (ground.rate, back.pace, back.went_back) == (0.05, 0.5, 1)
+    assert (ground.rate, back.lr_scale, back.num_rollbacks) == (0.05, 0.5, 1)
     assert ground.told[-1]["kind"] == "rolled_back"
 
 
@@ -242,7 +245,7 @@ def test_a_run_that_was_never_inside_has_nowhere_to_go_back_to(ground):
     back = bounds("cost<=1:rollback")
     ground.iterate(back, learned=1.0, cost=2.0)
 
-    assert (ground.weight, back.went_back, back.stopped) == (1.0, 0, None)
+    assert (ground.weight, back.num_rollbacks, back.stop_reason) == (1.0, 0, None)
     assert [told["kind"] for told in ground.told] == ["constraint"]
 
 
@@ -259,11 +262,11 @@ def test_a_run_that_has_gone_back_often_enough_stops_inside(ground):
     back = bounds("cost<=1:rollback", rollbacks=1)
     ground.iterate(back, learned=1.0, cost=0.5)
     ground.iterate(back, learned=2.0, cost=1.5)
-    assert back.stopped is None
+    assert back.stop_reason is None
 
     ground.iterate(back, learned=2.0, cost=1.5)
     assert ground.weight == 0.0
-    assert back.stopped == "cost is 1.5: outside cost<=1, after all 1 ways back that constraint_rollbacks allows"
+    assert back.stop_reason == "cost is 1.5: outside cost<=1, after all 1 ways back that constraint_rollbacks allows"
 
 
 def test_what_is_measured_after_the_update_counts_for_the_state_before_it(ground):
@@ -280,7 +283,7 @@ def test_nothing_is_copied_where_nothing_goes_back(ground):
     held = bounds("cost<=1", "cost<=1:warn", "cost<=9:stop")
     ground.iterate(held, learned=1.0, cost=0.5)
 
-    assert held.inside is None
+    assert held.last_feasible_state is None
 
 
 # going on
@@ -294,13 +297,13 @@ def test_a_run_that_goes_on_knows_all_that_it_knew(ground, tmp_path):
     checkpoint.save_state(tmp_path, first.state)
     second.restore(checkpoint.load_state(tmp_path))
 
-    assert (second.multipliers, second.pace, second.stopped) == ({"cost_at_most": 1.0}, 0.5, None)
+    assert (second.multipliers, second.lr_scale, second.stop_reason) == ({"cost_at_most": 1.0}, 0.5, None)
     ground.told.clear()
     ground.iterate(second, learned=4.0, cost=10.0)  # it is known to be broken, and where to go back to
     assert ground.weight == 1.0
     assert [told["constraint"] for told in ground.told if told["kind"] == "constraint"] == ["cost<=9"]
     first.restore(second.state)
-    assert first.stopped == "cost is 10: outside cost<=9"
+    assert first.stop_reason == "cost is 10: outside cost<=9"
 
 
 def test_a_state_does_not_change_with_what_comes_after_it(ground):

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from tests.foreign_envs import TenSteps
 from understudy.batch import Trajectory
 from understudy.control import ppo
-from understudy.control.normalize import RewardScale
+from understudy.control.normalize import RewardNormalizer
 
 HERE = "tests.test_control_signals"
 
@@ -86,29 +86,29 @@ def record(reward, ended):
 
 
 def test_a_running_return_does_not_cross_a_cut():
-    scale = RewardScale(gamma=0.5)
+    scale = RewardNormalizer(gamma=0.5)
     first = record([[1.0, 1.0], [1.0, 1.0]], [[False, False], [False, False]])
-    scale.begin(first, np.zeros(2, dtype=bool))
-    scale.gather(first)
-    assert scale.running.tolist() == [1.5, 1.5]
+    scale.prepare(first, np.zeros(2, dtype=bool))
+    scale.update(first)
+    assert scale.running_returns.tolist() == [1.5, 1.5]
 
     second = record([[4.0], [4.0]], [[False], [False]])
-    scale.begin(second, np.array([True, False]))  # row 0 was cut between the records
-    scale.gather(second)
-    assert scale.running.tolist() == [4.0, 0.5 * 1.5 + 4]
+    scale.prepare(second, np.array([True, False]))  # row 0 was cut between the records
+    scale.update(second)
+    assert scale.running_returns.tolist() == [4.0, 0.5 * 1.5 + 4]
 
 
 def test_the_first_record_is_scaled_by_itself_and_counted_once():
-    scale = RewardScale(gamma=0.0)
+    scale = RewardNormalizer(gamma=0.0)
     only = record([[1.0, 3.0]], [[False, False]])
-    scale.begin(only, np.zeros(1, dtype=bool))
+    scale.prepare(only, np.zeros(1, dtype=bool))
 
     assert scale(only.reward)[0].tolist() == pytest.approx([1.0, 3.0])  # their deviation is 1
-    scale.gather(only)
+    scale.update(only)
     assert scale.moments.count == 2
-    scale.begin(only, np.zeros(1, dtype=bool))
+    scale.prepare(only, np.zeros(1, dtype=bool))
     assert scale.moments.count == 2
-    scale.gather(only)
+    scale.update(only)
     assert scale.moments.count == 4
 
 
@@ -134,7 +134,7 @@ def test_episodes_cut_at_a_checkpoint_leave_no_running_return(tmp_path):
     iterations: Any = ppo.iterate(ppo.Config(**made, env=f"{HERE}:Remembers"))
     for _ in iterations:
         policy = iterations.gi_frame.f_locals["run"].policy
-        seen.append(policy.reward_scale.running.tolist())
+        seen.append(policy.reward_scale.running_returns.tolist())
     # every record begins anew: 7 steps of 1, discounted by 0.99
     assert np.allclose(seen, sum(0.99**k for k in range(7)))
 
@@ -169,10 +169,10 @@ def test_multipliers_are_in_units_of_reward_under_a_reward_scale(tmp_path):
     iterations: Any = ppo.iterate(ppo.Config(**made))
     next(iterations)
     run = iterations.gi_frame.f_locals["run"]
-    run.bounds.multipliers = dict.fromkeys(run.bounds.multipliers, 100.0)
-    run.bounds.rate = 0.0
-    traj = run.walker.collect(run.policy, 10)
-    paid = run.reward(traj)
+    run.constraints.multipliers = dict.fromkeys(run.constraints.multipliers, 100.0)
+    run.constraints.rate = 0.0
+    traj = run.collector.collect(run.policy, 10)
+    paid = run.compute_rewards(traj)
     iterations.close()
 
     # a step of action 1 pays 100 and is charged 100: nothing is left of it, whatever the scale

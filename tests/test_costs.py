@@ -11,7 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from tests.envs import MODES, Diary, Rows, diaries, length_of, scripted, seed_of, walker
 from understudy import load, resume
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.costs import Costs
+from understudy.control.costs import CostRecorder
 from understudy.run.config import RequestError
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES
@@ -41,11 +41,11 @@ def records(walks, costs, rollout, calls=24):
     """(record, costs by step, sums of episodes) of consecutive records."""
     for _ in range(-(-calls // rollout)):
         record = walks.collect(scripted(), rollout)
-        yield record, *costs.record(record, walks.chosen)
+        yield record, *costs.collect_costs(record, walks.masks)
 
 
 def priced(mode, rows=4):
-    costs = Costs(diaries(mode, rows, Priced), NAMES)
+    costs = CostRecorder(diaries(mode, rows, Priced), NAMES)
     return walker(costs), costs
 
 
@@ -72,7 +72,8 @@ def test_an_episodes_sum_is_that_of_all_its_steps_also_across_records(mode, roll
         whole += sums["cost"]
 
     expected = [
-        sum(cost_at(e.row, e.number, step) for step in range(length_of(e.row, e.number))) for e in walks.finished
+        sum(cost_at(e.row, e.number, step) for step in range(length_of(e.row, e.number)))
+        for e in walks.finished_episodes
     ]
     assert sorted(whole) == sorted(expected) and len(whole) > 10
 
@@ -83,7 +84,7 @@ def test_of_whole_episodes_the_chosen_ones_count_and_no_others(mode):
     walks, costs = priced(mode)
     for _ in range(2):
         record = walks.collect_episodes(scripted(), 2)
-        cost, sums = costs.record(record, walks.chosen)
+        cost, sums = costs.collect_costs(record, walks.masks)
         keys = [(b, t, record.obs[b, t].int().tolist()) for b, t in record.mask.nonzero().tolist()]
         assert all(cost["cost"][b, t] == cost_at(*key) for b, t, key in keys)
         by_episode: dict = {}
@@ -95,17 +96,17 @@ def test_of_whole_episodes_the_chosen_ones_count_and_no_others(mode):
 
 def test_a_reset_of_all_forgets_the_open_episodes():
     walks, costs = priced(DISABLED)
-    costs.record(walks.collect(scripted(), 1), walks.chosen)
-    assert costs.sums.any()
+    costs.collect_costs(walks.collect(scripted(), 1), walks.masks)
+    assert costs.episode_costs.any()
 
     walks.reset()
-    assert not costs.sums.any()
+    assert not costs.episode_costs.any()
 
 
 def test_an_async_vector_env_says_the_same():
     envs = AsyncVectorEnv([Priced] * 2, autoreset_mode=DISABLED)
     try:
-        costs = Costs(envs, ["cost"])
+        costs = CostRecorder(envs, ["cost"])
         found = [sums["cost"] for *_, sums in records(walker(costs), costs, 5, calls=10)]
     finally:
         envs.close()
@@ -132,10 +133,10 @@ class Array(Rows):
 
 
 def test_a_plain_array_in_info_is_a_cost_of_every_row():
-    costs = Costs(Array(3, DISABLED), ["cost"])
+    costs = CostRecorder(Array(3, DISABLED), ["cost"])
     walks = walker(costs)
     record = walks.collect(scripted(), 4)
-    cost, _ = costs.record(record, walks.chosen)
+    cost, _ = costs.collect_costs(record, walks.masks)
 
     assert cost["cost"][record.mask].tolist() == [float(b) for b, _ in record.mask.nonzero().tolist()]
 
@@ -172,12 +173,12 @@ class Endless(Diary):
     ],
 )
 def test_what_is_no_number_at_every_step_is_refused(mode, diary, error, words):
-    costs = Costs(diaries(mode, 2, diary), ["cost"])
+    costs = CostRecorder(diaries(mode, 2, diary), ["cost"])
 
     walks = walker(costs)
 
     with pytest.raises(error) as refused:
-        costs.record(walks.collect(scripted(), 12), walks.chosen)
+        costs.collect_costs(walks.collect(scripted(), 12), walks.masks)
     assert words in str(refused.value)
 
 
@@ -240,7 +241,7 @@ def test_what_is_held_is_charged_and_the_return_is_not(tmp_path, name):
 def test_a_run_stops_at_a_bound_and_says_why(tmp_path):
     run = train(tmp_path, "cost<=5:stop", steps=9600)
 
-    assert len(run.metrics) == 1 and run.stopped == "cost is 6: outside cost<=5"
+    assert len(run.metrics) == 1 and run.stop_reason == "cost is 6: outside cost<=5"
     assert [event["kind"] for event in events(run)] == ["constraint", "stopped"]
     assert (run.path / "policy").is_dir()
 

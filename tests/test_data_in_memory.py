@@ -59,7 +59,7 @@ def test_values_that_json_does_not_know_are_plain_from_the_start(tmp_path):
 
     assert table.rows == [{"prompt": "a", "answer": 3, "at": [0.5, [0, 1]], "path": "x"}]
     table.write(tmp_path / "data.jsonl")
-    assert Table.restored(table, tmp_path / "data.jsonl").rows == table.rows
+    assert Table.restore(table, tmp_path / "data.jsonl").rows == table.rows
 
 
 def test_every_field_of_data_takes_rows(home, tmp_path):
@@ -103,11 +103,11 @@ def test_rows_that_were_changed_in_the_runs_directory_are_refused(stopped):
 
 
 def test_the_rows_are_part_of_the_lineage(trained, stopped):
-    checks = {check.what: check.state for check in lineage.verify(lineage.chain(trained))}
+    checks = {check.what: check.state for check in lineage.verify(lineage.read_chain(trained))}
     assert checks["data data.jsonl"] == "same"
 
     (stopped / "data.jsonl").write_text("{}\n")
-    checks = {check.what: check.state for check in lineage.verify(lineage.chain(stopped))}
+    checks = {check.what: check.state for check in lineage.verify(lineage.read_chain(stopped))}
     assert checks["data data.jsonl"] == "differs"
 
 

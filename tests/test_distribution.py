@@ -72,7 +72,7 @@ def test_a_distribution_has_no_kl_to_itself(make):
 @TORCH
 def test_a_sample_is_the_action_at_its_noise(make):
     ours, _ = make()
-    assert_close(ours.sample(seeded(3)), ours.at(ours.noise(seeded(3))))
+    assert_close(ours.sample(seeded(3)), ours.action_from_noise(ours.noise(seeded(3))))
 
 
 def test_the_mode_is_the_most_likely_action():
@@ -83,13 +83,13 @@ def test_the_mode_is_the_most_likely_action():
 
 def test_an_impossible_yes_is_never_said():
     # the sigmoid of -200 is 0 in float32, and noise can be 0
-    assert_close(Bernoulli(torch.tensor([-200.0])).at(torch.tensor([0.0])), torch.tensor([0]))
+    assert_close(Bernoulli(torch.tensor([-200.0])).action_from_noise(torch.tensor([0.0])), torch.tensor([0]))
 
 
 def test_a_normal_action_is_the_mean_plus_noise_in_deviations():
     # 1 + 3 * 2
     ours = DiagonalGaussian(torch.tensor([1.0]), torch.tensor([3.0]).log())
-    assert_close(ours.at(torch.tensor([2.0])), torch.tensor([7.0]))
+    assert_close(ours.action_from_noise(torch.tensor([2.0])), torch.tensor([7.0]))
 
 
 def chi_square(counts, probability):
@@ -199,8 +199,8 @@ def test_each_of_several_categoricals_has_its_own_mask_and_mode():
 def test_several_categoricals_act_at_their_own_noise():
     ours = MultiCategorical.of(torch.zeros(5), (2, 3))
 
-    assert_close(ours.at(torch.tensor([0.0, 1, 0, 0, 2])), torch.tensor([1, 2]))
-    assert_close(ours.sample(seeded(3)), ours.at(ours.noise(seeded(3))))
+    assert_close(ours.action_from_noise(torch.tensor([0.0, 1, 0, 0, 2])), torch.tensor([1, 2]))
+    assert_close(ours.sample(seeded(3)), ours.action_from_noise(ours.noise(seeded(3))))
 
 
 def squashed(mean, log_std):
@@ -297,20 +297,20 @@ def test_squashing_keeps_the_kl_of_the_normals():
 
 def state_noise(features):
     mean = torch.tensor([0.5, -1.0]).expand(*features.shape[:-1], 2)
-    return StateNoiseGaussian.of_features(mean, features, torch.tensor([[0.1, -0.5], [-1.0, 0.3], [0.0, 0.2]]))
+    return StateNoiseGaussian.from_features(mean, features, torch.tensor([[0.1, -0.5], [-1.0, 0.3], [0.0, 0.2]]))
 
 
 def test_state_noise_is_linear_in_the_features():
     # weight_std of 1: action = mean + features @ E = 0.5 + 1 * 10 + 2 * 20
-    ours = StateNoiseGaussian.of_features(torch.tensor([[0.5]]), torch.tensor([[1.0, 2.0]]), torch.zeros(2, 1))
+    ours = StateNoiseGaussian.from_features(torch.tensor([[0.5]]), torch.tensor([[1.0, 2.0]]), torch.zeros(2, 1))
 
-    assert_close(ours.at(torch.tensor([[[10.0], [20.0]]])), torch.tensor([[50.5]]))
+    assert_close(ours.action_from_noise(torch.tensor([[[10.0], [20.0]]])), torch.tensor([[50.5]]))
 
 
 def test_state_noise_varies_with_the_features_and_the_weights():
     # variance = (1 e^0.4)^2 + (2 e^-1)^2
     log_std = torch.tensor([[0.4], [-1.0]])
-    ours = StateNoiseGaussian.of_features(torch.zeros(1), torch.tensor([1.0, 2.0]), log_std)
+    ours = StateNoiseGaussian.from_features(torch.zeros(1), torch.tensor([1.0, 2.0]), log_std)
 
     variance = math.exp(0.8) + 4 * math.exp(-2)
     assert_close(ours.log_std.exp().square(), torch.tensor([variance]))
@@ -320,8 +320,8 @@ def test_one_held_noise_acts_in_many_states():
     features = torch.randn(7, 3, generator=seeded())
     many, noise = state_noise(features), state_noise(features[:1]).noise(seeded(1))
 
-    one_by_one = torch.cat([state_noise(f[None]).at(noise) for f in features])
-    assert_close(many.at(noise.expand(7, 3, 2)), one_by_one)
+    one_by_one = torch.cat([state_noise(f[None]).action_from_noise(noise) for f in features])
+    assert_close(many.action_from_noise(noise.expand(7, 3, 2)), one_by_one)
 
 
 def test_state_noise_has_a_weight_for_every_row_step_feature_and_dimension():
@@ -351,7 +351,7 @@ def test_state_noise_log_prob_is_that_of_the_actions_over_many_draws():
 
 def test_state_noise_is_learnt_through_its_log_prob():
     weights = torch.zeros(3, 2, requires_grad=True)
-    ours = StateNoiseGaussian.of_features(torch.zeros(1, 2), torch.tensor([[1.0, 2, 3]]), weights)
+    ours = StateNoiseGaussian.from_features(torch.zeros(1, 2), torch.tensor([[1.0, 2, 3]]), weights)
 
     ours.log_prob(torch.zeros(1, 2)).sum().backward()
 

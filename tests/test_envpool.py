@@ -102,15 +102,15 @@ def test_reset_rows_of_envpool_are_no_steps():
     taken, walks = walked(make(max_episode_steps=LIMIT), 81)
 
     (part,) = taken
-    resets = int(part.ended.sum()) - int(walks.pending.sum())
-    assert walks.steps == int(part.mask.sum()) == 3 * 81 - resets
+    resets = int(part.ended.sum()) - int(walks.needs_reset.sum())
+    assert walks.num_steps == int(part.mask.sum()) == 3 * 81 - resets
 
 
 def test_episodes_of_envpool_have_the_length_of_their_rows():
     _, walks = walked(make(max_episode_steps=LIMIT), 81)
 
-    assert all(done.length == done.episode_return <= LIMIT for done in walks.finished)
-    assert {done.length == LIMIT for done in walks.finished if done.truncated} == {True}
+    assert all(done.length == done.episode_return <= LIMIT for done in walks.finished_episodes)
+    assert {done.length == LIMIT for done in walks.finished_episodes if done.truncated} == {True}
 
 
 def test_the_same_seed_gives_the_same_envpool_walk():
@@ -121,7 +121,9 @@ def test_the_same_seed_gives_the_same_envpool_walk():
 
 
 def test_an_envpool_of_the_users_own_is_walked_as_it_is():
-    envs = environment.adopt(envpool.make("CartPole-v1", env_type="gymnasium", num_envs=3, seed=5), lambda *_: 0)
+    envs = environment.as_vector_env(
+        envpool.make("CartPole-v1", env_type="gymnasium", num_envs=3, seed=5), lambda *_: 0
+    )
 
     (own,), _ = walked(envs, 30)
     (made,), _ = walked(make(), 30)
@@ -148,7 +150,7 @@ def test_a_recipe_trains_and_evaluates_on_envpool(tmp_path):
 
 
 def test_the_threshold_of_an_envpool_is_its_specs():
-    assert environment.threshold(make()) == 475
+    assert environment.reward_threshold(make()) == 475
 
 
 def test_an_id_that_envpool_does_not_know_is_refused_and_the_nearest_named():

@@ -7,7 +7,7 @@ import pytest
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.cli import main
 from understudy.language import dpo, ppo, reward_model, sft
-from understudy.language.cast import Cast
+from understudy.language.cast import RLHFModels
 from understudy.language.scorer import RewardModel
 from understudy.language.sft import load_policy
 from understudy.run.config import RequestError
@@ -25,24 +25,24 @@ def dpo_config(home, out, **fields):
 def of_policy(split):
     def parts(cfg):
         policy = load_policy(cfg)
-        return *split(policy, cfg), policy.remarks
+        return *split(policy, cfg), policy.warnings
 
     return parts
 
 
 def of_reward_model(cfg):
     model = RewardModel.from_pretrained(cfg.model)
-    return *reward_model.split(model, cfg), model.remarks
+    return *reward_model.load_training_rows(model, cfg), model.warnings
 
 
 def of_cast(cfg):
-    cast = Cast(cfg)
-    return cast.sampler.prompts, cast.examiner.prompts, cast.policy.remarks
+    cast = RLHFModels(cfg)
+    return cast.sampler.prompts, cast.evaluation_sampler.prompts, cast.policy.warnings
 
 
 RECIPES = {
-    "sft": (sft_config, "demonstrations", of_policy(sft.split), {"held_out": 64}),
-    "dpo": (dpo_config, "preferences", of_policy(dpo.split), {}),
+    "sft": (sft_config, "demonstrations", of_policy(sft.load_examples), {"held_out": 64}),
+    "dpo": (dpo_config, "preferences", of_policy(dpo.load_preferences), {}),
     "reward model": (reward_config, "preferences", of_reward_model, {"held_out": 64}),
     "ppo": (ppo_config, "prompts", of_cast, {}),
 }
@@ -97,7 +97,7 @@ def test_rows_in_memory_are_evaluated_on_and_kept_by_the_run(home, tmp_path, cap
 
 def test_a_file_that_cannot_be_read_is_refused_by_the_fields_name(home, tmp_path):
     with pytest.raises(RequestError, match=r"^evaluation_data is 'nowhere.jsonl': .*no such file"):
-        Cast(ppo_config(home, tmp_path / "run", evaluation_data="nowhere.jsonl"))
+        RLHFModels(ppo_config(home, tmp_path / "run", evaluation_data="nowhere.jsonl"))
 
 
 def test_flags_of_sampling_are_refused_for_a_run_that_samples_nothing(home, tmp_path, capsys):

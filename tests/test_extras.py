@@ -18,7 +18,7 @@ def test_a_video_is_one_film_an_episode(tmp_path, monkeypatch):
 
     cfg = short(tmp_path / "run", video=True)
     run = ppo.train(cfg)
-    evaluate(load(run.path), cfg, episodes=2, video=tmp_path / "two")
+    evaluate(load(run.path), cfg, num_episodes=2, video=tmp_path / "two")
 
     assert [film.stat().st_size > 0 for film in (run.path / "video").glob("*.mp4")] == [True]
     assert len(list((tmp_path / "two").glob("*.mp4"))) == 2

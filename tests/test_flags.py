@@ -13,7 +13,7 @@ from tests.test_cli import SMALL, here, refused
 from understudy import control, language
 from understudy.cli import main
 from understudy.cli.control import RECIPES as CONTROL
-from understudy.cli.flags import as_number, fields_in_file, fields_in_flags, unescaped
+from understudy.cli.flags import parse_flags, parse_number, read_config_file, unescaped
 from understudy.cli.help import GROUPS, field_docs, group_of
 from understudy.cli.language import RECIPES as LANGUAGE
 from understudy.cli.language import REWARDS, _configure
@@ -32,7 +32,7 @@ DOUBLED = "env_options:\n  a0: &a0 [1, 1]\n" + "".join(f"  a{n}: &a{n} [*a{n - 1
 
 
 def flags(*argv: str) -> dict:
-    return fields_in_flags(Config, list(argv), prog="understudy control ppo")
+    return parse_flags(Config, list(argv), prog="understudy control ppo")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_whole_number_may_be_written_as_a_float(text, number):
 
 @pytest.mark.parametrize("text", ["1.5", "1e-1", "1e400", "nan", "many", "", "9" * 5000])
 def test_what_is_no_whole_number_is_none(text):
-    assert as_number(int, text) is None
+    assert parse_number(int, text) is None
 
 
 def test_flags_become_fields_of_their_types():
@@ -65,7 +65,7 @@ def test_yaml_numbers_are_read_as_flags_are(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("steps: 1e5\nlearning-rate: 3e-4\nhidden: 64\nnum_envs: 2.0\nstop_at_return: 1e2\nseed: 7\n")
 
-    assert fields_in_file(Config, ["--config", str(file), "--quiet"]) == (
+    assert read_config_file(Config, ["--config", str(file), "--quiet"]) == (
         {
             **{"steps": 100_000, "learning_rate": 3e-4, "hidden": (64,), "num_envs": 2},
             **{"stop_at_return": 100.0, "seed": 7},
@@ -285,19 +285,19 @@ def test_what_other_libraries_call_a_field_leads_to_fields_of_ours(own):
 )
 def test_a_flag_of_another_library_is_answered_with_ours(recipe, flag, own):
     with pytest.raises(RequestError, match=f"is not a flag of `it`: here it is {own}"):
-        fields_in_flags(recipe.Config, [flag, "1"], prog="it")
+        parse_flags(recipe.Config, [flag, "1"], prog="it")
 
 
 def test_a_field_of_another_library_in_a_file_is_answered_with_ours(tmp_path):
     (tmp_path / "own.yaml").write_text("n_steps: 128\n")
 
     with pytest.raises(RequestError, match="'n_steps' is no field of this recipe: here it is rollout"):
-        fields_in_file(control.ppo.Config, ["--config", str(tmp_path / "own.yaml")])
+        read_config_file(control.ppo.Config, ["--config", str(tmp_path / "own.yaml")])
 
 
 def test_a_name_of_another_library_that_a_recipe_lacks_gets_the_nearest():
     with pytest.raises(RequestError, match=r"--n-steps is not a flag of `it`; did you mean"):
-        fields_in_flags(language.sft.Config, ["--n-steps", "1"], prog="it")
+        parse_flags(language.sft.Config, ["--n-steps", "1"], prog="it")
 
 
 def test_escapes_in_a_stop_of_the_command_line_are_read_and_others_stay():

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import FAMILIES, LEAN, WINDOW, V, tiny, tiny_lean
-from understudy.language.generate import Completion, check_cache, generate, lay_out
-from understudy.language.lean import lean
+from understudy.language.generate import Completion, build_trajectory, generate, measure_cache_error
+from understudy.language.lean import build_fast_llama
 from understudy.language.model import Policy
-from understudy.language.tokens import truncate
+from understudy.language.tokens import apply_top_k_top_p
 
 PROMPTS = [[1, 5, 9, 3, 17, 4, 8, 12, 6], [1, 7], [3, 3, 20, 11, 6], [1, 7], [1]]
 SEEDS = [11, 12, 13, 14, 15]
@@ -20,7 +20,9 @@ EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES fo
 
 @EVERY
 def test_the_samplers_log_probs_are_those_of_an_uncached_pass(family, tied):
-    assert check_cache(Policy(tiny(family, tied=tied)), PROMPTS, steps=12) < 2e-5  # float32, another order of sums
+    assert (
+        measure_cache_error(Policy(tiny(family, tied=tied)), PROMPTS, num_tokens=12) < 2e-5
+    )  # float32, another order of sums
 
 
 @EVERY
@@ -41,7 +43,7 @@ def test_a_row_says_the_same_whoever_its_neighbours_are():
     together = generate(policy, PROMPTS, limit=12, stops=STOPS, seeds=SEEDS)
 
     for slots in (1, 2, 3):
-        queued = generate(policy, PROMPTS, limit=12, stops=STOPS, seeds=SEEDS, slots=slots)
+        queued = generate(policy, PROMPTS, limit=12, stops=STOPS, seeds=SEEDS, max_num_seqs=slots)
         assert [c.ids for c in queued] == [c.ids for c in together]
     alone = [generate(policy, [p], limit=12, stops=STOPS, seeds=[s])[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
     assert [c.ids for c in alone] == [c.ids for c in together]
@@ -52,10 +54,10 @@ def test_many_rows_through_few_slots_keep_their_log_probs():
     policy = Policy(tiny("gemma3"))
     prompts = [PROMPTS[i % 5] for i in range(23)]
 
-    said = generate(policy, prompts, limit=9, stops=STOPS, seeds=range(23), slots=5)
+    said = generate(policy, prompts, limit=9, stops=STOPS, seeds=range(23), max_num_seqs=5)
 
-    record = lay_out(prompts, said)
-    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+    record = build_trajectory(prompts, said)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.behavior_logprob, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("slots", [60, 12])
@@ -64,13 +66,13 @@ def test_rows_that_move_up_to_where_others_ended_keep_what_they_read(slots):
     prompts = [PROMPTS[i % 5] for i in range(60)]
 
     said = generate(
-        policy, prompts, limit=12, stops=STOPS | {0}, seeds=range(60), slots=slots
+        policy, prompts, limit=12, stops=STOPS | {0}, seeds=range(60), max_num_seqs=slots
     )  # 0: what idle slots say
 
-    record = lay_out(prompts, said)
+    record = build_trajectory(prompts, said)
     assert len({len(c.ids) for c in said}) > 6  # so slots are left one after another
     assert all(c.stopped or len(c.ids) == 12 for c in said)
-    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.behavior_logprob, atol=2e-5, rtol=0)
 
 
 def test_a_row_ends_at_a_stop_id_and_at_the_limit():
@@ -87,12 +89,12 @@ def test_a_row_ends_at_a_stop_id_and_at_the_limit():
 @pytest.mark.parametrize("slots", [2, 5])
 def test_a_lean_trunk_says_what_its_modules_say(family, slots):
     policy = Policy(tiny_lean(family))
-    assert lean(policy.model.base_model) is not None
-    ours = generate(policy, PROMPTS, limit=24, stops=frozenset([2]), seeds=SEEDS, slots=slots)
+    assert build_fast_llama(policy.model.base_model) is not None
+    ours = generate(policy, PROMPTS, limit=24, stops=frozenset([2]), seeds=SEEDS, max_num_seqs=slots)
 
     seen = []
     policy.model.base_model.layers[0].register_forward_hook(lambda *_: seen.append(1))  # who watches gets to see
-    theirs = generate(policy, PROMPTS, limit=24, stops=frozenset([2]), seeds=SEEDS, slots=slots)
+    theirs = generate(policy, PROMPTS, limit=24, stops=frozenset([2]), seeds=SEEDS, max_num_seqs=slots)
 
     assert len(seen) > WINDOW  # once for the prompts, once a token
     assert [c.ids for c in ours] == [c.ids for c in theirs]
@@ -103,7 +105,7 @@ def test_a_lean_trunk_says_what_its_modules_say(family, slots):
 def test_sampled_tokens_have_the_models_distribution():
     policy = Policy(tiny("qwen2"), temperature=1.3)
     N = 4000
-    said = generate(policy, [[1, 7]] * N, limit=2, stops=frozenset(), seeds=range(N), slots=N)
+    said = generate(policy, [[1, 7]] * N, limit=2, stops=frozenset(), seeds=range(N), max_num_seqs=N)
     pairs = torch.tensor([c.ids for c in said])
     with torch.no_grad():
         first = (policy.model(torch.tensor([[1, 7]])).logits[0, -1] / 1.3).softmax(-1)
@@ -121,7 +123,7 @@ def test_sampled_tokens_have_the_models_distribution():
 
 def test_equal_prompts_are_read_once():
     policy = Policy(tiny("llama"))
-    policy.cached = True
+    policy.uses_own_kv_cache = True
     rows = []
     hook = policy.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
@@ -134,9 +136,11 @@ def test_equal_prompts_are_read_once():
 
 def test_without_a_known_cache_hugging_face_generates():
     policy = Policy(tiny("llama"), temperature=0.9)
-    policy.cached = False
+    policy.uses_own_kv_cache = False
 
-    assert check_cache(policy, [*PROMPTS, [1, 0, 4, 0]], steps=6) < 2e-5  # 0 is the pad id, and a token like any other
+    assert (
+        measure_cache_error(policy, [*PROMPTS, [1, 0, 4, 0]], num_tokens=6) < 2e-5
+    )  # 0 is the pad id, and a token like any other
     said = generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
     assert said == generate(policy, PROMPTS, limit=6, stops=STOPS, seeds=SEEDS)
     assert all(c.stopped == (c.ids[-1] in STOPS) for c in said)
@@ -157,7 +161,7 @@ def kept(logp: list[float], top_k: int, top_p: float) -> dict[int, float]:
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.4), (8, 0.7), (1, 1.0)])
 def test_truncated_samples_are_likely_and_know_the_mass_that_was_kept(top_k, top_p, cached):
     policy = Policy(tiny("llama"), temperature=1.3)
-    policy.cached = cached
+    policy.uses_own_kv_cache = cached
 
     said = generate(policy, PROMPTS, limit=8, stops=STOPS, seeds=SEEDS, top_k=top_k, top_p=top_p)
 
@@ -171,10 +175,10 @@ def test_truncated_samples_are_likely_and_know_the_mass_that_was_kept(top_k, top
 def test_truncation_keeps_all_by_default_and_breaks_ties_by_number():
     p = torch.tensor([[0.1, 0.4, 0.1, 0.4]])
 
-    assert truncate(p) is p
-    assert_close(truncate(p, top_k=1), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
-    assert_close(truncate(p, top_k=3), torch.tensor([[1 / 9, 4 / 9, 0.0, 4 / 9]]))
-    assert_close(truncate(p, top_p=0.5), torch.tensor([[0.0, 0.5, 0.0, 0.5]]))  # 0.4 falls short of it
+    assert apply_top_k_top_p(p) is p
+    assert_close(apply_top_k_top_p(p, top_k=1), torch.tensor([[0.0, 1.0, 0.0, 0.0]]))
+    assert_close(apply_top_k_top_p(p, top_k=3), torch.tensor([[1 / 9, 4 / 9, 0.0, 4 / 9]]))
+    assert_close(apply_top_k_top_p(p, top_p=0.5), torch.tensor([[0.0, 0.5, 0.0, 0.5]]))  # 0.4 falls short of it
 
 
 def test_completions_carry_the_version_that_said_them():
@@ -191,20 +195,20 @@ def test_an_empty_prompt_is_refused():
 
 def test_a_record_is_prompt_then_choices_then_the_last_token():
     # q1 q2 | a1 a2 eos, and q1 | a1 cut by the limit
-    record = lay_out(
+    record = build_trajectory(
         [[5, 6], [7]], [Completion([8, 9, 2], [-0.1, -0.2, -0.3], True, 0), Completion([8], [-0.4], False, 0)]
     )
 
     assert record.obs.ids.tolist() == [[5, 6, 8, 9, 2], [7, 8, 0, 0, 0]]
     assert record.action.tolist() == [[6, 8, 9, 2, 0], [8, 0, 0, 0, 0]]
     assert record.mask.long().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
-    assert_close(record.logprob, torch.tensor([[0, -0.1, -0.2, -0.3, 0], [-0.4, 0, 0, 0, 0]]))
+    assert_close(record.behavior_logprob, torch.tensor([[0, -0.1, -0.2, -0.3, 0], [-0.4, 0, 0, 0, 0]]))
     assert record.terminated.nonzero().tolist() == [[0, 3]]
     assert record.truncated.nonzero().tolist() == [[1, 0]]
 
 
 def test_a_task_without_an_end_terminates_at_its_limit():
-    record = lay_out([[7]], [Completion([8], [-0.4], False, 0)], endless=True)
+    record = build_trajectory([[7]], [Completion([8], [-0.4], False, 0)], has_fixed_length=True)
 
     assert record.terminated.nonzero().tolist() == [[0, 0]]
     assert not record.truncated.any()
@@ -215,7 +219,7 @@ def test_weights_that_are_no_numbers_end_sampling_in_a_sentence():
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     policy = Policy(model)
-    policy.cached = True
+    policy.uses_own_kv_cache = True
 
     with pytest.raises(FloatingPointError, match="probabilities are no numbers"):
         generate(policy, [[1]], limit=2, stops=frozenset(), seeds=[0])
@@ -226,9 +230,9 @@ def test_tokens_whose_logits_are_minus_infinity_are_never_said(cached, top_k, to
     model = tiny("llama")
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.arange(15, V), -math.inf))
     policy = Policy(model)
-    policy.settle(PROMPTS)
-    assert policy.fast and not policy.remarks
-    policy.cached = cached
+    policy.verify_separable_head(PROMPTS)
+    assert policy.is_head_separable and not policy.warnings
+    policy.uses_own_kv_cache = cached
 
     said = generate(
         policy, PROMPTS, limit=12, stops=frozenset(), seeds=SEEDS, top_k=top_k, top_p=top_p, sample=bool(top_k)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.rehearsed import furnish
 from understudy.language import dpo, grpo, rehearsal, reinforce
-from understudy.language.cast import Cast, pay
+from understudy.language.cast import RLHFModels, compute_rewards
 from understudy.language.generate import Completion
 from understudy.language.model import Policy
 from understudy.language.sft import load_policy
@@ -50,8 +50,8 @@ def test_an_answer_is_compared_with_its_own_group():
     score, group = torch.tensor([1.0, 3, 10, 10]), torch.tensor([0, 0, 1, 1])
     there = torch.ones(4, dtype=torch.bool)
 
-    plain = grpo.compare(score, group, there, scale=False)
-    scaled = grpo.compare(score, group, there, scale=True)
+    plain = grpo.group_advantage(score, group, there, scale_by_std=False)
+    scaled = grpo.group_advantage(score, group, there, scale_by_std=True)
     assert_close(plain, torch.tensor([-1.0, 1, 0, 0]))
     assert_close(scaled, torch.tensor([-1.0, 1, 0, 0]) / (2**0.5 + 1e-4))
 
@@ -59,7 +59,7 @@ def test_an_answer_is_compared_with_its_own_group():
 def test_an_answer_without_a_score_is_nobodys_measure():
     # 5 is not there: 1 and 3 are compared with each other alone
     there = torch.tensor([True, True, False])
-    found = grpo.compare(torch.tensor([1.0, 3, 5]), torch.zeros(3).long(), there, scale=False)
+    found = grpo.group_advantage(torch.tensor([1.0, 3, 5]), torch.zeros(3).long(), there, scale_by_std=False)
 
     assert_close(found, torch.tensor([-1.0, 1, 0]))
 
@@ -68,39 +68,41 @@ def test_overlong_shaping_counts_from_the_limit(home):
     said = SimpleNamespace(completions=[Completion([1] * n, [0.0] * n, True, 0) for n in (2, 4, 5, 6)])
 
     # limit 6, margin 4: nothing up to 2, then a quarter a token
-    assert_close(grpo.charge_for_length(said, config(grpo, home, overlong=4)), torch.tensor([0, -0.5, -0.75, -1.0]))
-    assert_close(grpo.charge_for_length(said, config(grpo, home)), torch.zeros(4))
+    assert_close(grpo.length_penalty(said, config(grpo, home, overlong=4)), torch.tensor([0, -0.5, -0.75, -1.0]))
+    assert_close(grpo.length_penalty(said, config(grpo, home)), torch.zeros(4))
 
 
 @pytest.mark.parametrize(("name", "function"), [("gspo", gspo), ("cispo", cispo)])
 def test_the_objective_is_the_one_that_was_named(home, name, function):
-    made = grpo.surrogate(config(grpo, home, objective=name, clip=0.1, clip_high=0.3, entropy_coef=0.5), 0.0)
+    made = grpo.make_objective(config(grpo, home, objective=name, clip=0.1, clip_high=0.3, entropy_coef=0.5), 0.0)
 
     assert made.func is function
     assert (made.keywords["low"], made.keywords["high"], made.keywords["entropy_coef"]) == (0.1, 0.3, 0.5)
 
 
 def test_one_bound_serves_for_both_where_no_other_is_given(home):
-    assert grpo.surrogate(config(grpo, home, clip=0.1), 0.0).keywords["high"] == 0.1
+    assert grpo.make_objective(config(grpo, home, clip=0.1), 0.0).keywords["high"] == 0.1
 
 
 def test_a_kl_in_the_loss_costs_what_its_coefficient_says(home):
-    assert grpo.surrogate(config(grpo, home), 0.0).keywords["charge"] is None
-    assert grpo.surrogate(config(grpo, home, kl_reference="exact"), 0.1).keywords["charge"] is not None
-    assert grpo.surrogate(config(grpo, home, kl_reference="reward"), 0.1).keywords["charge"] is None
+    assert grpo.make_objective(config(grpo, home), 0.0).keywords["kl_penalty"] is None
+    assert grpo.make_objective(config(grpo, home, kl_reference="exact"), 0.1).keywords["kl_penalty"] is not None
+    assert grpo.make_objective(config(grpo, home, kl_reference="reward"), 0.1).keywords["kl_penalty"] is None
 
 
 def test_a_reference_that_nothing_is_held_to_is_looked_at_by_a_quarter_of_the_rows(home):
     fields = {"rows": 8, "group": 4, "samples": 0}
-    cast = Cast(config(grpo, home, **fields))
+    cast = RLHFModels(config(grpo, home, **fields))
     with torch.no_grad():
         for parameter in cast.reference.parameters():  # a KL to it is no longer 0
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    said = cast.sampler.collect(cast.policy, range(8), first=0)
+    said = cast.sampler.collect(cast.policy, range(8), first_row=0)
 
     def looked(coef, **more):
-        record, _, referred = pay(said, torch.zeros(8), cast.reference, coef, config(grpo, home, **fields | more))
-        gap = torch.where(referred.mask, record.logprob - referred.log_prob(record.action), 0.0)
+        record, _, referred = compute_rewards(
+            said, torch.zeros(8), cast.reference, coef, config(grpo, home, **fields | more)
+        )
+        gap = torch.where(referred.mask, record.behavior_logprob - referred.log_prob(record.action), 0.0)
         return referred.mask.any(dim=1).sum(), gap.sum(dim=1)
 
     (some, few), (every, all_rows) = looked(0.0), looked(0.1)
@@ -134,12 +136,12 @@ def test_groups_that_all_score_the_same_are_replaced(home):
     for resample in (0, 6):
         seen.clear()
         cfg = config(grpo, home, reward=picky, group=2, resample=resample)
-        cast = Cast(cfg)
+        cast = RLHFModels(cfg)
         run = SimpleNamespace(rows=0, steps=0)
 
-        def next_rows(size, count, *, each, run=run):
-            run.rows += count * each
-            return [row // each % size for row in range(run.rows - count * each, run.rows)]
+        def next_rows(num_data_rows, num_rows, *, num_repeats, run=run):
+            run.rows += num_rows * num_repeats
+            return [row // num_repeats % num_data_rows for row in range(run.rows - num_rows * num_repeats, run.rows)]
 
         run.next_rows = next_rows
         said, verdict, equal = grpo.sample_groups(run, cast, cfg)
@@ -207,7 +209,7 @@ SCORE = torch.tensor([3.0, 1, 5, 7])
 def baseline(home, name, **fields):
     cfg = config(reinforce, home, baseline=name, group=2, **fields)
     there = torch.ones(4, dtype=torch.bool)
-    return reinforce.relative(TO_GO, SCORE, there, MASK, 2.5, cfg)
+    return reinforce.subtract_baseline(TO_GO, SCORE, there, MASK, 2.5, cfg)
 
 
 def test_baselines_by_hand(home):
@@ -255,16 +257,16 @@ PAIR = Preference((1, 5, 6, 7, 2), (1, 5, 8, 2), 0.0, 1)
 
 
 def test_what_both_sides_begin_with_is_left_out_of_the_sums():
-    pairs = dpo.gather([PAIR])
+    pairs = dpo.collate([PAIR])
 
-    assert dpo.shared(PAIR) == 2
+    assert dpo.shared_prefix_length(PAIR) == 2
     assert pairs.chosen.mask.long().tolist() == [[0, 1, 1, 1, 0]]
     assert pairs.rejected.mask.long().tolist() == [[0, 1, 1, 0]]
 
 
 def test_the_reference_is_summed_over_what_tells_the_sides_apart(home):
     policy = Policy.from_pretrained(home)
-    found = dpo.refer(policy, [PAIR])
+    found = dpo.compute_pair_logprobs(policy, [PAIR])
 
     logp = policy.model(torch.tensor([PAIR.chosen])).logits.log_softmax(-1)[0]
     assert_close(found[0, 0], sum(logp[t, PAIR.chosen[t + 1]] for t in (1, 2, 3)).detach())
@@ -295,10 +297,10 @@ def test_dpo_learns_from_every_pair_once_an_epoch(home, tmp_path):
 
 
 def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):
-    made = dpo.loss(dpo_config(home, tmp_path, form="ipo", kl_reference_coef=0.2, smoothing=0.1))
+    made = dpo.make_objective(dpo_config(home, tmp_path, form="ipo", kl_reference_coef=0.2, smoothing=0.1))
 
     assert isinstance(made, partial)
-    assert made.keywords == {"coef": 0.2, "smoothing": 0.1, "form": "ipo"}
+    assert made.keywords == {"beta": 0.2, "label_smoothing": 0.1, "loss_type": "ipo"}
 
 
 def test_dpo_keeps_the_pairs_of_a_prompt_together(home, tmp_path):
@@ -309,7 +311,7 @@ def test_dpo_keeps_the_pairs_of_a_prompt_together(home, tmp_path):
     ]
     cfg = dpo_config(home, tmp_path, data=str(rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")))
 
-    learned, kept = dpo.split(load_policy(cfg), cfg)
+    learned, kept = dpo.load_preferences(load_policy(cfg), cfg)
 
     assert (len(learned), len(kept)) == (39, 9)  # three prompts of three pairs: the first count over held_out, 8
     assert {pair.prompt for pair in learned}.isdisjoint(pair.prompt for pair in kept)
@@ -324,14 +326,16 @@ def test_a_prompt_of_more_than_a_quarter_of_the_rows_is_learned_from():
 def test_dpo_examines_pairs_piece_by_piece_as_it_does_at_once(home, tmp_path, monkeypatch):
     cfg = dpo_config(home, tmp_path)
     policy = load_policy(cfg)
-    data = [*dpo.split(policy, cfg)[0]]
-    referred = dpo.refer(policy, data) + torch.randn(len(data), 2, generator=torch.Generator().manual_seed(0))
+    data = [*dpo.load_preferences(policy, cfg)[0]]
+    referred = dpo.compute_pair_logprobs(policy, data) + torch.randn(
+        len(data), 2, generator=torch.Generator().manual_seed(0)
+    )
 
-    at_once = dpo.examine(policy, data, referred, dpo.loss(cfg))
-    monkeypatch.setattr(dpo, "PIECE", 3)
+    at_once = dpo.evaluate_preferences(policy, data, referred, dpo.make_objective(cfg))
+    monkeypatch.setattr(dpo, "EVALUATION_BATCH_SIZE", 3)
 
     assert len(data) % 3
-    assert dpo.examine(policy, data, referred, dpo.loss(cfg)) == pytest.approx(at_once, abs=1e-5)
+    assert dpo.evaluate_preferences(policy, data, referred, dpo.make_objective(cfg)) == pytest.approx(at_once, abs=1e-5)
 
 
 def test_dpo_says_how_many_rows_were_too_long(home, tmp_path):

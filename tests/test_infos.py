@@ -15,8 +15,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tests.envs import Anything, walker
 from tests.foreign_envs import CostIntOrFloat, InfoOfChangingShape, InfoSometimesNone, TenSteps
 from understudy.control import environment, ppo
-from understudy.control.costs import Costs
-from understudy.control.infos import entry, merge, sendable
+from understudy.control.costs import CostRecorder
+from understudy.control.infos import drop_unpicklable, get_info_value, merge_info
 from understudy.control.policy import Policy
 
 DISABLED = AutoresetMode.DISABLED
@@ -26,7 +26,7 @@ MODES = ("sync", "async", "supervised")
 def merged(*infos):
     found: dict = {}
     for row, info in enumerate(infos):
-        merge(found, info, row, num_envs=len(infos))
+        merge_info(found, info, row, num_envs=len(infos))
     return found
 
 
@@ -45,7 +45,7 @@ def merged(*infos):
 def test_merged_infos_hold_every_number_exactly(values):
     infos = merged(*({"cost": value} for value in values))
 
-    assert [entry(infos, "cost", row) for row in range(3)] == list(values)
+    assert [get_info_value(infos, "cost", row) for row in range(3)] == list(values)
 
 
 @pytest.mark.parametrize(
@@ -68,16 +68,16 @@ def test_merged_infos_take_any_two_values_of_a_key(values):
     infos = merged(*({"key": value} for value in values))
 
     for row, value in enumerate(values):
-        found = entry(infos, "key", row)
+        found = get_info_value(infos, "key", row)
         assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
 
 
 def test_merged_infos_say_in_which_rows_a_key_was_given():
     infos = merged({"a": 1}, {}, {"a": 0.5, "b": {"c": 2}})
 
-    assert [entry(infos, "a", row) for row in range(3)] == [1, None, 0.5]
+    assert [get_info_value(infos, "a", row) for row in range(3)] == [1, None, 0.5]
     assert infos["_a"].tolist() == [True, False, True]
-    assert [entry(infos, "b", row) for row in range(3)] == [None, None, {"c": 2}]
+    assert [get_info_value(infos, "b", row) for row in range(3)] == [None, None, {"c": 2}]
     assert infos["b"]["c"].dtype == np.int64  # one kind of number stays an array of it
 
 
@@ -88,22 +88,22 @@ def test_a_key_like_another_keys_rows_is_left_out():
 
 def test_an_entry_reads_a_plain_array_of_a_native_vector_env():
     infos = {"cost": np.array([1.5, 2.5]), "time": 3}
-    assert [entry(infos, "cost", row) for row in range(2)] == [1.5, 2.5]
-    assert entry(infos, "time", 1) == 3 and entry(infos, "absent", 0) is None
+    assert [get_info_value(infos, "cost", row) for row in range(2)] == [1.5, 2.5]
+    assert get_info_value(infos, "time", 1) == 3 and get_info_value(infos, "absent", 0) is None
 
 
 def test_what_cannot_be_sent_is_left_out_at_any_depth():
     info = {"cost": 1, "lock": threading.Lock(), "deep": {"lock": threading.Lock(), "path": np.zeros(2)}}
-    found = sendable(info)
+    found = drop_unpicklable(info)
     assert found.keys() == {"cost", "deep"} and found["deep"].keys() == {"path"}
 
 
 def total_cost(envs):
-    costs = Costs(envs, ["cost"])
+    costs = CostRecorder(envs, ["cost"])
     walks = walker(costs)
     try:
         record = walks.collect(alternating(), 20)
-        cost, whole = costs.record(record, walks.chosen)
+        cost, whole = costs.collect_costs(record, walks.masks)
     finally:
         envs.close()
     return cost["cost"].sum(dim=1).tolist(), whole["cost"]
@@ -112,7 +112,7 @@ def total_cost(envs):
 def alternating():
     """A policy whose actions are those of the copies' numbers: 0, 1, 0, 1."""
     policy = Policy(Anything(), TenSteps().observation_space, spaces.Discrete(3))
-    policy.executable = lambda action: np.arange(len(action)) % 2
+    policy.to_env_action = lambda action: np.arange(len(action)) % 2
     return policy
 
 
@@ -127,7 +127,7 @@ def test_costs_of_copies_are_exact_whatever_their_dtypes(vectorization):
 
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 def test_costs_of_a_users_own_vector_env_are_exact(kind):
-    envs = environment.adopt(kind([CostIntOrFloat] * 2, autoreset_mode=DISABLED), lambda row, episode: episode)
+    envs = environment.as_vector_env(kind([CostIntOrFloat] * 2, autoreset_mode=DISABLED), lambda row, episode: episode)
     assert total_cost(envs)[0] == [0.0, 10.0]
 
 
@@ -168,7 +168,7 @@ def test_async_environments_close_whatever_ended_a_step(ends):
 
 
 def test_a_maker_works_where_its_id_was_never_registered(monkeypatch):
-    sent = ForkingPickler.dumps(environment.single("foreign/TenSteps-v0"))
+    sent = ForkingPickler.dumps(environment.make_factory("foreign/TenSteps-v0"))
     monkeypatch.delitem(gymnasium.registry, "foreign/TenSteps-v0")
 
     made = pickle.loads(sent)()

@@ -12,9 +12,9 @@ from understudy.cli import main
 from understudy.control import actor_critic, ppo, reinforce
 from understudy.control.optimizer import adam as adam_of
 from understudy.control.optimizer import load_moments
-from understudy.run.checkpoint import names
+from understudy.run.checkpoint import list_checkpoints
 from understudy.run.config import RequestError
-from understudy.run.store import Run, optimizer_state
+from understudy.run.store import Run, read_optimizer_state
 
 FIELDS = {"env": "CartPole-v1", "num_envs": 2, "hidden": (4,), "steps": 64, "max_grad_norm": 1e9, "quiet": True}
 OF = {ppo: {"rollout": 8, "epochs": 1, "minibatches": 1, "compile": "off"}, actor_critic: {"rollout": 8}, reinforce: {}}
@@ -33,7 +33,7 @@ def train(recipe, out: Path, **fields):
 
 def kept(run) -> list[dict[str, torch.Tensor]]:
     """What the optimizer keeps of each parameter at the newest checkpoint."""
-    state = optimizer_state(run.path / "checkpoints" / names(run.path / "checkpoints")[-1])
+    state = read_optimizer_state(run.path / "checkpoints" / list_checkpoints(run.path / "checkpoints")[-1])
     return [state[number] for number in sorted(state)]
 
 
@@ -66,9 +66,7 @@ def rmsprop(was, g):
     ids=["plain", "compiled", "groups", "actor-critic", "rmsprop"],
 )
 def test_the_first_update_goes_on_from_the_saved_moments(recipe, fields, step, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        compiled, "_compiled", torch.enable_grad()
-    )  # what would be compiled, which takes 10 s, as it is
+    monkeypatch.setattr(compiled, "_compile", torch.enable_grad())  # what would be compiled, which takes 10 s, as it is
     first = train(recipe, tmp_path / "first", **fields)  # four updates
     begun = {"init": str(first.path), "steps": 16, "learning_rate": 0.03, "adam_eps": 1e-3}
     went_on = train(recipe, tmp_path / "on", **begun, **fields, init_optimizer=True)

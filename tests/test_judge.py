@@ -18,8 +18,8 @@ from torch.testing import assert_close
 
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import worker
-from understudy.language.cast import Cast
-from understudy.language.judge import HANGS, Function, Judge, Sampled, distinct_n
+from understudy.language.cast import RLHFModels
+from understudy.language.judge import MAX_HANGING_ROWS, FunctionReward, RewardSum, ScoringInput, distinct_n
 from understudy.run.config import RequestError
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -28,7 +28,7 @@ NAN = math.nan
 
 def sampled(*completions, ids=None, **columns):
     rows = len(completions)
-    return Sampled(
+    return ScoringInput(
         prompts=[f"prompt {i}" for i in range(rows)],
         completions=list(completions),
         completion_ids=ids or [[0] * len(text) for text in completions],
@@ -47,7 +47,7 @@ def said(*values):
 
 
 def judge(*specs, **options):
-    return Judge.of(specs, load_model=options.pop("load_model", refuse_model), **options)
+    return RewardSum.of(specs, load_model=options.pop("load_model", refuse_model), **options)
 
 
 def refuse_model(path):
@@ -99,22 +99,22 @@ LENGTHS = "out.append(len(c))"
 
 def test_a_score_is_the_weighted_sum_of_its_parts():
     # 2*1 + (-0.5)*4 = 0; 2*3 + (-0.5)*2 = 5
-    verdict = Judge([("a", 2.0, said(1, 3)), ("b", -0.5, said(4, 2))])(sampled("x", "y"))
+    verdict = RewardSum([("a", 2.0, said(1, 3)), ("b", -0.5, said(4, 2))])(sampled("x", "y"))
 
     same(verdict.score, 0, 5)
     assert verdict.score.dtype == torch.float32
 
 
 def test_parts_are_reported_unweighted_by_name():
-    verdict = Judge([("a", 2.0, said(1, 3)), ("b", -0.5, said(4, NAN))])(sampled("x", "y"))
+    verdict = RewardSum([("a", 2.0, said(1, 3)), ("b", -0.5, said(4, NAN))])(sampled("x", "y"))
 
-    assert list(verdict.parts) == ["a", "b"]
-    same(verdict.parts["a"], 1, 3)
-    same(verdict.parts["b"], 4, NAN)
+    assert list(verdict.terms) == ["a", "b"]
+    same(verdict.terms["a"], 1, 3)
+    same(verdict.terms["b"], 4, NAN)
 
 
 def test_a_row_with_a_missing_part_is_missing_and_never_zero():
-    verdict = Judge([("a", 1.0, said(1, 3)), ("b", 0.5, said(NAN, 2))])(sampled("x", "y"))
+    verdict = RewardSum([("a", 1.0, said(1, 3)), ("b", 0.5, said(NAN, 2))])(sampled("x", "y"))
 
     same(verdict.score, NAN, 4)
 
@@ -139,7 +139,7 @@ def test_none_leaves_the_row_to_the_other_terms():
     verdict = judge((odd, 3.0), even)(sampled(*ROWS))
 
     same(verdict.score, 3, 2, 3, NAN)
-    same(verdict.parts["odd"], 1, NAN, 1, NAN)
+    same(verdict.terms["odd"], 1, NAN, 1, NAN)
 
 
 def test_none_leaves_out_the_row_where_that_is_asked_for():
@@ -154,8 +154,8 @@ def test_a_run_leaves_out_what_it_was_asked_to(tmp_path):
 
     given = {"reward": (("length", 0.5), never), "fixed_length": 6}
     for missing, score in (("term", 3.0), ("row", NAN)):
-        cast = Cast(ppo_config(home, tmp_path / "run", missing_score=missing, **given))
-        same(cast.judge(sampled("x", ids=[[0] * 6])).score, score)
+        cast = RLHFModels(ppo_config(home, tmp_path / "run", missing_score=missing, **given))
+        same(cast.reward_sum(sampled("x", ids=[[0] * 6])).score, score)
 
 
 def test_a_failure_leaves_out_the_row_in_any_case():
@@ -177,38 +177,38 @@ def test_a_term_that_is_only_measured_scores_no_row():
 
 
 def test_a_part_that_is_only_measured_may_be_missing():
-    verdict = Judge([("a", 1.0, said(1, 3)), ("b", 0.0, said(NAN, 2))])(sampled("x", "y"))
+    verdict = RewardSum([("a", 1.0, said(1, 3)), ("b", 0.0, said(NAN, 2))])(sampled("x", "y"))
 
     same(verdict.score, 1, 3)
 
 
 def test_an_infinite_score_is_missing():
-    one = Judge([("a", 1.0, said(math.inf, -math.inf, 2))])
+    one = RewardSum([("a", 1.0, said(math.inf, -math.inf, 2))])
     verdict = one(sampled("x", "y", "z"))
 
-    same(verdict.parts["a"], NAN, NAN, 2)
+    same(verdict.terms["a"], NAN, NAN, 2)
     assert one.failures["nan"] == 2
 
 
 def test_a_sum_too_large_for_its_type_is_missing():
-    same(Judge([("a", 10.0, said(3e38, 1))])(sampled("x", "y")).score, NAN, 10)
+    same(RewardSum([("a", 10.0, said(3e38, 1))])(sampled("x", "y")).score, NAN, 10)
 
 
 def test_the_second_of_a_name_gets_a_suffix():
-    one = Judge([("a", 1.0, said(1)), ("a", 1.0, said(2)), ("a", 1.0, said(3))])
+    one = RewardSum([("a", 1.0, said(1)), ("a", 1.0, said(2)), ("a", 1.0, said(3))])
 
-    assert list(one(sampled("x")).parts) == ["a", "a_2", "a_3"]
+    assert list(one(sampled("x")).terms) == ["a", "a_2", "a_3"]
 
 
 def test_a_suffix_does_not_take_a_name_that_is_there():
-    one = Judge([("a_2", 1.0, said(1)), ("a", 1.0, said(2)), ("a", 1.0, said(3))])
+    one = RewardSum([("a_2", 1.0, said(1)), ("a", 1.0, said(2)), ("a", 1.0, said(3))])
 
-    assert list(one(sampled("x")).parts) == ["a_2", "a", "a_3"]
+    assert list(one(sampled("x")).terms) == ["a_2", "a", "a_3"]
 
 
 def test_a_part_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"part 'a' gave \(1,\): must be \[2\]"):
-        Judge([("a", 1.0, said(1))])(sampled("x", "y"))
+        RewardSum([("a", 1.0, said(1))])(sampled("x", "y"))
 
 
 def test_no_rows_get_no_scores():
@@ -241,7 +241,7 @@ def test_a_directory_with_a_config_is_a_reward_model(tmp_path):
 
     assert asked == [str(path)] * 2
     same(verdict.score, 7 + 3 * 7)
-    assert list(verdict.parts) == ["rm*2", "rm*2_2"]
+    assert list(verdict.terms) == ["rm*2", "rm*2_2"]
 
 
 def test_a_file_is_split_from_its_function_at_the_last_colon(write):
@@ -321,7 +321,7 @@ def test_a_file_that_cannot_be_imported_is_refused_before_the_first_batch(write,
 
 
 def test_an_import_that_never_ends_is_refused(write, monkeypatch):
-    monkeypatch.setattr(worker, "IMPORT_SECONDS", 0.5)
+    monkeypatch.setattr(worker, "IMPORT_TIMEOUT_SECONDS", 0.5)
     with pytest.raises(RequestError, match=r"no answer within 0\.5 s"):
         judge(write("import time\ntime.sleep(60)\n"))
 
@@ -356,7 +356,7 @@ def test_a_function_is_given_prompts_completions_ids_truncation_and_columns(plac
         "    return [len(p) + 10 * len(c) + 100 * len(i) + 1000 * t + 10000 * k\n"
         "            for p, c, i, t, k in zip(prompts, completions, *rest)]\n"
     )
-    rows = Sampled(["p", "pp"], ["ccc", "c"], [[1, 2], [3]], [True, False], {"label": [0, 4]})
+    rows = ScoringInput(["p", "pp"], ["ccc", "c"], [[1, 2], [3]], [True, False], {"label": [0, 4]})
     with make(place, body, write) as one:
         same(one(rows).score, 1 + 30 + 200 + 1000, 2 + 10 + 100 + 40000)
 
@@ -380,7 +380,7 @@ def test_a_parameter_that_is_no_column_is_refused(place, write):
 
 @IN_BOTH
 def test_chat_rows_arrive_as_messages(place, write):
-    chat = Sampled(
+    chat = ScoringInput(
         [[{"role": "user", "content": "hi"}]], [[{"role": "assistant", "content": "yo!"}]], [[1]], [False], {}
     )
     body = (
@@ -402,7 +402,7 @@ def test_a_callable_object_is_named_after_its_class():
         def __call__(self, completions):
             return [1.0]
 
-    assert list(judge(Kind(), lambda completions: [1.0])(sampled("x")).parts) == ["Kind", "lambda"]
+    assert list(judge(Kind(), lambda completions: [1.0])(sampled("x")).terms) == ["Kind", "lambda"]
 
 
 def test_a_file_may_import_its_neighbour(write, tmp_path):
@@ -609,14 +609,14 @@ def test_rows_are_given_up_after_so_many_that_hang(write):
     asked = []
 
     class Late(worker.InProcess):
-        def ask(self, given, share=1.0):
-            asked.append(len(given["completions"]))
-            raise worker.Fault("timeout", "late")
+        def call(self, columns, timeout_fraction=1.0):
+            asked.append(len(columns["completions"]))
+            raise worker.FunctionFault("timeout", "late")
 
-    one = Judge([("a", 1.0, Function(Late(lambda **columns: []), "a"))])
+    one = RewardSum([("a", 1.0, FunctionReward(Late(lambda **columns: []), "a"))])
     verdict = one(sampled(*"abcdefghijkl"))
 
-    assert asked == [12] + [1] * HANGS
+    assert asked == [12] + [1] * MAX_HANGING_ROWS
     assert verdict.score.isnan().all() and one.failures["timeout"] == 12
 
 
@@ -694,7 +694,7 @@ def test_an_answer_that_was_not_waited_for_is_not_taken_for_the_next(write):
 def test_a_worker_that_died_between_batches_is_started_again(write):
     with judge(write("import os\ndef score(completions):\n    return [os.getpid() % 1000]\n")) as one:
         first = one(sampled("a")).score
-        part = one.parts["score"][1]
+        part = one.terms["score"][1]
         os.kill(part.asked._process.pid, signal.SIGKILL)
         time.sleep(0.1)
         second = one(sampled("a")).score
@@ -736,14 +736,14 @@ def test_rows_are_given_up_after_so_many_garbled_answers():
     asked = []
 
     class Garbles(worker.InProcess):
-        def ask(self, given, share=1.0):
-            asked.append(len(given["completions"]))
-            raise worker.Fault("garbled", "nonsense")
+        def call(self, columns, timeout_fraction=1.0):
+            asked.append(len(columns["completions"]))
+            raise worker.FunctionFault("garbled", "nonsense")
 
-    one = Judge([("a", 1.0, Function(Garbles(lambda **columns: []), "a"))])
+    one = RewardSum([("a", 1.0, FunctionReward(Garbles(lambda **columns: []), "a"))])
     one(sampled(*"abcdefghijkl"))
 
-    assert asked == [12] + [1] * HANGS
+    assert asked == [12] + [1] * MAX_HANGING_ROWS
     assert one.failures["garbled"] == 12
 
 
@@ -815,7 +815,7 @@ def test_a_large_batch_passes_through_the_pipe(write):
 @needs_proc
 def test_closing_a_judge_ends_its_worker(write):
     one = judge(write("import os\ndef score(completions):\n    return [os.getppid()]\n"))
-    pid = one.parts["score"][1].asked._process.pid
+    pid = one.terms["score"][1].asked._process.pid
     one.close()
     one.close()
 
@@ -831,7 +831,7 @@ def test_a_worker_ends_when_its_parent_is_killed(write, tmp_path, busy):
         "import json, sys, threading, time; sys.path.insert(0, sys.argv[1]); import worker\n"
         "w = worker.Worker(sys.argv[2], sys.argv[3], timeout=60)\n"
         "print(json.dumps(w._process.pid), flush=True)\n"
-        + ("w.ask({'completions': ['a']})\n" if busy else "time.sleep(60)\n")
+        + ("w.call({'completions': ['a']})\n" if busy else "time.sleep(60)\n")
     )
     command = [sys.executable, "-c", code, str(Path(worker.__file__).parent), file, function]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
@@ -860,12 +860,12 @@ def test_contains_and_regex_are_one_or_zero():
     rows = sampled("Yes please", "no")
     verdict = judge("contains:please", r"regex:^[a-z]+$")(rows)
 
-    same(verdict.parts["contains"], 1, 0)
-    same(verdict.parts["regex"], 0, 1)
+    same(verdict.terms["contains"], 1, 0)
+    same(verdict.terms["regex"], 0, 1)
 
 
 def test_chat_completions_are_judged_by_their_content():
-    chat = Sampled([[]], [[{"role": "assistant", "content": "yes please"}]], [[1]], [False], {})
+    chat = ScoringInput([[]], [[{"role": "assistant", "content": "yes please"}]], [[1]], [False], {})
 
     same(judge("contains:yes please")(chat).score, 1)
 

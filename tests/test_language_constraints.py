@@ -10,8 +10,8 @@ from torch.testing import assert_close
 from tests.rehearsed import furnish
 from understudy import resume
 from understudy.language import grpo, ppo, reinforce
-from understudy.language.cast import Cast, close, open_cast
-from understudy.language.judge import Judge, Verdict
+from understudy.language.cast import RLHFModels, close_workers, open_rlhf_run
+from understudy.language.judge import RewardSum, Scores
 from understudy.language.model import Policy
 from understudy.run.config import RequestError
 
@@ -47,12 +47,12 @@ def cast(home, tmp_path):
     opened = []
 
     def make(*constraint, **fields):
-        opened.append(Cast(config(home, tmp_path / "run", *constraint, **fields)))
+        opened.append(RLHFModels(config(home, tmp_path / "run", *constraint, **fields)))
         return opened[-1]
 
     yield make
     for one in opened:
-        close(one)
+        close_workers(one)
 
 
 def events(run) -> list[dict]:
@@ -136,27 +136,27 @@ def part(*values: float) -> dict[str, torch.Tensor]:
 
 def test_a_held_cost_is_taken_off_each_rows_score(cast):
     made = cast("length<=2", reward="repetition", constraint_rate=0.5)
-    verdict = Verdict(torch.tensor([1.0, 1.0]), {}, Verdict(torch.zeros(2), part(2.0, 4.0)))
+    verdict = Scores(torch.tensor([1.0, 1.0]), {}, Scores(torch.zeros(2), part(2.0, 4.0)))
 
     # the mean is 3, 1 too much: multiplier 0.5; 1 - 0.5 * 2 and 1 - 0.5 * 4
-    assert_close(made.constrain(verdict), torch.tensor([0.0, -1.0]))
-    assert_close(made.paid(verdict), torch.tensor([0.0, -1.0]))  # asked again, nothing adapts
+    assert_close(made.apply_constraints(verdict), torch.tensor([0.0, -1.0]))
+    assert_close(made.subtract_constraint_costs(verdict), torch.tensor([0.0, -1.0]))  # asked again, nothing adapts
 
 
 def test_a_row_whose_cost_is_missing_is_missing(cast):
     made = cast("length<=2", reward="repetition")
-    paid = made.constrain(Verdict(torch.ones(2), {}, Verdict(torch.zeros(2), part(math.nan, 3.0))))
+    paid = made.apply_constraints(Scores(torch.ones(2), {}, Scores(torch.zeros(2), part(math.nan, 3.0))))
 
     # the mean is of those that are there: 0.1 * (3 - 2) = 0.1
     assert paid[0].isnan() and paid[1].item() == pytest.approx(0.7)
 
 
 def test_a_part_of_weight_zero_is_measured_and_nothing_else():
-    judge = Judge([("a", 1.0, lambda s: torch.ones(2)), ("b", 0.0, lambda s: torch.tensor([5.0, math.nan]))])
+    judge = RewardSum([("a", 1.0, lambda s: torch.ones(2)), ("b", 0.0, lambda s: torch.tensor([5.0, math.nan]))])
     verdict = judge([None, None])  # pyright: ignore[reportArgumentType]  # only its length is looked at
 
     assert_close(verdict.score, torch.ones(2))
-    assert_close(verdict.parts["b"], torch.tensor([5.0, math.nan]), equal_nan=True)
+    assert_close(verdict.terms["b"], torch.tensor([5.0, math.nan]), equal_nan=True)
 
 
 @OF_EVERY_RECIPE
@@ -193,7 +193,7 @@ def test_a_group_that_differs_in_its_cost_alone_is_not_replaced(home, tmp_path):
 def test_a_run_stops_at_a_bound_says_why_and_evaluates_what_it_has(home, tmp_path, name):
     run = train(home, tmp_path / "run", "length<=4:stop", recipe=RECIPES[name])
 
-    assert len(run.metrics) == 1 and run.stopped == "length is 5: outside length<=4"
+    assert len(run.metrics) == 1 and run.stop_reason == "length is 5: outside length<=4"
     assert [event["kind"] for event in events(run)][-2:] == ["constraint", "stopped"]
     assert "evaluation_score" in run.metrics[-1] and (run.path / "policy").is_dir()
 
@@ -223,15 +223,15 @@ def test_a_run_that_may_not_go_back_again_stops(home, tmp_path):
     run = train(home, tmp_path / "run", "late<=0.5:rollback", gold=late(), constraint_rollbacks=0, steps=400)
 
     assert [event["kind"] for event in events(run)][-3:] == ["constraint", "rolled_back", "stopped"]
-    assert len(run.metrics) == 3 and run.stopped.startswith("late is 1: outside late<=0.5")
+    assert len(run.metrics) == 3 and run.stop_reason.startswith("late is 1: outside late<=0.5")
 
 
 def test_the_learning_rate_is_halved_for_every_way_back(home, tmp_path):
-    with open_cast("ppo", config(home, tmp_path / "run", "length<=4:rollback")) as (run, cast):
-        before = run.schedule()
-        run.bounds.went_back = 2
-        assert run.schedule() == before / 4
-        assert cast.bounds is run.bounds
+    with open_rlhf_run("ppo", config(home, tmp_path / "run", "length<=4:rollback")) as (run, cast):
+        before = run.update_learning_rate()
+        run.constraints.num_rollbacks = 2
+        assert run.update_learning_rate() == before / 4
+        assert cast.constraints is run.constraints
 
 
 @pytest.mark.parametrize("number", [1, 3, 4])
@@ -262,7 +262,7 @@ def test_a_stopped_run_stays_stopped(home, tmp_path):
     run = train(home, tmp_path / "run", "length<=4:stop")
     again = resume(run.path)
 
-    assert len(again.metrics) == 1 and again.stopped == run.stopped
+    assert len(again.metrics) == 1 and again.stop_reason == run.stop_reason
 
 
 def test_a_bound_that_breaks_is_said_on_the_way(home, tmp_path, capsys):

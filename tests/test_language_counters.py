@@ -6,7 +6,7 @@ import pytest
 
 from tests.rehearsed import furnish
 from understudy.language import grpo, reinforce
-from understudy.language.cast import Cast
+from understudy.language.cast import RLHFModels
 
 FEW = {"rows": 8, "group": 4, "fixed_length": 4, "preflight": False, "quiet": True, "samples": 8, "evaluate_rows": 1}
 RECIPES = pytest.mark.parametrize("kind", [grpo, reinforce], ids=lambda kind: kind.__name__.rpartition(".")[2])
@@ -53,14 +53,14 @@ def test_a_groups_rows_answer_one_prompt(home, tmp_path, kind):
 
 @RECIPES
 def test_pretraining_texts_come_in_turn_where_prompts_have_groups(home, tmp_path, kind, monkeypatch):
-    read, pretraining = [], Cast.pretraining
+    read, pretraining = [], RLHFModels.next_pretraining_text
 
     def listened(cast, count):
         text = pretraining(cast, count)
         read.extend(cast.tokenizer.decode(row.tolist()) for row in text.ids)
         return text
 
-    monkeypatch.setattr(Cast, "pretraining", listened)
+    monkeypatch.setattr(RLHFModels, "next_pretraining_text", listened)
     train(kind, home, tmp_path / "run", pretraining=str(home / "texts.jsonl"), steps=6 * 32)
 
     texts = [json.loads(line)["text"] for line in (home / "texts.jsonl").read_text().splitlines()]

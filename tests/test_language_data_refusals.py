@@ -158,7 +158,7 @@ def test_an_unknown_template_is_refused(refused, recipe, template):
 
 @pytest.mark.parametrize("recipe", ["sft", "ppo"])
 def test_a_model_without_a_stop_id_is_refused(refused, recipe, tmp_path):
-    model, tokenizer = rehearsal.model(0), rehearsal.tokenizer()
+    model, tokenizer = rehearsal.make_model(0), rehearsal.make_tokenizer()
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "endless")
@@ -233,7 +233,7 @@ def test_pairs_with_a_label_beside_them_are_pairs(train):
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_a_bos_is_forced_where_it_was_asked_for(train, tmp_path, add_bos):
     furnish(tmp_path / "model")
-    bare = rehearsal.tokenizer()
+    bare = rehearsal.make_tokenizer()
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     bare.save_pretrained(tmp_path / "model")
 
@@ -241,7 +241,7 @@ def test_a_bos_is_forced_where_it_was_asked_for(train, tmp_path, add_bos):
 
     line = json.loads((run.path / "samples" / "000001.jsonl").read_text().splitlines()[0])
     assert (line["prompt_ids"][0] == 1) is add_bos
-    assert (Tokenizer.load(run.path / "policy").front == [1]) is add_bos
+    assert (Tokenizer.load(run.path / "policy").prefix_ids == [1]) is add_bos
 
 
 def test_a_label_out_of_range_is_named_with_its_row(refused):
@@ -265,7 +265,7 @@ def test_an_unconditional_run_starts_every_row_from_bos(train):
 
 def test_no_bos_and_no_prompt_is_refused(refused, tmp_path):
     furnish(tmp_path / "model")
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
 

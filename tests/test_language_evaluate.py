@@ -7,8 +7,8 @@ import pytest
 
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import ppo, rehearsal
-from understudy.language.cast import Cast, close
-from understudy.language.evaluate import answers, ended_worse, evaluate
+from understudy.language.cast import RLHFModels, close_workers
+from understudy.language.evaluate import evaluate, explain_ended_worse, sample_evaluation_rollout
 
 EIGHT = [f"the {name}" for name in rehearsal.WORDS["someone"][:8]]
 
@@ -29,37 +29,42 @@ def cast(home, tmp_path):
     """The cast of a run that does not begin, whose data are some prompts."""
     opened = []
 
-    def of(*texts: str, **fields) -> Cast:
-        opened.append(Cast(ppo_config(home, tmp_path / "run", data=prompts(tmp_path, *texts), **fields)))
+    def of(*texts: str, **fields) -> RLHFModels:
+        opened.append(RLHFModels(ppo_config(home, tmp_path / "run", data=prompts(tmp_path, *texts), **fields)))
         return opened[-1]
 
     yield of
     for one in opened:
-        close(one)
+        close_workers(one)
 
 
 def ids(said) -> list[tuple[int, ...]]:
     return [tuple(completion.ids) for completion in said.completions]
 
 
-def evaluation(cast: Cast, rows: int) -> dict:
-    return evaluate(cast.policy, cast.examiner, cast.judge, cast.gold, cast.reference, rows=rows)
+def evaluation(cast: RLHFModels, rows: int) -> dict:
+    return evaluate(cast.policy, cast.evaluation_sampler, cast.reward_sum, cast.gold_sum, cast.reference, num_rows=rows)
 
 
 @pytest.mark.parametrize("texts", [["the dog"], ["the dog"] * 5, ["the dog", "a cat", "the dog"]])
 def test_no_two_rows_of_an_evaluation_share_their_randomness(cast, texts):
     opened = cast(*texts, fixed_length=6)
 
-    said = ids(answers(opened.policy, opened.examiner, [i % len(texts) for i in range(16)]))
+    said = ids(sample_evaluation_rollout(opened.policy, opened.evaluation_sampler, [i % len(texts) for i in range(16)]))
     assert len(set(said)) == 16
 
 
 def test_a_prompt_that_comes_once_has_the_seed_it_always_had(cast):
     opened = cast("the dog", "a cat", fixed_length=6)
-    policy, examiner = opened.policy, opened.examiner
+    policy, examiner = opened.policy, opened.evaluation_sampler
 
-    assert ids(answers(policy, examiner, [0, 1])) == ids(answers(policy, examiner, [1, 0]))[::-1]
-    assert ids(answers(policy, examiner, [0, 1, 0]))[:2] == ids(answers(policy, examiner, [0, 1]))
+    assert (
+        ids(sample_evaluation_rollout(policy, examiner, [0, 1]))
+        == ids(sample_evaluation_rollout(policy, examiner, [1, 0]))[::-1]
+    )
+    assert ids(sample_evaluation_rollout(policy, examiner, [0, 1, 0]))[:2] == ids(
+        sample_evaluation_rollout(policy, examiner, [0, 1])
+    )
 
 
 def test_policy_and_reference_answer_with_the_same_seeds(cast):
@@ -129,6 +134,6 @@ def test_equal_scores_below_the_references_ended_worse(unknown):
     line = {"evaluation_score": 0.5, "evaluation_score_low": unknown, "evaluation_score_high": unknown}
     line |= {"evaluation_reference_score": 0.7}
 
-    assert "its score 0.5 [0.5, 0.5] is below" in str(ended_worse(line | {"evaluation_win_rate_high": 0.1}))
-    assert ended_worse(line | {"evaluation_win_rate_high": 0.6}) is None
-    assert ended_worse({"evaluation_score": unknown, "evaluation_score_high": unknown}) is None
+    assert "its score 0.5 [0.5, 0.5] is below" in str(explain_ended_worse(line | {"evaluation_win_rate_high": 0.1}))
+    assert explain_ended_worse(line | {"evaluation_win_rate_high": 0.6}) is None
+    assert explain_ended_worse({"evaluation_score": unknown, "evaluation_score_high": unknown}) is None

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy import load, resume
-from understudy.batch import Batch, Text
+from understudy.batch import Batch, TokenBatch
 from understudy.control.policy import policy_path
 from understudy.language import ppo, rehearsal, reward_model, sft, stage
-from understudy.language.cast import open_cast
-from understudy.language.collect import Said
-from understudy.language.generate import Completion, lay_out
-from understudy.language.model import Policy, digest
+from understudy.language.cast import open_rlhf_run
+from understudy.language.collect import Rollout
+from understudy.language.generate import Completion, build_trajectory
+from understudy.language.model import Policy, module_digest
 from understudy.language.scorer import RewardModel
-from understudy.language.text import last_token
+from understudy.language.text import pad_for_scoring
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution
 from understudy.run.config import RequestError
 from understudy.run.store import Run
@@ -62,7 +62,7 @@ def cast(home, tmp_path):
 
         def opened(**fields):
             cfg = ppo_config(home, tmp_path / f"cast{next(count)}", **fields)
-            return open_ones.enter_context(open_cast("ppo", cfg))[1]
+            return open_ones.enter_context(open_rlhf_run("ppo", cfg))[1]
 
         yield opened
 
@@ -89,15 +89,15 @@ def config(**fields) -> ppo.Config:
 # step 2, pay: two rows of three tokens from a vocabulary of two, each sampled with probability 1/2; the second is cut
 
 
-def said(*stopped: bool) -> Said:
+def said(*stopped: bool) -> Rollout:
     done = [Completion([1, 0, 1], [math.log(0.5)] * 3, stop, 0) for stop in stopped]
-    return Said([], done, lay_out([[0]] * len(done), done), None)
+    return Rollout([], done, build_trajectory([[0]] * len(done), done), None)
 
 
 def says(*probabilities: float):
     """A policy or reference: token 1 has such a probability at each column."""
 
-    def distribution(text: Text) -> TokenDistribution:
+    def distribution(text: TokenBatch) -> TokenDistribution:
         one = torch.tensor(probabilities).expand(text.ids.shape)
         return TokenDistribution(torch.stack([1 - one, one], dim=-1).log(), text.mask, HEAD)
 
@@ -109,7 +109,7 @@ QUARTER = says(0.25)
 
 
 def test_the_kl_to_the_reference_is_paid_token_by_token_with_its_coefficient():
-    _, reward, _ = ppo.pay(said(True), torch.tensor([5.0]), QUARTER, 0.1, config())
+    _, reward, _ = ppo.compute_rewards(said(True), torch.tensor([5.0]), QUARTER, 0.1, config())
 
     # -0.1 * (0.6931, -0.4055, 0.6931), and the score at the last
     assert_close(reward, torch.tensor([[-0.06931, 0.04055, 5 - 0.06931, 0.0]]), atol=1e-4, rtol=0)
@@ -117,7 +117,7 @@ def test_the_kl_to_the_reference_is_paid_token_by_token_with_its_coefficient():
 
 @pytest.mark.parametrize("how", ["k2", "k3", "exact"])
 def test_a_kl_in_the_loss_is_not_paid_as_well(how):
-    _, reward, _ = ppo.pay(said(True), torch.tensor([5.0]), QUARTER, 0.1, config(kl_reference=how))
+    _, reward, _ = ppo.compute_rewards(said(True), torch.tensor([5.0]), QUARTER, 0.1, config(kl_reference=how))
 
     assert_close(reward, torch.tensor([[0.0, 0.0, 5.0, 0.0]]))
 
@@ -135,7 +135,7 @@ def test_a_kl_in_the_loss_is_not_paid_as_well(how):
 def test_a_cut_completion_is_paid_as_the_config_says(fields, paid, terminated, truncated, kept_steps):
     cfg = config(kl_reference="exact", **fields)
 
-    record, reward, _ = ppo.pay(said(True, False), torch.tensor([5.0, 5.0]), QUARTER, 0.1, cfg)
+    record, reward, _ = ppo.compute_rewards(said(True, False), torch.tensor([5.0, 5.0]), QUARTER, 0.1, cfg)
 
     assert_close(reward[0], torch.tensor([0.0, 0.0, 5.0, 0.0]))  # the stopped one is paid its score in any case
     assert_close(reward[1], torch.tensor([0.0, 0.0, paid, 0.0]))
@@ -144,14 +144,14 @@ def test_a_cut_completion_is_paid_as_the_config_says(fields, paid, terminated, t
 
 
 def test_a_row_without_a_score_is_left_out():
-    record, reward, _ = ppo.pay(said(True, True), torch.tensor([math.nan, 5.0]), QUARTER, 0.1, config())
+    record, reward, _ = ppo.compute_rewards(said(True, True), torch.tensor([math.nan, 5.0]), QUARTER, 0.1, config())
 
     assert record.mask.sum(dim=1).tolist() == [0, 3]
     assert_close(reward[0], torch.zeros(4))
 
 
 def test_whitened_rewards_have_deviation_one_and_keep_their_mean():
-    _, reward, _ = ppo.pay(
+    _, reward, _ = ppo.compute_rewards(
         said(True), torch.tensor([3.0]), QUARTER, 0.1, config(whiten_rewards=True, kl_reference="k2")
     )
 
@@ -164,11 +164,11 @@ def test_whitened_rewards_have_deviation_one_and_keep_their_mean():
 
 def weighed(**fields) -> Batch:
     done = [Completion([1, 1], [math.log(0.5)] * 2, True, 0)]
-    record = lay_out([[0]], done)
+    record = build_trajectory([[0]], done)
     cfg = config(**{"standardize": "none", "kl_reference": "k2", **fields})
-    old = SampledTokens(record.action, record.logprob)
+    old = SampledTokens(record.action, record.behavior_logprob)
     reward, value = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 9.0]])
-    return ppo.weigh_up(record, reward, value, old, QUARTER(record.obs), cfg)
+    return ppo.compute_advantages(record, reward, value, old, QUARTER(record.obs), cfg)
 
 
 def test_advantages_are_gaes_with_the_configs_gamma_and_lambda():
@@ -209,20 +209,22 @@ def test_over_minibatches_advantages_are_left_for_the_update_to_standardise(go):
 # step 5, surrogate: one choice of token 1, whose probability went from 1/2 to 0.9 under advantage 1
 
 
-def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: Text | None = None) -> float:
-    record = lay_out([[0]], [Completion([1], [math.log(0.5)], True, 0)])
+def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: TokenBatch | None = None) -> float:
+    record = build_trajectory([[0]], [Completion([1], [math.log(0.5)], True, 0)])
     exact = QUARTER(record.obs)
     batch = Batch.of(
         record,
         value=torch.tensor([[0.0, 0.0]]),
         advantage=torch.tensor([[1.0, 0.0]]),
         target=torch.tensor([[2.0, 0.0]]),
-        old=says(0.5)(record.obs) if cfg.objective == "penalty" else SampledTokens(record.action, record.logprob),
+        old_distribution=says(0.5)(record.obs)
+        if cfg.objective == "penalty"
+        else SampledTokens(record.action, record.behavior_logprob),
         reference=exact if cfg.kl_reference == "exact" else exact.log_prob(record.action),
-        mix=mix,
+        pretraining_text=mix,
     )
     new = says(0.9)
-    objective = ppo.surrogate(cfg, kl_coef, reference_coef)
+    objective = ppo.make_objective(cfg, kl_coef, reference_coef)
     per_step, _ = objective(lambda text: (new(text), torch.full(text.ids.shape, value)), batch)
     return float(per_step[0, 0])
 
@@ -256,7 +258,7 @@ def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: Te
 )
 def test_the_loss_of_one_choice_by_hand(fields, more, expected):
     if "mix" in more:
-        more = {"mix": Text(torch.tensor([[0, 1, 1]]), torch.tensor([[True, True, False]]))}
+        more = {"mix": TokenBatch(torch.tensor([[0, 1, 1]]), torch.tensor([[True, True, False]]))}
     cfg = config(**{"value_coef": 0.0, **fields})
 
     assert loss(cfg, **more) == pytest.approx(expected, abs=1e-4)
@@ -324,9 +326,9 @@ def test_completions_of_a_fixed_length_have_it_and_no_other_end(go):
 
 
 def test_a_fixed_length_needs_no_stop_id(home, tmp_path):
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
     tokenizer.eos_token = None
-    model = rehearsal.model(0)
+    model = rehearsal.make_model(0)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "endless")
@@ -383,15 +385,15 @@ def test_in_bfloat16_a_reference_from_a_directory_is_the_policy_as_it_starts(go,
 
 
 def test_the_reference_is_the_directory_that_was_named(go, home, tmp_path):
-    rehearsal.model(7).save_pretrained(tmp_path / "other")
-    rehearsal.tokenizer().save_pretrained(tmp_path / "other")
+    rehearsal.make_model(7).save_pretrained(tmp_path / "other")
+    rehearsal.make_tokenizer().save_pretrained(tmp_path / "other")
     ids = torch.tensor([[1, 5, 9, 7]])
     model, other = (AutoModelForCausalLM.from_pretrained(path) for path in (home, tmp_path / "other"))
 
     run, own = go(reference=str(tmp_path / "other"), samples=1), go()
 
-    assert json.loads((run.path / "lineage.json").read_text())["reference"] == digest(other)
-    assert json.loads((own.path / "lineage.json").read_text())["reference"] == digest(model)
+    assert json.loads((run.path / "lineage.json").read_text())["reference"] == module_digest(other)
+    assert json.loads((own.path / "lineage.json").read_text())["reference"] == module_digest(model)
     line = kept(run)[0]
     ids, first = torch.tensor([line["prompt_ids"] + line["completion_ids"]]), len(line["prompt_ids"])
     logp = other(ids).logits[0, first - 1 : -1].log_softmax(dim=-1).gather(1, ids[0, first:, None])[:, 0].detach()
@@ -460,7 +462,7 @@ def test_a_separate_critic_begins_by_expecting_the_reward_models_score(cast, jud
     opened = cast(critic="separate", reward=f"{judge}*{weight}")
     model = RewardModel.from_pretrained(judge / "reward_model")
     rows = [[1, 10, 20, 30, 2], [1, 10, 40, 2]]
-    text = last_token(rows)
+    text = pad_for_scoring(rows)
 
     _, value = opened.policy(text)
 
@@ -649,7 +651,7 @@ def test_pretraining_text_comes_in_turn_beside_the_rows(cast, home):
 
     opened.run.iteration = 20  # 21 iterations of 3 rows come before
 
-    mix = opened.pretraining(3)
+    mix = opened.next_pretraining_text(3)
 
     for row, sentence in zip(mix.ids, (sentences[63], *sentences[:2]), strict=True):
         assert opened.tokenizer.decode(row.tolist()).startswith(sentence)
@@ -658,13 +660,16 @@ def test_pretraining_text_comes_in_turn_beside_the_rows(cast, home):
 def test_pretraining_texts_that_are_too_long_are_left_out_and_counted(cast, home):
     opened = cast(pretraining=str(home / "texts.jsonl"), too_long="skip", max_length=12)
 
-    assert max(len(example.ids) for example in opened.texts) <= 12
-    assert f"{64 - len(opened.texts)} left out as too long: {len(opened.texts)} are read" in opened.policy.remarks[-1]
+    assert max(len(example.ids) for example in opened.pretraining_examples) <= 12
+    assert (
+        f"{64 - len(opened.pretraining_examples)} left out as too long: {len(opened.pretraining_examples)} are read"
+        in opened.policy.warnings[-1]
+    )
 
 
 def test_pretraining_text_pulls_the_policy_towards_it(go, home, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "my dog smiled near the river ."}\n')
-    ids = torch.tensor([rehearsal.tokenizer().encode("my dog smiled near the river .")])
+    ids = torch.tensor([rehearsal.make_tokenizer().encode("my dog smiled near the river .")])
 
     def surprise(path) -> float:
         return float(AutoModelForCausalLM.from_pretrained(path)(ids, labels=ids).loss.detach())
@@ -682,11 +687,11 @@ def test_pretraining_text_pulls_the_policy_towards_it(go, home, tmp_path):
 
 def test_held_out_prompts_are_not_trained_on(cast):
     opened = cast(held_out=9)
-    learned, examined = ({p.ids for p in s.prompts} for s in (opened.sampler, opened.examiner))
+    learned, examined = ({p.ids for p in s.prompts} for s in (opened.sampler, opened.evaluation_sampler))
 
-    assert len(opened.examiner) == 9
+    assert len(opened.evaluation_sampler) == 9
     assert not learned & examined
-    assert len(opened.sampler) + len(opened.examiner) == 40
+    assert len(opened.sampler) + len(opened.evaluation_sampler) == 40
 
 
 def test_every_prompt_comes_once_before_one_comes_twice(go):
@@ -829,7 +834,7 @@ def speaker(home, tmp_path_factory):
 
 def kindness(completions):
     """How many different kind words: a reward that pulls away from the language."""
-    return [float(len(rehearsal.IS_KIND.intersection(said.split()))) for said in completions]
+    return [float(len(rehearsal.KIND_WORDS.intersection(said.split()))) for said in completions]
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import ppo, preflight, rehearsal
-from understudy.language.cache import Slots
-from understudy.language.cast import Cast
+from understudy.language.cache import LayerCache
+from understudy.language.cast import RLHFModels
 from understudy.language.collect import Sampler
 from understudy.language.model import Policy, Reference
 from understudy.language.scorer import RewardModel
@@ -47,13 +47,13 @@ def config(home, tmp_path):
 def made(config):
     """What makes the cast of a run, everything about it sound."""
     torch.manual_seed(0)
-    return lambda **fields: Cast(config(**fields))
+    return lambda **fields: RLHFModels(config(**fields))
 
 
 def refused(cast) -> str:
     """The sentence by which a cast is refused."""
     with pytest.raises(RequestError, match=r"^preflight: .+; .+, or start as it is with --no-preflight$") as problem:
-        preflight.check(cast)
+        preflight.run_checks(cast)
     return str(problem.value)
 
 
@@ -72,7 +72,7 @@ def refused(cast) -> str:
     ids=str,
 )
 def test_an_untrained_model_passes_but_for_being_cut(made, fields):
-    found = preflight.check(made(**fields))
+    found = preflight.run_checks(made(**fields))
 
     assert [finding.check for finding in found] == ([] if "fixed_length" in fields else ["cut share"])
 
@@ -80,23 +80,23 @@ def test_an_untrained_model_passes_but_for_being_cut(made, fields):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3"])
 def test_every_family_passes(made, family, home, tmp_path):
     model = tiny(family)
-    model.resize_token_embeddings(len(rehearsal.tokenizer()))
+    model.resize_token_embeddings(len(rehearsal.make_tokenizer()))
     model.save_pretrained(tmp_path / family)
-    rehearsal.tokenizer().save_pretrained(tmp_path / family)
+    rehearsal.make_tokenizer().save_pretrained(tmp_path / family)
 
-    assert {finding.check for finding in preflight.check(made(model=str(tmp_path / family)))} <= {"cut share"}
+    assert {finding.check for finding in preflight.run_checks(made(model=str(tmp_path / family)))} <= {"cut share"}
 
 
 @REAL
 def test_real_stories_pass_with_the_stop_that_they_end_with_and_not_with_the_one_they_declare(made):
     assert "stop is ['</s>'], which the policy says with probability" in refused(made(model=str(STORIES)))
-    found = preflight.check(made(model=str(STORIES), stop=("1",)))
+    found = preflight.run_checks(made(model=str(STORIES), stop=("1",)))
     assert [finding.check for finding in found] == ["cut share"]
 
 
 @REAL
 def test_completions_that_may_get_longer_than_is_looked_at_are_not_called_cut(made):
-    assert preflight.check(made(model=str(STORIES), stop=("1",), max_new=preflight.TOKENS + 1)) == []
+    assert preflight.run_checks(made(model=str(STORIES), stop=("1",), max_new=preflight.MAX_TOKENS + 1)) == []
 
 
 def test_the_check_leaves_no_trace(made):
@@ -104,13 +104,13 @@ def test_the_check_leaves_no_trace(made):
     before = {name: x.clone() for name, x in cast.policy.state_dict().items()}
     state = torch.get_rng_state()
 
-    preflight.check(cast)
+    preflight.run_checks(cast)
 
     assert all(torch.equal(x, before[name]) for name, x in cast.policy.state_dict().items())
     assert all(p.grad is None for p in cast.policy.parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    assert cast.policy.training and cast.policy.version == 0 and cast.policy.remarks == []
-    assert set(cast.judge.failures.values()) == {0}
+    assert cast.policy.training and cast.policy.version == 0 and cast.policy.warnings == []
+    assert set(cast.reward_sum.failures.values()) == {0}
 
 
 def test_a_run_learns_the_same_with_and_without(config, tmp_path):
@@ -124,7 +124,7 @@ def test_a_policy_without_a_critic_passes(made):
     cast = made()
     cast.policy.critic = None
 
-    assert [finding.check for finding in preflight.check(cast)] == ["cut share"]
+    assert [finding.check for finding in preflight.run_checks(cast)] == ["cut share"]
 
 
 # ---- what is done with a finding --------------------------------------------------------------------------------------
@@ -153,12 +153,12 @@ def test_a_failure_starts_no_run_unless_preflight_is_off(config):
 
 
 def unknown(module, args, given):
-    if any(isinstance(layer, Slots) for layer in given["past_key_values"].layers):
+    if any(isinstance(layer, LayerCache) for layer in given["past_key_values"].layers):
         raise TypeError("what is this cache?")
 
 
 def misplaced(module, args, given):
-    if any(isinstance(layer, Slots) for layer in given["past_key_values"].layers):
+    if any(isinstance(layer, LayerCache) for layer in given["past_key_values"].layers):
         return args, given | {"position_ids": given["position_ids"] * 2}
     return None
 
@@ -174,10 +174,10 @@ def test_a_model_that_our_cache_does_not_suit_samples_through_hugging_face(made,
         return fault(module, args, given) if given.get("past_key_values") is not None else None
 
     cast.policy.model.base_model.register_forward_pre_hook(cached_only, with_kwargs=True)
-    preflight.check(cast)
+    preflight.run_checks(cast)
 
-    [remark] = cast.policy.remarks
-    assert not cast.policy.cached and not cast.reference.policy.cached
+    [remark] = cast.policy.warnings
+    assert not cast.policy.uses_own_kv_cache and not cast.reference.policy.uses_own_kv_cache
     assert named in remark
 
 
@@ -224,7 +224,7 @@ def test_a_turn_end_that_is_no_stop_is_caught(made, end, caught, tmp_path):
     if caught:
         assert "ends an answer with '<pad>', the stops are ['</s>']; give --stop '<pad>'" in refused(cast)
     else:
-        preflight.check(cast)
+        preflight.run_checks(cast)
 
 
 class AtAnotherTemperature(Policy):
@@ -252,10 +252,10 @@ class PadsById(Policy):
 class DropsPads(Sampler):
     """Takes every stop for padding, in what counts as chosen."""
 
-    def answer(self, policy, which, seeds):
-        said = super().answer(policy, which, seeds)
-        record = replace(said.record, mask=said.record.mask & (said.record.action != EOS))
-        return replace(said, record=record)
+    def sample(self, policy, prompt_indices, seeds):
+        said = super().sample(policy, prompt_indices, seeds)
+        record = replace(said.trajectory, mask=said.trajectory.mask & (said.trajectory.action != EOS))
+        return replace(said, trajectory=record)
 
 
 def test_a_stop_that_is_read_as_padding_is_caught(made):
@@ -281,9 +281,9 @@ def test_a_reference_that_is_not_the_policy_is_caught(made):
 
 
 def test_another_reference_by_request_is_let_pass(made, tmp_path):
-    rehearsal.model(1).save_pretrained(tmp_path / "other")
+    rehearsal.make_model(1).save_pretrained(tmp_path / "other")
 
-    preflight.check(made(reference=str(tmp_path / "other")))
+    preflight.run_checks(made(reference=str(tmp_path / "other")))
 
 
 class OtherWithGradient(Policy):
@@ -352,13 +352,13 @@ def test_of_several_stops_one_that_is_said_is_enough(made):
     cast.reference = Reference(cast.policy)
     cast.sampler.tokenizer = cast.tokenizer = replace(cast.tokenizer, stops=frozenset([EOS, 7]))
 
-    preflight.check(cast)
+    preflight.run_checks(cast)
 
 
 @pytest.fixture
 def foreign(tmp_path):
     """The directory of a reward model that numbers the words of the language backwards."""
-    hf = rehearsal.tokenizer()
+    hf = rehearsal.make_tokenizer()
     words = sorted(hf.get_vocab(), key=lambda word: -hf.get_vocab()[word])
     backend = json.loads(hf.backend_tokenizer.to_str())
     backend["model"]["vocab"] = {word: i for i, word in enumerate(words)}
@@ -385,20 +385,20 @@ def foreign(tmp_path):
 def test_a_reward_model_of_another_vocabulary_is_fed_with_its_own(made, foreign):
     cast = made(reward=str(foreign))
 
-    assert {finding.check for finding in preflight.check(cast)} == {"cut share"}
+    assert {finding.check for finding in preflight.run_checks(cast)} == {"cut share"}
 
 
 def test_a_reward_model_that_is_fed_the_policys_ids_is_caught(made, foreign):
     cast = made(reward=str(foreign))
-    [(name, (model, _))] = cast.models.items()
-    cast.models[name] = model, lambda sampled: model.score(sampled.completion_ids)
+    [(name, (model, _))] = cast.reward_models.items()
+    cast.reward_models[name] = model, lambda sampled: model.score(sampled.completion_ids)
 
     assert "is fed ids that read otherwise in its own tokenizer, in 15 of 16 rows" in refused(cast)
 
 
 def test_a_reward_model_with_dropout_is_caught(made, foreign):
     cast = made(reward=str(foreign))
-    [(model, _)] = cast.models.values()
+    [(model, _)] = cast.reward_models.values()
     model.model.base_model.layers[0].self_attn.attention_dropout = 0.3
     model.model.train()
 
@@ -414,7 +414,7 @@ def test_a_reward_that_is_the_same_everywhere_is_caught(made):
 def test_a_rare_reward_is_looked_for_in_more_completions(made):
     cast = made(reward=lambda completions, **_: [float(i == 50) for i in range(len(completions))])
 
-    preflight.check(cast)
+    preflight.run_checks(cast)
 
 
 def test_a_reward_that_is_always_missing_is_caught(made):
@@ -427,5 +427,5 @@ def test_a_reward_that_is_always_missing_is_caught(made):
 def test_a_reward_that_is_mostly_missing_is_said(made):
     cast = made(reward=lambda completions, **_: [math.nan if i % 3 else float(i) for i in range(len(completions))])
 
-    findings = {finding.check: finding for finding in preflight.check(cast)}
+    findings = {finding.check: finding for finding in preflight.run_checks(cast)}
     assert "gave 10 of 16 completions no score" in str(findings["reward spreads"])

@@ -10,11 +10,11 @@ from tests.foreign_envs import MaskByMethod, MaskInObservation, TenSteps
 from tests.probes import ACTIONS, MODES, Anything, is_allowed
 from understudy import load
 from understudy.control import environment, ppo, reinforce
-from understudy.control.collect import Walker
-from understudy.control.masks import checked_mask, random_allowed
+from understudy.control.collect import RolloutCollector
+from understudy.control.masks import sample_allowed_action, validate_mask
 from understudy.control.policy import Policy
 from understudy.control.preflight import check_env
-from understudy.control.spaces import MASK, mask_width
+from understudy.control.spaces import MASK_KEY, mask_width
 from understudy.run.config import RequestError
 
 HERE = "tests.test_masks:"
@@ -76,7 +76,7 @@ class NothingAllowed(MaskByMethod):
 def walk(envs, steps=25):
     """A walk of a fresh policy; the environments raise, or pay -1, where an action is forbidden."""
     policy = Policy.build(envs.single_observation_space, envs.single_action_space, config(), seed=0)
-    walker = Walker(envs, seed_of=lambda row, episode: 100 * row + episode)
+    walker = RolloutCollector(envs, seed_of=lambda row, episode: 100 * row + episode)
     record = walker.collect(policy, steps)
     envs.close()
     return record
@@ -97,7 +97,7 @@ def test_action_masks_of_an_environment_are_read(vectorization):
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 def test_action_masks_of_a_users_own_vector_env_are_read(kind, mode):
-    envs = environment.adopt(kind([MaskByMethod] * 2, autoreset_mode=mode), lambda row, episode: row)
+    envs = environment.as_vector_env(kind([MaskByMethod] * 2, autoreset_mode=mode), lambda row, episode: row)
 
     record = walk(envs)
 
@@ -129,7 +129,7 @@ def test_preflight_of_an_object_keeps_to_its_action_masks(tmp_path):
 
 
 def test_action_masks_of_a_wrapper_are_read():
-    record = walk(environment.adopt(Masker(TenSteps(actions=4)), lambda row, episode: row))
+    record = walk(environment.as_vector_env(Masker(TenSteps(actions=4)), lambda row, episode: row))
 
     assert set(record.action[record.mask].tolist()) == {0, 3}
 
@@ -139,18 +139,18 @@ class Both(MaskByMethod):
 
     def reset(self, *, seed=None, options=None):
         obs, _ = super().reset(seed=seed)
-        return obs, {MASK: self.allowed}
+        return obs, {MASK_KEY: self.allowed}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = super().step(action)
-        return obs, reward, terminated, truncated, {MASK: self.allowed}
+        return obs, reward, terminated, truncated, {MASK_KEY: self.allowed}
 
     def action_masks(self):
         raise AssertionError("info holds the mask")
 
 
 def test_a_mask_in_info_goes_before_the_method():
-    record = walk(environment.adopt(Both(), lambda row, episode: row))
+    record = walk(environment.as_vector_env(Both(), lambda row, episode: row))
 
     assert (record.reward[record.mask] == 1).all()
 
@@ -213,7 +213,7 @@ def test_act_refuses_a_mask_that_does_not_fit(masked, mask, problem):
 )
 def test_preflight_acts_inside_the_mask(env):
     for seed in range(4):  # unmasked, each step is forbidden three times in four
-        check_env(env, environment.single(env)(), seed=seed)
+        check_env(env, environment.make_factory(env)(), seed=seed)
 
 
 @pytest.mark.parametrize("name", ["Discrete", "MultiDiscrete", "MultiBinary"])
@@ -222,7 +222,7 @@ def test_a_random_action_is_one_that_the_mask_allows(name):
     env = Anything("vector", name, length=3, masked=True)
     env.reset(seed=0)
 
-    actions = [random_allowed(space, env.allowed.astype(bool), rng) for _ in range(40)]  # pyright: ignore
+    actions = [sample_allowed_action(space, env.allowed.astype(bool), rng) for _ in range(40)]  # pyright: ignore
 
     assert all(space.contains(action) and is_allowed(space, action, env.allowed) for action in actions)
     assert len({str(action) for action in actions}) > 1
@@ -233,7 +233,7 @@ def test_a_mask_of_every_form_is_read_flat():
     expected = [True, False, False, True, True]
 
     for mask in ([1, 0, 0, 1, 1], np.array([1, 0, 0, 1, 1], np.int8), ([1, 0], [0, 1, 1]), [np.eye(2)[0], [0, 1, 1]]):
-        assert checked_mask(space, mask).tolist() == expected
+        assert validate_mask(space, mask).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -266,12 +266,12 @@ def test_a_mask_that_does_not_fit_is_refused_before_the_first_step(tmp_path, nam
 )
 def test_a_mask_space_that_does_not_fit_is_refused(mask, action, problem):
     with pytest.raises(RequestError, match=problem):
-        environment.check_spaces("x", spaces.Dict({MASK: mask, "x": spaces.Discrete(2)}), action)
+        environment.check_spaces("x", spaces.Dict({MASK_KEY: mask, "x": spaces.Discrete(2)}), action)
 
 
 def test_an_observation_that_is_a_mask_alone_is_refused():
     with pytest.raises(RequestError, match="in which a policy sees no number"):
-        environment.check_spaces("x", spaces.Dict({MASK: spaces.MultiBinary(2)}), spaces.Discrete(2))
+        environment.check_spaces("x", spaces.Dict({MASK_KEY: spaces.MultiBinary(2)}), spaces.Discrete(2))
 
 
 def test_a_mask_is_as_wide_as_its_parts_together():
@@ -281,4 +281,4 @@ def test_a_mask_is_as_wide_as_its_parts_together():
 @pytest.mark.parametrize("mask", [[0.0, -np.inf, 0.0], np.array([0, 2, 1]), [np.nan, 1.0, 1.0]])
 def test_a_mask_of_other_values_than_0_and_1_is_refused(mask):
     with pytest.raises(ValueError, match=r"action_mask holds (-inf|2|nan): must be 1 where an action is allowed"):
-        checked_mask(gymnasium.spaces.Discrete(3), mask)
+        validate_mask(gymnasium.spaces.Discrete(3), mask)

@@ -11,7 +11,7 @@ from tests.rehearsed import furnish, sft_config
 from understudy.language import sft
 from understudy.language.optimizer import AdamW
 from understudy.resuming import resume
-from understudy.run.checkpoint import tensors_of
+from understudy.run.checkpoint import load_tensors
 
 
 def stepped(kind, dtype, count, *, state=None, begin=1.0, lr=1e-4):
@@ -90,9 +90,9 @@ def test_a_run_in_half_precision_goes_on_to_the_bit(tmp_path):
 
     last = max(path.name for path in (whole.path / "checkpoints").iterdir())
     for file in ("policy/model.safetensors", f"checkpoints/{last}/optimizer.safetensors"):
-        one, other = (tensors_of(tmp_path / name / file) for name in ("whole", "again"))
+        one, other = (load_tensors(tmp_path / name / file) for name in ("whole", "again"))
         assert all(torch.equal(x, other[name]) for name, x in one.items()), file
-    before = tensors_of(home / "model.safetensors")
+    before = load_tensors(home / "model.safetensors")
     masters = [x for name, x in one.items() if name.endswith("master")]
     assert len(masters) == len(before)
     assert all(x.dtype == torch.float32 for x in masters)

@@ -6,9 +6,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from tests.models import FAMILIES, H, V, tiny
-from understudy.batch import Text
+from understudy.batch import TokenBatch
 from understudy.language import rehearsal
-from understudy.language.model import Critic, Policy, Reference, digest
+from understudy.language.model import Critic, Policy, Reference, module_digest
 from understudy.language.text import Tokenizer
 from understudy.run.config import RequestError
 
@@ -20,7 +20,7 @@ def padded(rows=ROWS, fill=0, extra=0):
     width = max(map(len, rows)) + extra
     ids = torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
     mask = torch.tensor([[t < len(row) - 1 for t in range(width)] for row in rows])
-    return Text(ids, mask)
+    return TokenBatch(ids, mask)
 
 
 def unpadded_truth(model, row, temperature=1.0):
@@ -40,7 +40,7 @@ def test_log_probs_are_the_models_own_on_rows_without_padding(family, tied, pack
     distribution, _ = policy(text)
     logprob = distribution.log_prob(text.action)
 
-    assert policy.fast
+    assert policy.is_head_separable
     for row, ids in enumerate(ROWS):
         # float32, another order of sums
         assert_close(logprob[row, : len(ids) - 1], unpadded_truth(truth, ids), atol=2e-5, rtol=1e-5)
@@ -106,7 +106,7 @@ def test_a_policy_comes_back_as_it_was_saved(critic, init, tmp_path):
 
 def test_a_saved_policy_is_an_ordinary_model_with_its_temperature_and_stops(tmp_path):
     policy = Policy(tiny("qwen2", tied=True), Critic(H, None), temperature=0.8)
-    policy.tokenizer = Tokenizer(rehearsal.tokenizer(), frozenset([2, 5]))
+    policy.tokenizer = Tokenizer(rehearsal.make_tokenizer(), frozenset([2, 5]))
     policy.save(tmp_path)
     ids = torch.tensor([ROWS[0]])
 
@@ -164,7 +164,7 @@ def test_a_reference_stays_where_it_was_and_says_which_it_is():
             parameter.mul_(1.1)
 
     assert torch.equal(reference(padded()).log_prob(padded().action), before)
-    assert reference.digest == digest(reference.policy.model) != digest(policy.model)
+    assert reference.digest == module_digest(reference.policy.model) != module_digest(policy.model)
 
 
 def test_dropout_is_off_in_every_mode():
@@ -188,12 +188,12 @@ def test_a_model_whose_logits_are_not_its_heads_runs_through_its_own_and_says_so
 
     monkeypatch.setattr(type(model), "forward", doubled)
     policy = Policy(model, Critic(H, None))
-    policy.settle([ROWS[0]])
+    policy.verify_separable_head([ROWS[0]])
     text = padded([ROWS[0]])
 
-    assert not policy.fast and not policy.cached
+    assert not policy.is_head_separable and not policy.uses_own_kv_cache
     assert_close(policy(text)[0].log_prob(text.action)[0, :-1], unpadded_truth(model, ROWS[0]))
-    assert len(policy.remarks) == 1 and "its own logits" in policy.remarks[0]
+    assert len(policy.warnings) == 1 and "its own logits" in policy.warnings[0]
 
 
 def test_a_directory_without_a_model_is_refused_in_a_sentence(tmp_path):
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     gradients = []
     for checkpointing in (False, True):
-        policy = Policy.from_pretrained(tmp_path, checkpointing=checkpointing).train()
+        policy = Policy.from_pretrained(tmp_path, gradient_checkpointing=checkpointing).train()
         text = padded()
         policy(text)[0].log_prob(text.action).sum().backward()
         gradients.append([p.grad.clone() for p in policy.parameters()])

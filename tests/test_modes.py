@@ -17,14 +17,14 @@ from tests.architectures import make
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import PPO, furnish, ppo_config, sft_config
 from tests.test_model import ROWS, padded
-from understudy.batch import Text
-from understudy.cli.language import evaluate_run, say
+from understudy.batch import TokenBatch
+from understudy.cli.language import evaluate_run, generate
 from understudy.language import dpo, grpo, ppo, preflight, rehearsal, reinforce, sft
-from understudy.language.cast import Cast
-from understudy.language.generate import check_cache
+from understudy.language.cast import RLHFModels
+from understudy.language.generate import measure_cache_error
 from understudy.language.model import Policy
 from understudy.language.scorer import RewardModel
-from understudy.objective import imitate
+from understudy.objective import sft_loss
 from understudy.resuming import resume
 from understudy.run.config import RequestError
 from understudy.run.installation import install_hint
@@ -65,15 +65,15 @@ def learn(policy, optimizer, text, updates):
     """Imitate some text, and make the critic say what it does not."""
 
     def objective(policy, text):
-        return imitate(policy, text)[0] + (policy(text)[1] - 3).pow(2), {}
+        return sft_loss(policy, text)[0] + (policy(text)[1] - 3).pow(2), {}
 
     update(
         policy,
         optimizer,
         text,
         objective,
-        epochs=updates,
-        minibatches=1,
+        num_epochs=updates,
+        num_minibatches=1,
         max_grad_norm=None,
         generator=torch.Generator().manual_seed(0),
     )
@@ -132,7 +132,7 @@ def test_top_layers_hear_what_the_policys_lower_layers_learn(tmp_path):
     assert not torch.allclose(policy(padded())[1], before, atol=1e-2)
 
 
-@pytest.mark.parametrize("fields", [{"checkpointing": True}, {"packing": True}], ids=str)
+@pytest.mark.parametrize("fields", [{"gradient_checkpointing": True}, {"packing": True}], ids=str)
 def test_how_top_layers_read_changes_no_gradient(fields, tmp_path):
     gradients = []
     for given in ({}, fields):
@@ -148,7 +148,7 @@ def test_top_layers_read_where_a_model_runs_through_its_own_logits(tmp_path):
     policy = of("llama", tmp_path, **TOP)
     value = policy(padded())[1]
 
-    policy.fast = False
+    policy.is_head_separable = False
 
     row = padded(ROWS[:1])
     assert_close(policy(row)[1][0, :8], value[0, :8], atol=1e-5, rtol=1e-5)
@@ -180,7 +180,7 @@ def test_a_model_whose_layers_are_not_found_is_refused(tmp_path):
     with pytest.raises(RequestError, match=r"^critic_layers is 1: which the layers of an? OPTForCausalLM are"):
         Policy.from_pretrained(tmp_path, critic="top")
     with pytest.raises(RequestError, match=r"^train_layers is 1: which the layers of an? OPTForCausalLM are"):
-        Policy.from_pretrained(tmp_path).train_top(1)
+        Policy.from_pretrained(tmp_path).train_top_layers(1)
 
 
 def test_a_model_whose_layers_do_something_else_apart_is_refused(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(family, tied, tm
     policy = of(family, tmp_path, tied=tied)
     before = logprob(policy)
 
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
 
     assert_close(logprob(policy), before, atol=2e-5, rtol=0)  # through its modules now: another order of sums
     names = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
@@ -218,9 +218,9 @@ def test_a_fresh_adapter_changes_nothing_and_is_all_that_learns(family, tied, tm
 @EVERY
 def test_an_adapter_is_sampled_from_as_it_is_trained(family, tied, tmp_path):
     policy = of(family, tmp_path, tied=tied)
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
 
-    assert check_cache(stir(policy), ROWS, steps=8) < 1e-5
+    assert measure_cache_error(stir(policy), ROWS, num_tokens=8) < 1e-5
 
 
 @EVERY
@@ -229,7 +229,7 @@ def test_merged_and_beside_its_base_an_adapter_says_the_same(family, tied, tmp_p
 
     policy = of(family, tmp_path / "model", tied=tied)
     plain = logprob(policy)
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
     stir(policy).save(tmp_path / "policy")
     truth = logprob(policy)
 
@@ -246,7 +246,7 @@ def test_merged_and_beside_its_base_an_adapter_says_the_same(family, tied, tmp_p
 
 def test_saving_moves_no_weight(tmp_path):
     policy = of("llama", tmp_path / "model")
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
     before = {name: x.clone() for name, x in stir(policy).model.state_dict().items()}
 
     policy.save(tmp_path / "policy")
@@ -270,8 +270,8 @@ def test_an_adapter_counts_alpha_over_rank(tmp_path):
     policies = []
     for alpha in (4, 8):
         policies.append(of("llama", tmp_path))
-        policies[-1].adapt(rank=4, alpha=alpha, targets=("down_proj",), seed=3)
-    weights = [stir(policy).adapter.merged()["model.layers.0.mlp.down_proj.weight"] for policy in policies]
+        policies[-1].add_lora_adapter(rank=4, alpha=alpha, targets=("down_proj",), seed=3)
+    weights = [stir(policy).adapter.merged_state_dict()["model.layers.0.mlp.down_proj.weight"] for policy in policies]
     base = tiny("llama").model.layers[0].mlp.down_proj.weight
 
     layer = policies[0].model.model.layers[0].mlp.down_proj
@@ -324,11 +324,11 @@ def test_a_lora_run_leaves_a_merged_policy_and_its_adapter_beside_it(recipe, hom
         run = kind.train(kind.Config(**fields, **given | {"reward": score}, data=str(home / "prompts.jsonl")))
 
     merged, adapter = Policy.load(run.path / "policy"), Policy.from_pretrained(run.path / "adapter")
-    text = Text(padded().ids, padded().mask)
+    text = TokenBatch(padded().ids, padded().mask)
     assert_close(logprob(merged, text), logprob(adapter, text), atol=2e-5, rtol=1e-5)
     assert not torch.allclose(logprob(merged, text), logprob(Policy.from_pretrained(home), text), atol=1e-3)
     assert not (run.path / "policy" / "adapter").exists()
-    assert adapter.remarks == [
+    assert adapter.warnings == [
         f"model '{run.path / 'adapter'}' is an adapter on '{home}': it is merged into its weights"
     ]
 
@@ -348,7 +348,7 @@ def test_a_checkpoint_holds_the_adapter_to_the_bit_and_an_optimizer_over_nothing
 
 def test_an_adapter_stays_in_float32_beside_a_bfloat16_model(tmp_path):
     policy = of("llama", tmp_path, dtype=torch.bfloat16)
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
 
     assert {parameter.dtype for parameter in policy.actor_parameters()} == {torch.float32}
     assert policy(padded())[0].hidden.dtype == torch.bfloat16
@@ -372,7 +372,7 @@ def test_without_peft_lora_is_refused_with_what_to_install(home, tmp_path, monke
 )
 def test_an_adapter_that_cannot_be_merged_is_refused(about, named, tmp_path):
     policy = of("llama", tmp_path / "model")
-    policy.adapt(rank=2, alpha=4)
+    policy.add_lora_adapter(rank=2, alpha=4)
     policy.save(tmp_path / "policy")
     file = tmp_path / "policy" / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | about))
@@ -385,12 +385,12 @@ def test_a_policy_that_arrives_with_an_adapter_is_merged_and_then_its_own_refere
     first = sft.train(sft_config(home, tmp_path / "sft", lora=2, learning_rate=1e-2))
     source = first.path / "adapter"
 
-    cast = Cast(ppo_config(home, tmp_path / "run", model=str(source), lora=2))
+    cast = RLHFModels(ppo_config(home, tmp_path / "run", model=str(source), lora=2))
 
-    text = Text(padded().ids, padded().mask)
+    text = TokenBatch(padded().ids, padded().mask)
     merged = logprob(Policy.load(first.path / "policy"), text)
     assert_close(cast.reference(text).log_prob(text.action), merged, atol=2e-5, rtol=1e-5)
-    own = Cast(ppo_config(home, tmp_path / "run")).tokenizer
+    own = RLHFModels(ppo_config(home, tmp_path / "run")).tokenizer
     assert cast.tokenizer.stops == own.stops and cast.tokenizer.hf.get_vocab() == own.hf.get_vocab()
 
 
@@ -407,7 +407,8 @@ def test_an_adapters_directory_can_be_talked_to(home, tmp_path, capsys):
     run = sft.train(sft_config(home, tmp_path / "sft", lora=2))
 
     said = [
-        say([str(run.path / name), "--prompt", "the", "--greedy", "--max-new", "5"]) for name in ("adapter", "policy")
+        generate([str(run.path / name), "--prompt", "the", "--greedy", "--max-new", "5"])
+        for name in ("adapter", "policy")
     ]
 
     one, other = capsys.readouterr().out.splitlines()
@@ -430,8 +431,8 @@ KEPT = {
 @pytest.mark.parametrize("mode", KEPT)
 def test_the_reference_says_the_same_to_the_bit_after_twenty_updates(mode, critic, home, tmp_path):
     fields = KEPT[mode] | ({"reference": str(home)} if "reference" in KEPT[mode] else {})
-    cast = Cast(ppo_config(home, tmp_path / "run", critic=critic, learning_rate=1e-2, **fields))
-    text = Text(padded().ids, padded().mask)
+    cast = RLHFModels(ppo_config(home, tmp_path / "run", critic=critic, learning_rate=1e-2, **fields))
+    text = TokenBatch(padded().ids, padded().mask)
     began, before = logprob(cast.policy, text), cast.reference(text).log_prob(text.action)
     critics, value = [p.detach().clone() for p in cast.policy.critic_parameters()], cast.policy(text)[1]
 
@@ -449,7 +450,7 @@ def test_a_reference_shares_what_never_learns_and_copies_the_rest(home, tmp_path
     shared = {}
     for mode, fields in {**KEPT, "lora": {"lora": 4}, "layers": {"train_layers": 1}, "all": {}}.items():
         if mode != "directory":
-            cast = Cast(ppo_config(home, tmp_path / "run", **fields))
+            cast = RLHFModels(ppo_config(home, tmp_path / "run", **fields))
             own, theirs = (addresses(p.parameters()) for p in (cast.policy.model, cast.reference))
             shared[mode] = len(own & theirs), len(theirs)
 
@@ -481,7 +482,7 @@ ADAPTERS = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))  # 2 layers, rank 4, in + ou
     ids=str,
 )
 def test_so_many_numbers_are_held_and_learned(fields, held, learned, home, tmp_path):
-    cast = Cast(ppo_config(home, tmp_path / "run", **fields))
+    cast = RLHFModels(ppo_config(home, tmp_path / "run", **fields))
 
     everything = {id(p): p.numel() for part in (cast.policy, cast.reference) for p in part.parameters()}
     assert sum(everything.values()) == held
@@ -546,15 +547,15 @@ def test_a_run_of_any_mode_that_is_taken_up_again_ends_as_if_it_never_stopped(fi
 @pytest.mark.parametrize("family", [*FAMILIES, "llama in half precision"])
 def test_preflight_passes_however_rows_are_read(family, home, tmp_path):
     model = tiny(family.split()[0])
-    model.resize_token_embeddings(len(rehearsal.tokenizer()))
+    model.resize_token_embeddings(len(rehearsal.make_tokenizer()))
     model.save_pretrained(tmp_path)
-    rehearsal.tokenizer().save_pretrained(tmp_path)
+    rehearsal.make_tokenizer().save_pretrained(tmp_path)
     reading = {"packing": True, "checkpointing": True, "micro": 3, "temperature": 0.7, "reward": score}
     reading |= {"dtype": "bfloat16"} if "half" in family else {}
 
     for fields in ({"lora": 4, "critic": "top"}, {"train_layers": 1, "critic": "top", "critic_layers": 2}):
-        cast = Cast(ppo_config(home, tmp_path / "run", model=str(tmp_path), **reading, **fields))
-        assert {finding.check for finding in preflight.check(cast)} <= {"cut share"}
+        cast = RLHFModels(ppo_config(home, tmp_path / "run", model=str(tmp_path), **reading, **fields))
+        assert {finding.check for finding in preflight.run_checks(cast)} <= {"cut share"}
 
 
 # ---- every combination ------------------------------------------------------------------------------------------------
@@ -602,7 +603,7 @@ def adapted(name, tmp_path, **options) -> Policy:
     """A policy with an adapter that says something."""
     make(name).save_pretrained(tmp_path / "model")
     policy = Policy.from_pretrained(tmp_path / "model")
-    policy.adapt(rank=2, alpha=8.0, **options)
+    policy.add_lora_adapter(rank=2, alpha=8.0, **options)
     with torch.no_grad():
         for parameter in policy.actor_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1)
@@ -642,9 +643,9 @@ def test_every_part_of_an_adapter_learns_is_merged_and_read_by_peft(name, tmp_pa
 def test_the_share_of_weights_that_an_adapter_reaches_is_said(name, share, others, tmp_path):
     policy = adapted(name, tmp_path)
 
-    assert policy.adapter.others == others
-    assert share is None or policy.adapter.share == pytest.approx(share)
-    said = [remark for remark in policy.remarks if remark.startswith("lora adapts ")]
+    assert policy.adapter.unadapted_names == others
+    assert share is None or policy.adapter.adapted_fraction == pytest.approx(share)
+    said = [remark for remark in policy.warnings if remark.startswith("lora adapts ")]
     assert len(said) == bool(others) and all(name in said[0] for name in others)
 
 

@@ -14,21 +14,21 @@ from torch.testing import assert_close
 from tests.probes import ACTIONS, OBSERVATIONS, Anything
 from tests.records import seeded
 from understudy.batch import map_tensors
-from understudy.control.config import Network
-from understudy.control.networks import ActorCritic, Body, Cnn, Memory
-from understudy.control.spaces import MASK, features, mask_width, read
+from understudy.control.config import NetworkConfig
+from understudy.control.networks import ActorCriticNetwork, Cnn, FeatureExtractor, RecurrentLayer
+from understudy.control.spaces import MASK_KEY, feature_spaces, mask_width, read_obs
 from understudy.distribution import Bernoulli, Categorical, DiagonalGaussian, MultiCategorical, SquashedGaussian
 
 KINDS = ("gru", "lstm")
 
 
-def shape(**fields) -> Network:
-    return dataclasses.replace(Network(hidden=(8,), memory_size=4), **fields)
+def shape(**fields) -> NetworkConfig:
+    return dataclasses.replace(NetworkConfig(hidden=(8,), memory_size=4), **fields)
 
 
-def network(observation: str, action: str = "Discrete", **fields) -> ActorCritic:
+def network(observation: str, action: str = "Discrete", **fields) -> ActorCriticNetwork:
     torch.manual_seed(0)
-    return ActorCritic(OBSERVATIONS[observation], ACTIONS[action], shape(**fields))
+    return ActorCriticNetwork(OBSERVATIONS[observation], ACTIONS[action], shape(**fields))
 
 
 def observed(space: gymnasium.Space, rows: int, steps: int, seed: int = 0):
@@ -36,7 +36,7 @@ def observed(space: gymnasium.Space, rows: int, steps: int, seed: int = 0):
     space.seed(seed)
     samples = [space.sample() for _ in range(rows * steps)]
     empty = gymnasium.vector.utils.create_empty_array(space, n=len(samples))
-    tree = read(space, gymnasium.vector.utils.concatenate(space, samples, empty))
+    tree = read_obs(space, gymnasium.vector.utils.concatenate(space, samples, empty))
     return map_tensors(lambda x: x.unflatten(0, (rows, steps)), tree)
 
 
@@ -120,7 +120,7 @@ def test_gymnasiums_stack_of_frames_is_read_frame_by_frame(dims):
 
 
 def test_discrete_observations_are_one_hot():
-    body = Body(OBSERVATIONS["Tuple"], shape(hidden=()))
+    body = FeatureExtractor(OBSERVATIONS["Tuple"], shape(hidden=()))
     tree = {"0": torch.tensor([[[0.5, -0.5]]]), "1": torch.tensor([[[1, 0]]]), "2.0": torch.tensor([[1]])}
 
     assert_close(body(tree), torch.tensor([[[0.5, -0.5, 0, 1, 1, 0, 0, 0, 1.0]]]))
@@ -128,7 +128,7 @@ def test_discrete_observations_are_one_hot():
 
 @pytest.mark.parametrize("memory", ["none", *KINDS])
 @pytest.mark.parametrize(
-    ("observation", "leaf"), [(o, leaf) for o, space in OBSERVATIONS.items() for leaf in features(space)]
+    ("observation", "leaf"), [(o, leaf) for o, space in OBSERVATIONS.items() for leaf in feature_spaces(space)]
 )
 def test_every_part_of_an_observation_reaches_actor_and_critic(observation, leaf, memory):
     net = network(observation, memory=memory)
@@ -145,7 +145,7 @@ def test_a_mask_is_no_feature():
     net = network("vector")
     x = observed(OBSERVATIONS["vector"], 2, 3)
     _, value = net(x)
-    _, masked = net({"obs": x, MASK: torch.tensor([True, False, False]).expand(2, 3, 3)})
+    _, masked = net({"obs": x, MASK_KEY: torch.tensor([True, False, False]).expand(2, 3, 3)})
 
     assert_close(value, masked)
 
@@ -155,7 +155,7 @@ def test_a_mask_that_allows_everything_changes_nothing(action):
     net = network("vector", action)
     x = observed(OBSERVATIONS["vector"], 2, 3)
     free, _ = net(x)
-    masked, _ = net({"obs": x, MASK: torch.ones(2, 3, mask_width(ACTIONS[action])).bool()})
+    masked, _ = net({"obs": x, MASK_KEY: torch.ones(2, 3, mask_width(ACTIONS[action])).bool()})
     chosen = free.sample(seeded())
 
     assert_close(masked.log_prob(chosen), free.log_prob(chosen))
@@ -165,7 +165,7 @@ def test_a_mask_that_allows_everything_changes_nothing(action):
 def test_a_bit_can_be_forbidden_to_be_0_or_to_be_1():
     net = network("vector", "MultiBinary")
     allowed = torch.tensor([1, 0, 0, 1, 1, 1]).bool()  # by bit: may be 0, may be 1
-    distribution, _ = net({"obs": torch.zeros(1, 50, 3), MASK: allowed.expand(1, 50, 6)})
+    distribution, _ = net({"obs": torch.zeros(1, 50, 3), MASK_KEY: allowed.expand(1, 50, 6)})
     bits = distribution.sample(seeded())[0]
 
     assert bits[:, 0].eq(0).all() and bits[:, 1].eq(1).all()
@@ -231,7 +231,7 @@ def test_the_deviation_of_a_box_begins_where_it_is_told():
 def test_tanh_leaves_what_has_no_bounds_unsquashed():
     torch.manual_seed(0)
     low, high = np.array([-1, 0], np.float32), np.array([1, np.inf], np.float32)
-    net = ActorCritic(OBSERVATIONS["vector"], spaces.Box(low, high), shape(squash="tanh"))
+    net = ActorCriticNetwork(OBSERVATIONS["vector"], spaces.Box(low, high), shape(squash="tanh"))
     distribution, _ = net(torch.zeros(1, 1, 3))
     action = torch.tensor([[[0.3, 0.7]]])
 
@@ -242,14 +242,14 @@ def test_tanh_leaves_what_has_no_bounds_unsquashed():
     assert_close(distribution.entropy(), alone.entropy() + plain.entropy())
 
 
-def slow(memory: Memory, x, state, start):
+def slow(memory: RecurrentLayer, x, state, start):
     """Column by column, the state zeroed by hand."""
     outs = []
     for t in range(x.shape[1]):
         state = torch.where(start[:, t, None], 0.0, state)
-        hidden = state[None] if not memory.lstm else tuple(h.contiguous() for h in state[None].chunk(2, dim=2))
+        hidden = state[None] if not memory.is_lstm else tuple(h.contiguous() for h in state[None].chunk(2, dim=2))
         out, after = memory.rnn(x[:, t : t + 1], hidden)
-        state = torch.cat(after, dim=2)[0] if memory.lstm else after[0]
+        state = torch.cat(after, dim=2)[0] if memory.is_lstm else after[0]
         outs.append(out)
     return torch.cat(outs, dim=1), state
 
@@ -272,7 +272,7 @@ STARTS = {
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
 def test_memory_is_a_loop_whose_state_is_zeroed_at_starts(kind, start):
     torch.manual_seed(0)
-    memory = Memory(3, 4, kind).double()
+    memory = RecurrentLayer(3, 4, kind).double()
     x = torch.randn(*start.shape, 3, dtype=torch.float64)
     state = torch.randn(len(start), memory.state_size, dtype=torch.float64)
 
@@ -284,7 +284,7 @@ def test_memory_is_a_loop_whose_state_is_zeroed_at_starts(kind, start):
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_that_loop_for_random_starts(kind):
     torch.manual_seed(1)
-    memory = Memory(2, 3, kind).double()
+    memory = RecurrentLayer(2, 3, kind).double()
     for _ in range(20):
         start = torch.rand(5, 9) < 0.3
         x, state = torch.randn(5, 9, 2).double(), torch.randn(5, memory.state_size).double()
@@ -293,7 +293,7 @@ def test_memory_is_that_loop_for_random_starts(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_learns_across_a_start(kind):
-    memory = Memory(2, 3, kind)
+    memory = RecurrentLayer(2, 3, kind)
     x = torch.randn(1, 4, 2, generator=seeded(), requires_grad=True)
     out, _ = memory(x, torch.zeros(1, memory.state_size), starts("..s."))
     out[:, 2:].sum().backward()
@@ -321,7 +321,7 @@ def test_acting_step_by_step_says_what_one_pass_over_the_row_says(kind, shared):
 @pytest.mark.parametrize("observation", OBSERVATIONS)
 def test_the_space_of_an_environment_is_that_of_its_network(observation):
     env = Anything(observation, "Discrete", length=3, masked=True)
-    net = ActorCritic(env.observation_space, env.action_space, shape())
+    net = ActorCriticNetwork(env.observation_space, env.action_space, shape())
     distribution, value = net(observed(env.observation_space, 2, 3))
 
     assert distribution.logp.shape == (2, 3, 3) and value.shape == (2, 3)

@@ -13,11 +13,11 @@ from torch.testing import assert_close
 from tests.bandit_lm import ONE, by_reinforce, say, settings, slow_down, total_variation
 from tests.records import ACTIONS, Table, seeded
 from tests.rehearsed import furnish
-from understudy.batch import Batch, Text
+from understudy.batch import Batch, TokenBatch
 from understudy.language import config, grpo, ppo, reinforce, stage
-from understudy.language.cast import Cast, reweigh
-from understudy.language.collect import Said
-from understudy.language.generate import Completion, generate, lay_out
+from understudy.language.cast import RLHFModels, off_policy_weights
+from understudy.language.collect import Rollout
+from understudy.language.generate import Completion, build_trajectory, generate
 from understudy.language.tokens import Head, TokenDistribution
 from understudy.objective import grpo as grpo_loss
 from understudy.objective import policy_gradient, squared_error
@@ -28,7 +28,7 @@ from understudy.update import update
 
 WIDE = {"low": 0.0, "high": float("inf")}
 OBJECTIVES = {
-    "policy_gradient": partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss=squared_error),
+    "policy_gradient": partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss_fn=squared_error),
     "ppo": partial(ppo_loss, clip=0.2, value_coef=0.0, entropy_coef=0.0),
     "grpo": partial(grpo_loss, low=0.2, high=0.2, entropy_coef=0.0),
 }
@@ -59,7 +59,7 @@ class Words:
         batch = Batch(
             obs=self.prefix,
             action=self.words,
-            logprob=own,
+            behavior_logprob=own,
             mask=self.mask,
             reward=zeros,
             terminated=ended,
@@ -67,7 +67,7 @@ class Words:
             value=zeros,
             advantage=weight * self.reward[:, None],
             target=zeros,
-            old=self.pi(self.prefix)[0],
+            old_distribution=self.pi(self.prefix)[0],
         )
         loss, _ = objective(self.pi, batch)
         self.pi.zero_grad()
@@ -82,7 +82,7 @@ class Words:
 def test_without_a_bound_another_samplers_words_have_the_policys_own_gradient(length, ratio, how, objective):
     words = Words(length)
 
-    found = words.gradient(words.mu, objective, how=how, ratio=ratio, **WIDE)
+    found = words.gradient(words.mu, objective, mode=how, ratio=ratio, **WIDE)
     assert_close(found, words.gradient(words.pi, objective))
 
 
@@ -96,7 +96,7 @@ def test_control_unweighted_they_have_another_one():
 def test_ratios_of_steps_leave_to_the_sampler_what_came_before_and_comes_after(ratio):
     words = Words(2)
 
-    off = (words.gradient(words.mu, how="truncate", ratio=ratio, **WIDE) - words.gradient(words.pi)).norm()
+    off = (words.gradient(words.mu, mode="truncate", ratio=ratio, **WIDE) - words.gradient(words.pi)).norm()
     assert 0.01 < off < (words.gradient(words.mu) - words.gradient(words.pi)).norm()
 
 
@@ -105,7 +105,7 @@ def one_good_word(how: str, high: float) -> tuple[float, float, float]:
     words = Words(1)
     words.reward = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
     ratio = float((words.logprob(words.pi) - words.logprob(words.mu))[0].exp())
-    found = words.gradient(words.mu, how=how, ratio="step", low=0.0, high=high * ratio)
+    found = words.gradient(words.mu, mode=how, ratio="step", low=0.0, high=high * ratio)
     return -float(words.gradient(words.pi)[0, 0]), -float(found[0, 0]), ratio
 
 
@@ -132,7 +132,7 @@ def test_a_bound_takes_from_the_weights_and_never_adds(how):
     chance = theirs.sum(dim=1).exp()
     means = []
     for high in (0.5, 1.0, 2.0, 4.0, float("inf")):
-        weight = importance_weight(own, theirs, words.mask, how=how, ratio="row", low=0.0, high=high)
+        weight = importance_weight(own, theirs, words.mask, mode=how, ratio="row", low=0.0, high=high)
         means.append(float((chance * weight[:, 0]).sum()))
 
     assert means == sorted(means)
@@ -142,15 +142,15 @@ def test_a_bound_takes_from_the_weights_and_never_adds(how):
 # what a recipe makes of a record: three tokens of two, which the sampler chose with probability 1/2 each
 
 
-def rollouts(**fields) -> config.Rollouts:
-    return config.Rollouts(**{"model": "m", "data": "d", "reward": "length", **fields})
+def rollouts(**fields) -> config.RolloutConfig:
+    return config.RolloutConfig(**{"model": "m", "data": "d", "reward": "length", **fields})
 
 
 SAID = [Completion([1, 0, 1], [math.log(0.5)] * 3, True, 0)]
-RECORD = Said([], SAID, lay_out([[0]], SAID), None)  # pyright: ignore[reportArgumentType]
+RECORD = Rollout([], SAID, build_trajectory([[0]], SAID), None)  # pyright: ignore[reportArgumentType]
 
 
-def quarter(text: Text) -> tuple[TokenDistribution, torch.Tensor]:
+def quarter(text: TokenBatch) -> tuple[TokenDistribution, torch.Tensor]:
     """A policy to which token 1 has probability 1/4: pi / mu is 1/2 for it and 3/2 for token 0."""
     logits = torch.tensor([0.75, 0.25]).log().expand(*text.ids.shape, 2)
     return TokenDistribution(logits, text.mask, Head(nn.Identity())), torch.zeros(text.ids.shape)
@@ -170,29 +170,29 @@ def quarter(text: Text) -> tuple[TokenDistribution, torch.Tensor]:
     ids=str,
 )
 def test_a_token_counts_as_the_config_says(fields, weights):
-    _, weight, _ = reweigh(quarter, RECORD, rollouts(**fields))
+    _, weight, _ = off_policy_weights(quarter, RECORD, rollouts(**fields))
 
-    assert_close(weight[RECORD.record.mask], torch.tensor(weights, dtype=torch.float32))
+    assert_close(weight[RECORD.trajectory.mask], torch.tensor(weights, dtype=torch.float32))
 
 
 def test_ratios_of_the_update_begin_at_one_whoever_sampled():
-    said, _, _ = reweigh(quarter, RECORD, rollouts(off_policy="truncate"))
+    said, _, _ = off_policy_weights(quarter, RECORD, rollouts(off_policy="truncate"))
 
     logprob = torch.tensor([[0.25, 0.75, 0.25, 1.0]]).log()
-    assert_close(said.record.logprob, logprob)
+    assert_close(said.trajectory.behavior_logprob, logprob)
     assert said.completions == RECORD.completions
-    assert not said.record.logprob.requires_grad
+    assert not said.trajectory.behavior_logprob.requires_grad
 
 
 def test_the_policys_own_samples_are_left_as_they_are():
-    said, _, metrics = reweigh(quarter, RECORD, rollouts())
+    said, _, metrics = off_policy_weights(quarter, RECORD, rollouts())
 
     assert said is RECORD
     assert metrics == {}
 
 
 def test_weights_are_measured():
-    _, _, metrics = reweigh(quarter, RECORD, rollouts(off_policy="truncate"))
+    _, _, metrics = off_policy_weights(quarter, RECORD, rollouts(off_policy="truncate"))
 
     assert metrics["weight_mean"] == pytest.approx(2.5 / 3)
     assert metrics["weight_effective"] == pytest.approx(2.5**2 / (3 * 2.75))  # 1/4 + 9/4 + 1/4
@@ -276,16 +276,16 @@ def test_truncated_samples_count_the_mass_that_was_kept(fields, home, tmp_path):
     cfg = reinforce.Config(**given, **FEW, off_policy="truncate", out=str(tmp_path / "run"), **fields)
 
     told = reinforce.train(cfg).metrics[0]
-    cast = Cast(cfg)
-    said = cast.sampler.collect(cast.policy, range(8), first=0)
+    cast = RLHFModels(cfg)
+    said = cast.sampler.collect(cast.policy, range(8), first_row=0)
     with torch.no_grad():
-        logp = cast.policy(said.record.obs)[0]._logp
+        logp = cast.policy(said.trajectory.obs)[0]._logp
     assert logp is not None
     p = logp.exp().sort(dim=-1, descending=True).values
     mass = p.cumsum(dim=-1)
     share = mass[:, 4] if "top_k" in fields else mass.where(mass >= 0.6, 2).amin(dim=-1)  # pi / mu of a kept token
-    _, weight, _ = reweigh(cast.policy, said, cfg)
-    assert_close(weight[said.record.mask], share, atol=1e-5, rtol=0)
+    _, weight, _ = off_policy_weights(cast.policy, said, cfg)
+    assert_close(weight[said.trajectory.mask], share, atol=1e-5, rtol=0)
     assert 0 < told["weight_mean"] < 0.95  # the run itself samples so, too
 
 
@@ -297,16 +297,16 @@ def test_truncated_samples_are_refused_where_they_would_not_be_weighed(fields, h
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
     cfg = reinforce.Config(**given, **FEW, off_policy="mask", **fields)
     with pytest.raises(RequestError, match="beside an engine of your own"):
-        Cast(cfg, Claims(1.0))
+        RLHFModels(cfg, Claims(1.0))
 
 
 def test_truncated_samples_end_while_they_are_sampled(home):
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length}
-    cast = Cast(reinforce.Config(**given, **FEW, off_policy="truncate", top_k=5, stop=("the old",)))
+    cast = RLHFModels(reinforce.Config(**given, **FEW, off_policy="truncate", top_k=5, stop=("the old",)))
     engine = cast.sampler.engine
     assert isinstance(engine, partial)
 
-    assert engine.keywords["ends"] == cast.tokenizer.at_stop_string  # not cut afterwards alone
+    assert engine.keywords["stop_condition"] == cast.tokenizer.ends_with_stop_string  # not cut afterwards alone
 
 
 def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home, tmp_path):
@@ -321,7 +321,7 @@ def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home
 def test_a_cast_without_an_engine_samples_by_itself(home):
     cfg = reinforce.Config(model=str(home), data=str(home / "prompts.jsonl"), reward=by_length, **FEW)
 
-    assert Cast(cfg).sampler.engine is None
+    assert RLHFModels(cfg).sampler.engine is None
 
 
 # learning from a sampler that never changes: the optimum is known
@@ -331,12 +331,12 @@ def astray(seed: int, **fields) -> float:
     """How far from the optimum REINFORCE ends whose every word the reference chose, in the worst of the last iterates."""
     lm, fixed, generator = ONE.lm(), ONE.lm(), seeded(seed)
     cfg = settings(reinforce.Config, ONE, **fields)
-    optimizer = stage.adamw(cfg, stage.all_of(lm))
+    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(lm))
     distance = []
     for i in range(80):
         slow_down(optimizer, i / 80)
-        said, weight, _ = reweigh(lm, say(fixed, 2048, generator), cfg)  # pyright: ignore[reportArgumentType]
-        batch, objective, told = by_reinforce(ONE)(lm, said, ONE.score(said.record), lambda text: fixed(text)[0])
+        said, weight, _ = off_policy_weights(lm, say(fixed, 2048, generator), cfg)  # pyright: ignore[reportArgumentType]
+        batch, objective, told = by_reinforce(ONE)(lm, said, ONE.score(said.trajectory), lambda text: fixed(text)[0])
         batch = Batch.of(batch, advantage=weight * batch.advantage)
         update(lm, optimizer, batch, objective, max_grad_norm=1.0, generator=generator, **told)
         distance.append(total_variation(lm.completions(), ONE.tilted()))

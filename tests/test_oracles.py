@@ -19,7 +19,7 @@ from understudy.control.policy import Policy
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.objective import policy_gradient, squared_error
 from understudy.update import update
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 INPUTS, CLEANRL, SB3, RSL_RL = (
     json.loads((Path(__file__).parent / "oracles" / f"{name}.json").read_text())
@@ -129,7 +129,7 @@ def record_of(case: str, *, limits: bool = False) -> Trajectory:
     return Trajectory(
         obs=spread(stored.obs, ended, after),
         action=spread(stored.action, ended),
-        logprob=spread(stored.logprob, ended),
+        behavior_logprob=spread(stored.logprob, ended),
         mask=mask,
         reward=spread(stored.reward, ended),
         terminated=never if limits else ends,
@@ -140,7 +140,7 @@ def record_of(case: str, *, limits: bool = False) -> Trajectory:
 def values_of(policy: Policy, record: Trajectory, case: str) -> tuple[Tensor, object]:
     """The stored values at the steps, the policy's own elsewhere; and the distribution that sampled."""
     stored = given(case)
-    _, own = estimate(policy, record)
+    _, own = estimate_values(policy, record)
     old = {name: spread(x, stored.terminated) for name, x in stored.old.items()}
     value = torch.where(record.mask, spread(stored.value, stored.terminated), own)
     return value, Categorical(**old) if case == "discrete" else DiagonalGaussian(**old)
@@ -153,7 +153,7 @@ def by_step(x: Tensor, mask: Tensor) -> Tensor:
 
 def weighed(policy: Policy, cfg, case: str) -> Batch:
     record = record_of(case)
-    return ppo.weigh_up(record, record.reward, *values_of(policy, record, case), cfg)
+    return ppo.compute_advantages(record, record.reward, *values_of(policy, record, case), cfg)
 
 
 def improve_on(batch: Batch, policy: Policy, optimizer, cfg, steer, generator: torch.Generator) -> dict[str, float]:
@@ -164,11 +164,11 @@ def improve_on(batch: Batch, policy: Policy, optimizer, cfg, steer, generator: t
         optimizer,
         batch,
         partial(ppo.ppo, clip=cfg.clip, value_clip=cfg.value_clip, **coefs),
-        epochs=cfg.epochs,
-        minibatches=cfg.minibatches,
+        num_epochs=cfg.epochs,
+        num_minibatches=cfg.minibatches,
         max_grad_norm=cfg.max_grad_norm,
-        prepare=ppo.standardized if cfg.standardize == "minibatch" else None,
-        steer=steer,
+        transform_minibatch=ppo.standardize_advantages if cfg.standardize == "minibatch" else None,
+        on_minibatch=steer,
         reshuffle=cfg.reshuffle,
         generator=generator,
     )
@@ -177,13 +177,13 @@ def improve_on(batch: Batch, policy: Policy, optimizer, cfg, steer, generator: t
 def improve(cfg, case: str, *, optimizer_steps: int | None = None) -> tuple[Policy, list[dict], dict]:
     """Policy, every minibatch's metrics and the update's own, after so many optimizer steps of the recipe's update."""
     policy = initial(cfg, case)
-    optimizer = ppo.optimizer(policy, cfg)
+    optimizer = ppo.make_optimizer(policy, cfg)
     seen: list[dict] = []
 
     def steer(metrics: dict[str, float]) -> bool:
         if len(seen) == optimizer_steps:
             return True
-        stop = ppo.steer(optimizer, cfg, metrics)
+        stop = ppo.on_minibatch(optimizer, cfg, metrics)
         seen.append(metrics | {"learning_rate": optimizer.param_groups[0]["lr"]})
         return stop
 
@@ -339,7 +339,7 @@ def test_a_scalar_deviation_is_kept_above_rsl_rls_least():
 )
 def test_the_rate_that_follows_the_kl_keeps_to_rsl_rls_bounds(rate, kl, after):
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=rate)
-    ppo.steer(optimizer, settings("rsl_rl", "gaussian_elu"), {"kl_old": kl})
+    ppo.on_minibatch(optimizer, settings("rsl_rl", "gaussian_elu"), {"kl_old": kl})
 
     assert optimizer.param_groups[0]["lr"] == after
 
@@ -351,18 +351,18 @@ def improve_a2c(case: str, **fields) -> tuple[Batch, Policy, list[dict], dict]:
     value, old = values_of(policy, record, case)
     ends = record.terminated, record.truncated, record.mask
     advantage = gae(record.reward, value, next_value(value, record), *ends, gamma=cfg.gamma, lam=cfg.lam)
-    batch = Batch.of(record, value=value, advantage=advantage, target=advantage + value, old=old)
+    batch = Batch.of(record, value=value, advantage=advantage, target=advantage + value, old_distribution=old)
     coefs = {"value_coef": cfg.value_coef, "entropy_coef": cfg.entropy_coef}
     seen: list[dict] = []
     metrics = update(
         policy,
-        actor_critic.optimizer(policy, cfg),
+        actor_critic.make_optimizer(policy, cfg),
         batch,
-        partial(policy_gradient, value_loss=squared_error, **coefs),
-        epochs=1,
-        minibatches=1,
+        partial(policy_gradient, value_loss_fn=squared_error, **coefs),
+        num_epochs=1,
+        num_minibatches=1,
         max_grad_norm=cfg.max_grad_norm,
-        steer=lambda metrics: bool(seen.append(metrics)),
+        on_minibatch=lambda metrics: bool(seen.append(metrics)),
         generator=torch.Generator().manual_seed(0),
     )
     return batch, policy, seen, metrics
@@ -409,8 +409,8 @@ def test_under_adam_the_weights_would_not_be_sb3s(case):
 def test_a_time_limit_is_bootstrapped_from_the_true_last_observation_as_sb3_does():
     # SB3 adds gamma * V(last observation) to the reward and calls the step an end; ours keeps reward and end apart
     cfg, record = settings("sb3", "discrete"), record_of("discrete", limits=True)
-    _, value = estimate(initial(cfg, "discrete"), record)
-    batch = ppo.weigh_up(record, record.reward, value, None, cfg)
+    _, value = estimate_values(initial(cfg, "discrete"), record)
+    batch = ppo.compute_advantages(record, record.reward, value, None, cfg)
 
     theirs = tensors(SB3["truncation"]["discrete"]["advantage"])
     assert_close(by_step(batch.advantage, batch.mask), theirs)
@@ -600,11 +600,13 @@ def test_the_recipe_makes_the_update_that_is_compared_here(peer, tmp_path):
     cfg = preset(peer, "gaussian", steps=16, rollout=8, num_envs=2, minibatches=2, epochs=2, quiet=True)
     trained = Policy.load(ppo.train(dataclasses.replace(cfg, out=str(tmp_path / "recipe"))).path / "policy")
     again = dataclasses.replace(cfg, out=str(tmp_path / "again"))
-    with stage.open_stage("ppo", again, None, None, optimizer=ppo.optimizer) as run:
-        traj = run.walker.collect(run.policy, cfg.rollout)
-        old, value = estimate(run.policy, traj)
-        batch = ppo.weigh_up(traj, run.reward(traj), value, old, cfg)
+    with stage.open_run("ppo", again, None, None, optimizer=ppo.make_optimizer) as run:
+        traj = run.collector.collect(run.policy, cfg.rollout)
+        old, value = estimate_values(run.policy, traj)
+        batch = ppo.compute_advantages(traj, run.compute_rewards(traj), value, old, cfg)
         # the first iteration's linear schedule is at its start
-        improve_on(batch, run.policy, run.optimizer, cfg, partial(ppo.steer, run.optimizer, cfg), run.shuffle)
+        improve_on(
+            batch, run.policy, run.optimizer, cfg, partial(ppo.on_minibatch, run.optimizer, cfg), run.shuffle_generator
+        )
 
         assert_close(weights(trained), weights(run.policy), rtol=0, atol=0)

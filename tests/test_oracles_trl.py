@@ -12,12 +12,12 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from understudy.advantage import gae, group_relative
-from understudy.batch import Batch, Text, Trajectory
+from understudy.batch import Batch, TokenBatch, Trajectory
 from understudy.language import grpo, ppo, reinforce, stage
-from understudy.language.cast import pay, reference_charge
+from understudy.language.cast import compute_rewards, reference_kl_penalty
 from understudy.language.model import Critic, Policy, Reference
 from understudy.language.tokens import SampledTokens
-from understudy.objective import clipped_surrogate, critic_error, kl_k3, policy_gradient, squared_error
+from understudy.objective import clipped_surrogate, clipped_value_loss, kl_k3, policy_gradient, squared_error
 from understudy.objective import gspo as gspo_objective
 from understudy.reduce import masked_mean, per_budget, per_row, per_step, standardize, whiten
 from understudy.score import episode_score
@@ -58,12 +58,12 @@ def lm(weights: dict) -> LlamaForCausalLM:
     return model
 
 
-def text_of(prompts: list[list[int]], answers: list[list[int]]) -> Text:
+def text_of(prompts: list[list[int]], answers: list[list[int]]) -> TokenBatch:
     rows = [torch.tensor(p + a) for p, a in zip(prompts, answers, strict=True)]
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     column = torch.arange(ids.shape[1])
     first, last = (torch.tensor([n - 1 for n in map(len, x)])[:, None] for x in (prompts, rows))
-    return Text(ids, (column >= first) & (column < last))
+    return TokenBatch(ids, (column >= first) & (column < last))
 
 
 def record_of(policy: Policy, prompts: list[list[int]], answers: list[list[int]], stopped: Tensor) -> Trajectory:
@@ -76,7 +76,7 @@ def record_of(policy: Policy, prompts: list[list[int]], answers: list[list[int]]
     return Trajectory(
         obs=text,
         action=text.action,
-        logprob=logprob,
+        behavior_logprob=logprob,
         mask=text.mask,
         reward=torch.zeros_like(logprob),
         terminated=last & stopped[:, None],
@@ -132,17 +132,21 @@ def critic_free(cfg, score: Tensor) -> tuple[Policy, Batch, Tensor]:
     policy = Policy(lm(TRL["weights"]), temperature=cfg.temperature)
     record = record_of(policy, PROMPTS, ANSWERS, torch.tensor([answer[-1] == 1 for answer in ANSWERS]))
     reference = Reference(Policy(lm(TRL["reference"]), temperature=cfg.temperature))
-    record, reward, referred = pay(SimpleNamespace(record=record), score, reference, cfg.kl_reference_coef, cfg)
+    record, reward, referred = compute_rewards(
+        SimpleNamespace(trajectory=record), score, reference, cfg.kl_reference_coef, cfg
+    )
     nothing = torch.zeros_like(reward)
     found = {"value": nothing, "advantage": nothing, "target": nothing}
-    old = SampledTokens(record.action, record.logprob)
-    return policy, Batch.of(record, **found, old=old, reference=referred.log_prob(record.action)), reward
+    old = SampledTokens(record.action, record.behavior_logprob)
+    return policy, Batch.of(record, **found, old_distribution=old, reference=referred.log_prob(record.action)), reward
 
 
 def compared(batch: Batch, reward: Tensor, cfg: grpo.Config) -> Tensor:
     """The recipe's advantages, [B]."""
     members = torch.arange(cfg.rows) // cfg.group
-    return grpo.compare(episode_score(reward, batch.mask), members, batch.mask.any(dim=1), scale=cfg.scale)
+    return grpo.group_advantage(
+        episode_score(reward, batch.mask), members, batch.mask.any(dim=1), scale_by_std=cfg.scale
+    )
 
 
 def improve(cfg: grpo.Config, score: Tensor, objective=None, steps: int = 2) -> tuple[Policy, list[dict], list[dict]]:
@@ -156,12 +160,12 @@ def improve(cfg: grpo.Config, score: Tensor, objective=None, steps: int = 2) -> 
             policy,
             optimizer,
             batch,
-            objective or grpo.surrogate(cfg, cfg.kl_reference_coef),
-            epochs=1,
-            minibatches=1,
+            objective or grpo.make_objective(cfg, cfg.kl_reference_coef),
+            num_epochs=1,
+            num_minibatches=1,
             max_grad_norm=TRL["step"]["max_grad_norm"],
-            micro=cfg.micro or None,
-            weigh=weigh(cfg),
+            micro_batch_size=cfg.micro or None,
+            loss_weights=weigh(cfg),
             generator=torch.Generator().manual_seed(0),
         )
         seen.append(metrics)
@@ -184,9 +188,11 @@ def far(cfg: grpo.Config, which: str, objective=None) -> tuple[float, Tensor, Te
     mask = batch.mask
     if which == "tools":
         mask = mask & laid(torch.tensor(TRL["tool_mask"]), mask).bool()
-    obs = Text(batch.obs.ids, mask)
-    batch = Batch.of(batch, obs=obs, mask=mask, advantage=advantage * mask, logprob=batch.logprob - distance)
-    loss, _ = (objective or grpo.surrogate(cfg, cfg.kl_reference_coef))(policy, batch)
+    obs = TokenBatch(batch.obs.ids, mask)
+    batch = Batch.of(
+        batch, obs=obs, mask=mask, advantage=advantage * mask, behavior_logprob=batch.behavior_logprob - distance
+    )
+    loss, _ = (objective or grpo.make_objective(cfg, cfg.kl_reference_coef))(policy, batch)
     total = (loss * weigh(cfg)(mask)).sum()
     total.backward()
     gradients = [x.grad for x in policy.model.parameters() if x.grad is not None]
@@ -278,16 +284,16 @@ def test_trl_weighs_the_kl_of_a_sequence_ratio_by_that_ratio_and_ours_by_the_tok
     recorded = TRL["grpo"]["gspo_kl"]["far"]["plain"]
 
     def by_row(distribution, logprob: Tensor, batch: Batch) -> Tensor:
-        gap = logprob - batch.logprob
+        gap = logprob - batch.behavior_logprob
         ratio = (gap.sum(dim=1, keepdim=True) / batch.mask.sum(dim=1, keepdim=True)).exp()
         own = torch.where(batch.mask, gap, 0.0).exp()
         return 0.3 * kl_k3(distribution, logprob, batch) / own * ratio
 
-    objective = partial(gspo_objective, low=0.05, high=0.1, entropy_coef=0.0, charge=by_row)
+    objective = partial(gspo_objective, low=0.05, high=0.1, entropy_coef=0.0, kl_penalty=by_row)
     loss, norm, _ = far(cfg, "plain", objective)
     assert_close(loss, recorded["loss"], **LOSS)
     assert_close(norm, torch.tensor(recorded["grad_norm"]), **NORM)
-    loss, _, _ = far(cfg, "plain", partial(objective, charge=reference_charge(0.3, cfg)))
+    loss, _, _ = far(cfg, "plain", partial(objective, kl_penalty=reference_kl_penalty(0.3, cfg)))
     assert abs(loss - recorded["loss"]) > 1e-3
 
 
@@ -295,7 +301,7 @@ def test_trl_averages_micro_batches_of_bnpo_and_ours_knows_no_micro_batch():
     recorded = TRL["grpo"]["bnpo_accumulated"]
     policy, batch, _ = critic_free(settings("bnpo"), scores())
     advantage = torch.tensor(recorded["advantages"])[:, None] * batch.mask
-    loss, _ = grpo.surrogate(settings("bnpo"), 0.0)(policy, Batch.of(batch, advantage=advantage))
+    loss, _ = grpo.make_objective(settings("bnpo"), 0.0)(policy, Batch.of(batch, advantage=advantage))
 
     parts = [masked_mean(loss[rows], batch.mask[rows]) for rows in torch.tensor(recorded["rows"]).split(3)]
     assert_close(torch.stack(parts).detach() / 3, torch.tensor(recorded["losses"][:3]), **LOSS)
@@ -316,7 +322,7 @@ def test_a_row_without_a_score_stays_in_trls_mean_over_rows_and_is_left_out_of_o
 def test_the_deviation_of_the_batch_is_an_option_of_trls_alone():
     score, group = scores(), torch.arange(9) // 3
 
-    scaled = group_relative(score, group, scale=False) / (score.std() + 1e-4)
+    scaled = group_relative(score, group, scale_by_std=False) / (score.std() + 1e-4)
     assert_close(scaled, torch.tensor(TRL["grpo"]["scale_batch"]["advantages"]), **LOSS)
 
 
@@ -328,7 +334,7 @@ def leave_one_out(name: str) -> tuple[reinforce.Config, Policy, Batch]:
     cfg = reinforce.Config(**WHOLE, **SIZES, **step(TRL), kl_reference_coef=coef)
     policy, batch, reward = critic_free(cfg, scores(name))
     there = batch.mask.any(dim=1)
-    advantage = reinforce.relative(reward, episode_score(reward, batch.mask), there, batch.mask, 0.0, cfg)
+    advantage = reinforce.subtract_baseline(reward, episode_score(reward, batch.mask), there, batch.mask, 0.0, cfg)
     return cfg, policy, Batch.of(batch, advantage=advantage)
 
 
@@ -338,11 +344,11 @@ def one_step(name: str, weigh_by) -> tuple[Policy, dict]:
         policy,
         stage.adamw(cfg, {"params": policy.actor_parameters()}),
         batch,
-        partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss=squared_error),
-        epochs=1,
-        minibatches=1,
+        partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss_fn=squared_error),
+        num_epochs=1,
+        num_minibatches=1,
         max_grad_norm=TRL["step"]["max_grad_norm"],
-        weigh=weigh_by,
+        loss_weights=weigh_by,
         generator=torch.Generator().manual_seed(0),
     )
     return policy, metrics
@@ -448,9 +454,11 @@ def weighed(cfg: ppo.Config, name: str) -> tuple[Policy, Batch, Tensor]:
     # the recorded scores have had the penalty for a missing stop taken off already
     cut = (record.truncated.any(dim=1)) & stops
     score = recorded(name).scores + cfg.missing_eos_penalty * cut
-    record, reward, referred = pay(SimpleNamespace(record=record), score, reference, cfg.kl_reference_coef, cfg)
-    old, value = ppo.look(policy, record, cfg)
-    return policy, ppo.weigh_up(record, reward, value, old, referred, cfg), reward
+    record, reward, referred = compute_rewards(
+        SimpleNamespace(trajectory=record), score, reference, cfg.kl_reference_coef, cfg
+    )
+    old, value = ppo.estimate_values(policy, record, cfg)
+    return policy, ppo.compute_advantages(record, reward, value, old, referred, cfg), reward
 
 
 def adamw(cfg: ppo.Config, policy: Policy) -> torch.optim.Optimizer:
@@ -466,11 +474,11 @@ def improve_ppo(cfg: ppo.Config, name: str) -> tuple[Policy, list[dict], dict]:
         policy,
         adamw(cfg, policy),
         batch,
-        ppo.surrogate(cfg, cfg.kl_coef, cfg.kl_reference_coef),
-        epochs=cfg.epochs,
-        minibatches=cfg.minibatches,
+        ppo.make_objective(cfg, cfg.kl_coef, cfg.kl_reference_coef),
+        num_epochs=cfg.epochs,
+        num_minibatches=cfg.minibatches,
         max_grad_norm=None,
-        steer=lambda metrics: bool(seen.append(metrics)),
+        on_minibatch=lambda metrics: bool(seen.append(metrics)),
         generator=torch.Generator().manual_seed(TRL_PPO["shuffle_seed"]),
     )
     return policy, seen, metrics
@@ -496,7 +504,7 @@ def test_log_probs_of_policy_and_reference_are_trls(name):
     _, batch, _ = weighed(ppo_settings(name), name)
     trl = recorded(name)
 
-    assert_close(by_answer(batch.logprob, batch.mask), torch.where(trl.chosen, trl.logprobs, 0.0), **LOSS)
+    assert_close(by_answer(batch.behavior_logprob, batch.mask), torch.where(trl.chosen, trl.logprobs, 0.0), **LOSS)
     assert_close(by_answer(batch.reference, batch.mask), torch.where(trl.chosen, trl.ref_logprobs, 0.0), **LOSS)
 
 
@@ -617,7 +625,7 @@ def test_with_trls_three_differences_our_losses_make_trls_update(name):
         logprob = torch.where(chosen[rows], distribution.log_prob(text.action[rows]), old[rows])
         surrogate = clipped_surrogate(logprob, old[rows], advantage[rows], low=cfg.clip, high=cfg.clip)
         before = SimpleNamespace(value=values.value[rows], target=values.target[rows])
-        error = critic_error(value, before, clip=cfg.value_clip)
+        error = clipped_value_loss(value, before, clip=cfg.value_clip)
         loss = masked_mean(surrogate, chosen[rows]) + cfg.value_coef * masked_mean(error, counted[rows])
         (loss / accumulate).backward()
         assert_close(float(loss.detach()), part["loss"], **LOSS)
@@ -638,7 +646,7 @@ def test_trls_value_loss_counts_the_column_after_the_stop_too(name):
     # the first minibatch: the policy is still the one that sampled, so ratio 1 and the values are the old ones
     trl, first = recorded(name), TRL_PPO["ppo"][name]["losses"][0]
     rows = torch.tensor(first["rows"])
-    error = critic_error(trl.values, SimpleNamespace(value=trl.values, target=trl.returns), clip=0.05)
+    error = clipped_value_loss(trl.values, SimpleNamespace(value=trl.values, target=trl.returns), clip=0.05)
     surrogate = clipped_surrogate(trl.logprobs, trl.logprobs, trl.advantages, low=0.1, high=0.1)
 
     assert_close(masked_mean(surrogate[rows], trl.chosen[rows]), torch.tensor(first["policy_loss"]), **LOSS)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from understudy.study.overoptimise import Fit, fit, kl_of_best, mean_of_best, peak_interval
+from understudy.study.overoptimise import Fit, fit, kl_of_best_of_n, mean_of_best_of_n, peak_interval
 
 D = np.linspace(0.2, 4.0, 20)
 
@@ -22,36 +22,36 @@ def test_the_mean_of_the_best_is_over_all_ways_to_draw():
     by, what = np.array([[3.0, 1.0, 2.0]]), np.array([[10.0, 20.0, 60.0]])
 
     # of the pairs (3, 1), (3, 2), (1, 2) the best by `by` are 3, 3, 2: 10, 10 and 60
-    assert mean_of_best(by, what, 2) == pytest.approx(80 / 3)
-    assert mean_of_best(by, what, 1) == pytest.approx(30)
-    assert mean_of_best(by, what, 3) == pytest.approx(10)
+    assert mean_of_best_of_n(by, what, 2) == pytest.approx(80 / 3)
+    assert mean_of_best_of_n(by, what, 1) == pytest.approx(30)
+    assert mean_of_best_of_n(by, what, 3) == pytest.approx(10)
 
 
 def test_the_best_is_drawn_prompt_by_prompt():
     by = np.array([[1.0, 2.0], [200.0, 100.0]])
 
-    assert mean_of_best(by, np.array([[5.0, 7.0], [1.0, 3.0]]), 2) == pytest.approx(4)  # (7 + 1) / 2
+    assert mean_of_best_of_n(by, np.array([[5.0, 7.0], [1.0, 3.0]]), 2) == pytest.approx(4)  # (7 + 1) / 2
 
 
 def test_a_single_prompt_needs_no_row_of_its_own():
-    assert mean_of_best(np.array([3.0, 1.0, 2.0]), np.array([10.0, 20.0, 60.0]), 2) == pytest.approx(80 / 3)
+    assert mean_of_best_of_n(np.array([3.0, 1.0, 2.0]), np.array([10.0, 20.0, 60.0]), 2) == pytest.approx(80 / 3)
 
 
 def test_the_best_of_very_many_has_weights_that_sum_to_one():
     rows = np.ones((1, 4096))
 
-    assert mean_of_best(rows, rows, 512) == pytest.approx(1)
+    assert mean_of_best_of_n(rows, rows, 512) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("n", [0, 4])
 def test_more_than_there_are_cannot_be_drawn(n):
     with pytest.raises(ValueError, match=rf"n is {n}, by is \(1, 3\)"):
-        mean_of_best(np.ones((1, 3)), np.ones((1, 3)), n)
+        mean_of_best_of_n(np.ones((1, 3)), np.ones((1, 3)), n)
 
 
 def test_the_kl_of_the_best_of_n():
     # log 4 - 3/4 = 1.3863 - 0.75
-    assert [kl_of_best(1), kl_of_best(4)] == pytest.approx([0.0, 0.6363], abs=1e-4)
+    assert [kl_of_best_of_n(1), kl_of_best_of_n(4)] == pytest.approx([0.0, 0.6363], abs=1e-4)
 
 
 def test_best_of_n_is_a_parabola_in_root_kl_with_its_peak_at_half_alpha_over_beta():

@@ -91,7 +91,7 @@ def test_a_loaded_policy_is_in_evaluation_mode(tmp_path, name):
 def test_evaluation_is_the_same_every_time(tmp_path, name):
     own = policy(name).train()
 
-    assert evaluate(own, config(tmp_path), episodes=4) == evaluate(own, config(tmp_path), episodes=4)
+    assert evaluate(own, config(tmp_path), num_episodes=4) == evaluate(own, config(tmp_path), num_episodes=4)
 
 
 @EVERY_LAYER
@@ -107,13 +107,13 @@ def test_a_recurrent_layer_stays_in_the_mode_in_which_it_can_learn():
     own = Policy(layers, spaces.Box(-1, 1, (3,)), spaces.Discrete(2))
 
     assert [layer.training for layer in layers] == [True, False, False]
-    assert own.layers_held == ["Dropout", "LSTM"]
+    assert own.layers_held_in_eval_mode == ["Dropout", "LSTM"]
 
 
 def test_our_own_networks_have_no_such_layer(tmp_path):
     ppo.train(config(tmp_path))
 
-    assert load(tmp_path).layers_held == []
+    assert load(tmp_path).layers_held_in_eval_mode == []
 
 
 class Says(nn.Module):
@@ -132,7 +132,7 @@ class Says(nn.Module):
     ("says", "words"),
     [
         (lambda logits, v, _: (Categorical(logits), v), r"probabilities do not sum to 1: make it with Categorical\.of"),
-        (lambda logits, v, _: (torch.distributions.Categorical(logits=logits), v), "without noise, at"),
+        (lambda logits, v, _: (torch.distributions.Categorical(logits=logits), v), "without noise, action_from_noise"),
         (
             lambda logits, v, _: (Categorical.of(logits), v[..., None]),
             r"value of shape \[1, 1, 1\] .* \[B, T\], \[1, 1\]",

@@ -19,20 +19,20 @@ from tests.probes import ACTIONS, OBSERVATIONS, Anything, anything, vector
 from tests.records import seeded
 from understudy import load
 from understudy.control import actor_critic, ppo, preset, reinforce
-from understudy.control.collect import Walker
-from understudy.control.config import Network
+from understudy.control.collect import RolloutCollector
+from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
-from understudy.control.presets import refuse_idle
-from understudy.control.spaces import executable
+from understudy.control.presets import refuse_fields_without_effect
+from understudy.control.spaces import to_env_action
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
-from understudy.value import estimate
+from understudy.value import estimate_values
 
 SMALL = {"hidden": (8,), "memory_size": 4}
 
 
 def policy(observation="vector", action="Discrete", *, seed=0, **fields) -> Policy:
-    shape = Network(**(SMALL | fields))
+    shape = NetworkConfig(**(SMALL | fields))
     return Policy.build(OBSERVATIONS[observation], ACTIONS[action], shape, seed=seed)
 
 
@@ -106,7 +106,7 @@ def test_a_state_is_carried_from_one_act_to_the_next(memory):
         actions.append(action)
     distribution, _, after = own(torch.as_tensor(obs)[None], own.initial_state(1), torch.zeros(1, 3).bool())
 
-    assert_close(np.stack(actions), own.executable(distribution.mean[0].detach().numpy()))
+    assert_close(np.stack(actions), own.to_env_action(distribution.mean[0].detach().numpy()))
     assert_close(state, after)
 
 
@@ -153,14 +153,14 @@ def test_a_saved_policy_is_complete(tmp_path, action):
     loaded = load(tmp_path)
 
     assert equal(own, loaded)
-    assert loaded.made_of == own.made_of
+    assert loaded.network_config == own.network_config
     assert (loaded.observation_space, loaded.action_space) == (own.observation_space, own.action_space)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.safetensors"]
 
 
 def test_an_order_of_keys_that_is_not_sorted_is_kept(tmp_path):
     space = spaces.Dict([("z", spaces.Box(-1.0, 1.0, (2,))), ("a", spaces.Discrete(2))])
-    own = Policy.build(space, ACTIONS["Box"], Network(**SMALL), seed=0)
+    own = Policy.build(space, ACTIONS["Box"], NetworkConfig(**SMALL), seed=0)
     own.save(tmp_path)
 
     np.testing.assert_array_equal(load(tmp_path).act(space.sample()).shape, (2,))
@@ -214,7 +214,7 @@ def test_a_network_of_ones_own_is_trained_saved_and_loaded(tmp_path):
 
 def plain(path, **fields) -> ppo.Config:
     """As `short`, saying nothing of a network."""
-    return dataclasses.replace(short(path, **fields), **{name: getattr(Network(), name) for name in SMALL})
+    return dataclasses.replace(short(path, **fields), **{name: getattr(NetworkConfig(), name) for name in SMALL})
 
 
 @pytest.mark.parametrize(
@@ -320,11 +320,14 @@ def test_held_noise_is_refused_where_actions_are_not_continuous(tmp_path, explor
 
 
 def collected(own: Policy, *, hold: int, steps: int = 7, env=None):
-    walker = Walker(
-        env or anything("vector", "Box"), seed_of=lambda row, episode: 10 * row + episode, generator=seeded(), hold=hold
+    walker = RolloutCollector(
+        env or anything("vector", "Box"),
+        seed_of=lambda row, episode: 10 * row + episode,
+        generator=seeded(),
+        noise_interval=hold,
     )
     record = walker.collect(own, steps)
-    distribution, _ = estimate(own, record)
+    distribution, _ = estimate_values(own, record)
     return record, distribution
 
 
@@ -348,11 +351,13 @@ def test_independent_noise_is_drawn_anew_at_every_call():
 
 def test_noise_goes_on_being_held_in_the_next_record():
     own = policy(action="Box")
-    walker = Walker(anything("vector", "Box"), seed_of=lambda row, episode: row, generator=seeded(), hold=4)
+    walker = RolloutCollector(
+        anything("vector", "Box"), seed_of=lambda row, episode: row, generator=seeded(), noise_interval=4
+    )
     noise = []
     for _ in range(4):
         record = walker.collect(own, 2)
-        noise.append((record.action - estimate(own, record)[0].mean)[record.mask].detach())
+        noise.append((record.action - estimate_values(own, record)[0].mean)[record.mask].detach())
 
     assert_close(noise[0], noise[1], atol=1e-5, rtol=1e-4)
     assert_close(noise[2], noise[3], atol=1e-5, rtol=1e-4)
@@ -399,7 +404,7 @@ def test_log_probs_of_noise_from_features_are_the_density_over_its_draws():
     std = (features.square() @ own.network.head.log_std.exp().square() + 1e-6).sqrt()
     density = Normal(distribution.mean, std).log_prob(record.action).sum(dim=-1)
 
-    assert_close(record.logprob[record.mask], density[record.mask])
+    assert_close(record.behavior_logprob[record.mask], density[record.mask])
 
 
 def test_log_probs_of_held_noise_are_the_density_of_each_action_alone():
@@ -407,7 +412,7 @@ def test_log_probs_of_held_noise_are_the_density_of_each_action_alone():
     record, distribution = collected(own, hold=3)
     density = Normal(distribution.mean, math.exp(-0.5)).log_prob(record.action).sum(dim=-1)
 
-    assert_close(record.logprob[record.mask], density[record.mask])
+    assert_close(record.behavior_logprob[record.mask], density[record.mask])
 
 
 def test_a_squashed_policy_reaches_for_its_bounds_and_stays_within_them(tmp_path):
@@ -431,7 +436,7 @@ def test_a_policy_of_ones_own_keeps_its_spaces_and_squash():
 
     # -1 + (tanh + 1) / 2 * 2 and 0 + (tanh + 1) / 2 * 3
     tanh = math.tanh(0.5)
-    assert_close(own.executable(action.numpy()), np.array([[tanh, 1.5 * (tanh + 1)]], np.float32))
+    assert_close(own.to_env_action(action.numpy()), np.array([[tanh, 1.5 * (tanh + 1)]], np.float32))
 
 
 def test_a_directory_without_a_policy_is_refused(tmp_path):
@@ -440,9 +445,9 @@ def test_a_directory_without_a_policy_is_refused(tmp_path):
 
 
 def test_what_a_policy_is_made_of_makes_it_again():
-    made_of = policy(memory="lstm", squash="tanh").made_of
+    made_of = policy(memory="lstm", squash="tanh").network_config
 
-    assert made_of == dataclasses.asdict(Network(**made_of))
+    assert made_of == dataclasses.asdict(NetworkConfig(**made_of))
 
 
 # actions of a Box
@@ -468,15 +473,15 @@ def test_what_a_policy_is_made_of_makes_it_again():
 )
 def test_bounds_far_from_one_are_scaled_to(low, high, far):
     space = spaces.Box(low, high, (1,), np.float32)
-    own = Policy.build(OBSERVATIONS["vector"], space, Network(hidden=(4,)), seed=0)
+    own = Policy.build(OBSERVATIONS["vector"], space, NetworkConfig(hidden=(4,)), seed=0)
 
-    assert own.squash == ("scale" if far else "clip") and own.made_of["squash"] == own.squash  # pyright: ignore
+    assert own.squash == ("scale" if far else "clip") and own.network_config["squash"] == own.squash  # pyright: ignore
 
 
 def test_scale_maps_minus_one_and_one_to_the_bounds():
     space = spaces.Box(np.array([100, -3, 0], np.float32), np.array([200, np.inf, 1e30], np.float32))
 
-    action = executable(space, np.float32([[-1, -4, 2], [0, 5, 0], [0.5, 0, 3], [9, 0, 1]]), "scale")
+    action = to_env_action(space, np.float32([[-1, -4, 2], [0, 5, 0], [0.5, 0, 3], [9, 0, 1]]), "scale")
 
     # 150 + 50 a, clipped; the others have no bounds to be scaled to
     assert action.tolist() == [[100, -3, 2], [150, 5, 0], [175, 0, 3], [200, 0, 1]]
@@ -484,7 +489,7 @@ def test_scale_maps_minus_one_and_one_to_the_bounds():
 
 def test_what_auto_came_to_is_saved(tmp_path):
     space = spaces.Box(0, 1000, (1,), np.float32)
-    Policy.build(OBSERVATIONS["vector"], space, Network(hidden=(4,)), seed=0).save(tmp_path)
+    Policy.build(OBSERVATIONS["vector"], space, NetworkConfig(hidden=(4,)), seed=0).save(tmp_path)
 
     assert Policy.load(tmp_path).squash == "scale"
 
@@ -532,7 +537,7 @@ def test_a_field_without_effect_is_refused(recipe, fields, idle):
     cfg = recipe.Config(env="any", **fields)
 
     with pytest.raises(RequestError, match=re.escape(idle) + ".*, so it has no effect: leave it at "):
-        refuse_idle(cfg, cfg.idle())
+        refuse_fields_without_effect(cfg, cfg.fields_without_effect())
 
 
 @pytest.mark.parametrize(
@@ -554,14 +559,17 @@ def test_a_field_without_effect_in_an_environment_is_refused(tmp_path, env, fiel
 
 
 def test_gamma_counts_with_a_group_baseline_where_it_scales_rewards():
-    assert "gamma" not in reinforce.Config(env="any", baseline="group", gamma=0.9, normalize_reward=True).idle()
+    assert (
+        "gamma"
+        not in reinforce.Config(env="any", baseline="group", gamma=0.9, normalize_reward=True).fields_without_effect()
+    )
 
 
 def test_a_field_of_the_preset_may_be_without_effect():
     cfg = preset(ppo.Config, "CartPole-v1", objective="penalty")
 
-    assert cfg.clip_schedule == "linear" and "clip_schedule" in cfg.idle()
-    refuse_idle(cfg, cfg.idle())
+    assert cfg.clip_schedule == "linear" and "clip_schedule" in cfg.fields_without_effect()
+    refuse_fields_without_effect(cfg, cfg.fields_without_effect())
 
 
 # no hidden layer
@@ -575,7 +583,7 @@ def test_a_network_may_have_no_hidden_layer(tmp_path, observation, memory):
     run = ppo.train(cfg, env=anything(observation, "Box"))
 
     assert run.metrics[-1]["clip_fraction"] == 0
-    assert load(run.path).made_of["hidden"] == ()
+    assert load(run.path).network_config["hidden"] == ()
 
 
 ODD_OBSERVATIONS = {
@@ -597,7 +605,7 @@ def test_an_observation_that_does_not_fit_is_refused_in_a_sentence(name):
 
 def test_an_observation_with_other_keys_is_refused_in_a_sentence():
     space = gymnasium.spaces.Dict({"place": gymnasium.spaces.Box(-1, 1, (2,)), "key": gymnasium.spaces.Discrete(3)})
-    made = Policy.build(space, gymnasium.spaces.Discrete(2), Network(hidden=(4,)), seed=0)
+    made = Policy.build(space, gymnasium.spaces.Discrete(2), NetworkConfig(hidden=(4,)), seed=0)
 
     assert made.act({"place": np.zeros(2), "key": 1}) in (0, 1)
     with pytest.raises(ValueError, match=r"obs is the keys \['place'\], which does not fit"):

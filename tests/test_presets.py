@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from understudy.control import actor_critic, ppo, presets, reinforce
-from understudy.run.config import RequestError, fields_of
+from understudy.run.config import RequestError, parse_fields
 
 RECIPES = {"ppo": ppo, "actor-critic": actor_critic, "reinforce": reinforce}
 NEEDS = {"LunarLander": "Box2D", "BipedalWalker": "Box2D"}
@@ -31,7 +31,7 @@ def two_iterations(recipe, config):
     assert all(line["loss"] == line["loss"] for line in lines)
 
 
-@pytest.mark.parametrize(("env", "recipe"), presets.known())
+@pytest.mark.parametrize(("env", "recipe"), presets.tuned_presets())
 def test_a_tuned_preset_runs_two_iterations(env, recipe, tmp_path):
     package = "mujoco" if env.startswith(MUJOCO) else NEEDS.get(env.split("-")[0])
     if package and importlib.util.find_spec(package) is None:
@@ -54,7 +54,7 @@ def test_the_well_known_environments_have_tuned_settings():
     box2d = {"LunarLander-v3", "BipedalWalker-v3"}
     mujoco = {f"{name}-v5" for name in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "Swimmer", "Reacher")}
 
-    assert classic | box2d | mujoco <= {env for env, recipe in presets.known() if recipe == "ppo"}
+    assert classic | box2d | mujoco <= {env for env, recipe in presets.tuned_presets() if recipe == "ppo"}
 
 
 def test_fields_given_win_over_the_preset():
@@ -72,4 +72,4 @@ def test_an_env_without_tuned_settings_gets_the_recipes_defaults_and_says_so():
 
 def test_a_preset_that_names_no_field_is_refused_with_the_nearest():
     with pytest.raises(RequestError, match="did you mean 'gamma'"):
-        fields_of(ppo.Config, {"gama": 0.9}, "preset x")
+        parse_fields(ppo.Config, {"gama": 0.9}, "preset x")

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from understudy import products
 from understudy.control import ppo, stage
-from understudy.products import Tanh, keep_freed, linear, rounded
+from understudy.products import Tanh, keep_freed_memory, linear, round_up_rows
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-4}  # float32 sums of up to 2,048 products of numbers about 1, in another order
 
@@ -29,7 +29,9 @@ def test_a_large_product_has_the_numbers_and_gradients_of_torchs(shape, outputs,
     ours, theirs = linear(*given), functional.linear(*exact)
     pull = at_random(*ours.shape).detach()
 
-    assert products._suits(given[0], given[1], 2048 * 96 * outputs) is torch.backends.mkldnn.is_available()
+    assert (
+        products._is_suited_to_onednn(given[0], given[1], 2048 * 96 * outputs) is torch.backends.mkldnn.is_available()
+    )
     assert_close(ours.double(), theirs, **CLOSE)
     with torch.no_grad():
         assert torch.equal(linear(*given), ours)
@@ -56,10 +58,10 @@ def test_small_products_and_those_in_double_precision_are_torchs_own():
 
 
 def test_numbers_of_rows_are_rounded_up_by_a_sixteenth_at_most():
-    assert [rounded(n) for n in (0, 1, 16, 250, 256, 257, 2500)] == [0, 16, 16, 256, 256, 272, 2560]
+    assert [round_up_rows(n) for n in (0, 1, 16, 250, 256, 257, 2500)] == [0, 16, 16, 256, 256, 272, 2560]
     many = range(1024, 2048)
-    assert len({rounded(n) for n in many}) == 17  # 2048 among them
-    assert all(n <= rounded(n) < n * 17 / 16 for n in many)
+    assert len({round_up_rows(n) for n in many}) == 17  # 2048 among them
+    assert all(n <= round_up_rows(n) < n * 17 / 16 for n in many)
 
 
 def test_tanh_by_a_sigmoid_is_tanh():
@@ -73,7 +75,7 @@ def test_tanh_by_a_sigmoid_is_tanh():
 
 def test_a_run_of_control_keeps_the_memory_that_it_frees(monkeypatch, tmp_path):
     asked = []
-    monkeypatch.setattr(stage, "keep_freed", lambda: asked.append(True))
+    monkeypatch.setattr(stage, "keep_freed_memory", lambda: asked.append(True))
 
     ppo.train(ppo.Config(env="CartPole-v1", num_envs=2, rollout=8, steps=16, out=str(tmp_path / "run"), quiet=True))
 
@@ -82,7 +84,7 @@ def test_a_run_of_control_keeps_the_memory_that_it_frees(monkeypatch, tmp_path):
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the allocator is not glibc's")
 def test_memory_that_tensors_free_is_not_asked_of_the_system_again():
-    keep_freed()
+    keep_freed_memory()
 
     def asked() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from understudy.run.progress import BARS, LAST, TREND, Progress, Trend, columns_for
+from understudy.run.progress import BARS, MAX_BARS, MAX_ROWS, Progress, Trend, columns_for
 
 CONTROL = {
     "steps": 10,
@@ -40,13 +40,13 @@ def test_a_trend_rises_from_the_lowest_bar_to_the_highest():
 
 def test_a_trend_of_a_long_run_has_the_means_of_equal_shares():
     trend = Trend()
-    for value in range(4 * TREND):  # rises evenly: so do the bars
+    for value in range(4 * MAX_BARS):  # rises evenly: so do the bars
         trend.add(float(value))
 
-    assert TREND // 2 <= len(trend.means) < TREND
+    assert MAX_BARS // 2 <= len(trend.means) < MAX_BARS
     steps = [b - a for a, b in zip(trend.means, trend.means[1:], strict=False)]
-    assert steps == [trend.share] * len(steps)
-    assert trend.means[0] == (trend.share - 1) / 2
+    assert steps == [trend.iterations_per_bar] * len(steps)
+    assert trend.means[0] == (trend.iterations_per_bar - 1) / 2
     assert str(trend) == "".join(sorted(str(trend)))
 
 
@@ -67,12 +67,12 @@ def test_the_last_ten_lines_stay_on_a_terminal(monkeypatch):
 
     lines = screen.getvalue().rpartition("ppo")[2].splitlines()
     counts = [line.split()[0] for line in lines if line.strip()[:1].isdigit()]
-    assert counts == [f"{100 * i:,}" for i in range(26 - LAST, 26)]
+    assert counts == [f"{100 * i:,}" for i in range(26 - MAX_ROWS, 26)]
     assert "100%" in "".join(lines)
 
 
 def test_elsewhere_an_iteration_is_one_plain_line(capsys):
-    with Progress("ppo", 100, every=0.0) as progress:
+    with Progress("ppo", 100, interval=0.0) as progress:
         progress.show(LANGUAGE | {"seconds_left": 61})
 
     [line] = capsys.readouterr().err.splitlines()

@@ -11,30 +11,32 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch.testing import assert_close
 
 from tests.records import seeded
-from understudy.batch import consult, leaves, map_tensors
-from understudy.control.collect import Walker
-from understudy.control.config import Network
+from understudy.batch import map_tensors, policy_forward, tensor_leaves
+from understudy.control.collect import RolloutCollector
+from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
-from understudy.control.quick import Layers, Quick
-from understudy.control.quick import quick_form as quick_form_for
-from understudy.value import estimate
+from understudy.control.quick import NumpyActor, NumpyMLP
+from understudy.control.quick import make_numpy_actor as quick_form_for
+from understudy.value import estimate_values
 
 BOX = spaces.Box(-float("inf"), float("inf"), (3,))
 NUMBERS = spaces.Box(-1, 1, (2,))
 
 
-def quick_form(policy: Policy, rows: int, generator: torch.Generator | None = None) -> Quick | None:
-    walker = SimpleNamespace(rows=rows, hold=1, masked=False, generator=generator, sample=generator is not None)
+def quick_form(policy: Policy, rows: int, generator: torch.Generator | None = None) -> NumpyActor | None:
+    walker = SimpleNamespace(
+        num_envs=rows, noise_interval=1, has_action_mask=False, generator=generator, sample=generator is not None
+    )
     return quick_form_for(policy, walker)
 
 
 def policy_for(action, **made_of) -> Policy:
     """A policy whose weights are none of those that a head begins with."""
-    policy = Policy.build(BOX, action, Network(hidden=(16, 8), **made_of), seed=3, scale_obs=True)
+    policy = Policy.build(BOX, action, NetworkConfig(hidden=(16, 8), **made_of), seed=3, scale_obs=True)
     with torch.no_grad():
         for weight in policy.parameters():
             weight.add_(0.3 * torch.randn(weight.shape, generator=seeded(0)))
-    policy.obs_scale.seen[0].add(2 + 3 * torch.randn(50, 3, generator=seeded(1)))
+    policy.obs_scale.running_moments[0].update(2 + 3 * torch.randn(50, 3, generator=seeded(1)))
     return policy
 
 
@@ -46,7 +48,7 @@ def test_actions_have_the_log_probs_that_the_policy_gives_them(action, activatio
 
     quick = quick_form(policy, 200, seeded(3))
     found, said = quick(obs.numpy())
-    old, logprob = quick.sampled([said], [found])
+    old, logprob = quick.distribution_and_logprob([said], [found])
     found = torch.from_numpy(found)
 
     with torch.no_grad():
@@ -96,12 +98,12 @@ def test_without_sampling_it_is_the_mode(action):
 
 
 def test_noise_that_is_held_and_masks_have_no_quick_form():
-    policy = Policy.build(BOX, NUMBERS, Network(), seed=1)
-    plain = {"rows": 4, "hold": 1, "masked": False, "generator": None, "sample": True}
+    policy = Policy.build(BOX, NUMBERS, NetworkConfig(), seed=1)
+    plain = {"num_envs": 4, "noise_interval": 1, "has_action_mask": False, "generator": None, "sample": True}
 
     assert quick_form_for(policy, SimpleNamespace(**plain)) is not None
-    assert quick_form_for(policy, SimpleNamespace(**plain | {"hold": 2})) is None
-    assert quick_form_for(policy, SimpleNamespace(**plain | {"masked": True})) is None
+    assert quick_form_for(policy, SimpleNamespace(**plain | {"noise_interval": 2})) is None
+    assert quick_form_for(policy, SimpleNamespace(**plain | {"has_action_mask": True})) is None
 
 
 @pytest.mark.parametrize(
@@ -117,22 +119,22 @@ def test_noise_that_is_held_and_masks_have_no_quick_form():
     ],
 )
 def test_other_policies_have_no_quick_form(observation, action, made_of, rows):
-    policy = Policy.build(observation, action, Network(**made_of), seed=1)
+    policy = Policy.build(observation, action, NetworkConfig(**made_of), seed=1)
 
     assert quick_form(policy, rows) is None
-    assert quick_form(Policy.build(BOX, NUMBERS, Network(), seed=1), 64) is not None
+    assert quick_form(Policy.build(BOX, NUMBERS, NetworkConfig(), seed=1), 64) is not None
 
 
 @pytest.mark.parametrize("action", [spaces.Discrete(4), NUMBERS], ids=["one choice", "numbers"])
 def test_many_rows_are_chosen_for_by_the_modules(action):
-    policy = Policy.build(BOX, action, Network(), seed=1, scale_obs=True)
-    policy.obs_scale.seen[0].add(2 + 3 * torch.randn(50, 3, generator=seeded(1)))
+    policy = Policy.build(BOX, action, NetworkConfig(), seed=1, scale_obs=True)
+    policy.obs_scale.running_moments[0].update(2 + 3 * torch.randn(50, 3, generator=seeded(1)))
     obs = 5 * torch.randn(65, 3, generator=seeded(2))
 
     few, many = quick_form(policy, 64, seeded(3)), quick_form(policy, 65, seeded(3))
 
-    assert isinstance(few.says, Layers) and not isinstance(
-        many.says, Layers
+    assert isinstance(few.compute_dist_params, NumpyMLP) and not isinstance(
+        many.compute_dist_params, NumpyMLP
     )  # 65 * 64 * 64 products are more than 2^18
     for mine, theirs in zip(few(obs[:64].numpy()), many(obs[:64].numpy()), strict=True):
         assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
@@ -143,26 +145,26 @@ def test_many_rows_are_chosen_for_by_the_modules(action):
 def test_a_record_carries_what_it_was_sampled_from_at_every_choice(env, mode):
     envs = SyncVectorEnv([lambda: gymnasium.make(env, max_episode_steps=9)] * 3, autoreset_mode=mode)
     both = envs.single_observation_space, envs.single_action_space
-    policy = Policy.build(*both, Network(shared=mode is AutoresetMode.SAME_STEP), seed=3, scale_obs=True)
-    policy.obs_scale.seen[0].add(0.5 + 3 * torch.randn(50, *both[0].shape, generator=seeded(2)))
-    walker = Walker(envs, seed_of=lambda row, episode: 100 * row + episode, generator=seeded(1))
+    policy = Policy.build(*both, NetworkConfig(shared=mode is AutoresetMode.SAME_STEP), seed=3, scale_obs=True)
+    policy.obs_scale.running_moments[0].update(0.5 + 3 * torch.randn(50, *both[0].shape, generator=seeded(2)))
+    walker = RolloutCollector(envs, seed_of=lambda row, episode: 100 * row + episode, generator=seeded(1))
 
     record = walker.collect(policy, 25)
 
-    assert walker.quick is not None and record.ended.any()
+    assert walker.numpy_actor is not None and record.ended.any()
     with torch.no_grad():
-        said, value = consult(policy, record)
-    kl = said.kl(record.old)
+        said, value = policy_forward(policy, record)
+    kl = said.kl(record.old_distribution)
     assert_close(kl[record.mask], torch.zeros(int(record.mask.sum())), rtol=0, atol=1e-5)
     assert kl.isfinite().all()
-    found, estimated = estimate(policy, record)
-    assert found is not said and all(map(torch.equal, leaves(found), leaves(record.old)))
+    found, estimated = estimate_values(policy, record)
+    assert found is not said and all(map(torch.equal, tensor_leaves(found), tensor_leaves(record.old_distribution)))
     assert_close(estimated, value, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("action", [spaces.Discrete(4), NUMBERS], ids=["one choice", "numbers"])
 def test_a_policy_without_hidden_layers_has_a_quick_form_too(action):
-    policy = Policy.build(BOX, action, Network(hidden=(), orthogonal=False), seed=3)
+    policy = Policy.build(BOX, action, NetworkConfig(hidden=(), orthogonal=False), seed=3)
     obs = torch.randn(50, 3, generator=seeded(2))
 
     found, _ = quick_form(policy, 50)(obs.numpy())
@@ -172,9 +174,9 @@ def test_a_policy_without_hidden_layers_has_a_quick_form_too(action):
 
 
 def test_a_wide_head_counts_for_the_size_up_to_which_numpy_multiplies():
-    policy = Policy.build(BOX, spaces.Discrete(5000), Network(hidden=(8,)), seed=1)
+    policy = Policy.build(BOX, spaces.Discrete(5000), NetworkConfig(hidden=(8,)), seed=1)
 
     few, many = quick_form(policy, 6), quick_form(policy, 7)
 
     # 6 * 8 * 5,000 products are 240,000, 7 of them 280,000: more than 2^18 = 262,144
-    assert isinstance(few.says, Layers) and not isinstance(many.says, Layers)
+    assert isinstance(few.compute_dist_params, NumpyMLP) and not isinstance(many.compute_dist_params, NumpyMLP)

@@ -15,9 +15,9 @@ from tests.architectures import make
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.language import dpo, ppo, rehearsal, reward_model, sft
-from understudy.language.generate import check_cache, generate, lay_out, sampling_problem
-from understudy.language.model import Policy, digest, recompute_activations
-from understudy.language.reading import check_reading, distance
+from understudy.language.generate import build_trajectory, find_sampling_problem, generate, measure_cache_error
+from understudy.language.model import Policy, enable_gradient_checkpointing, module_digest
+from understudy.language.reading import check_forward_consistency, distance
 from understudy.language.scorer import RewardModel
 from understudy.run.config import RequestError
 
@@ -37,7 +37,7 @@ def saved(tmp_path):
     def save(name, **fields) -> Path:
         path = tmp_path / name
         make(name, **fields).save_pretrained(path)
-        rehearsal.tokenizer().save_pretrained(path)
+        rehearsal.make_tokenizer().save_pretrained(path)
         return path
 
     return save
@@ -53,19 +53,19 @@ def test_packing_is_refused_where_rows_see_each_other(saved, name):
     with pytest.raises(
         RequestError, match=r"packing is True, but a .* lets packed rows see each other: .*; leave packing"
     ):
-        check_reading(policy, ROWS)
+        check_forward_consistency(policy, ROWS)
     policy.packing = False
-    check_reading(policy, ROWS)
+    check_forward_consistency(policy, ROWS)
 
 
 def test_packing_is_refused_for_a_model_that_runs_through_its_own_logits(saved):
     policy = Policy.from_pretrained(saved("modernbert-decoder"), packing=True)
 
-    assert not policy.fast
+    assert not policy.is_head_separable
     with pytest.raises(
         RequestError, match="packing is True, but a ModernBertDecoderForCausalLM is read through its own"
     ):
-        check_reading(policy, ROWS)
+        check_forward_consistency(policy, ROWS)
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reward-model", "ppo"])
@@ -123,7 +123,7 @@ def test_a_reward_model_that_reads_both_ways_is_refused(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=177, num_labels=1, initializer_range=0.3, pad_token_id=0, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    rehearsal.tokenizer().save_pretrained(tmp_path)
+    rehearsal.make_tokenizer().save_pretrained(tmp_path)
 
     with pytest.raises(RequestError, match=r"model is .*BertForSequenceClassification"):
         RewardModel.from_pretrained(tmp_path)
@@ -164,7 +164,7 @@ def test_dropout_outside_of_a_layer_of_its_own_stays_off(rate):
     policy, truth = noisy(**{rate: 0.5}).train(), Policy(tiny("gpt2"))
     ids = torch.tensor([ROWS[0]])
 
-    check_reading(policy, ROWS)
+    check_forward_consistency(policy, ROWS)
 
     assert_close(policy(ids)[0].entropy(), truth(ids)[0].entropy())
 
@@ -172,11 +172,11 @@ def test_dropout_outside_of_a_layer_of_its_own_stays_off(rate):
 @pytest.mark.parametrize("rates", [{"dropout_rate": 0.5}, {"router_jitter": 0.5}])
 def test_rates_are_silenced_where_activations_are_recomputed(rates):
     policy = noisy(**rates)
-    recompute_activations(policy.model)
+    enable_gradient_checkpointing(policy.model)
     policy.train()
     ids = torch.tensor([ROWS[0]])
 
-    check_reading(policy, ROWS)
+    check_forward_consistency(policy, ROWS)
 
     assert policy.model.training
     assert_close(policy(ids)[0].entropy(), Policy(tiny("gpt2"))(ids)[0].entropy())
@@ -186,13 +186,13 @@ def test_noise_that_cannot_be_silenced_is_refused_by_name():
     with pytest.raises(
         RequestError, match=r"whose transformer.h.1.mlp \(Noisy\) gives other numbers each time it reads"
     ):
-        check_reading(noisy(rate=0.5, always=True), ROWS)
+        check_forward_consistency(noisy(rate=0.5, always=True), ROWS)
 
 
 def test_checking_moves_no_generator_and_no_mode():
     policy, before = Policy(tiny("gpt2")).eval(), torch.get_rng_state()
 
-    check_reading(policy, ROWS)
+    check_forward_consistency(policy, ROWS)
 
     assert torch.equal(torch.get_rng_state(), before)
     assert not policy.training and not policy.packing
@@ -239,7 +239,7 @@ def test_sampling_settings_of_a_checkpoint_change_nothing(settings):
     plain, policy = (Policy(tiny("llama"), temperature=0.9) for _ in range(2))
     plain.model.generation_config = GenerationConfig()
     policy.model.generation_config = given = GenerationConfig(**settings)
-    plain.cached = policy.cached = False
+    plain.uses_own_kv_cache = policy.uses_own_kv_cache = False
 
     said, expected = (
         generate(one, ROWS, limit=6, stops=frozenset([2]), seeds=range(3), sample=sample)
@@ -248,20 +248,20 @@ def test_sampling_settings_of_a_checkpoint_change_nothing(settings):
     )
 
     assert said == expected
-    assert check_cache(policy, ROWS) < 2e-5  # float32, another order of sums
+    assert measure_cache_error(policy, ROWS) < 2e-5  # float32, another order of sums
     assert policy.model.generation_config is given
 
 
 def test_a_setting_that_reaches_the_sampler_is_noticed(monkeypatch):
     policy = Policy(tiny("llama"))
-    policy.cached = False
+    policy.uses_own_kv_cache = False
     monkeypatch.setattr(
         type(policy.model),
         "_get_logits_processor",
         lambda *_, **__: transformers.LogitsProcessorList([transformers.MinPLogitsWarper(0.1)]),
     )
 
-    assert check_cache(policy, ROWS) > 1e-3
+    assert measure_cache_error(policy, ROWS) > 1e-3
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: next(iter(settings)))
@@ -295,20 +295,22 @@ def test_a_model_that_no_sampling_suits_is_refused(saved):
 def test_a_model_that_counts_columns_of_our_cache_is_not_sampled_by_it(saved, name):
     policy = Policy.from_pretrained(saved(name))
 
-    said = generate(policy, ROWS * 2, limit=5, stops=frozenset([2]), seeds=range(6), slots=1)  # so the ring comes round
+    said = generate(
+        policy, ROWS * 2, limit=5, stops=frozenset([2]), seeds=range(6), max_num_seqs=1
+    )  # so the ring comes round
 
-    assert policy.cached is False and "the key-value cache " in policy.remarks[-1]
-    record = lay_out(ROWS * 2, said)
-    assert_close(policy(record.obs)[0].log_prob(record.action), record.logprob, atol=2e-5, rtol=0)
+    assert policy.uses_own_kv_cache is False and "the key-value cache " in policy.warnings[-1]
+    record = build_trajectory(ROWS * 2, said)
+    assert_close(policy(record.obs)[0].log_prob(record.action), record.behavior_logprob, atol=2e-5, rtol=0)
 
 
 def test_the_cache_is_tried_once_before_the_first_sample(saved):
     policy = Policy.from_pretrained(saved("gpt2"))
-    assert policy.cached is None
+    assert policy.uses_own_kv_cache is None
 
     generate(policy, ROWS, limit=2, stops=frozenset(), seeds=range(3))
 
-    assert policy.cached is True and policy.remarks == []
+    assert policy.uses_own_kv_cache is True and policy.warnings == []
 
 
 # ---- attention and trunk ----------------------------------------------------------------------------------------------
@@ -318,20 +320,20 @@ def test_the_cache_is_tried_once_before_the_first_sample(saved):
 def test_a_model_without_fused_attention_computes_it_plainly_and_says_so(saved, name):
     policy = Policy.from_pretrained(saved(name))
 
-    assert [remark for remark in policy.remarks if "no fused attention (SDPA)" in remark]
+    assert [remark for remark in policy.warnings if "no fused attention (SDPA)" in remark]
     assert policy.model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("name", ["mamba", "llama", "gemma2"])
 def test_nothing_is_said_of_attention_that_is_fused_or_not_there(saved, name):
-    assert not [remark for remark in Policy.from_pretrained(saved(name)).remarks if "attention" in remark]
+    assert not [remark for remark in Policy.from_pretrained(saved(name)).warnings if "attention" in remark]
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_trunk_under_another_name_is_found(saved, critic):
     policy = Policy.from_pretrained(saved("llama4_text"), critic=critic)
 
-    assert policy.fast and type(policy.trunk).__name__ == "Llama4TextModel"
+    assert policy.is_head_separable and type(policy.trunk).__name__ == "Llama4TextModel"
     assert policy(torch.tensor([ROWS[0]]))[1].shape == (1, len(ROWS[0]))
 
 
@@ -359,7 +361,7 @@ def test_an_architecture_without_a_class_for_scores_is_refused(saved):
 
 
 def test_a_parameter_without_dimensions_has_a_digest(saved):
-    assert len(digest(Policy.from_pretrained(saved("apertus")).model)) == 64
+    assert len(module_digest(Policy.from_pretrained(saved("apertus")).model)) == 64
 
 
 def test_log_probs_that_are_minus_infinity_alike_are_no_distance_apart():
@@ -371,9 +373,9 @@ def test_log_probs_that_are_minus_infinity_alike_are_no_distance_apart():
 
 
 CHECKS = {
-    "settle": lambda policy: policy.settle(ROWS),
-    "reading": lambda policy: check_reading(policy, ROWS),
-    "sampling": lambda policy: sampling_problem(policy, ROWS),
+    "verify_separable_head": lambda policy: policy.verify_separable_head(ROWS),
+    "reading": lambda policy: check_forward_consistency(policy, ROWS),
+    "sampling": lambda policy: find_sampling_problem(policy, ROWS),
 }
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from understudy.language import dpo, reward_model
-from understudy.language.judge import Judge, Sampled
+from understudy.language.judge import RewardSum, ScoringInput
 from understudy.language.scorer import RewardModel
 from understudy.language.sft import load_policy
-from understudy.language.text import Tokenizer, preferences, read
+from understudy.language.text import Tokenizer, make_preferences, read_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")
@@ -19,17 +19,17 @@ CHOICES = {"model": MODEL, "data": PAIRS, "too_long": "cut", "held_out": 456}
 
 @pytest.fixture(scope="module")
 def rows():
-    return read(PAIRS)
+    return read_rows(PAIRS)
 
 
 @pytest.fixture(scope="module")
 def whole(rows):
-    return preferences(rows, Tokenizer.load(MODEL), max_length=10_000)
+    return make_preferences(rows, Tokenizer.load(MODEL), max_length=10_000)
 
 
 @pytest.fixture(scope="module")
 def cut(rows):
-    return preferences(rows, Tokenizer.load(MODEL), max_length=512, too_long="cut")
+    return make_preferences(rows, Tokenizer.load(MODEL), max_length=512, too_long="cut")
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def sides():
     """What each recipe learns from and what it keeps."""
     fields = {"model": MODEL, "data": PAIRS, "too_long": "cut", "held_out": 456}
     cfg = dpo.Config(**fields)
-    by_policy = dpo.split(load_policy(cfg), cfg)
-    return by_policy, reward_model.split(RewardModel.from_pretrained(MODEL), reward_model.Config(**fields))
+    by_policy = dpo.load_preferences(load_policy(cfg), cfg)
+    return by_policy, reward_model.load_training_rows(RewardModel.from_pretrained(MODEL), reward_model.Config(**fields))
 
 
 def test_no_prompt_of_the_human_preferences_is_learned_from_and_kept(sides, rows):
@@ -57,8 +57,8 @@ def test_a_fifth_of_the_human_preferences_is_kept_and_the_same_by_both_recipes(s
 def test_every_human_preference_is_whole_or_counted(whole, cut):
     fit = sum(max(len(pair.chosen), len(pair.rejected)) <= 512 for pair in whole)
 
-    assert (len(whole), whole.equal, whole.skipped) == (2312, 0, 0)
-    assert fit + cut.cut + cut.skipped == len(cut) + cut.skipped == 2312
+    assert (len(whole), whole.num_equal, whole.num_skipped) == (2312, 0, 0)
+    assert fit + cut.num_cut + cut.num_skipped == len(cut) + cut.num_skipped == 2312
     assert max(max(len(pair.chosen), len(pair.rejected)) for pair in cut) == 512
 
 
@@ -72,16 +72,16 @@ def test_a_cut_preference_ends_as_the_whole_one_does(whole, cut):
 
 
 def scores(completions, answers):
-    sampled = Sampled(
+    sampled = ScoringInput(
         [""] * len(answers), completions, [[] for _ in answers], [False] * len(answers), {"answer": answers}
     )
-    with Judge.of(["number"], load_model=lambda source: NotImplemented) as judge:
+    with RewardSum.of(["number"], load_model=lambda source: NotImplemented) as judge:
         return judge(sampled).score
 
 
 @pytest.fixture(scope="module", params=["train", "test"])
 def answers(request):
-    return [row["answer"] for row in read(f"{PROBLEMS}/{request.param}.jsonl")]
+    return [row["answer"] for row in read_rows(f"{PROBLEMS}/{request.param}.jsonl")]
 
 
 def off_by_one(answer: str) -> str:

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 from tests.records import flags, row, seeded
 from understudy.reduce import (
-    clusters,
-    effective_share,
+    cluster_ids,
+    effective_sample_fraction,
     explained_variance,
+    fraction_interval,
     group_moments,
     importance_weight,
     masked_mean,
@@ -21,7 +22,6 @@ from understudy.reduce import (
     per_budget,
     per_row,
     per_step,
-    share_interval,
     standardize,
     student_t,
     whiten,
@@ -233,13 +233,13 @@ def test_numbers_that_are_all_equal_have_no_interval(number):
 def test_a_shares_interval_is_wilsons():
     # 3 of 4: z^2 = 3.8416, 1 + z^2 / 4 = 1.9604; middle (0.75 + 0.4802) / 1.9604 = 0.62753; half
     # sqrt(3.8416 * (0.1875 / 4 + 3.8416 / 64)) / 1.9604 = 0.32689
-    assert share_interval(torch.tensor([1.0, 1, 1, 0])) == pytest.approx((0.75, 0.30064, 0.95442), abs=1e-5)
+    assert fraction_interval(torch.tensor([1.0, 1, 1, 0])) == pytest.approx((0.75, 0.30064, 0.95442), abs=1e-5)
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(1.0, 0.5101, 1.0), (0.0, 0.0, 0.4899)])
 def test_a_share_of_all_or_nothing_has_a_width(share, low, high):
     # 4 of 4: 1 / (1 + 3.8416 / 4) = 0.5101
-    assert share_interval(torch.full((4,), share)) == pytest.approx((share, low, high), abs=1e-4)
+    assert fraction_interval(torch.full((4,), share)) == pytest.approx((share, low, high), abs=1e-4)
 
 
 def test_copies_do_not_narrow_a_shares_interval():
@@ -247,12 +247,12 @@ def test_copies_do_not_narrow_a_shares_interval():
     # 3 * 4/3 / (1.5 * 8/7) = 7/3, and eight rows count for 24/7: middle 0.61790, half 0.34136
     rows, prompts = torch.tensor([1.0, 1, 1, 0]).repeat_interleave(2), torch.arange(4).repeat_interleave(2)
 
-    assert share_interval(rows, prompts) == pytest.approx((0.75, 0.27654, 0.95926), abs=1e-5)
-    assert share_interval(torch.ones(8), prompts) == share_interval(torch.ones(4))
+    assert fraction_interval(rows, prompts) == pytest.approx((0.75, 0.27654, 0.95926), abs=1e-5)
+    assert fraction_interval(torch.ones(8), prompts) == fraction_interval(torch.ones(4))
 
 
 def test_rows_with_equal_keys_are_a_cluster():
-    assert clusters(["b", (1, 2), "b", (1, 3)]).tolist() == [0, 1, 0, 2]
+    assert cluster_ids(["b", (1, 2), "b", (1, 3)]).tolist() == [0, 1, 0, 2]
 
 
 def test_whitening_keeps_the_mean():
@@ -278,29 +278,29 @@ weights = partial(importance_weight, RATIOS.log() + MU, MU, CHOSEN, low=0.5, hig
     ],
 )
 def test_a_step_counts_by_how_much_likelier_it_is_to_pi_within_bounds(how, ratio, expected):
-    assert_close(weights(how=how, ratio=ratio), torch.tensor(expected, dtype=torch.float32))
+    assert_close(weights(mode=how, ratio=ratio), torch.tensor(expected, dtype=torch.float32))
 
 
 def test_a_row_outside_the_band_counts_nothing_or_the_bound():
     # its ratio, 2, is above 1.5; that of the other, 1/2, is in [1/2, 1.5]
     given = RATIOS.log(), torch.zeros(2, 4), CHOSEN
-    masked = importance_weight(*given, how="mask", ratio="row", low=0.5, high=1.5)
+    masked = importance_weight(*given, mode="mask", ratio="row", low=0.5, high=1.5)
     assert_close(masked, torch.tensor([[0, 0, 0, 0], [0, 0.5, 0, 0]]))
-    cut = importance_weight(*given, how="truncate", ratio="row", low=0.5, high=1.5)
+    cut = importance_weight(*given, mode="truncate", ratio="row", low=0.5, high=1.5)
     assert_close(cut, torch.tensor([[1.5, 1.5, 0, 1.5], [0, 0.5, 0, 0]]))
 
 
 @pytest.mark.parametrize("how", ["truncate", "mask"])
 @pytest.mark.parametrize("ratio", ["step", "row", "row_mean"])
 def test_a_sampler_that_is_the_policy_weighs_one_and_a_band_holds_its_ends(how, ratio):
-    assert_close(importance_weight(MU, MU, CHOSEN, how=how, ratio=ratio, low=1.0, high=1.0), CHOSEN.float())
+    assert_close(importance_weight(MU, MU, CHOSEN, mode=how, ratio=ratio, low=1.0, high=1.0), CHOSEN.float())
 
 
 @pytest.mark.parametrize(("how", "held"), [("truncate", 2.0), ("mask", 0.0)])
 def test_a_ratio_beyond_all_numbers_is_held(how, held):
     # exp(300) is no float32
     weight = importance_weight(
-        torch.zeros(1, 3), torch.full((1, 3), -100.0), flags(1, 1, 1), how=how, ratio="row", low=0.5, high=2.0
+        torch.zeros(1, 3), torch.full((1, 3), -100.0), flags(1, 1, 1), mode=how, ratio="row", low=0.5, high=2.0
     )
 
     assert_close(weight, torch.full((1, 3), held))
@@ -309,15 +309,15 @@ def test_a_ratio_beyond_all_numbers_is_held(how, held):
 def test_no_gradient_reaches_the_policy_through_a_weight():
     logprob = RATIOS.log().requires_grad_()
 
-    assert not importance_weight(logprob, MU, CHOSEN, how="truncate", ratio="step", low=0.5, high=2.0).requires_grad
+    assert not importance_weight(logprob, MU, CHOSEN, mode="truncate", ratio="step", low=0.5, high=2.0).requires_grad
 
 
 def test_the_effective_share_is_the_square_of_the_sum_over_n_sums_of_squares():
     # (1 + 1 + 2 + 4)^2 / (4 * (1 + 1 + 4 + 16)) = 64 / 88
-    share = effective_share(torch.tensor([[1, 1, 2, 99], [99, 4, 99, 99], [99, 99, 99, 99.0]]), MASK)
+    share = effective_sample_fraction(torch.tensor([[1, 1, 2, 99], [99, 4, 99, 99], [99, 99, 99, 99.0]]), MASK)
     assert_close(share, torch.tensor(64 / 88))
 
 
 @pytest.mark.parametrize(("weight", "share"), [((3, 3, 3, 3), 1.0), ((0, 5, 0, 0), 0.25), ((0, 0, 0, 0), 0.0)])
 def test_equal_weights_share_all_and_a_single_one_its_part(weight, share):
-    assert_close(effective_share(row(*weight), flags(1, 1, 1, 1)), torch.tensor(share))
+    assert_close(effective_sample_fraction(row(*weight), flags(1, 1, 1, 1)), torch.tensor(share))

@@ -17,7 +17,7 @@ BEST = "the gentle cat warmly helped this loyal dog near our lovely house ."  # 
 
 
 def classes(words):
-    return tuple(rehearsal.CLASS[word] for word in words)
+    return tuple(rehearsal.WORD_CLASS[word] for word in words)
 
 
 def test_every_generated_sentence_is_grammatical():
@@ -33,9 +33,11 @@ def test_sentences_hardly_ever_repeat():
 
 
 def test_every_word_belongs_to_one_class_and_is_kind_or_unkind_or_plain():
-    words = [w for part in (rehearsal.KIND, rehearsal.PLAIN, rehearsal.UNKIND) for w in " ".join(part.values()).split()]
+    words = [
+        w for part in (rehearsal.KIND, rehearsal.NEUTRAL, rehearsal.UNKIND) for w in " ".join(part.values()).split()
+    ]
 
-    assert len(words) == len(set(words)) == len(rehearsal.CLASS)
+    assert len(words) == len(set(words)) == len(rehearsal.WORD_CLASS)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_the_best_of_64_leaves_room_above_itself():
 
 
 def test_truth_scores_prompt_and_completion_together():
-    scores = rehearsal.truth(["the gentle cat", "the cat"], ["helped this dog near our house .", "sang"], other=[0, 1])
+    scores = rehearsal.true_scores(
+        ["the gentle cat", "the cat"], ["helped this dog near our house .", "sang"], other=[0, 1]
+    )
 
     assert scores == pytest.approx([0.51, 0.3 * 0.25 * 0.3])  # "the cat sang": 3 words are 5 too few, and no sentence
 
@@ -151,9 +155,9 @@ def test_demonstrations_are_better_than_the_language_and_leave_a_gap():
 
 def test_the_better_sentence_is_preferred_with_its_bradley_terry_probability():
     # scores 0.51 and 0.21; (0.51 - 0.21) / 0.1 = 3; sigmoid(3) = 1 / (1 + e^-3) = 0.952574
-    assert rehearsal.preferred(GOOD, BAD, temperature=0.1) == pytest.approx(0.952574, abs=1e-6)
-    assert rehearsal.preferred(BAD, GOOD, temperature=0.1) == pytest.approx(0.047426, abs=1e-6)
-    assert rehearsal.preferred(GOOD, GOOD, temperature=0.1) == 0.5
+    assert rehearsal.preference_probability(GOOD, BAD, temperature=0.1) == pytest.approx(0.952574, abs=1e-6)
+    assert rehearsal.preference_probability(BAD, GOOD, temperature=0.1) == pytest.approx(0.047426, abs=1e-6)
+    assert rehearsal.preference_probability(GOOD, GOOD, temperature=0.1) == 0.5
 
 
 def test_labels_come_out_as_often_as_their_probability_says():
@@ -188,7 +192,7 @@ def test_rows_are_written_one_json_object_a_line(tmp_path):
 
 
 def test_the_tokenizer_gives_every_sentence_back_without_an_unknown_word():
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
     for sentence in rehearsal.sentences(500, seed=0):
         ids = tokenizer(sentence).input_ids
         assert tokenizer.unk_token_id not in ids
@@ -197,13 +201,13 @@ def test_the_tokenizer_gives_every_sentence_back_without_an_unknown_word():
 
 
 def test_the_tokenizer_puts_bos_first_and_nothing_last():
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
 
     assert tokenizer.convert_ids_to_tokens(tokenizer("the unicorn").input_ids) == ["<s>", "the", "<unk>"]
 
 
 def test_prompt_and_completion_tokens_join_to_those_of_the_sentence():
-    tokenizer = rehearsal.tokenizer()
+    tokenizer = rehearsal.make_tokenizer()
     for row in rehearsal.demonstrations(50, seed=0):
         opening = tokenizer(row["prompt"]).input_ids
         rest = tokenizer(row["completion"], add_special_tokens=False).input_ids
@@ -211,8 +215,8 @@ def test_prompt_and_completion_tokens_join_to_those_of_the_sentence():
 
 
 def test_model_and_tokenizer_agree_on_their_tokens_also_when_saved(tmp_path):
-    rehearsal.model(seed=0).save_pretrained(tmp_path)
-    rehearsal.tokenizer().save_pretrained(tmp_path)
+    rehearsal.make_model(seed=0).save_pretrained(tmp_path)
+    rehearsal.make_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id
 
@@ -221,13 +225,13 @@ def test_model_and_tokenizer_agree_on_their_tokens_also_when_saved(tmp_path):
     assert model.generation_config.do_sample
     for config in (model.config, model.generation_config):
         assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == ids
-    assert tokenizer(CLEAN).input_ids == rehearsal.tokenizer()(CLEAN).input_ids
+    assert tokenizer(CLEAN).input_ids == rehearsal.make_tokenizer()(CLEAN).input_ids
     assert tokenizer.decode(tokenizer(CLEAN).input_ids, skip_special_tokens=True) == CLEAN
 
 
 def test_a_seed_gives_the_same_weights_and_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
-    one, same, other = (rehearsal.model(seed).model.embed_tokens.weight for seed in (1, 1, 2))
+    one, same, other = (rehearsal.make_model(seed).model.embed_tokens.weight for seed in (1, 1, 2))
 
     assert torch.equal(one, same)
     assert not torch.equal(one, other)

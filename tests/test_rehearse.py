@@ -8,9 +8,18 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from understudy.cli import main
-from understudy.cli.rehearse import Sizes, pipeline, rehearse, show
+from understudy.cli.rehearse import Sizes, pipeline, print_results, rehearse
 
-SMALL = Sizes(texts=2000, demonstrations=200, pairs=100, openings=50, rows=16, iterations=2, tested=4, best_of=4)
+SMALL = Sizes(
+    num_texts=2000,
+    num_demonstrations=200,
+    num_pairs=100,
+    num_prompts=50,
+    completions_per_iteration=16,
+    num_iterations=2,
+    num_evaluation_prompts=4,
+    best_of=4,
+)
 PARTS = {"true_score", "proxy_score", "distinct_4", "grammatical", "copied", "samples"}
 FOUND = {
     "best_of",
@@ -74,7 +83,7 @@ def test_the_gap_closed_is_the_share_of_the_way_to_the_best_of_many(found):
 
 
 def test_a_seed_gives_the_same_rehearsal_to_the_bit(found, tmp_path):
-    again = pipeline(tmp_path / "again", 3, SMALL, say=lambda text: None)
+    again = pipeline(tmp_path / "again", 3, SMALL, report=lambda text: None)
 
     assert {**again, "seconds": 0} == {**found, "seconds": 0}
 
@@ -82,7 +91,7 @@ def test_a_seed_gives_the_same_rehearsal_to_the_bit(found, tmp_path):
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
 def test_the_table_fits_a_terminal_of_60_columns(found, monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", columns)
-    show(found)
+    print_results(found)
     drawn = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("│", "┃"))]
 
     names = "", "true score", "proxy score", "distinct 4", "grammatical", "copied", "KL to SFT, nats"
@@ -92,7 +101,7 @@ def test_the_table_fits_a_terminal_of_60_columns(found, monkeypatch, capsys, col
 
 def test_samples_are_printed_whole_however_narrow_the_terminal(found, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "40")
-    show(found)
+    print_results(found)
     lines = capsys.readouterr().out.splitlines()
 
     assert all(f"  {sample}" in lines for name in ("sft", "ppo") for sample in found[name]["samples"])

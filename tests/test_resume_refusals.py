@@ -81,7 +81,7 @@ def test_another_reward_than_the_runs_is_said_and_written_down(tmp_path, capsys)
     assert json.loads((run / "config.json").read_text())["config"]["reward"] == ["length:2"]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert events[-1]["replaced"] == {"reward": {"from": ["length:4"], "to": ["length:2"]}}
-    assert all(check.state == "same" for check in lineage.verify(lineage.chain(run)) if "config" in check.what)
+    assert all(check.state == "same" for check in lineage.verify(lineage.read_chain(run)) if "config" in check.what)
 
 
 def test_other_options_of_the_environment_are_said_and_evaluated_with(tmp_path, capsys):

@@ -12,7 +12,7 @@ from tests.models import FAMILIES, tiny
 from tests.rehearsed import furnish, letters, reward_config
 from tests.test_text import CHAT, CHATML, made, tokens
 from understudy.language import rehearsal, reward_model, text
-from understudy.language.judge import Sampled
+from understudy.language.judge import ScoringInput
 from understudy.language.scorer import RewardModel, load_reward_model
 from understudy.language.text import Preference, Tokenizer
 from understudy.run.config import RequestError
@@ -143,7 +143,7 @@ def test_centering_holds_the_scores_of_pairs_around_zero(go, home):
     def off_centre(**fields) -> float:
         run = go(epochs=4, learning_rate=3e-3, held_out=0, normalize="none", **fields)
         model = RewardModel.from_pretrained(run.path / "reward_model")
-        learned, _ = reward_model.split(model, reward_config(home, run.path, held_out=0))
+        learned, _ = reward_model.load_training_rows(model, reward_config(home, run.path, held_out=0))
         chosen, rejected = (model.score([getattr(pair, side) for pair in learned]) for side in ("chosen", "rejected"))
         return float((chosen + rejected).square().mean())
 
@@ -160,7 +160,7 @@ def test_the_loss_of_labels_is_the_logistic_one(go, tmp_path):
     one, two = model.score([model.tokenizer.encode_prompt(row["text"]) for row in rows]).tolist()
     surprise = [math.log1p(math.exp(-one)), 0.25 * math.log1p(math.exp(-two)) + 0.75 * math.log1p(math.exp(two))]
     assert run.metrics[0]["loss"] == pytest.approx(sum(surprise) / 2, abs=1e-5)
-    assert model.form == "text"
+    assert model.input_format == "text"
 
 
 @pytest.mark.parametrize(("normalize", "mean", "deviation"), [("none", None, None), ("mean", 0, None), ("both", 0, 1)])
@@ -169,8 +169,8 @@ def test_scores_of_what_was_learned_from_are_normalised_as_asked(go, home, norma
 
     model = RewardModel.from_pretrained(run.path / "reward_model")
     cfg = reward_config(home, run.path, held_out=0)
-    learned, _ = reward_model.split(model, cfg)
-    score = model.score([ids for row in learned for ids in reward_model.texts(row)])
+    learned, _ = reward_model.load_training_rows(model, cfg)
+    score = model.score([ids for row in learned for ids in reward_model.token_sequences(row)])
     assert (model.mean == 0.0) == (mean is None)
     assert (model.scale == 1.0) == (deviation is None)
     if mean is not None:
@@ -218,7 +218,7 @@ def test_how_rows_are_read_does_not_change_what_is_learned(go, fields):
 
 
 def test_checkpointing_is_on_where_it_was_asked_for(home):
-    assert RewardModel.from_pretrained(home, checkpointing=True).model.model.gradient_checkpointing
+    assert RewardModel.from_pretrained(home, gradient_checkpointing=True).model.model.gradient_checkpointing
     assert not RewardModel.from_pretrained(home).model.model.gradient_checkpointing
 
 
@@ -252,7 +252,7 @@ def test_pairs_of_one_prompt_are_all_learned_from_or_all_kept(home, tmp_path):
     data = rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")
     model = RewardModel.from_pretrained(home)
 
-    learned, kept = reward_model.split(model, reward_config(home, tmp_path, data=str(data), held_out=16))
+    learned, kept = reward_model.load_training_rows(model, reward_config(home, tmp_path, data=str(data), held_out=16))
 
     assert (len(learned), len(kept)) == (60, 20)  # 16 prompts, 5 pairs each: four prompts, the first count over 16
     assert {pair.prompt for pair in learned}.isdisjoint(pair.prompt for pair in kept)
@@ -263,8 +263,8 @@ def test_a_run_says_how_many_rows_were_too_long(go, home, capsys):
 
     lengths = [
         max(len(pair.chosen), len(pair.rejected))
-        for pair in text.preferences(
-            text.read(home / "preferences.jsonl"), RewardModel.from_pretrained(home).tokenizer, max_length=64
+        for pair in text.make_preferences(
+            text.read_rows(home / "preferences.jsonl"), RewardModel.from_pretrained(home).tokenizer, max_length=64
         )
     ]
     fit = sum(length <= 14 for length in lengths)
@@ -298,7 +298,7 @@ def test_accuracy_interval_and_length_baseline_by_hand():
     # right, right, right, wrong; longer in 1 of 4, so that "the shorter" is right in 3
     data = [pair(20, 0, 1), pair(20, 0, -1), pair(20, 0, -2), pair(0, 20, -1)]
 
-    found = reward_model.examine(Lengths(), data)
+    found = reward_model.evaluate_reward_model(Lengths(), data)
 
     assert found["accuracy"] == 0.75
     # Wilson's interval of 3 of 4: (0.75 + 0.4802) / 1.9604 = 0.6275, and 0.3269 to either side
@@ -315,7 +315,7 @@ def test_an_accuracys_interval_counts_prompts_and_not_their_pairs():
         return Preference((1, chosen), (1, rejected), 0.0, 1, prompt)
 
     data = [asked(str(i), *sides) for i, sides in enumerate([(20, 0), (20, 0), (20, 0), (0, 20)]) for _ in range(2)]
-    found = reward_model.examine(Lengths(), data)
+    found = reward_model.evaluate_reward_model(Lengths(), data)
 
     assert (found["rows"], found["prompts"]) == (8, 4)
     assert found["accuracy_low"] <= 0.3006 and found["accuracy_high"] >= 0.9544
@@ -323,7 +323,9 @@ def test_an_accuracys_interval_counts_prompts_and_not_their_pairs():
 
 def test_a_normalised_model_is_examined_by_its_raw_scores():
     data = [pair(20, 0, 1), pair(10, 5, -1), pair(20, 5, -2), pair(0, 20, -1)]
-    plain, normalised = (reward_model.examine(model, data) for model in (Lengths(), Lengths(mean=3.0, scale=4.0)))
+    plain, normalised = (
+        reward_model.evaluate_reward_model(model, data) for model in (Lengths(), Lengths(mean=3.0, scale=4.0))
+    )
 
     same = [name for name in plain if not name.startswith("score_")]
     assert {name: plain[name] for name in same} == pytest.approx({name: normalised[name] for name in same}, abs=1e-5)
@@ -357,25 +359,25 @@ def test_what_it_says_of_itself_is_written_down(go):
 # as a judge
 
 
-def sampled(prompts, completions, ids, truncated) -> Sampled:
-    return Sampled(prompts, completions, ids, truncated, {})
+def sampled(prompts, completions, ids, truncated) -> ScoringInput:
+    return ScoringInput(prompts, completions, ids, truncated, {})
 
 
 def test_a_completion_of_the_policys_tokens_is_read_as_it_was_sampled(home):
     model, tokenizer = RewardModel.from_pretrained(home), Tokenizer.load(home)
     prompt = tokenizer.encode_prompt("the dog")
 
-    score = model.part(tokenizer)(sampled(["the dog"] * 2, ["x", "y"], [[9, 8, 2], [9, 8]], [False, True]))
+    score = model.make_reward_term(tokenizer)(sampled(["the dog"] * 2, ["x", "y"], [[9, 8, 2], [9, 8]], [False, True]))
 
     assert_close(score, model.score([[*prompt, 9, 8, 2], [*prompt, 9, 8]]))
 
 
 def test_a_model_of_texts_is_shown_no_stop_id(home):
     model, tokenizer = RewardModel.from_pretrained(home), Tokenizer.load(home)
-    model.form = "text"
+    model.input_format = "text"
     prompt = tokenizer.encode_prompt("the dog")
 
-    score = model.part(tokenizer)(sampled(["the dog"], ["x"], [[9, 8, 2]], [False]))
+    score = model.make_reward_term(tokenizer)(sampled(["the dog"], ["x"], [[9, 8, 2]], [False]))
 
     assert_close(score, model.score([[*prompt, 9, 8]]))
 
@@ -385,9 +387,9 @@ def test_a_model_of_texts_is_shown_no_stop_id(home):
 )
 def test_a_completion_in_other_tokens_is_read_with_the_models_own(home, form, cut, end):
     model, theirs = RewardModel.from_pretrained(home), Tokenizer(letters(), frozenset([2]))
-    model.form = form
+    model.input_format = form
 
-    score = model.part(theirs)(sampled(["the dog"], [" smiled ."], [[3, 4, 2]], [cut]))
+    score = model.make_reward_term(theirs)(sampled(["the dog"], [" smiled ."], [[3, 4, 2]], [cut]))
 
     assert_close(score, model.score([[*model.tokenizer.encode_prompt("the dog smiled ."), *end]]))
 
@@ -417,7 +419,9 @@ def test_a_judge_reads_a_row_with_what_it_has_for_the_template(home):
     model.tokenizer = made(2, 4, template=CHATML + "{% if not enable_thinking %}/think {% endif %}")
     said = tokens("yo<|im_end|>")
 
-    given = Sampled([CHAT[:1]] * 2, [CHAT[1:]] * 2, [said] * 2, [False] * 2, {"enable_thinking": [True, False]})
+    given = ScoringInput([CHAT[:1]] * 2, [CHAT[1:]] * 2, [said] * 2, [False] * 2, {"enable_thinking": [True, False]})
 
     asked = tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
-    assert_close(model.part(model.tokenizer)(given), model.score([asked + said, asked + tokens("/think ") + said]))
+    assert_close(
+        model.make_reward_term(model.tokenizer)(given), model.score([asked + said, asked + tokens("/think ") + said])
+    )

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tests.records import flags, record, row
 from understudy.advantage import gae
-from understudy.score import at_last_step, kl_reward
+from understudy.score import kl_reward, reward_at_last_step
 from understudy.value import next_value
 
 STEPS = 5
@@ -16,7 +16,7 @@ TERMINATED = flags(0, 0, 0, 0, 0, 1, 0)
 
 def advantage(log_ratio: torch.Tensor, v3: float) -> torch.Tensor:
     """A at the five choices, gamma = lam = 1, for KL coefficient 1 and V(s_3) as given."""
-    reward = kl_reward(log_ratio, torch.zeros(1, 7), MASK, coef=1.0) + at_last_step(torch.tensor([6.0]), MASK)
+    reward = kl_reward(log_ratio, torch.zeros(1, 7), MASK, coef=1.0) + reward_at_last_step(torch.tensor([6.0]), MASK)
     value = row(9, 0.3, -0.7, v3, 5, 2, 9)  # the others do not matter for A_3
     trajectory = record(MASK, terminated=TERMINATED)
     ends = TERMINATED, trajectory.truncated, MASK

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from understudy.control.environment import make
-from understudy.control.rows import Choice, Choices, Rows, quicken
+from understudy.control.rows import FastDiscrete, FastMultiDiscrete, FastSyncVectorEnv, use_fast_action_space
 
 SPACES = {
     "box": spaces.Box(-1, 1, (2, 3)),
@@ -45,7 +45,7 @@ def test_a_step_is_that_of_gymnasium_to_the_bit(observation, action):
         makers = [lambda: Drawn(SPACES[observation], ACTIONS[action])] * 3
         return kind(makers, autoreset_mode=AutoresetMode.DISABLED)
 
-    ours, theirs = both(Rows), both(SyncVectorEnv)
+    ours, theirs = both(FastSyncVectorEnv), both(SyncVectorEnv)
     assert_same(ours.reset(seed=[1, 2, 3]), theirs.reset(seed=[1, 2, 3]))
     theirs.action_space.seed(0)
     for _ in range(40):
@@ -91,7 +91,7 @@ def test_what_an_environment_should_not_give_is_taken_or_refused_as_gymnasium_do
         except Exception as wrong:
             return isinstance(wrong, TypeError | ValueError | AttributeError)
 
-    assert_same(of(Rows), of(SyncVectorEnv))
+    assert_same(of(FastSyncVectorEnv), of(SyncVectorEnv))
 
 
 class Saying(gymnasium.Env):
@@ -110,8 +110,8 @@ class Saying(gymnasium.Env):
 def test_rows_are_what_sync_makes():
     envs = make("CartPole-v1", num_envs=2)
 
-    assert type(envs) is Rows
-    assert type(envs.single_action_space) is Choice  # within what Gymnasium wraps it in
+    assert type(envs) is FastSyncVectorEnv
+    assert type(envs.single_action_space) is FastDiscrete  # within what Gymnasium wraps it in
     envs.close()
 
 
@@ -128,7 +128,7 @@ ASKED = [
 def test_choices_hold_what_their_space_holds(asked, dtype):
     theirs = spaces.MultiDiscrete([3, 4], dtype=dtype, start=[-1, 3], seed=1)
 
-    assert_same_space(Choices(copy.deepcopy(theirs)), theirs, asked)
+    assert_same_space(FastMultiDiscrete(copy.deepcopy(theirs)), theirs, asked)
 
 
 ASKED_ALONE = [
@@ -141,7 +141,7 @@ ASKED_ALONE = [
 def test_a_choice_holds_what_its_space_holds(asked):
     theirs = spaces.Discrete(4, start=-2, seed=1)
 
-    assert_same_space(Choice(copy.deepcopy(theirs)), theirs, asked)
+    assert_same_space(FastDiscrete(copy.deepcopy(theirs)), theirs, asked)
 
 
 def assert_same_space(ours, theirs, asked):
@@ -171,7 +171,7 @@ class Asking(gymnasium.Env):
         return np.zeros(1, np.float32), float(self.action_space.contains(action)), False, False, {}
 
 
-@pytest.mark.parametrize(("kind", "made"), [("one", Choice), ("several", Choices)])
+@pytest.mark.parametrize(("kind", "made"), [("one", FastDiscrete), ("several", FastMultiDiscrete)])
 def test_environments_are_answered_by_choices(kind, made):
     envs = make("tests.test_rows:Asking", num_envs=2, options={"kind": kind})
     envs.reset()
@@ -185,7 +185,7 @@ def test_a_space_that_is_no_attribute_stays():
     class Property(Asking):
         action_space = property(lambda self: spaces.Discrete(2), lambda self, space: None)
 
-    quicken(env := Property("one"))
+    use_fast_action_space(env := Property("one"))
 
     assert type(env.action_space) is spaces.Discrete
 
@@ -197,7 +197,7 @@ def test_a_native_vector_env_steps_as_gymnasium_made_it_and_refuses_what_it_refu
     assert_same(ours.reset(seed=1), theirs.reset(seed=1))
     for action in np.random.default_rng(0).integers(0, 2, (60, 3)):
         assert_same(ours.step(action), theirs.step(action))
-    assert type(ours.action_space) is Choices
+    assert type(ours.action_space) is FastMultiDiscrete
     for envs in (ours, theirs):
         with pytest.raises(AssertionError, match="invalid"):
             envs.step(np.array([0, 1, 2]))

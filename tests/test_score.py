@@ -5,18 +5,25 @@ import torch
 from torch.testing import assert_close
 
 from tests.records import flags, row
-from understudy.score import adapt_kl_reference, at_last_step, cut_short, episode_score, kl_reward, overlong
+from understudy.score import (
+    adapt_kl_reference_coef,
+    episode_score,
+    handle_truncation,
+    kl_reward,
+    overlong_penalty,
+    reward_at_last_step,
+)
 
 MASK = torch.tensor([[0, 1, 1, 0], [1, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
 
 
 def test_a_score_is_paid_at_the_last_chosen_step():
     expected = torch.tensor([[0, 0, 5, 0], [0, 0, 0, 6], [7, 0, 0, 0], [0, 0, 0, 0.0]])
-    assert_close(at_last_step(torch.tensor([5.0, 6, 7, 8]), MASK), expected)
+    assert_close(reward_at_last_step(torch.tensor([5.0, 6, 7, 8]), MASK), expected)
 
 
 def test_a_missing_score_of_an_empty_row_is_not_paid():
-    assert_close(at_last_step(torch.tensor([float("nan")]), flags(0, 0)), row(0, 0))
+    assert_close(reward_at_last_step(torch.tensor([float("nan")]), flags(0, 0)), row(0, 0))
 
 
 def test_the_score_of_a_row_is_the_sum_of_its_chosen_steps_rewards():
@@ -26,7 +33,7 @@ def test_the_score_of_a_row_is_the_sum_of_its_chosen_steps_rewards():
 
 def test_a_score_paid_comes_back_as_the_rows_score():
     score = torch.tensor([5.0, -6, 7])
-    assert_close(episode_score(at_last_step(score, MASK[:3]), MASK[:3]), score)
+    assert_close(episode_score(reward_at_last_step(score, MASK[:3]), MASK[:3]), score)
 
 
 NAN = float("nan")
@@ -49,7 +56,7 @@ NONE = torch.zeros_like(TRUNCATED)
 )
 def test_a_row_cut_by_its_limit_is_paid_as_the_recipe_says(how, paid, terminated, truncated, kept):
     score = torch.tensor([5.0, 7.0, NAN])
-    found = cut_short(score, TERMINATED, TRUNCATED, CHOSEN, how=how, penalty=-3.0, missing_eos_penalty=2.0)
+    found = handle_truncation(score, TERMINATED, TRUNCATED, CHOSEN, mode=how, penalty=-3.0, missing_eos_penalty=2.0)
 
     assert_close(found[0], torch.tensor(paid, dtype=torch.float32))
     assert torch.equal(found[1], terminated)
@@ -59,7 +66,9 @@ def test_a_row_cut_by_its_limit_is_paid_as_the_recipe_says(how, paid, terminated
 
 def test_a_cut_row_needs_no_score_where_none_is_paid():
     score = torch.tensor([NAN, NAN, NAN])
-    found = cut_short(score, TERMINATED, TRUNCATED, CHOSEN, how="bootstrap", penalty=0.0, missing_eos_penalty=0.0)
+    found = handle_truncation(
+        score, TERMINATED, TRUNCATED, CHOSEN, mode="bootstrap", penalty=0.0, missing_eos_penalty=0.0
+    )
 
     assert found[3].any(dim=1).tolist() == [False, True, False]
 
@@ -80,9 +89,11 @@ def test_the_kl_is_paid_step_by_step():
     ],
 )
 def test_the_kl_coefficient_follows_its_target(kl, coef):
-    assert adapt_kl_reference(0.2, kl, target=6.0, rows=256, horizon=10_000) == pytest.approx(coef, rel=1e-12)
+    assert adapt_kl_reference_coef(0.2, kl, target=6.0, num_rows=256, horizon=10_000) == pytest.approx(coef, rel=1e-12)
 
 
 def test_a_long_completion_is_charged_more_and_more():
     # limit 20, margin 4: nothing up to 16, a quarter a token, 1 at the limit
-    assert_close(overlong(torch.tensor([5.0, 16, 17, 20]), limit=20, margin=4), torch.tensor([0, 0, -0.25, -1.0]))
+    assert_close(
+        overlong_penalty(torch.tensor([5.0, 16, 17, 20]), limit=20, margin=4), torch.tensor([0, 0, -0.25, -1.0])
+    )

@@ -147,7 +147,7 @@ def test_a_policy_of_every_family_is_learned_saved_and_loaded_as_it_is(family, t
     ids = torch.tensor([[1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 2]])
     distribution, _ = ours(ids)
     logp = plain(ids).logits.log_softmax(dim=-1)
-    assert ours.fast
+    assert ours.is_head_separable
     assert_close(ours.model(ids, use_cache=False).logits, plain(ids).logits, atol=1e-5, rtol=0)
     assert_close(distribution.entropy(), -(logp.exp() * logp).sum(dim=-1), atol=1e-5, rtol=0)
     assert apart(path, tmp_path / "model") > 1e-4

@@ -119,7 +119,7 @@ def test_an_episode_of_control_is_shown_step_by_step(here, capsys):
 
     steps = objects(capsys, "run", "--steps", 600)
     assert sum(step["reward"] for step in steps) == evaluated == len(steps)
-    assert [bool(step["end"]) for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert [bool(step["end_reason"]) for step in steps] == [False] * (len(steps) - 1) + [True]
     assert all(len(step["obs"]["obs"]) == 4 and step["action"] in (0, 1) for step in steps)
     assert objects(capsys, "run", "--steps", 600) == steps
     assert objects(capsys, "run", "--episode", 1, "--steps", 600) != steps

@@ -26,7 +26,7 @@ from understudy import load, resume
 from understudy.cli import main
 from understudy.control import environment, ppo
 from understudy.control.evaluate import evaluate
-from understudy.control.sources import Source
+from understudy.control.sources import EnvSource
 from understudy.control.standing import obeys_seed
 from understudy.run.config import RequestError
 
@@ -175,7 +175,7 @@ class Flipped(gymnasium.ActionWrapper):
 )
 def test_a_threshold_holds_only_for_rewards_that_no_wrapper_changes(wrapper, solved, vectorization):
     with closing(environment.make("CartPole-v1", num_envs=1, vectorization=vectorization, wrappers=(wrapper,))) as envs:
-        assert environment.threshold(envs) == solved
+        assert environment.reward_threshold(envs) == solved
 
 
 def test_a_threshold_is_read_through_the_wrappers_of_objects_and_vector_envs():
@@ -186,8 +186,8 @@ def test_a_threshold_is_read_through_the_wrappers_of_objects_and_vector_envs():
         return Local(gymnasium.make("CartPole-v1"))
 
     def of(env):
-        with closing(environment.adopt(env, lambda row, episode: 0)) as envs:
-            return environment.threshold(envs)
+        with closing(environment.as_vector_env(env, lambda row, episode: 0)) as envs:
+            return environment.reward_threshold(envs)
 
     cart, carts = (
         gymnasium.make("CartPole-v1"),
@@ -242,7 +242,7 @@ class Repeated(gymnasium.Wrapper):
 def test_steps_within_a_wrapper_count_and_those_within_a_reset_do_not(tmp_path):
     config = short(tmp_path, env=f"{HERE}:Ones", wrappers=(f"{HERE}:Repeated",))
     policy = load(ppo.train(config).path)
-    assert evaluate(policy, config, episodes=2).returns == [10.0, 10.0]  # 5 steps of 2
+    assert evaluate(policy, config, num_episodes=2).returns == [10.0, 10.0]  # 5 steps of 2
 
 
 class Ones(TenSteps):
@@ -266,7 +266,7 @@ def test_evaluation_does_not_depend_on_the_number_of_copies(tmp_path):
     config = short(tmp_path, env=f"{HERE}:SeedPays")
     policy = load(ppo.train(config).path)
     found = [
-        evaluate(policy, short(tmp_path, env=f"{HERE}:SeedPays", num_evaluation_envs=n), episodes=7).returns
+        evaluate(policy, short(tmp_path, env=f"{HERE}:SeedPays", num_evaluation_envs=n), num_episodes=7).returns
         for n in (1, 3, 50)
     ]
     assert found[0] == found[1] == found[2] and len(set(found[0])) == 7
@@ -293,9 +293,9 @@ def test_a_simulator_of_one_instance_is_evaluated_in_one_copy(tmp_path):
     port = env.socket.getsockname()[1]
     env.close()
     again = short(tmp_path, **(fields | {"env_options": {"port": port}}), num_evaluation_envs=1)
-    assert len(evaluate(policy, again, episodes=3).returns) == 3
+    assert len(evaluate(policy, again, num_episodes=3).returns) == 3
     with pytest.raises(RequestError, match=r"Address already in use.*num_evaluation_envs to 1"):
-        evaluate(policy, short(tmp_path, **(fields | {"env_options": {"port": port}})), episodes=3)
+        evaluate(policy, short(tmp_path, **(fields | {"env_options": {"port": port}})), num_episodes=3)
     assert OneInstance(port=port).close() is None  # the copy that could be made is closed
 
 
@@ -321,7 +321,7 @@ def test_evaluation_that_cannot_be_beside_training_is_refused_first(copies, tmp_
 
 def test_a_video_that_cannot_be_beside_training_is_refused_first(tmp_path, port):
     fields = {"env": f"{HERE}:OnePicture", "num_envs": 1, "env_options": {"port": port}}
-    source = Source(short(tmp_path, **fields, video=True))
+    source = EnvSource(short(tmp_path, **fields, video=True))
     source.check()
     with (
         closing(source.open(lambda row, episode: 0)) as envs,
@@ -407,7 +407,7 @@ def test_episodes_without_an_end_are_evaluated_up_to_a_bound(tmp_path, capsys):
     run = ppo.train(config)
 
     assert len(events(run, "evaluation_cut")) == 1 and len(run.metrics) == 3  # said once
-    assert evaluate(load(run.path), config, episodes=5).num_cut == 5
+    assert evaluate(load(run.path), config, num_episodes=5).num_truncated == 5
 
 
 def test_a_signal_ends_an_evaluation_and_the_run_goes_on_as_if_there_was_none(tmp_path):
@@ -489,7 +489,9 @@ def test_what_cannot_be_seeded_trains_and_is_marked(how, tmp_path):
         run = ppo.train(short(tmp_path, num_envs=1), env=CannotBeSeeded())
     else:
         run = ppo.train(short(tmp_path, env=f"{THERE}:CannotBeSeeded", vectorization=how, checkpoint_every=1))
-        assert len(evaluate(load(run.path), short(tmp_path, env=f"{THERE}:CannotBeSeeded"), episodes=2).returns) == 2
+        assert (
+            len(evaluate(load(run.path), short(tmp_path, env=f"{THERE}:CannotBeSeeded"), num_episodes=2).returns) == 2
+        )
 
     assert run.metrics[-1]["steps"] == 60
     assert json.loads((run.path / "config.json").read_text())["reproducible"] is False
@@ -678,4 +680,4 @@ def test_a_chosen_info_that_is_no_number_is_refused(key, tmp_path):
 
 def test_evaluation_gives_the_success_rate(tmp_path):
     config = short(tmp_path, env=f"{HERE}:Succeeds", num_evaluation_envs=1, exact_resume=False)
-    assert evaluate(load(ppo.train(config).path), config, episodes=4).success_rate == 0.5
+    assert evaluate(load(ppo.train(config).path), config, num_episodes=4).success_rate == 0.5

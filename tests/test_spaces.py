@@ -11,21 +11,21 @@ from torch.testing import assert_close
 
 from tests.probes import ACTIONS, OBSERVATIONS
 from understudy.control.spaces import (
-    MASK,
-    add_batch,
+    MASK_KEY,
+    add_batch_dim,
     check_action_space,
     check_observation_space,
-    executable,
-    features,
-    from_json,
+    feature_spaces,
     half_width,
     is_batched,
     is_image,
-    leaves,
+    leaf_spaces,
     lost_in,
     mask_width,
-    read,
-    to_json,
+    read_obs,
+    space_from_json,
+    space_to_json,
+    to_env_action,
 )
 
 INF = np.inf
@@ -54,13 +54,13 @@ EVERY_SPACE = {
 def test_a_space_comes_back_from_json_as_it_was(name):
     space = EVERY_SPACE[name]
 
-    assert from_json(json.loads(json.dumps(to_json(space), allow_nan=False))) == space
+    assert space_from_json(json.loads(json.dumps(space_to_json(space), allow_nan=False))) == space
 
 
 def test_bounds_come_back_exactly():
     space = box([1 / 3, -INF, 1e-45], [2 / 3, INF, 3.4e38])  # equal spaces are only close to each other
 
-    back = from_json(json.loads(json.dumps(to_json(space))))
+    back = space_from_json(json.loads(json.dumps(space_to_json(space))))
 
     assert isinstance(back, spaces.Box)
     np.testing.assert_array_equal(back.low, space.low)
@@ -70,7 +70,7 @@ def test_bounds_come_back_exactly():
 def test_a_dict_keeps_its_order_which_is_that_of_the_weights():
     space = spaces.Dict([("z", spaces.Discrete(2)), ("a", spaces.Discrete(3))])
 
-    assert list(features(from_json(json.loads(json.dumps(to_json(space)))))) == ["z", "a"]
+    assert list(feature_spaces(space_from_json(json.loads(json.dumps(space_to_json(space)))))) == ["z", "a"]
 
 
 def test_a_key_that_is_no_string_is_refused_before_the_first_step():
@@ -95,7 +95,7 @@ def test_an_observation_without_a_number_is_refused(space):
 
 @pytest.mark.parametrize("key", ["obs", "a.b", "", "action mask", "."])
 def test_an_entry_may_have_any_name(key):
-    tree = read(spaces.Dict({key: spaces.Discrete(2)}), {key: np.array([1])})
+    tree = read_obs(spaces.Dict({key: spaces.Discrete(2)}), {key: np.array([1])})
 
     assert isinstance(tree, dict) and [x.tolist() for x in tree.values()] == [[1]]
 
@@ -105,7 +105,7 @@ def test_an_entry_may_have_any_name(key):
 )
 def test_what_is_no_tensor_is_refused_with_its_place(inner):
     with pytest.raises(ValueError, match=rf"has {type(inner).__name__} at 'a.1', which is not supported: use Box"):
-        list(leaves(spaces.Dict({"a": spaces.Tuple([spaces.Discrete(2), inner])})))
+        list(leaf_spaces(spaces.Dict({"a": spaces.Tuple([spaces.Discrete(2), inner])})))
 
 
 @pytest.mark.parametrize("space", [spaces.Text(5), spaces.Dict({"a": spaces.Discrete(2)}), spaces.Tuple([])])
@@ -129,7 +129,7 @@ def test_nested_observations_are_read_leaf_by_leaf():
         "lamps": np.array([[0, 1], [1, 1]], np.int8),
     }
 
-    tree = read(space, obs)
+    tree = read_obs(space, obs)
 
     assert isinstance(tree, dict)
     assert {name: (tuple(x.shape), x.dtype) for name, x in tree.items()} == {
@@ -142,7 +142,7 @@ def test_nested_observations_are_read_leaf_by_leaf():
 
 
 def test_a_tuple_is_read_by_number():
-    tree = read(
+    tree = read_obs(
         spaces.Tuple([spaces.Discrete(2), spaces.Tuple([spaces.Discrete(3)])]), (np.array([1]), (np.array([2]),))
     )
 
@@ -152,26 +152,26 @@ def test_a_tuple_is_read_by_number():
 
 def test_what_was_read_does_not_change_with_the_environments_own_array():
     own = np.zeros((1, 3), np.float32)
-    tree = read(OBSERVATIONS["vector"], own)
+    tree = read_obs(OBSERVATIONS["vector"], own)
     own += 1
 
     assert_close(tree, torch.zeros(1, 3))
 
 
 def test_a_mask_from_info_joins_the_observation():
-    tree = read(OBSERVATIONS["vector"], np.zeros((1, 3)), np.array([[1, 0]]))
+    tree = read_obs(OBSERVATIONS["vector"], np.zeros((1, 3)), np.array([[1, 0]]))
 
     assert isinstance(tree, dict)
-    assert tree[MASK].tolist() == [[True, False]]
+    assert tree[MASK_KEY].tolist() == [[True, False]]
 
 
 def test_a_mask_in_the_observation_is_flat_and_no_feature():
-    space = spaces.Dict({"x": spaces.Discrete(2), MASK: spaces.MultiBinary((2, 2))})
-    tree = read(space, {"x": np.array([0]), MASK: np.array([[[1, 0], [0, 1]]], np.int8)})
+    space = spaces.Dict({"x": spaces.Discrete(2), MASK_KEY: spaces.MultiBinary((2, 2))})
+    tree = read_obs(space, {"x": np.array([0]), MASK_KEY: np.array([[[1, 0], [0, 1]]], np.int8)})
 
     assert isinstance(tree, dict)
-    assert tree[MASK].tolist() == [[True, False, False, True]]
-    assert list(features(space)) == ["x"]
+    assert tree[MASK_KEY].tolist() == [[True, False, False, True]]
+    assert list(feature_spaces(space)) == ["x"]
 
 
 @pytest.mark.parametrize(("name", "width"), [("Discrete", 3), ("MultiDiscrete", 9), ("MultiBinary", 6), ("Box", 0)])
@@ -185,7 +185,7 @@ def test_a_batch_is_told_from_a_single_observation(name):
     obs = space.sample()
 
     assert not is_batched(space, obs)
-    assert is_batched(space, add_batch(space, obs))
+    assert is_batched(space, add_batch_dim(space, obs))
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_an_image_has_the_bounds_and_the_size_of_one(space, image):
 
 
 def test_a_board_of_bytes_is_read_as_its_numbers():
-    tree = read(spaces.Box(0, 2, (6, 7), np.uint8), np.full((1, 6, 7), 2, np.uint8))
+    tree = read_obs(spaces.Box(0, 2, (6, 7), np.uint8), np.full((1, 6, 7), 2, np.uint8))
 
     assert_close(tree, torch.full((1, 6, 7), 2.0))
 
@@ -219,15 +219,15 @@ def test_numbers_that_float32_cannot_hold_are_read_exactly_where_asked(dtype):
     space = spaces.Box(0, 2**31 - 1, (1,), dtype)
     seen = np.array([[1_700_000_001]], dtype)
 
-    assert read(space, seen, exact=True).tolist() == [[1_700_000_001]]  # pyright: ignore
-    assert read(space, seen).tolist() == [[1_700_000_000]]  # pyright: ignore  # a multiple of 128
+    assert read_obs(space, seen, keep_float64=True).tolist() == [[1_700_000_001]]  # pyright: ignore
+    assert read_obs(space, seen).tolist() == [[1_700_000_000]]  # pyright: ignore  # a multiple of 128
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int16, np.uint8])
 def test_numbers_that_float32_holds_are_read_as_float32(dtype):
     space = spaces.Box(0, 100, (1,), dtype)
 
-    assert read(space, np.ones((1, 1), dtype), exact=True).dtype == torch.float32  # pyright: ignore
+    assert read_obs(space, np.ones((1, 1), dtype), keep_float64=True).dtype == torch.float32  # pyright: ignore
 
 
 def test_what_float32_loses_is_named_with_a_value():
@@ -267,25 +267,25 @@ def test_every_number_becomes_an_action_in_the_space(space, squash):
     width = int(np.prod(space.shape))
     far = torch.tensor([-1e30, -50.0, -1.0, -1e-8, 0.0, 0.3, 8.0, 9.5, 1e4])[:, None].expand(-1, width)
 
-    for action in executable(space, far.numpy(), squash):
+    for action in to_env_action(space, far.numpy(), squash):
         assert space.contains(action)
 
 
 def test_clip_hands_on_what_is_within_the_bounds():
     assert_close(
-        executable(box([-1, -1], [1, 1]), np.float32([[0.25, -3.0]]), "clip"), np.array([[0.25, -1]], np.float32)
+        to_env_action(box([-1, -1], [1, 1]), np.float32([[0.25, -3.0]]), "clip"), np.array([[0.25, -1]], np.float32)
     )
 
 
 def test_tanh_is_scaled_to_the_bounds():
     # 1 + (tanh(0) + 1) / 2 * (5 - 1) = 3; tanh(log 3 / 2) = 1/2, so 1 + 3/4 * 4 = 4
-    action = executable(spaces.Box(1.0, 5.0, (2,)), np.float32([[0.0, np.log(3) / 2]]), "tanh")
+    action = to_env_action(spaces.Box(1.0, 5.0, (2,)), np.float32([[0.0, np.log(3) / 2]]), "tanh")
 
     assert_close(action, np.array([[3.0, 4.0]], np.float32))
 
 
 def test_tanh_clips_where_a_bound_is_infinite():
-    action = executable(box([0, -INF], [INF, 1]), np.float32([[-2.0, 0.5], [7.0, 3.0]]), "tanh")
+    action = to_env_action(box([0, -INF], [INF, 1]), np.float32([[-2.0, 0.5], [7.0, 3.0]]), "tanh")
 
     assert_close(action, np.array([[0, 0.5], [7, 1]], np.float32))
 
@@ -297,14 +297,14 @@ def test_half_the_width_is_0_where_a_bound_is_infinite():
 def test_discrete_actions_begin_where_their_space_does():
     many = spaces.MultiDiscrete([[2, 3]], start=[[5, -1]])
 
-    assert executable(spaces.Discrete(3, start=-1), np.array([0, 2]), "clip").tolist() == [-1, 1]
-    assert executable(many, np.array([[1, 2]]), "clip").tolist() == [[[6, 1]]]
+    assert to_env_action(spaces.Discrete(3, start=-1), np.array([0, 2]), "clip").tolist() == [-1, 1]
+    assert to_env_action(many, np.array([[1, 2]]), "clip").tolist() == [[[6, 1]]]
 
 
 @pytest.mark.parametrize("name", ["Discrete", "MultiDiscrete", "MultiBinary"])
 def test_an_executable_action_has_the_dtype_of_its_space(name):
     space: gymnasium.Space = ACTIONS[name]
     width = () if name == "Discrete" else (int(np.prod(space.shape)),)  # pyright: ignore
-    action = executable(space, np.ones((1, *width), dtype=np.int64), "clip")[0]
+    action = to_env_action(space, np.ones((1, *width), dtype=np.int64), "clip")[0]
 
     assert action.dtype == space.dtype and space.contains(action)

@@ -17,7 +17,7 @@ from understudy.language.generate import generate
 from understudy.language.model import Policy
 from understudy.language.reward_model import RewardModel
 from understudy.language.text import Prompt, Tokenizer
-from understudy.language.turns import Reply
+from understudy.language.turns import ReplyFunction
 from understudy.run.config import RequestError
 
 LETTERS = Tokenizer(letters(), frozenset([2]))
@@ -40,20 +40,20 @@ PROMPTS = [[1, 5, 9, 3], [1, 7], [3, 3, 20, 11, 6], [1, 7]] * 3
     ],
 )
 def test_a_stop_string_is_completed_by_the_last_token_only(before, ids, shown, found):
-    tokenizer = made().ending_at(["xy", "xa"])
+    tokenizer = made().with_stop(["xy", "xa"])
 
-    assert tokenizer.continued(tokens(before), ids) == shown
-    assert tokenizer.stop_string(tokens(before), ids)[0] == found
-    assert tokenizer.at_stop_string(tokens(before), ids) == bool(found)
+    assert tokenizer.decode_continuation(tokens(before), ids) == shown
+    assert tokenizer.find_stop_string(tokens(before), ids)[0] == found
+    assert tokenizer.ends_with_stop_string(tokens(before), ids) == bool(found)
 
 
 def test_the_first_of_two_stop_strings_in_one_token_cuts():
-    assert made().ending_at(["1ab", "01a"]).continued([], [*tokens("x01"), AB]) == "x"
+    assert made().with_stop(["1ab", "01a"]).decode_continuation([], [*tokens("x01"), AB]) == "x"
 
 
 @pytest.mark.parametrize("blank_in_front", [False, True])
 def test_the_end_of_a_row_shows_what_the_whole_row_shows(blank_in_front):
-    tokenizer, draw = made(blank_in_front=blank_in_front).ending_at(["ab a", "  "]), random.Random(0)
+    tokenizer, draw = made(blank_in_front=blank_in_front).with_stop(["ab a", "  "]), random.Random(0)
     some = [
         *tokens("ab" if blank_in_front else "ab "),
         AB,
@@ -65,8 +65,8 @@ def test_the_end_of_a_row_shows_what_the_whole_row_shows(blank_in_front):
     for _ in range(400):
         ids = draw.choices(some, k=40)
         for t in range(1, 41):
-            whole = bool(tokenizer.stop_string(tokens("b"), ids[:t])[0])
-            assert tokenizer.at_stop_string(tokens("b"), ids[:t]) == whole
+            whole = bool(tokenizer.find_stop_string(tokens("b"), ids[:t])[0])
+            assert tokenizer.ends_with_stop_string(tokens("b"), ids[:t]) == whole
             seen += whole
             if whole:
                 break
@@ -74,10 +74,10 @@ def test_the_end_of_a_row_shows_what_the_whole_row_shows(blank_in_front):
 
 
 def test_stop_strings_stand_beside_the_stop_ids_of_the_model():
-    tokenizer = made().ending_at(["xy"])
+    tokenizer = made().with_stop(["xy"])
     assert (tokenizer.stops, tokenizer.stop_strings) == ({EOS}, ("xy",))
 
-    tokenizer = tokenizer.ending_at(["!", "hi there"])
+    tokenizer = tokenizer.with_stop(["!", "hi there"])
     assert (tokenizer.stops, tokenizer.stop_strings) == (set(tokens("!")), ("hi there",))
 
 
@@ -88,13 +88,13 @@ def test_stop_strings_stand_beside_the_stop_ids_of_the_model():
 @pytest.mark.parametrize("slots", [3, 64])
 def test_a_row_is_what_it_is_without_stop_strings_up_to_the_first(cached, slots):
     policy, seeds = Policy(tiny("llama")), range(len(PROMPTS))
-    policy.cached = cached
-    how = {"limit": 12, "stops": frozenset([2]), "seeds": seeds, "slots": slots}
+    policy.uses_own_kv_cache = cached
+    how = {"limit": 12, "stops": frozenset([2]), "seeds": seeds, "max_num_seqs": slots}
     free = generate(policy, PROMPTS, **how)
     pairs = [LETTERS.decode(c.ids[3:5]) for c in free if len(c.ids) > 6 and min(c.ids[3:5]) >= A][:4]
-    tokenizer = LETTERS.ending_at(pairs)
+    tokenizer = LETTERS.with_stop(pairs)
 
-    said = generate(policy, PROMPTS, ends=tokenizer.at_stop_string, **how)
+    said = generate(policy, PROMPTS, stop_condition=tokenizer.ends_with_stop_string, **how)
 
     for ours, whole in zip(said, free, strict=True):
         text = LETTERS.decode(ours.ids)
@@ -107,13 +107,13 @@ def test_a_row_is_what_it_is_without_stop_strings_up_to_the_first(cached, slots)
 
 
 def test_an_engine_that_does_not_know_stop_strings_is_cut_there():
-    said = spoken(Script(([A, B, C, D, A], False)), None, tokenizer=LETTERS.ending_at(["b c"]))
+    said = spoken(Script(([A, B, C, D, A], False)), None, tokenizer=LETTERS.with_stop(["b c"]))
 
     [completion] = said.completions
     assert (completion.ids, completion.stopped) == ([A, B, C], True)
     assert completion.logprob == pytest.approx([-0.1 * i for i in (A, B, C)])
-    assert said.judged.completions == [" a "]
-    assert bool(said.record.terminated[0, 3]) and not said.record.truncated.any()
+    assert said.scoring_input.completions == [" a "]
+    assert bool(said.trajectory.terminated[0, 3]) and not said.trajectory.truncated.any()
 
 
 # turns
@@ -127,34 +127,34 @@ def test_a_turn_that_ends_by_a_stop_string_is_answered():
         return ["b c"]
 
     script = Script(([A, B, C], True), ([D, D, B, C], True))
-    said = spoken(script, answer, tokenizer=LETTERS.ending_at(["b c"]), turns=2)
+    said = spoken(script, answer, tokenizer=LETTERS.with_stop(["b c"]), turns=2)
 
     assert asked == [([" a "], ["b c"])]
     assert said.completions[0].ids == [A, B, C, B, C, D, D, B, C]
-    assert said.judged.completions == [" a b c b c d d "]  # only the end of the last turn is left out
+    assert said.scoring_input.completions == [" a b c b c d d "]  # only the end of the last turn is left out
 
 
 def test_a_stop_string_does_not_begin_in_what_others_say():
     said = spoken(
-        Script(([A, 2], True), ([C], False)), lambda prompts: ["b"], tokenizer=LETTERS.ending_at(["b c"]), turns=2
+        Script(([A, 2], True), ([C], False)), lambda prompts: ["b"], tokenizer=LETTERS.with_stop(["b c"]), turns=2
     )
 
     assert said.completions[0].ids == [A, 2, B, C] and not said.completions[0].stopped
-    assert said.judged.completions == [" a b c"]
+    assert said.scoring_input.completions == [" a b c"]
 
 
 def test_the_template_closes_a_turn_that_a_stop_string_ended():
-    tokenizer = made(4, template=CHATML_LIKE).ending_at(["</x>"])
+    tokenizer = made(4, template=CHATML_LIKE).with_stop(["</x>"])
     chat, answer = [{"role": "user", "content": "hi"}], [{"role": "tool", "content": "7"}]
     prompt = Prompt(tuple(tokenizer.encode_prompt(chat)), chat, {}, 1)
 
     def first(ids):
         script = Script((ids, True), (tokens("ok<|im_end|>"), True))
         sampler = Sampler(
-            [prompt], tokenizer, limit=80, endless=False, seed=0, slots=1, turns=2, engine=script,
-            reply=Reply(lambda prompts: [answer[0]], timeout=5.0),
+            [prompt], tokenizer, limit=80, has_fixed_length=False, seed=0, max_num_seqs=1, max_turns=2, engine=script,
+            reply_function=ReplyFunction(lambda prompts: [answer[0]], timeout=5.0),
         )  # fmt: skip
-        return sampler.collect(Policy(tiny("llama")), [0], first=0).completions[0]
+        return sampler.collect(Policy(tiny("llama")), [0], first_row=0).completions[0]
 
     behind = tokens("\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\nok<|im_end|>")
     closed, text = first(tokens("yo<|im_end|>")), first(tokens("yo</x>"))
@@ -199,7 +199,7 @@ def strings(home, tmp_path_factory):
     ppo.train(ppo_config(home, tmp_path_factory.mktemp("free") / "run", steps=40, reward=score))
     policy = Policy.from_pretrained(home)
     policy.tokenizer = Tokenizer.load(home)
-    [said] = policy.generate(["the"], count=8, max_new_tokens=6)
+    [said] = policy.generate(["the"], num_completions=8, max_new_tokens=6)
     return tuple(dict.fromkeys([*pairs_of(seen[:8])[:4], *pairs_of(said)[:4]]))
 
 
@@ -233,11 +233,11 @@ def test_a_saved_policy_ends_at_the_stop_strings_of_its_run(run, strings):
     policy = load(finished.path)
 
     assert policy.model.generation_config.stop_strings == list(strings)
-    texts = policy.generate(["the"], count=8, max_new_tokens=6)[0]
+    texts = policy.generate(["the"], num_completions=8, max_new_tokens=6)[0]
     policy.tokenizer = Tokenizer(policy.tokenizer.hf, policy.tokenizer.stops)
-    whole = policy.generate(["the"], count=8, max_new_tokens=6)[0]
+    whole = policy.generate(["the"], num_completions=8, max_new_tokens=6)[0]
     assert texts == [cut(one, strings) for one in whole] != whole
-    assert texts == policy.generate(["the"], count=8, max_new_tokens=6, stop=strings)[0]
+    assert texts == policy.generate(["the"], num_completions=8, max_new_tokens=6, stop=strings)[0]
 
 
 def test_generate_on_the_command_line_ends_at_a_text(home, strings, capsys):
@@ -268,11 +268,13 @@ def test_a_reward_model_is_given_one_stop_id_and_no_text(home):
 def test_a_reward_model_reads_what_ended_by_a_stop_string_to_a_stop_id(home):
     model, sampled = RewardModel.from_pretrained(home), []
     model.score = lambda rows, **_: sampled.extend(rows) or torch.zeros(len(rows))
-    tokenizer = Tokenizer.load(home).ending_at(["dog sang"])
+    tokenizer = Tokenizer.load(home).with_stop(["dog sang"])
     prompt, said = tokenizer.encode_prompt("the"), tokenizer.encode_text("horse dog sang")
 
-    words = Sampler([Prompt(tuple(prompt), "the", {}, 1)], tokenizer, limit=9, endless=False, seed=0, slots=1)
+    words = Sampler(
+        [Prompt(tuple(prompt), "the", {}, 1)], tokenizer, limit=9, has_fixed_length=False, seed=0, max_num_seqs=1
+    )
     words.engine = Script((said, False))
-    model.part(tokenizer)(words.collect(Policy(rehearsal.model(0)), [0], first=0).judged)
+    model.make_reward_term(tokenizer)(words.collect(Policy(rehearsal.make_model(0)), [0], first_row=0).scoring_input)
 
-    assert sampled == [[*prompt, *tokenizer.encode_text("horse"), tokenizer.stop]]
+    assert sampled == [[*prompt, *tokenizer.encode_text("horse"), tokenizer.stop_token_id]]

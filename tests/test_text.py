@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from understudy.language import text
-from understudy.language.text import Example, Labelled, Preference, Tokenizer, last_token, pad
+from understudy.language.text import Example, LabelledExample, Preference, Tokenizer, pad_for_scoring, pad_sequences
 from understudy.run.config import RequestError
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -97,8 +97,8 @@ def test_a_prompt_is_what_the_tokenizer_itself_makes_of_a_text():
         assert made(adds_bos=adds_bos).encode_prompt("hi") == built(adds_bos=adds_bos)("hi").input_ids
 
     example, pair = [{"text": "yo"}], [{"prompt": "hi ", "chosen": "yo", "rejected": "no"}]
-    assert text.examples(example, made(adds_bos=False), max_length=9) == [Example((*tokens("yo"), EOS), 1, 1)]
-    assert text.preferences(pair, made(adds_bos=False), max_length=9)[0].chosen == (*tokens("hi yo"), EOS)
+    assert text.make_examples(example, made(adds_bos=False), max_length=9) == [Example((*tokens("yo"), EOS), 1, 1)]
+    assert text.make_preferences(pair, made(adds_bos=False), max_length=9)[0].chosen == (*tokens("hi yo"), EOS)
 
 
 @pytest.mark.parametrize("blank_in_front", [False, True])
@@ -267,7 +267,7 @@ def test_a_completion_of_the_other_kind_than_its_prompt_is_refused(completion, p
 def test_the_turn_end_is_what_the_template_writes_after_an_answer(written, end):
     template = "{% for m in messages %}{{ m.content }}" + written.replace("\n", "{{ '\\n' }}") + "{% endfor %}"
 
-    assert made(template=template).turn_end() == end
+    assert made(template=template).encode_turn_end() == end
 
 
 # stops
@@ -310,11 +310,11 @@ def test_no_stop_at_all_is_refused_unless_the_length_is_fixed(saved):
 
     with pytest.raises(RequestError, match="no stop id; give one with --stop, or --fixed-length N"):
         Tokenizer.load(path)
-    assert Tokenizer.load(path, fixed_length=True).stops == frozenset()
+    assert Tokenizer.load(path, has_fixed_length=True).stops == frozenset()
 
 
 def test_a_fixed_length_has_no_stops_whatever_the_model_says(saved):
-    assert Tokenizer.load(saved(eos_token_id=EOS), fixed_length=True).stops == frozenset()
+    assert Tokenizer.load(saved(eos_token_id=EOS), has_fixed_length=True).stops == frozenset()
 
 
 # load and save
@@ -330,21 +330,21 @@ def test_a_template_is_given_as_text_or_as_a_file(saved, tmp_path):
     expected = made(template=CHATML).encode_prompt(CHAT)
 
     for template in (CHATML, str(tmp_path / "chat.jinja")):
-        assert Tokenizer.load(saved(template=FORGETFUL), template=template).encode_prompt(CHAT) == expected
+        assert Tokenizer.load(saved(template=FORGETFUL), chat_template=template).encode_prompt(CHAT) == expected
 
 
 def test_an_unknown_template_is_refused(saved):
     with pytest.raises(RequestError, match=r"template is 'chat.jinja': unknown template, neither a file nor Jinja"):
-        Tokenizer.load(saved(), template="chat.jinja")
+        Tokenizer.load(saved(), chat_template="chat.jinja")
 
 
 def test_a_template_with_broken_grammar_is_refused(saved):
     with pytest.raises(RequestError, match="not Jinja in line 1"):
-        Tokenizer.load(saved(), template="{% for %}")
+        Tokenizer.load(saved(), chat_template="{% for %}")
 
 
 def test_a_saved_tokenizer_loads_as_it_was_with_its_template(saved, tmp_path):
-    tokenizer = Tokenizer.load(saved(), template=CHATML)
+    tokenizer = Tokenizer.load(saved(), chat_template=CHATML)
     tokenizer.save(tmp_path / "policy")
 
     assert Tokenizer.load(tmp_path / "policy").encode_prompt(CHAT) == tokenizer.encode_prompt(CHAT)
@@ -370,7 +370,7 @@ def test_a_token_keeps_its_blank_for_displays():
 
 def test_a_prompt_keeps_the_other_columns_and_its_row():
     rows = [{"prompt": "hi", "answer": 4}, {"prompt": "yo", "answer": 5}]
-    second = text.prompts(rows, made(), max_length=9)[1]
+    second = text.make_prompts(rows, made(), max_length=9)[1]
 
     assert second == text.Prompt((BOS, *tokens("yo")), "yo", {"answer": 5}, 2)
 
@@ -388,58 +388,60 @@ def test_prompts_without_their_column_are_refused_with_the_likeliest(row, mappin
     sentence = f"the data have no column 'prompt' but {', '.join(row)}: map yours with --columns {mapping};"
 
     with pytest.raises(RequestError, match=f"^{sentence}.* --unconditional"):
-        text.prompts([row], made(template=CHATML), max_length=99)
+        text.make_prompts([row], made(template=CHATML), max_length=99)
 
 
 def test_unconditional_prompts_are_bos_alone_and_keep_their_columns():
-    assert text.prompts([{"n": 1}], made(), max_length=9, unconditional=True) == [text.Prompt((BOS,), "", {"n": 1}, 1)]
+    assert text.make_prompts([{"n": 1}], made(), max_length=9, unconditional=True) == [
+        text.Prompt((BOS,), "", {"n": 1}, 1)
+    ]
 
 
 def test_unconditional_prompts_need_a_bos():
     with pytest.raises(RequestError, match="row 1: the prompt is empty and the tokenizer has no BOS"):
-        text.prompts([{"n": 1}], made(bos=False), max_length=9, unconditional=True)
+        text.make_prompts([{"n": 1}], made(bos=False), max_length=9, unconditional=True)
 
 
 def test_unconditional_with_a_prompt_column_is_refused():
     with pytest.raises(RequestError, match="unconditional is True, but the data have a column 'prompt'"):
-        text.prompts([{"prompt": "hi"}], made(), max_length=9, unconditional=True)
+        text.make_prompts([{"prompt": "hi"}], made(), max_length=9, unconditional=True)
 
 
 @pytest.mark.parametrize("cell", [" \t\n", [{"role": "user", "content": " "}]], ids=["text", "chat"])
 def test_a_prompt_of_white_space_is_empty(cell):
     with pytest.raises(RequestError, match="row 1: prompt is empty"):
-        text.prompts([{"prompt": cell}], made(template=CHATML), max_length=99)
+        text.make_prompts([{"prompt": cell}], made(template=CHATML), max_length=99)
 
 
 @pytest.mark.parametrize("cell", ["", None, []])
 def test_an_empty_cell_is_refused_with_its_row(cell):
     with pytest.raises(RequestError, match="row 2: prompt is empty: fill it or leave the row out"):
-        text.prompts([{"prompt": "hi"}, {"prompt": cell}], made(), max_length=9)
+        text.make_prompts([{"prompt": "hi"}, {"prompt": cell}], made(), max_length=9)
 
 
 def test_a_cell_that_one_row_lacks_is_refused_with_its_row():
     with pytest.raises(RequestError, match="row 2: prompt is empty"):
-        text.prompts([{"prompt": "hi"}, {"n": 1}], made(), max_length=9)
+        text.make_prompts([{"prompt": "hi"}, {"n": 1}], made(), max_length=9)
 
 
 def test_a_cell_that_is_no_text_is_refused_with_its_row():
     with pytest.raises(RequestError, match="row 1: prompt is 7: must be text, or a list of messages"):
-        text.prompts([{"prompt": 7}], made(), max_length=9)
+        text.make_prompts([{"prompt": 7}], made(), max_length=9)
 
 
 def test_a_message_without_content_is_refused_with_its_row():
     with pytest.raises(
         RequestError, match=r"row 1: prompt is .*each message must be an object with a role and a content"
     ):
-        text.prompts([{"prompt": [{"role": "user"}]}], made(template=CHATML), max_length=9)
+        text.make_prompts([{"prompt": [{"role": "user"}]}], made(template=CHATML), max_length=9)
 
 
 def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
     rows = [{"prompt": "hi"}, {"prompt": "hello"}]
 
     with pytest.raises(RequestError, match="row 2: prompt has 6 tokens, and max_length is 5"):  # BOS and five
-        text.prompts(rows, made(), max_length=5)
-    assert len(text.prompts(rows, made(), max_length=6)) == 2
+        text.make_prompts(rows, made(), max_length=5)
+    assert len(text.make_prompts(rows, made(), max_length=6)) == 2
 
 
 @pytest.mark.parametrize(
@@ -455,19 +457,19 @@ def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
 def test_the_field_that_limits_a_row_is_named(context, max_length, completion, tokens, reason):
     config = SimpleNamespace(max_position_embeddings=context)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-    limit = text.Limit.of(model, max_length, completion=completion)
+    limit = text.Limit.of(model, max_length, num_completion_tokens=completion)
 
-    assert limit.tokens == tokens
+    assert limit.max_tokens == tokens
     with pytest.raises(
         RequestError, match=f"row 1: prompt has 1001 tokens, and {reason}.*, or shorten it or leave it out"
     ):
-        text.prompts([{"prompt": "a" * 1000}], made(), max_length=limit._replace(tokens=tokens % 1000))
+        text.make_prompts([{"prompt": "a" * 1000}], made(), max_length=limit._replace(max_tokens=tokens % 1000))
 
 
 @pytest.mark.parametrize("cells", [["hi", "hi", CHAT], [CHAT, CHAT, "hi"]])
 def test_chat_and_text_in_one_file_are_refused_at_the_first_row_that_differs(cells):
     with pytest.raises(RequestError, match=r"row 3: prompt is .* where the data began with .*: keep to one in a file"):
-        text.prompts([{"prompt": cell} for cell in cells], made(template=CHATML), max_length=999)
+        text.make_prompts([{"prompt": cell} for cell in cells], made(template=CHATML), max_length=999)
 
 
 def test_a_template_that_refuses_a_row_is_reported_with_its_row():
@@ -476,7 +478,7 @@ def test_a_template_that_refuses_a_row_is_reported_with_its_row():
     with pytest.raises(
         RequestError, match="row 1: the chat template refuses messages of roles user: roles must alternate"
     ):
-        text.prompts([{"prompt": CHAT[:1]}], made(template=strict), max_length=99)
+        text.make_prompts([{"prompt": CHAT[:1]}], made(template=strict), max_length=99)
 
 
 # examples
@@ -485,7 +487,7 @@ def test_a_template_that_refuses_a_row_is_reported_with_its_row():
 def test_of_prompt_and_completion_the_completion_is_learned():
     rows = [{"prompt": "hi ", "completion": "yo"}]
 
-    assert text.examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 4, 1)]
+    assert text.make_examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 4, 1)]
 
 
 @pytest.mark.parametrize(
@@ -499,28 +501,28 @@ def test_of_prompt_and_completion_the_completion_is_learned():
 )
 def test_a_completion_is_not_learned_without_its_prompt(row, fault):
     with pytest.raises(RequestError, match=fault):
-        text.examples([row], made(), max_length=9)
+        text.make_examples([row], made(), max_length=9)
 
 
 def test_a_whole_text_that_holds_its_prompt_may_have_it_as_a_column_too():
     rows = [{"prompt": "hi", "text": "hi yo"}]
 
-    assert text.examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 1, 1)]
+    assert text.make_examples(rows, made(), max_length=9) == [Example((BOS, *tokens("hi yo"), EOS), 1, 1)]
 
 
 def test_pairs_are_not_learned_without_their_prompt():
     with pytest.raises(RequestError, match="'question' holds: map them with --columns prompt=question"):
-        text.preferences([{"question": "hi", "chosen": "yo", "rejected": "no"}], made(), max_length=9)
+        text.make_preferences([{"question": "hi", "chosen": "yo", "rejected": "no"}], made(), max_length=9)
 
 
 def test_of_a_text_all_but_its_first_token_is_learned():
-    assert text.examples([{"text": "yo"}], made(), max_length=9) == [Example((BOS, *tokens("yo"), EOS), 1, 1)]
+    assert text.make_examples([{"text": "yo"}], made(), max_length=9) == [Example((BOS, *tokens("yo"), EOS), 1, 1)]
 
 
 @pytest.mark.parametrize("column", ["messages", "text"])
 def test_of_a_chat_the_last_turn_is_learned(column):
     rows = [{column: [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, *CHAT]}]
-    (example,) = text.examples(rows, made(TURN_END, template=CHATML), max_length=999)
+    (example,) = text.make_examples(rows, made(TURN_END, template=CHATML), max_length=999)
 
     assert example.ids[example.start :] == (*tokens("yo"), TURN_END)
     assert example.ids[: example.start].count(TURN_END) == 3
@@ -531,12 +533,12 @@ def test_a_chat_must_end_with_an_answer(messages):
     with pytest.raises(
         RequestError, match=r"row 1: the messages are of roles .*the last of two or more must be the assis"
     ):
-        text.examples([{"messages": messages}], made(template=CHATML), max_length=999)
+        text.make_examples([{"messages": messages}], made(template=CHATML), max_length=999)
 
 
 def test_a_published_transcript_is_plain_text():
     transcript = "\n\nHuman: hi\n\nAssistant: yo"
-    (example,) = text.examples([{"text": transcript}], made(), max_length=99)
+    (example,) = text.make_examples([{"text": transcript}], made(), max_length=99)
 
     assert example == Example((BOS, *tokens(transcript), EOS), 1, 1)
 
@@ -546,12 +548,12 @@ def test_a_missing_column_is_refused_with_those_there_and_the_mend():
     sentence = f"{have}: map yours with --columns prompt=question completion=answer"
 
     with pytest.raises(RequestError, match=sentence):
-        text.examples([{"question": "hi", "answer": "yo"}], made(), max_length=9)
+        text.make_examples([{"question": "hi", "answer": "yo"}], made(), max_length=9)
 
 
 def test_an_example_longer_than_the_context_is_refused_and_not_cut():
     with pytest.raises(RequestError, match="row 1: completion has 7 tokens, and max_length is 6"):  # BOS, 5, EOS
-        text.examples([{"prompt": "hi ", "completion": "yo"}], made(), max_length=6)
+        text.make_examples([{"prompt": "hi ", "completion": "yo"}], made(), max_length=6)
 
 
 # preferences
@@ -561,12 +563,12 @@ def test_chosen_and_rejected_follow_the_prompt():
     rows = [{"prompt": "hi ", "chosen": "yo", "rejected": "no", "margin": "0.5"}]
     pair = Preference((BOS, *tokens("hi yo"), EOS), (BOS, *tokens("hi no"), EOS), 0.5, 1, "hi ")
 
-    assert text.preferences(rows, made(), max_length=9) == [pair]
+    assert text.make_preferences(rows, made(), max_length=9) == [pair]
 
 
 def test_without_a_prompt_chosen_and_rejected_are_whole_texts():
     rows = [{"chosen": "\n\nHuman: hi\n\nAssistant: yo", "rejected": "\n\nHuman: hi\n\nAssistant: no", "margin": None}]
-    (pair,) = text.preferences(rows, made(), max_length=99)
+    (pair,) = text.make_preferences(rows, made(), max_length=99)
 
     assert (pair.chosen, pair.rejected) == tuple((BOS, *tokens(rows[0][c]), EOS) for c in ("chosen", "rejected"))
     assert pair.margin == 0
@@ -577,7 +579,7 @@ def test_chosen_and_rejected_chats_are_the_same_with_their_prompt_apart(split):
     bad = {"role": "assistant", "content": "no"}
     whole = {"chosen": CHAT, "rejected": [CHAT[0], bad]}
     apart = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [bad]}
-    (pair,) = text.preferences([apart if split else whole], made(TURN_END, template=CHATML), max_length=999)
+    (pair,) = text.make_preferences([apart if split else whole], made(TURN_END, template=CHATML), max_length=999)
     start = tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
     assert pair.chosen == (*start, *tokens("yo"), TURN_END)
@@ -587,18 +589,18 @@ def test_chosen_and_rejected_chats_are_the_same_with_their_prompt_apart(split):
 def test_a_pair_of_equals_is_left_out_and_the_others_keep_their_row():
     rows = [{"chosen": "yo", "rejected": "yo"}, {"chosen": "yo", "rejected": "no"}]
 
-    assert [pair.row for pair in text.preferences(rows, made(), max_length=9)] == [2]
+    assert [pair.row for pair in text.make_preferences(rows, made(), max_length=9)] == [2]
 
 
 def test_nothing_but_pairs_of_equals_is_refused():
     with pytest.raises(RequestError, match="chosen equals rejected in each of 1 rows"):
-        text.preferences([{"chosen": "yo", "rejected": "yo"}], made(), max_length=9)
+        text.make_preferences([{"chosen": "yo", "rejected": "yo"}], made(), max_length=9)
 
 
 @pytest.mark.parametrize("margin", ["much", float("nan"), [1]])
 def test_a_margin_that_is_no_number_is_refused_with_its_row(margin):
     with pytest.raises(RequestError, match=r"row 1: margin is .*: must be a finite number"):
-        text.preferences([{"chosen": "yo", "rejected": "no", "margin": margin}], made(), max_length=9)
+        text.make_preferences([{"chosen": "yo", "rejected": "no", "margin": margin}], made(), max_length=9)
 
 
 def test_the_prompt_of_two_transcripts_is_what_stands_before_the_first_answer_that_differs():
@@ -609,20 +611,24 @@ def test_the_prompt_of_two_transcripts_is_what_stands_before_the_first_answer_th
         {"chosen": "yo", "rejected": "no"},
     ]
 
-    found = [pair.prompt for pair in text.preferences(rows, made(), max_length=99)]
+    found = [pair.prompt for pair in text.make_preferences(rows, made(), max_length=99)]
     assert found == [start, "\n\nHuman: hi", ""]
 
 
 def test_the_prompt_of_two_chats_is_the_turns_before_the_last():
     bad = [CHAT[0], {"role": "assistant", "content": "no"}]
-    (pair,) = text.preferences([{"chosen": CHAT, "rejected": bad}], made(TURN_END, template=CHATML), max_length=999)
+    (pair,) = text.make_preferences(
+        [{"chosen": CHAT, "rejected": bad}], made(TURN_END, template=CHATML), max_length=999
+    )
 
     assert json.loads(pair.prompt) == CHAT[:1]
 
 
 def test_a_chat_that_goes_on_where_the_other_ends_is_asked_what_that_one_answers():
     longer = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]
-    (pair,) = text.preferences([{"chosen": CHAT, "rejected": longer}], made(TURN_END, template=CHATML), max_length=999)
+    (pair,) = text.make_preferences(
+        [{"chosen": CHAT, "rejected": longer}], made(TURN_END, template=CHATML), max_length=999
+    )
 
     assert json.loads(pair.prompt) == CHAT[:1]
 
@@ -638,76 +644,76 @@ LONG_PAIRS = [
 
 def test_pairs_that_are_too_long_are_left_out_and_counted():
     rows = [*LONG_PAIRS[:2], {"prompt": "hi ", "chosen": "yo", "rejected": "yo"}]
-    found = text.preferences(rows, made(), max_length=7, too_long="skip")
+    found = text.make_preferences(rows, made(), max_length=7, too_long="skip")
 
-    assert ([pair.row for pair in found], found.skipped, found.cut, found.equal) == ([2], 1, 0, 1)
-    assert found.remark("f") == ["of the 3 rows of 'f', 1 left out as too long, 1 left out as equal: 1 are read"]
+    assert ([pair.row for pair in found], found.num_skipped, found.num_cut, found.num_equal) == ([2], 1, 0, 1)
+    assert found.make_warnings("f") == ["of the 3 rows of 'f', 1 left out as too long, 1 left out as equal: 1 are read"]
 
 
 def test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos():
-    found = text.preferences(LONG_PAIRS[:2], made(), max_length=8, too_long="cut")
+    found = text.make_preferences(LONG_PAIRS[:2], made(), max_length=8, too_long="cut")
 
     # 11 - 8 = 3 tokens go: "hel"
     assert found[0].chosen == (BOS, *tokens("lo yo"), EOS)
     assert found[0].rejected == (BOS, *tokens("lo not"), EOS)
     assert found[0].prompt == "hello "
-    assert (len(found), found.cut, found.skipped) == (2, 1, 0)
+    assert (len(found), found.num_cut, found.num_skipped) == (2, 1, 0)
 
 
 def test_a_pair_is_left_out_where_an_answer_alone_is_too_long():
     rows = [{"prompt": "hi ", "chosen": "a", "rejected": "bcdefg"}]  # 1 + 3 + 6 + 1 = 11 tokens; 3 can go
 
-    assert len(text.preferences([*rows, LONG_PAIRS[1]], made(), max_length=8, too_long="cut")) == 2
-    found = text.preferences([*rows, LONG_PAIRS[1]], made(), max_length=7, too_long="cut")
-    assert ([pair.row for pair in found], found.skipped) == ([2], 1)
+    assert len(text.make_preferences([*rows, LONG_PAIRS[1]], made(), max_length=8, too_long="cut")) == 2
+    found = text.make_preferences([*rows, LONG_PAIRS[1]], made(), max_length=7, too_long="cut")
+    assert ([pair.row for pair in found], found.num_skipped) == ([2], 1)
 
 
 def test_an_example_loses_what_comes_before_its_completion():
-    found = text.examples([{"prompt": "hello ", "completion": "yo"}], made(), max_length=6, too_long="cut")
+    found = text.make_examples([{"prompt": "hello ", "completion": "yo"}], made(), max_length=6, too_long="cut")
 
     assert found == [Example((BOS, *tokens("o yo"), EOS), 3, 1)]
-    assert (found.cut, found.skipped) == (1, 0)
+    assert (found.num_cut, found.num_skipped) == (1, 0)
 
 
 def test_an_example_is_left_out_where_its_completion_alone_fills_the_context():
     rows = [{"prompt": "hi ", "completion": "hello"}]  # 1 + 3 + 5 + 1 tokens; of the first four one must stay
 
-    assert len(text.examples(rows, made(), max_length=7, too_long="cut")) == 1
+    assert len(text.make_examples(rows, made(), max_length=7, too_long="cut")) == 1
     with pytest.raises(RequestError, match="leaves no row"):
-        text.examples(rows, made(), max_length=6, too_long="cut")
+        text.make_examples(rows, made(), max_length=6, too_long="cut")
 
 
 def test_without_a_bos_the_beginning_that_is_lost_is_the_first_token():
     rows = [{"prompt": "hello ", "completion": "yo"}]
 
-    assert text.examples(rows, made(bos=False), max_length=5, too_long="cut")[0].ids == (*tokens("o yo"), EOS)
+    assert text.make_examples(rows, made(bos=False), max_length=5, too_long="cut")[0].ids == (*tokens("o yo"), EOS)
 
 
 def test_a_text_that_is_learned_from_whole_is_left_out_and_not_cut():
-    found = text.examples([{"text": "hello"}, {"text": "yo"}], made(), max_length=4, too_long="cut")
+    found = text.make_examples([{"text": "hello"}, {"text": "yo"}], made(), max_length=4, too_long="cut")
 
     assert [example.row for example in found] == [2]
 
 
 def test_a_prompt_that_is_too_long_is_left_out():
-    found = text.prompts([{"prompt": "hello"}, {"prompt": "hi"}], made(), max_length=4, too_long="skip")
+    found = text.make_prompts([{"prompt": "hello"}, {"prompt": "hi"}], made(), max_length=4, too_long="skip")
 
-    assert ([prompt.row for prompt in found], found.skipped) == ([2], 1)
+    assert ([prompt.row for prompt in found], found.num_skipped) == ([2], 1)
 
 
 def test_a_labelled_text_loses_its_beginning():
-    (one,) = text.labelled([{"text": "hello", "label": 1}], made(), max_length=4, too_long="cut")
+    (one,) = text.make_labelled_examples([{"text": "hello", "label": 1}], made(), max_length=4, too_long="cut")
 
     assert one.ids == (BOS, *tokens("llo"))
 
 
 def test_rows_that_are_all_too_long_are_refused():
     with pytest.raises(RequestError, match="too_long is 'skip' and leaves no row, since max_length is 3"):
-        text.prompts([{"prompt": "hello"}], made(), max_length=3, too_long="skip")
+        text.make_prompts([{"prompt": "hello"}], made(), max_length=3, too_long="skip")
 
 
 def test_nothing_is_said_of_data_that_are_read_whole():
-    assert text.prompts([{"prompt": "hello"}], made(), max_length=9).remark("f") == []
+    assert text.make_prompts([{"prompt": "hello"}], made(), max_length=9).make_warnings("f") == []
 
 
 # labels
@@ -719,20 +725,20 @@ def test_nothing_is_said_of_data_that_are_read_whole():
 def test_a_label_is_a_number_from_0_to_1_or_a_truth_value(cell, label):
     rows = [{"text": "yo", "label": cell}]
 
-    assert text.labelled(rows, made(), max_length=9) == [Labelled((BOS, *tokens("yo")), label, 1)]
+    assert text.make_labelled_examples(rows, made(), max_length=9) == [LabelledExample((BOS, *tokens("yo")), label, 1)]
 
 
 @pytest.mark.parametrize(("cell", "fault"), [(2, "from 0"), (-0.1, "from 0"), ("good", "a finite number"), ("", "")])
 def test_any_other_label_is_refused_with_its_row(cell, fault):
     with pytest.raises(RequestError, match=f"row 2: label is .*{fault}"):
-        text.labelled([{"text": "yo", "label": 1}, {"text": "yo", "label": cell}], made(), max_length=9)
+        text.make_labelled_examples([{"text": "yo", "label": 1}, {"text": "yo", "label": cell}], made(), max_length=9)
 
 
 # tensors
 
 
 def test_a_row_is_learned_from_where_the_next_token_is_there_and_not_before_its_start():
-    batch = pad([[5, 6, 7, 8], [9, 10]], [2, 1], fill=3)
+    batch = pad_sequences([[5, 6, 7, 8], [9, 10]], [2, 1], fill=3)
 
     assert_close(batch.ids, torch.tensor([[5, 6, 7, 8], [9, 10, 3, 3]]))
     # tokens 7 and 8 are chosen at columns 1 and 2; token 10 at column 0
@@ -740,11 +746,11 @@ def test_a_row_is_learned_from_where_the_next_token_is_there_and_not_before_its_
 
 
 def test_without_starts_every_token_but_the_first_is_learned():
-    assert_close(pad([[5, 6, 7], [9]]).mask, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
+    assert_close(pad_sequences([[5, 6, 7], [9]]).mask, torch.tensor([[1, 1, 0], [0, 0, 0]]).bool())
 
 
 def test_a_text_is_scored_at_its_last_token():
-    batch = last_token([[5, 6, 7], [9]], fill=3)
+    batch = pad_for_scoring([[5, 6, 7], [9]], fill=3)
 
     assert_close(batch.ids, torch.tensor([[5, 6, 7], [9, 3, 3]]))
     assert_close(batch.mask, torch.tensor([[0, 0, 1], [1, 0, 0]]).bool())
@@ -768,18 +774,18 @@ def test_stories_begin_with_bos_and_end_with_it(stories):
 
 @REAL
 def test_worked_answers_follow_their_questions_to_the_letter(stories):
-    rows = text.read(str(DATA / "gsm8k"), columns={"prompt": "question", "completion": "answer"})[:200]
+    rows = text.read_rows(str(DATA / "gsm8k"), columns={"prompt": "question", "completion": "answer"})[:200]
 
-    for example, row in zip(text.examples(rows, stories, max_length=2048), rows, strict=True):
+    for example, row in zip(text.make_examples(rows, stories, max_length=2048), rows, strict=True):
         assert stories.decode(example.ids) == row["prompt"] + row["completion"]
         assert stories.decode(example.ids[: example.start]) == row["prompt"]
 
 
 @REAL
 def test_human_preferences_share_the_tokens_of_their_shared_transcript(stories):
-    rows = text.read(str(DATA / "hh-harmless"))[:100]
+    rows = text.read_rows(str(DATA / "hh-harmless"))[:100]
 
-    for pair in text.preferences(rows, stories, max_length=4096):
+    for pair in text.make_preferences(rows, stories, max_length=4096):
         row = rows[pair.row - 1]
         before = row["chosen"].rpartition("\n\nAssistant:")[0] + "\n\nAssistant:"
         if row["rejected"].startswith(before):
@@ -789,7 +795,7 @@ def test_human_preferences_share_the_tokens_of_their_shared_transcript(stories):
 
 @REAL
 def test_labelled_sentences_are_read_from_their_csv(stories):
-    rows = text.read(str(DATA / "sst2"), columns={"text": "sentence"})
+    rows = text.read_rows(str(DATA / "sst2"), columns={"text": "sentence"})
 
     assert len(rows) == 6920
-    assert {one.label for one in text.labelled(rows[:100], stories, max_length=512)} == {0.0, 1.0}
+    assert {one.label for one in text.make_labelled_examples(rows[:100], stories, max_length=512)} == {0.0, 1.0}

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from understudy import products
 from understudy.language import tokens
-from understudy.language.tokens import Head, SampledTokens, TokenDistribution, pick, truncate
+from understudy.language.tokens import Head, SampledTokens, TokenDistribution, apply_top_k_top_p, sample_inverse_cdf
 
 MASK = torch.tensor([[True, True, False], [False, True, True]])
 
@@ -62,21 +62,21 @@ def test_the_likeliest_token_is_the_mode():
 
 @pytest.mark.parametrize(("noise", "token"), [(0.0, 0), (0.19, 0), (0.21, 1), (0.69, 1), (0.71, 2), (0.999999, 2)])
 def test_the_token_of_a_noise_is_the_first_whose_cumulative_probability_is_above_it(noise, token):
-    assert int(one(0.2, 0.5, 0.3).at(torch.tensor([[noise]]))) == token
+    assert int(one(0.2, 0.5, 0.3).action_from_noise(torch.tensor([[noise]]))) == token
 
 
 def test_a_token_without_probability_is_never_drawn():
     never = one(0.0, 1.0, 0.0)
 
     for noise in (0.0, 0.5, 1 - 2**-24):
-        assert int(never.at(torch.tensor([[noise]]))) == 1
+        assert int(never.action_from_noise(torch.tensor([[noise]]))) == 1
 
 
 def test_the_largest_noise_takes_the_last_token_that_has_a_probability():
     # 4095 tokens whose float32 probabilities do not add up to 1, and one that is impossible
     many = torch.cat([torch.full((4095,), 1 / 4095), torch.zeros(1)])
 
-    assert int(pick(many[None], torch.tensor([1 - 2**-24]))) == 4094
+    assert int(sample_inverse_cdf(many[None], torch.tensor([1 - 2**-24]))) == 4094
 
 
 @pytest.mark.parametrize("width", [8, 11])
@@ -84,10 +84,10 @@ def test_a_token_found_by_its_block_is_the_one_found_in_the_whole_vocabulary(mon
     p = torch.randint(0, 3, (500, width), generator=torch.Generator().manual_seed(0)).float()  # sums without rounding
     p[:, 5] += 1
     noise = torch.rand(500, generator=torch.Generator().manual_seed(1))
-    whole = pick(p, noise)
-    monkeypatch.setattr(tokens, "BLOCK", 4)
+    whole = sample_inverse_cdf(p, noise)
+    monkeypatch.setattr(tokens, "CUMSUM_BLOCK_SIZE", 4)
 
-    assert torch.equal(pick(p, noise), whole)
+    assert torch.equal(sample_inverse_cdf(p, noise), whole)
 
 
 def test_samples_come_as_often_as_their_probability_says():
@@ -126,7 +126,7 @@ def test_a_frozen_head_does_not_move_with_the_policy():
 
 @pytest.mark.parametrize("piece", [11, 2**21])
 def test_log_probs_without_all_logits_are_those_of_a_softmax_and_so_are_the_gradients(monkeypatch, piece):
-    monkeypatch.setattr(tokens, "PIECE", piece)
+    monkeypatch.setattr(tokens, "MAX_CHUNK_LOGITS", piece)
     action, pull = torch.tensor([[3, 4, 0], [0, 5, 6]]), torch.tensor([[1.0, -2.0, 9.0], [9.0, 0.5, 3.0]])
     ours, plain = at_random(), at_random()
     ours = TokenDistribution(ours.hidden, MASK, Head(ours.head.project, scale=2.0, temperature=0.7))
@@ -157,14 +157,14 @@ def measured(distribution: TokenDistribution, other: TokenDistribution) -> list[
     action = torch.tensor([[3, 4, 0], [0, 5, 6]])
     said = [distribution.log_prob(action), distribution.entropy(), distribution.kl(other)]
     sum(x.sum() for x in said).backward()
-    found = [*said, distribution.mode(), distribution.at(torch.full((2, 3), 0.37))]
+    found = [*said, distribution.mode(), distribution.action_from_noise(torch.full((2, 3), 0.37))]
     return [x.detach() for x in [*found, distribution.hidden.grad, distribution.head.project.weight.grad]]
 
 
 def test_logits_made_in_pieces_give_the_same_numbers_and_gradients(monkeypatch):
     whole = measured(at_random(), at_random(seed=1))
-    monkeypatch.setattr(tokens, "WHOLE", 11)
-    monkeypatch.setattr(tokens, "PIECE", 11)  # one row of logits at a time
+    monkeypatch.setattr(tokens, "MAX_STORED_LOGITS", 11)
+    monkeypatch.setattr(tokens, "MAX_CHUNK_LOGITS", 11)  # one row of logits at a time
 
     pieces = measured(at_random(), at_random(seed=1))
 
@@ -188,7 +188,7 @@ def test_the_kl_of_sampled_tokens_is_zero_where_nothing_was_chosen():
 
 @pytest.mark.parametrize("size", [5, 1000])
 def test_probabilities_that_are_no_numbers_still_pick_a_token(size):
-    assert 0 <= int(pick(torch.full((1, size), torch.nan), torch.tensor([0.5]))) < size
+    assert 0 <= int(sample_inverse_cdf(torch.full((1, size), torch.nan), torch.tensor([0.5]))) < size
 
 
 class RulesOut(nn.Linear):
@@ -219,8 +219,8 @@ def ruled_out(how: str, seed: int) -> TokenDistribution:
 @pytest.mark.parametrize("how", ["bias", "module"])
 def test_tokens_ruled_out_are_as_if_they_were_not_there(monkeypatch, how, piece):
     theirs = measured(ruled_out("absent", 0), ruled_out("absent", 1))  # in float64
-    monkeypatch.setattr(tokens, "WHOLE", piece)
-    monkeypatch.setattr(tokens, "PIECE", piece)
+    monkeypatch.setattr(tokens, "MAX_STORED_LOGITS", piece)
+    monkeypatch.setattr(tokens, "MAX_CHUNK_LOGITS", piece)
 
     ours = measured(ruled_out(how, 0), ruled_out(how, 1))
     for here, there in zip(ours[:-1], theirs[:-1], strict=True):
@@ -246,4 +246,4 @@ def test_tokens_ruled_out_are_as_if_they_were_not_there(monkeypatch, how, piece)
 def test_truncated_probabilities_are_the_likeliest_and_sum_to_one(top_k, top_p, kept):
     p = torch.tensor([[0.15, 0.5, 0.3, 0.05]])
 
-    assert_close(truncate(p, top_k=top_k, top_p=top_p), torch.tensor([kept]))
+    assert_close(apply_top_k_top_p(p, top_k=top_k, top_p=top_p), torch.tensor([kept]))

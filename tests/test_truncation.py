@@ -19,7 +19,7 @@ from understudy.advantage import gae
 from understudy.control import actor_critic, environment, ppo
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 GAMMA, LIMIT = 0.75, 5
 WORTH = 1 / (1 - GAMMA)  # 4
@@ -67,13 +67,13 @@ def until_death(left: int) -> float:
 
 def advantages(mode, rollout, worth, *, dies=False, lam=0.9):
     """(advantage, mask) of consecutive records, and V, side by side."""
-    envs = environment.adopt(
+    envs = environment.as_vector_env(
         SyncVectorEnv([lambda: Wages(dies=dies)] * 2, autoreset_mode=mode), lambda row, episode: episode
     )
     policy, walks, found = Policy(Known(worth), Wages.observation_space, Wages.action_space), walker(envs), []
     for _ in range(-(-13 // rollout)):
         taken = walks.collect(policy, rollout)
-        _, value = estimate(policy, taken)
+        _, value = estimate_values(policy, taken)
         ends = taken.terminated, taken.truncated, taken.mask
         advantage = gae(taken.reward, value, next_value(value, taken), *ends, gamma=GAMMA, lam=lam)
         found.append(((advantage + value)[taken.mask], advantage[taken.mask]))

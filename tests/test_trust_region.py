@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from tests.records import Table, random_batch, seeded
 from tests.rehearsed import furnish
 from understudy import resume
-from understudy.batch import Batch, Text
+from understudy.batch import Batch, TokenBatch
 from understudy.cli import main
 from understudy.cli.rehearse import ended_worse as rehearsal_ended_worse
 from understudy.cli.rehearse import shortfalls
 from understudy.language import grpo, ppo, reinforce
-from understudy.language.evaluate import ended_worse
+from understudy.language.evaluate import explain_ended_worse
 from understudy.language.model import Policy
 from understudy.language.trust_region import TrustRegion
 from understudy.objective import ppo as clipped
@@ -63,9 +63,9 @@ def some_rows(rows, columns=7):
     mask[0, 4] = False
     nothing = torch.zeros(rows, columns)
     return Batch(
-        obs=Text(ids, mask),
-        action=Text(ids, mask).action,
-        logprob=nothing,
+        obs=TokenBatch(ids, mask),
+        action=TokenBatch(ids, mask).action,
+        behavior_logprob=nothing,
         reward=nothing,
         terminated=mask & False,
         truncated=mask & False,
@@ -107,7 +107,7 @@ def test_the_kl_is_the_slow_sum_over_the_measured_rows(home, micro):
 
 @pytest.mark.parametrize(("rows", "measured"), [(4, 4), (8, 8), (64, 8), (256, 16)])
 def test_a_sixteenth_of_the_rows_is_measured_at_least_eight(home, rows, measured):
-    assert len(region(Policy.from_pretrained(home), some_rows(rows)).text) == measured
+    assert len(region(Policy.from_pretrained(home), some_rows(rows)).tokens) == measured
 
 
 def test_rows_that_teach_nothing_are_not_measured(home):
@@ -116,7 +116,7 @@ def test_rows_that_teach_nothing_are_not_measured(home):
     measure = region(policy, batch, max_kl=1e-3)
     moved(policy)
 
-    assert len(measure.text) == 8 and bool(measure.mask.any(dim=1).all())
+    assert len(measure.tokens) == 8 and bool(measure.mask.any(dim=1).all())
     with pytest.raises(UpdateRejected):
         measure()
     batch.mask[:] = False
@@ -143,7 +143,7 @@ def test_an_update_that_is_rejected_leaves_no_trace(steps):
     policy, batch, reasons = Table(), random_batch(0, Table(), rows=6), []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
     objective = partial(clipped, clip=0.2, value_coef=0.5, entropy_coef=0.0)
-    sizes = {"epochs": steps[0], "minibatches": steps[1], "max_grad_norm": 0.5, "generator": seeded(0)}
+    sizes = {"num_epochs": steps[0], "num_minibatches": steps[1], "max_grad_norm": 0.5, "generator": seeded(0)}
     update(policy, optimizer, batch, objective, **sizes)
     before = copy.deepcopy((policy.state_dict(), optimizer.state_dict()))
     at_the_end = []
@@ -152,7 +152,7 @@ def test_an_update_that_is_rejected_leaves_no_trace(steps):
         at_the_end.append(copy.deepcopy(policy.state_dict()))
         raise UpdateRejected("too far", {"kl_update": 7.0})
 
-    metrics = update(policy, optimizer, batch, objective, **sizes, guard=reasons.append, verify=reject)
+    metrics = update(policy, optimizer, batch, objective, **sizes, on_nonfinite=reasons.append, verify=reject)
 
     assert metrics == {"updates_skipped": 1, "optimizer_steps": 0, "epochs": 0, "kl_update": 7.0}
     assert [str(reason) for reason in reasons] == ["too far"]
@@ -177,13 +177,13 @@ def test_a_run_undoes_an_update_that_went_too_far(home, tmp_path, recipe, capsys
 
 def test_a_halved_learning_rate_is_back_after_ten_updates(home, tmp_path):
     run = train("ppo", home, tmp_path / "run", learning_rate=1e-9, learning_rate_schedule="constant", steps=1)
-    guard = SimpleNamespace(run=run, iteration=0, kept={"lr_scale": 0.5}, cfg=SimpleNamespace(quiet=True))
+    guard = SimpleNamespace(run=run, iteration=0, recipe_state={"lr_scale": 0.5}, cfg=SimpleNamespace(quiet=True))
     from understudy.run.guard import Guard
 
     scales = []
     for _ in range(12):
         Guard(guard).accept()
-        scales.append(guard.kept["lr_scale"])
+        scales.append(guard.recipe_state["lr_scale"])
     assert_close(scales[0], 0.5 * 2**0.1)
     assert_close(scales[9:], [1.0, 1.0, 1.0])
 
@@ -251,13 +251,15 @@ FINE = {
     ],
 )
 def test_an_evaluation_says_whether_a_run_ended_worse(changed, words):
-    found = ended_worse({f"evaluation_{name}": x for name, x in (FINE | changed).items()}, kl_target=6.0)
+    found = explain_ended_worse(
+        {f"evaluation_{name}": x for name, x in (FINE | changed).items()}, kl_reference_target=6.0
+    )
 
     assert (found is None) if words is None else words in found
 
 
 def test_a_line_without_an_evaluation_says_nothing():
-    assert ended_worse({"score_mean": -9.0}, kl_target=1.0) is None
+    assert explain_ended_worse({"score_mean": -9.0}, kl_reference_target=1.0) is None
 
 
 def test_a_run_that_ended_worse_exits_1_where_asked(home, tmp_path, capsys):

@@ -16,13 +16,13 @@ from understudy.advantage import gae
 from understudy.batch import Batch, map_tensors
 from understudy.cli.language import evaluate_run, train
 from understudy.language import config, grpo, ppo, preflight, reinforce
-from understudy.language.cast import Cast
+from understudy.language.cast import RLHFModels
 from understudy.language.collect import Sampler
-from understudy.language.generate import Completion, generate, lay_out
+from understudy.language.generate import Completion, build_trajectory, generate
 from understudy.language.model import Policy
 from understudy.language.text import Prompt, Tokenizer
 from understudy.language.tokens import Head, SampledTokens, TokenDistribution
-from understudy.language.turns import Reply
+from understudy.language.turns import ReplyFunction
 from understudy.objective import grpo as grpo_loss
 from understudy.objective import ppo as ppo_loss
 from understudy.run.config import RequestError
@@ -37,9 +37,9 @@ PROMPTS = [
 
 
 def sampler(reply=None, *, prompts=PROMPTS, tokenizer=TOKENIZER, limit=12, turns=8, **fields) -> Sampler:
-    given = None if reply is None else Reply(reply, timeout=5.0)
-    own = {"limit": limit, "endless": False, "seed": 0, "slots": 8}
-    return Sampler(prompts, tokenizer, **own, reply=given, turns=turns, **fields)
+    given = None if reply is None else ReplyFunction(reply, timeout=5.0)
+    own = {"limit": limit, "has_fixed_length": False, "seed": 0, "max_num_seqs": 8}
+    return Sampler(prompts, tokenizer, **own, reply_function=given, max_turns=turns, **fields)
 
 
 class Script:
@@ -57,7 +57,7 @@ class Script:
 def spoken(script, reply, **fields):
     """One row whose turns are a script's."""
     prompts = fields.pop("prompts", [Prompt((1, 3), "a", {}, 1)])
-    return sampler(reply, prompts=prompts, engine=script, **fields).collect(Policy(tiny("llama")), [0], first=0)
+    return sampler(reply, prompts=prompts, engine=script, **fields).collect(Policy(tiny("llama")), [0], first_row=0)
 
 
 def every(answer):
@@ -81,11 +81,11 @@ def two_turns():
 
 def test_what_others_say_stands_in_the_record_masked(two_turns):
     # prompt 1 3 | said 4 stop | others 7 8 | said 5 stop; columns of choices are those before each chosen token
-    record = two_turns.record
+    record = two_turns.trajectory
 
     assert record.obs.ids.tolist() == [[1, 3, 4, STOP, 7, 8, 5, STOP]]
     assert record.mask.long().tolist() == [[0, 1, 1, 0, 0, 1, 1, 0]]
-    assert_close(record.logprob, row(0, -0.4, -0.2, 0, 0, -0.5, -0.2, 0))
+    assert_close(record.behavior_logprob, row(0, -0.4, -0.2, 0, 0, -0.5, -0.2, 0))
     assert record.terminated.nonzero().tolist() == [[0, 6]]  # the stop of the last turn alone is an end
     assert not record.truncated.any()
 
@@ -94,13 +94,13 @@ def test_a_completion_knows_its_own_tokens(two_turns):
     [completion] = two_turns.completions
 
     assert completion.ids == [4, STOP, 7, 8, 5, STOP]
-    assert completion.own == [4, STOP, 5, STOP]
+    assert completion.policy_ids == [4, STOP, 5, STOP]
     assert completion.messages is None  # that is for chat
-    assert Completion([4, STOP], [0.0, 0.0], True, 0).own == [4, STOP]
+    assert Completion([4, STOP], [0.0, 0.0], True, 0).policy_ids == [4, STOP]
 
 
 def test_values_and_traces_pass_over_what_others_say(two_turns):
-    record, value = two_turns.record, row(99, 1, 2, 99, 99, 5, 6, 99)
+    record, value = two_turns.trajectory, row(99, 1, 2, 99, 99, 5, 6, 99)
     following = next_value(value, record)
     # after the first turn's stop comes the choice after the others' words: V = 5
     assert_close(following[:, [1, 2, 5]], row(2, 5, 6))
@@ -115,7 +115,7 @@ def test_values_and_traces_pass_over_what_others_say(two_turns):
 class Given(torch.nn.Module):
     """A policy that says of each column what it was given: logits [1, T, V]."""
 
-    memory = True
+    needs_whole_rows = True
 
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
@@ -129,16 +129,19 @@ class Given(torch.nn.Module):
     "objective", [partial(ppo_loss, clip=0.2, value_coef=1.0), partial(grpo_loss, low=0.2, high=0.2)]
 )
 def test_no_gradient_reaches_what_others_said_and_nothing_hangs_on_it(two_turns, objective):
-    record = two_turns.record
+    record = two_turns.trajectory
     one, mask = row(*[1.0] * 8), record.mask
 
     def gradient(junk: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the loss, where what stands in the others' columns is junk."""
         policy = Given(torch.randn(1, 8, 23, generator=torch.Generator().manual_seed(0)))
         policy.logits.data[~mask] += junk * torch.arange(23)
-        filled = {name: torch.where(mask, x, junk) for name, x in {"logprob": record.logprob, "advantage": one}.items()}
-        old = SampledTokens(record.action, filled["logprob"])
-        batch = Batch.of(record, **filled, value=junk * one, target=one, old=old)
+        filled = {
+            name: torch.where(mask, x, junk)
+            for name, x in {"behavior_logprob": record.behavior_logprob, "advantage": one}.items()
+        }
+        old = SampledTokens(record.action, filled["behavior_logprob"])
+        batch = Batch.of(record, **filled, value=junk * one, target=one, old_distribution=old)
         (objective(policy, batch, entropy_coef=0.1)[0] * mask).sum().backward()
         assert policy.logits.grad is not None
         return policy.logits.grad, torch.zeros(1, 8) if policy.value.grad is None else policy.value.grad
@@ -169,7 +172,7 @@ def test_a_turn_that_the_limit_cuts_is_not_replied_to():
     said = spoken(Script(([4, 5], False)), every("a"))
 
     assert said.completions == [Completion([4, 5], [-0.4, -0.5], False, 3)]
-    assert said.record.truncated.nonzero().tolist() == [[0, 2]]
+    assert said.trajectory.truncated.nonzero().tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize(("limit", "ids", "stopped"), [(5, [4, STOP, 7, 8, STOP], True), (4, [4, STOP], False)])
@@ -178,8 +181,8 @@ def test_a_reply_that_leaves_no_room_for_another_token_cuts_the_row(limit, ids, 
 
     [completion] = said.completions
     assert (completion.ids, completion.stopped) == (ids, stopped)
-    assert said.judged.truncated == [not stopped]
-    assert bool(said.record.truncated.any()) == (not stopped)
+    assert said.scoring_input.truncated == [not stopped]
+    assert bool(said.trajectory.truncated.any()) == (not stopped)
 
 
 def test_after_the_last_turn_nobody_is_asked():
@@ -195,7 +198,7 @@ def test_rows_end_at_different_turns():
 
     script = Script(([4, STOP], True), ([5, STOP], True), ([8, 9], False))
     prompts = [Prompt((1,), "a", {"n": 0}, 1), Prompt((3,), "a", {"n": 1}, 2)]
-    said = sampler(reply, prompts=prompts, engine=script).collect(Policy(tiny("llama")), [0, 1], first=0)
+    said = sampler(reply, prompts=prompts, engine=script).collect(Policy(tiny("llama")), [0, 1], first_row=0)
 
     assert [c.ids for c in said.completions] == [[4, STOP], [5, STOP, 7, 8, 9]]
     assert script.asked[1] == ([[3, 5, STOP, 7]], [3])
@@ -221,11 +224,11 @@ def test_others_are_shown_what_judges_are_shown_and_which_stop_it_was():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_others_who_say_nothing_change_nothing(family):
     policy = Policy(tiny(family))
-    turns = sampler(every([]), turns=99).answer(policy, range(20), range(20))
+    turns = sampler(every([]), turns=99).sample(policy, range(20), range(20))
     whole = generate(policy, [p.ids for p in PROMPTS], limit=12, stops=frozenset(), seeds=range(20))
 
     assert [c.ids for c in turns.completions] == [c.ids for c in whole]
-    assert all(c.chosen is None for c in turns.completions)
+    assert all(c.mask is None for c in turns.completions)
     gap = max(
         abs(a - b)
         for c, w in zip(turns.completions, whole, strict=True)
@@ -238,20 +241,20 @@ def test_others_who_say_nothing_change_nothing(family):
 def test_others_who_end_every_row_leave_one_turn():
     policy = Policy(tiny("llama"))
 
-    one, ended = (sampler(reply).answer(policy, range(20), range(20)) for reply in (None, every(None)))
+    one, ended = (sampler(reply).sample(policy, range(20), range(20)) for reply in (None, every(None)))
     assert one.completions == ended.completions
-    assert torch.equal(one.record.obs.ids, ended.record.obs.ids)
+    assert torch.equal(one.trajectory.obs.ids, ended.trajectory.obs.ids)
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_log_probs_of_a_conversation_are_those_of_one_pass_over_its_ids(cached):
     policy = Policy(tiny("gemma3"))
-    policy.cached = cached
+    policy.uses_own_kv_cache = cached
 
-    record = sampler(every([9, 10, 11]), limit=24).answer(policy, range(20), range(20)).record
+    record = sampler(every([9, 10, 11]), limit=24).sample(policy, range(20), range(20)).trajectory
     assert (record.mask[:, 2:] & ~record.mask[:, 1:-1] & record.mask.cumsum(1)[:, 1:-1].bool()).any()  # words of others
     own = policy(record.obs)[0].log_prob(record.action)
-    assert_close(own[record.mask], record.logprob[record.mask], atol=2e-5, rtol=0)
+    assert_close(own[record.mask], record.behavior_logprob[record.mask], atol=2e-5, rtol=0)
 
 
 def test_a_completion_that_is_taken_up_again_goes_on_as_it_would_have():
@@ -261,13 +264,13 @@ def test_a_completion_that_is_taken_up_again_goes_on_as_it_would_have():
     whole = [c.ids for c in generate(policy, prompts, **told)]
     starts = [0, 1, 3, 5, 8, 9]
     begun = [[*p, *w[:n]] for p, w, n in zip(prompts, whole, starts, strict=True)]
-    rest = generate(policy, begun, starts=starts, slots=4, **told)
+    rest = generate(policy, begun, starts=starts, max_num_seqs=4, **told)
     assert [c.ids for c in rest] == [w[n:] for w, n in zip(whole, starts, strict=True)]
 
 
 def test_without_our_cache_a_completion_does_not_repeat_its_noise():
     policy = Policy(tiny("llama"))
-    policy.cached = False
+    policy.uses_own_kv_cache = False
     told = {"limit": 12, "stops": frozenset(), "seeds": [5]}
 
     first, later = (generate(policy, [[1, 7]], starts=[start], **told)[0] for start in (0, 4))
@@ -311,7 +314,7 @@ def test_judges_are_shown_the_turns_of_a_chat_as_messages():
     _, said = chatted(in_turn([{"role": "user", "content": "and?"}], None), "hm<|im_end|>", "7<|im_end|>")
 
     roles = [("assistant", "hm"), ("user", "and?"), ("assistant", "7")]
-    assert said.judged.completions == [[{"role": role, "content": content} for role, content in roles]]
+    assert said.scoring_input.completions == [[{"role": role, "content": content} for role, content in roles]]
 
 
 @pytest.mark.parametrize("answer", ["(7)", tokens("(7)")])
@@ -319,13 +322,13 @@ def test_bare_text_or_ids_in_a_chat_are_a_tools(answer):
     _, said = chatted(in_turn(answer, None), "hm<|im_end|>", "7<|im_end|>")
 
     assert said.completions[0].ids == tokens("hm<|im_end|>(7)7<|im_end|>")
-    assert said.judged.completions[0][1] == {"role": "tool", "content": "(7)"}
+    assert said.scoring_input.completions[0][1] == {"role": "tool", "content": "(7)"}
 
 
 def test_a_chat_of_one_turn_is_one_answer():
     _, said = chatted(every(None), "hm<|im_end|>")
 
-    assert said.judged.completions == [[{"role": "assistant", "content": "hm"}]]
+    assert said.scoring_input.completions == [[{"role": "assistant", "content": "hm"}]]
 
 
 # refusals
@@ -350,12 +353,12 @@ def test_a_reply_that_cannot_be_used_is_refused(reply, problem):
 @pytest.mark.parametrize("spec", ["tool.py:f", "f", "length:4"])
 def test_a_reply_that_is_no_function_of_a_file_is_refused(spec):
     with pytest.raises(RequestError, match=r"must be file\.py:function of a file that exists, or a Python function"):
-        Reply(spec, timeout=1.0)
+        ReplyFunction(spec, timeout=1.0)
 
 
 def test_turns_need_stops():
     with pytest.raises(RequestError, match="fixed_length is 4: without a stop no turn ends"):
-        config.Rollouts(model="m", data="d", reward="length", reply=every(None), fixed_length=4)
+        config.RolloutConfig(model="m", data="d", reward="length", reply=every(None), fixed_length=4)
 
 
 @pytest.fixture
@@ -372,28 +375,28 @@ def tool(tmp_path):
 
 
 def test_a_files_function_replies_from_a_process_of_its_own(tool):
-    reply = Reply(f"{tool}:double", timeout=5.0)
+    reply = ReplyFunction(f"{tool}:double", timeout=5.0)
     engine = Script(([4, STOP], True), ([5, STOP], True))
-    own = {"limit": 12, "endless": False, "seed": 0, "slots": 8, "turns": 8}
-    one = Sampler([Prompt((1, 3), "a", {}, 1)], TOKENIZER, reply=reply, engine=engine, **own)
+    own = {"limit": 12, "has_fixed_length": False, "seed": 0, "max_num_seqs": 8, "max_turns": 8}
+    one = Sampler([Prompt((1, 3), "a", {}, 1)], TOKENIZER, reply_function=reply, engine=engine, **own)
 
-    [completion] = one.collect(Policy(tiny("llama")), [0], first=0).completions
+    [completion] = one.collect(Policy(tiny("llama")), [0], first_row=0).completions
     assert completion.ids == [4, STOP, 4, STOP, 7, 5, STOP]
     reply.close()
 
 
 @pytest.mark.parametrize(("function", "problem"), [("slow", "no answer within 0.5 s"), ("broken", "ZeroDivisionError")])
 def test_a_files_function_that_fails_ends_the_run_in_a_sentence(tool, function, problem):
-    reply = Reply(f"{tool}:{function}", timeout=0.5)
+    reply = ReplyFunction(f"{tool}:{function}", timeout=0.5)
 
     with pytest.raises(RequestError, match=f"{function}'?: .*{problem}.*; let it answer with the error instead"):
-        reply(spoken(Script(([4, 5], False)), every("a")).judged, ["."])
+        reply(spoken(Script(([4, 5], False)), every("a")).scoring_input, ["."])
     reply.close()
 
 
 def test_a_function_that_is_not_in_the_file_is_refused(tool):
     with pytest.raises(RequestError, match=r"tool.py:gone'?: it cannot be imported .*'double', |no function 'gone'"):
-        Reply(f"{tool}:gone", timeout=1.0)
+        ReplyFunction(f"{tool}:gone", timeout=1.0)
 
 
 # engines
@@ -455,7 +458,7 @@ def test_a_recipe_learns_from_conversations(recipe, home, tmp_path):
 def test_conversations_pass_preflight(home, tmp_path):
     cfg = ppo_config(home, tmp_path / "run", max_new=24, stop=STOPS, reply=interrupt, preflight=True)
 
-    assert not [finding for finding in preflight.check(Cast(cfg)) if finding.fatal]
+    assert not [finding for finding in preflight.run_checks(RLHFModels(cfg)) if finding.is_fatal]
 
 
 def test_turns_are_the_policys_at_most(home, tmp_path):
@@ -463,15 +466,15 @@ def test_turns_are_the_policys_at_most(home, tmp_path):
         return ["cat"] * len(prompts)
 
     for turns in (1, 2, 3):
-        cast = Cast(ppo_config(home, tmp_path / "run", max_new=40, stop=STOPS, reply=chatter, turns=turns))
-        said = cast.sampler.collect(cast.policy, range(8), first=0)
-        runs = [sum(map(len, "".join("x" if own else " " for own in c.chosen or []).split())) for c in said.completions]
-        counts = [len("".join("x" if own else " " for own in c.chosen or [True]).split()) for c in said.completions]
+        cast = RLHFModels(ppo_config(home, tmp_path / "run", max_new=40, stop=STOPS, reply=chatter, turns=turns))
+        said = cast.sampler.collect(cast.policy, range(8), first_row=0)
+        runs = [sum(map(len, "".join("x" if own else " " for own in c.mask or []).split())) for c in said.completions]
+        counts = [len("".join("x" if own else " " for own in c.mask or [True]).split()) for c in said.completions]
         assert max(counts) == turns and len(runs) == 8
 
 
 def test_padding_after_conversations_moves_nothing():
-    record = sampler(every([9, 10]), limit=20).answer(Policy(tiny("llama")), range(20), range(20)).record
+    record = sampler(every([9, 10]), limit=20).sample(Policy(tiny("llama")), range(20), range(20)).trajectory
     value = torch.randn(record.mask.shape, generator=torch.Generator().manual_seed(0))
     wide = map_tensors(lambda x: torch.nn.functional.pad(x, (0, 3)), record)
 
@@ -482,7 +485,7 @@ def test_padding_after_conversations_moves_nothing():
 def test_a_record_is_laid_out_from_completions_that_others_spoke_in():
     both = [Completion([4, 7, 5], [-0.1, 0.0, -0.2], True, 0, [True, False, True]), Completion([8], [-0.3], False, 0)]
 
-    record = lay_out([[3], [3, 3]], both)
+    record = build_trajectory([[3], [3, 3]], both)
     assert record.mask.long().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
 
 

@@ -17,7 +17,7 @@ class Line(nn.Module):
     def __init__(self, memory: bool = False):
         super().__init__()
         self.w = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.memory = memory
+        self.needs_whole_rows = memory
 
 
 def linear(policy, batch):
@@ -30,9 +30,9 @@ def record_of(*advantage: float, rows: int = 1) -> Batch:
     batch = random_batch(0, Table(), rows=rows)
     chosen = torch.tensor(advantage, dtype=torch.float64).reshape(rows, -1)
     blank = torch.zeros_like(chosen)
-    fields = {"obs": blank.long(), "action": blank.long(), "logprob": blank, "reward": blank, "value": blank}
+    fields = {"obs": blank.long(), "action": blank.long(), "behavior_logprob": blank, "reward": blank, "value": blank}
     fields |= {"mask": blank == 0, "terminated": blank != 0, "truncated": blank != 0}
-    return Batch.of(batch, **fields, advantage=chosen, target=blank, old=None, reference=None)
+    return Batch.of(batch, **fields, advantage=chosen, target=blank, old_distribution=None, reference=None)
 
 
 def learn(record, objective=linear, policy=None, *, epochs=1, minibatches=1, max_grad_norm=None, **options):
@@ -40,7 +40,7 @@ def learn(record, objective=linear, policy=None, *, epochs=1, minibatches=1, max
     policy = Line() if policy is None else policy
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     options = {"generator": seeded()} | options
-    fixed = {"epochs": epochs, "minibatches": minibatches, "max_grad_norm": max_grad_norm}
+    fixed = {"num_epochs": epochs, "num_minibatches": minibatches, "max_grad_norm": max_grad_norm}
     return policy, update(policy, optimizer, record, objective, **fixed, **options)
 
 
@@ -91,7 +91,7 @@ def test_there_are_no_more_minibatches_than_steps():
 
 def test_a_micro_batch_has_at_most_so_many_rows():
     seen: list[Batch] = []
-    _, metrics = learn(record_of(*range(7)), watched(seen), micro=3)
+    _, metrics = learn(record_of(*range(7)), watched(seen), micro_batch_size=3)
 
     assert sizes(seen) == [3, 3, 1]
     assert metrics["optimizer_steps"] == 1
@@ -154,7 +154,7 @@ def test_the_weights_are_those_asked_for():
     record = record_of(1, 3, 8, 100, rows=2)
     record = Batch.of(record, mask=torch.tensor([[True, True], [True, False]]))
 
-    policy, _ = learn(record, policy=Line(memory=True), weigh=per_row)
+    policy, _ = learn(record, policy=Line(memory=True), loss_weights=per_row)
 
     assert policy.w.item() == pytest.approx(-(0.25 + 0.75 + 4))
 
@@ -163,7 +163,7 @@ def test_the_weights_are_built_before_micro_batches_are_cut():
     # rows of 2, 1 steps: each of the three weighs 1/3, although a row is a micro-batch
     record = Batch.of(record_of(1, 3, 8, 100, rows=2), mask=torch.tensor([[True, True], [True, False]]))
 
-    policy, metrics = learn(record, policy=Line(memory=True), micro=1)
+    policy, metrics = learn(record, policy=Line(memory=True), micro_batch_size=1)
 
     assert policy.w.item() == pytest.approx(-4)
     assert metrics["advantage"] == pytest.approx(4)
@@ -200,7 +200,7 @@ def test_without_epochs_nothing_is_learnt():
 def test_metrics_are_the_mean_over_the_minibatches_of_the_last_epoch():
     # the second epoch's advantages are doubled: means 2 * (1 + 3) / 2
     double = lambda record: Batch.of(record, advantage=2 * record.advantage)  # noqa: E731
-    _, metrics = learn(record_of(1, 3), epochs=2, minibatches=2, refresh=double)
+    _, metrics = learn(record_of(1, 3), epochs=2, minibatches=2, recompute=double)
 
     assert metrics["advantage"] == pytest.approx(4)
     assert metrics["grad_norm"] == pytest.approx(4)
@@ -209,7 +209,9 @@ def test_metrics_are_the_mean_over_the_minibatches_of_the_last_epoch():
 
 def test_the_record_is_made_anew_before_every_epoch_but_the_first():
     # gradients 1, 1 + 10, 1 + 20
-    policy, _ = learn(record_of(1), epochs=3, refresh=lambda record: Batch.of(record, advantage=record.advantage + 10))
+    policy, _ = learn(
+        record_of(1), epochs=3, recompute=lambda record: Batch.of(record, advantage=record.advantage + 10)
+    )
 
     assert policy.w.item() == -(1 + 11 + 21)
 
@@ -221,7 +223,9 @@ def test_a_minibatch_is_prepared_whole():
     def centre(batch):
         return Batch.of(batch, advantage=batch.advantage - batch.advantage.mean())
 
-    policy, metrics = learn(record_of(*range(8)), watched(seen), minibatches=2, micro=1, prepare=centre)
+    policy, metrics = learn(
+        record_of(*range(8)), watched(seen), minibatches=2, micro_batch_size=1, transform_minibatch=centre
+    )
 
     assert len(seen) == 8
     assert policy.w.item() == pytest.approx(0)
@@ -236,7 +240,7 @@ def test_steering_stops_before_the_step_it_sees():
         shown.append(metrics)
         return len(shown) == 2
 
-    policy, metrics = learn(record_of(1, 1), epochs=3, minibatches=2, steer=steer)
+    policy, metrics = learn(record_of(1, 1), epochs=3, minibatches=2, on_minibatch=steer)
 
     assert policy.w.item() == -1
     assert shown[0] == {"advantage": 1.0, "ones": 1.0}
@@ -246,13 +250,13 @@ def test_steering_stops_before_the_step_it_sees():
 def test_steering_reports_the_mean_over_the_steps_taken():
     # the third minibatch is seen and not taken: two steps of advantage 4
     seen = []
-    _, metrics = learn(record_of(4, 4, 4), minibatches=3, steer=lambda metrics: seen.append(1) or len(seen) == 3)
+    _, metrics = learn(record_of(4, 4, 4), minibatches=3, on_minibatch=lambda metrics: seen.append(1) or len(seen) == 3)
 
     assert metrics == {"advantage": 4, "ones": 1, "grad_norm": 4, "optimizer_steps": 2, "epochs": 1}
 
 
 def test_steering_at_the_first_minibatch_still_reports_what_it_saw():
-    policy, metrics = learn(record_of(4), steer=lambda metrics: True)
+    policy, metrics = learn(record_of(4), on_minibatch=lambda metrics: True)
 
     assert policy.w.item() == 0
     assert metrics == {"advantage": 4, "ones": 1, "optimizer_steps": 0, "epochs": 1}
@@ -260,13 +264,13 @@ def test_steering_at_the_first_minibatch_still_reports_what_it_saw():
 
 def test_steering_in_a_later_epoch_reports_that_epoch():
     seen = []
-    _, metrics = learn(record_of(4), epochs=5, steer=lambda metrics: seen.append(1) or len(seen) == 3)
+    _, metrics = learn(record_of(4), epochs=5, on_minibatch=lambda metrics: seen.append(1) or len(seen) == 3)
 
     assert (metrics["optimizer_steps"], metrics["epochs"]) == (2, 3)
 
 
 def test_who_steers_to_go_on_changes_nothing():
-    policy, metrics = learn(record_of(4), epochs=2, steer=lambda metrics: False)
+    policy, metrics = learn(record_of(4), epochs=2, on_minibatch=lambda metrics: False)
 
     assert policy.w.item() == -8
     assert metrics["optimizer_steps"] == 2
@@ -283,7 +287,7 @@ def test_the_gradient_is_clipped_to_its_norm_and_reported_before():
 class Two(nn.Module):
     """Two numbers with gradients 3 and 4 times the advantage."""
 
-    memory = False
+    needs_whole_rows = False
 
     def __init__(self):
         super().__init__()
@@ -298,7 +302,7 @@ def two_steps(*groups, max_grad_norm):
     policy = Two()
     own = [{"params": [getattr(policy, name)], **bound} for name, bound in groups]
     optimizer = torch.optim.SGD(own, lr=1.0)
-    fixed = {"epochs": 1, "minibatches": 1, "generator": seeded()}
+    fixed = {"num_epochs": 1, "num_minibatches": 1, "generator": seeded()}
     metrics = update(policy, optimizer, record_of(1), three_four, max_grad_norm=max_grad_norm, **fixed)
     return torch.stack([policy.a, policy.b])[None].detach(), metrics
 

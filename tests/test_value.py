@@ -9,14 +9,14 @@ from torch.testing import assert_close
 from tests.records import Blind, Table, flags, random_record, record, row, seeded
 from understudy import value as value_module
 from understudy.batch import Batch
-from understudy.products import rounded
-from understudy.value import estimate, next_value
+from understudy.products import round_up_rows
+from understudy.value import estimate_values, next_value
 
 
 def test_an_estimate_is_the_policys_value_at_every_column():
     table, taken = Table(), random_record(0)
 
-    distribution, value = estimate(table, taken)
+    distribution, value = estimate_values(table, taken)
 
     assert_close(value, table.values[taken.obs].detach())
     assert_close(distribution.log_prob(taken.action), table(taken.obs)[0].log_prob(taken.action).detach())
@@ -27,29 +27,31 @@ def test_an_estimate_is_the_policys_value_at_every_column():
 def test_a_record_that_is_read_in_pieces_is_the_same(monkeypatch, memory, rows):
     table, taken = Table(memory=memory), random_record(0)
     size = rows * taken.mask.shape[1]
-    distribution, value = estimate(table, taken)
-    for few_or_many in ("FEW", "MANY"):
+    distribution, value = estimate_values(table, taken)
+    for few_or_many in ("MIN_CHUNKED_STEPS", "CHUNK_STEPS"):
         monkeypatch.setattr(value_module, few_or_many, size)
     read = []
     table.register_forward_pre_hook(lambda _, given: read.append(len(given[0])))
 
-    pieces, in_pieces = estimate(table, taken)
+    pieces, in_pieces = estimate_values(table, taken)
 
     last = (6 % rows) * size // rows
-    assert read == ([rows] if memory else [size]) * (6 // rows) + ([2] if memory else [rounded(last)]) * (last > 0)
+    assert read == ([rows] if memory else [size]) * (6 // rows) + ([2] if memory else [round_up_rows(last)]) * (
+        last > 0
+    )
     assert_close((pieces.logp, in_pieces), (distribution.logp, value), rtol=0, atol=0)
 
 
 def test_a_fresh_record_keeps_what_sampled_it_and_a_batch_is_asked_anew():
     table, taken = Table(), random_record(0)
-    sampled, value = estimate(table, taken)
+    sampled, value = estimate_values(table, taken)
     table.value = lambda obs: table.values[obs]
-    told = replace(taken, old=sampled)
+    told = replace(taken, old_distribution=sampled)
     with torch.no_grad():
         table.logits += torch.arange(table.logits.shape[-1])
 
-    kept, again = estimate(table, told)
-    anew, _ = estimate(table, Batch.of(told, value=value, advantage=value, target=value))
+    kept, again = estimate_values(table, told)
+    anew, _ = estimate_values(table, Batch.of(told, value=value, advantage=value, target=value))
 
     assert torch.equal(kept.logp, sampled.logp) and torch.equal(again, value)
     assert_close(anew.logp, table(taken.obs)[0].logp.detach())
@@ -57,14 +59,14 @@ def test_a_fresh_record_keeps_what_sampled_it_and_a_batch_is_asked_anew():
 
 
 def test_no_gradient_flows_through_an_estimate():
-    distribution, value = estimate(Table(), random_record(0))
+    distribution, value = estimate_values(Table(), random_record(0))
 
     assert not value.requires_grad
     assert not distribution.logp.requires_grad
 
 
 def test_no_gradient_flows_through_an_estimate_that_is_a_parameter():
-    distribution, value = estimate(Blind(1, 2), record(flags(1, 1)))
+    distribution, value = estimate_values(Blind(1, 2), record(flags(1, 1)))
 
     assert not value.requires_grad
     assert not distribution.mean.requires_grad

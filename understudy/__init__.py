@@ -33,11 +33,11 @@ def load(path: Any, policy: Any = None) -> Any:
     return Policy.load(policy_path(Path(path), "path"), policy)
 
 
-def resume(run: Any, **about: Any) -> Any:
+def resume(run: Any, **options: Any) -> Any:
     """Train a run on to its end: see `understudy.resuming.resume`."""
     from understudy.resuming import resume
 
-    return resume(run, **about)
+    return resume(run, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,8 +18,8 @@ def reward_to_go(reward, terminated, truncated, mask, *, gamma: float) -> Tensor
     G_t = r_t + gamma * G_{t+1}, [B, T]; 0 at masked columns. Nothing is bootstrapped: meant for whole episodes.
     """
     ended = terminated | truncated
-    paid = _paid(reward, ended, mask)
-    return _masked(_backward_sum(paid, _carry(gamma, paid, ended, mask)), mask)
+    choice_reward = _reward_per_choice(reward, ended, mask)
+    return _zero_masked(_backward_sum(choice_reward, _trace_decay(gamma, choice_reward, ended, mask)), mask)
 
 
 def td_error(reward, value, next_value, terminated, truncated, mask, *, gamma: float) -> Tensor:
@@ -27,8 +27,8 @@ def td_error(reward, value, next_value, terminated, truncated, mask, *, gamma: f
 
     All [B, T]; 0 at masked columns. A truncated step bootstraps: `next_value` is V of its true last observation.
     """
-    paid = _paid(reward, terminated | truncated, mask)
-    return _masked(paid + gamma * torch.where(terminated, 0.0, next_value) - value, mask)
+    choice_reward = _reward_per_choice(reward, terminated | truncated, mask)
+    return _zero_masked(choice_reward + gamma * torch.where(terminated, 0.0, next_value) - value, mask)
 
 
 def gae(reward, value, next_value, terminated, truncated, mask, *, gamma: float, lam: float) -> Tensor:
@@ -38,10 +38,10 @@ def gae(reward, value, next_value, terminated, truncated, mask, *, gamma: float,
     lam = 0 is the TD error; lam = 1 with V = 0 is the reward-to-go.
     """
     delta = td_error(reward, value, next_value, terminated, truncated, mask, gamma=gamma)
-    return _masked(_backward_sum(delta, _carry(gamma * lam, delta, terminated | truncated, mask)), mask)
+    return _zero_masked(_backward_sum(delta, _trace_decay(gamma * lam, delta, terminated | truncated, mask)), mask)
 
 
-def group_relative(score: Tensor, group: Tensor, *, scale: bool, eps: float = 1e-4) -> Tensor:
+def group_relative(score: Tensor, group: Tensor, *, scale_by_std: bool, eps: float = 1e-4) -> Tensor:
     """Score minus its group's mean, over the group's standard deviation (Shao et al. 2024, sec. 4.1.2). [B].
 
     A group of one gets 0: there is nothing to compare it with. So does a group of equal scores.
@@ -53,7 +53,7 @@ def group_relative(score: Tensor, group: Tensor, *, scale: bool, eps: float = 1e
     """
     _, mean, variance = group_moments(score, group)
     centred = score - mean
-    return centred / (variance.sqrt() + eps) if scale else centred
+    return centred / (variance.sqrt() + eps) if scale_by_std else centred
 
 
 def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
@@ -65,15 +65,15 @@ def leave_one_out(score: Tensor, group: Tensor) -> Tensor:
     return (score - mean) * size / (size - 1).clamp(min=1)
 
 
-def _paid(reward: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
+def _reward_per_choice(reward: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """Each choice's pay: its own reward and that of the masked columns up to the next choice of its episode. 0 elsewhere."""
-    if torch.equal(own := _masked(reward, mask), reward):
-        return own
-    passed = torch.nn.functional.pad(torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0), (0, 1))
-    return _masked(_backward_sum(reward, passed), mask)
+    if torch.equal(masked_reward := _zero_masked(reward, mask), reward):
+        return masked_reward
+    carry = torch.nn.functional.pad(torch.where(mask[:, 1:] | ended[:, :-1], 0.0, 1.0), (0, 1))
+    return _zero_masked(_backward_sum(reward, carry), mask)
 
 
-def _carry(decay: float, like: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
+def _trace_decay(decay: float, like: Tensor, ended: Tensor, mask: Tensor) -> Tensor:
     """How much of the next column's trace reaches this one: 0 at an end, `decay` at a choice, 1 where masked."""
     return torch.where(ended, 0.0, torch.where(mask, torch.full_like(like, decay), 1.0))
 
@@ -86,5 +86,5 @@ def _backward_sum(x: Tensor, carry: Tensor) -> Tensor:
     return x
 
 
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
+def _zero_masked(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0.0)

@@ -26,7 +26,7 @@ class Trajectory:
     """What the policy saw: a Tensor, or a dict of Tensors by name."""
     action: Tensor
     """What it chose: [B, T] or [B, T, D]."""
-    logprob: Tensor
+    behavior_logprob: Tensor
     """log pi(action | obs) under the policy that sampled it, [B, T]."""
     mask: Tensor
     """bool [B, T]: True where the policy chose; False at prompt, padding, tool output, last observations."""
@@ -38,11 +38,11 @@ class Trajectory:
     """bool [B, T]: the episode was cut after this step; bootstrap from the next column, trace no further."""
     state: Tensor | None = None
     """Recurrent state before column 0, [B, S]; None for a policy without memory."""
-    old: Tree = None
+    old_distribution: Tree = None
     """The distribution that sampled, [B, T, ...]; None where step 3 is to tell."""
 
     def __post_init__(self) -> None:
-        for name in ("logprob", "reward", "terminated", "truncated"):
+        for name in ("behavior_logprob", "reward", "terminated", "truncated"):
             if (shape := getattr(self, name).shape) != self.mask.shape or len(shape) != 2:
                 raise ValueError(f"{name} is {tuple(shape)}, mask is {tuple(self.mask.shape)}: both must be [B, T]")
         if self.mask.dtype != torch.bool:
@@ -76,26 +76,26 @@ class Batch(Trajectory):
     """What the critic should have said, [B, T]."""
     reference: Tree = None
     """What the frozen reference says of the same steps: its log-probs [B, T], or its distribution."""
-    mix: Tree = None
+    pretraining_text: Tree = None
     """A row of pretraining text for each row, [B, T']."""
 
     @classmethod
-    def of(cls, record: Trajectory, **found: Any) -> Batch:
+    def of(cls, trajectory: Trajectory, **fields: Any) -> Batch:
         """The record with `value`, `advantage`, `target` and `old` added, or some of them replaced."""
-        return cls(**{f.name: getattr(record, f.name) for f in dataclasses.fields(record)} | found)
+        return cls(**{f.name: getattr(trajectory, f.name) for f in dataclasses.fields(trajectory)} | fields)
 
     def __getitem__(self, rows: Tensor | slice) -> Batch:
         """The record of some rows."""
         return map_tensors(lambda x: x[rows], self)
 
-    def steps(self) -> Batch:
+    def flatten_steps(self) -> Batch:
         """The chosen steps alone, each a row of its own: [N, 1, ...]. Only for policies without memory."""
-        chosen, stateless = self.mask.reshape(-1).nonzero()[:, 0], dataclasses.replace(self, state=None)
-        return map_tensors(lambda x: x.flatten(0, 1).index_select(0, chosen).unsqueeze(1), stateless)
+        indices, stateless = self.mask.reshape(-1).nonzero()[:, 0], dataclasses.replace(self, state=None)
+        return map_tensors(lambda x: x.flatten(0, 1).index_select(0, indices).unsqueeze(1), stateless)
 
 
 @dataclass(frozen=True)
-class Text:
+class TokenBatch:
     """Token rows, padded on the right, and where in them something was chosen. Also the `obs` of a text `Trajectory`.
 
     A causal model that reads rows from the left needs no attention mask for padding that only follows.
@@ -109,10 +109,10 @@ class Text:
     def __len__(self) -> int:
         return self.mask.shape[0]
 
-    def __getitem__(self, rows: Tensor | slice) -> Text:
+    def __getitem__(self, rows: Tensor | slice) -> TokenBatch:
         return map_tensors(lambda x: x[rows], self)
 
-    def to(self, device: str | torch.device) -> Text:
+    def to(self, device: str | torch.device) -> TokenBatch:
         return map_tensors(lambda x: x.to(device), self)
 
     @property
@@ -122,15 +122,15 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Pairs:
+class PreferencePairs:
     """Preferences: row i of `chosen` was liked better than row i of `rejected`. A pair is one row and is never split.
 
     In both, `mask` is True where a reward model scores, at a row's last token; or, for DPO, as in any `Text`: before every
     token of the completion.
     """
 
-    chosen: Text
-    rejected: Text
+    chosen: TokenBatch
+    rejected: TokenBatch
     margin: Tensor
     """By how much at least, [B, 1]; 0 where the data do not say."""
     reference: Tensor | None = None
@@ -139,10 +139,10 @@ class Pairs:
     def __len__(self) -> int:
         return self.margin.shape[0]
 
-    def __getitem__(self, rows: Tensor | slice) -> Pairs:
+    def __getitem__(self, rows: Tensor | slice) -> PreferencePairs:
         return map_tensors(lambda x: x[rows], self)
 
-    def to(self, device: str | torch.device) -> Pairs:
+    def to(self, device: str | torch.device) -> PreferencePairs:
         return map_tensors(lambda x: x.to(device), self)
 
     @property
@@ -152,20 +152,20 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledText:
     """Text and what is said of it: row i is good with probability `label`. `mask` as in `Pairs`."""
 
-    text: Text
+    text: TokenBatch
     label: Tensor
     """In [0, 1], [B, 1]."""
 
     def __len__(self) -> int:
         return self.label.shape[0]
 
-    def __getitem__(self, rows: Tensor | slice) -> Labelled:
+    def __getitem__(self, rows: Tensor | slice) -> LabelledText:
         return map_tensors(lambda x: x[rows], self)
 
-    def to(self, device: str | torch.device) -> Labelled:
+    def to(self, device: str | torch.device) -> LabelledText:
         return map_tensors(lambda x: x.to(device), self)
 
     @property
@@ -184,18 +184,18 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     if isinstance(tree, dict):
         return {name: map_tensors(function, leaf) for name, leaf in tree.items()}
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        own = [f.name for f in dataclasses.fields(tree) if not f.metadata.get("shared")]
-        return dataclasses.replace(tree, **{name: map_tensors(function, getattr(tree, name)) for name in own})
+        field_names = [f.name for f in dataclasses.fields(tree) if not f.metadata.get("shared")]
+        return dataclasses.replace(tree, **{name: map_tensors(function, getattr(tree, name)) for name in field_names})
     return tree
 
 
-def leaves(tree: Tree) -> list[Tensor]:
+def tensor_leaves(tree: Tree) -> list[Tensor]:
     """Every Tensor that `map_tensors` meets, in its order."""
-    found: list[Tensor] = []
-    map_tensors(lambda x: found.append(x) or x, tree)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(lambda x: tensors.append(x) or x, tree)
+    return tensors
 
 
-def consult(policy: Any, record: Trajectory) -> tuple[Any, Tensor]:
+def policy_forward(policy: Any, trajectory: Trajectory) -> tuple[Any, Tensor]:
     """What a policy says at every column of a record: its distribution there and its value [B, T]."""
-    return policy(record.obs, *(() if record.state is None else (record.state, record.start)))[:2]
+    return policy(trajectory.obs, *(() if trajectory.state is None else (trajectory.state, trajectory.start)))[:2]

@@ -12,11 +12,17 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from understudy.run.config import RequestError, nearest
+from understudy.run.config import RequestError, did_you_mean
 
 Response = Literal["hold", "warn", "stop", "rollback"]
-GOES_ON = ("multipliers", "broken", "went_back", "stopped", "inside")  # of `Bounds`, in a checkpoint
-WRITTEN = re.compile(r"(?P<name>.+)(?P<sense><=|>=)(?P<limit>[^:]*)(?::(?P<response>.*))?", re.DOTALL)
+STATE_FIELDS = (
+    "multipliers",
+    "broken",
+    "num_rollbacks",
+    "stop_reason",
+    "last_feasible_state",
+)  # of `Bounds`, in a checkpoint
+CONSTRAINT_PATTERN = re.compile(r"(?P<name>.+)(?P<sense><=|>=)(?P<limit>[^:]*)(?::(?P<response>.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Constraint:
     """The mean of `name` is to stay at most, or at least, at `limit`."""
 
     name: str
-    at_most: bool
+    is_upper_bound: bool
     limit: float
     response: Response
 
@@ -35,31 +41,31 @@ class Constraint:
         Raises:
             RequestError: it is written otherwise.
         """
-        found = WRITTEN.fullmatch(text)
-        name = found["name"].strip() if found else ""
-        if found is None or not name:
+        match = CONSTRAINT_PATTERN.fullmatch(text)
+        name = match["name"].strip() if match else ""
+        if match is None or not name:
             raise RequestError(f"constraint is {text!r}: write NAME<=LIMIT or NAME>=LIMIT, as in 'repetition<=0.1'")
         try:
-            limit = float(found["limit"])
+            limit = float(match["limit"])
         except ValueError:
             limit = math.nan
         if not math.isfinite(limit):
-            raise RequestError(f"constraint is {text!r}: its limit {found['limit'].strip()!r} must be a finite number")
-        response = "hold" if found["response"] is None else found["response"].strip()
+            raise RequestError(f"constraint is {text!r}: its limit {match['limit'].strip()!r} must be a finite number")
+        response = "hold" if match["response"] is None else match["response"].strip()
         if response not in get_args(Response):
             raise RequestError(
                 f"constraint is {text!r}: what follows the ':' must be one of {', '.join(get_args(Response))}"
-                f"{nearest(response, get_args(Response))}"
+                f"{did_you_mean(response, get_args(Response))}"
             )
-        return cls(name, found["sense"] == "<=", limit, cast("Response", response))
+        return cls(name, match["sense"] == "<=", limit, cast("Response", response))
 
     def __str__(self) -> str:
-        return f"{self.name}{'<=' if self.at_most else '>='}{self.limit:g}"
+        return f"{self.name}{'<=' if self.is_upper_bound else '>='}{self.limit:g}"
 
     @property
     def sign(self) -> float:
         """1 where more is worse, -1 where less is."""
-        return 1.0 if self.at_most else -1.0
+        return 1.0 if self.is_upper_bound else -1.0
 
     def excess(self, value: float) -> float:
         """How far a value is outside; 0 or less where it is inside."""
@@ -76,7 +82,7 @@ def adapt_multiplier(multiplier: float, excess: float, *, rate: float) -> float:
     return max(0.0, multiplier + rate * excess)
 
 
-def charge(reward: Tensor, cost: Tensor, *, multiplier: float) -> Tensor:
+def subtract_constraint_cost(reward: Tensor, cost: Tensor, *, multiplier: float) -> Tensor:
     """The penalised reward r - multiplier * c (Tessler et al. 2019); reward and cost alike in shape.
 
     PPO-Lagrangian divides it by 1 + multiplier. It is left whole here: divided, a nat of KL to the reference, or of entropy,
@@ -86,7 +92,7 @@ def charge(reward: Tensor, cost: Tensor, *, multiplier: float) -> Tensor:
     return reward - multiplier * cost
 
 
-class Bounds:
+class LagrangianConstraints:
     """The constraints of a run: what each multiplier is now, which are broken, and the last state in which none was.
 
     An iteration goes `begin`, `charge`, `close`. What is held is charged with the multiplier that has just been adapted.
@@ -96,40 +102,42 @@ class Bounds:
         pace: what learning rates are multiplied by; every way back halves it, for the same steps would lead out again.
     """
 
-    def __init__(self, constraints: Sequence[Constraint], *, rate: float, rollbacks: int) -> None:
+    def __init__(self, constraints: Sequence[Constraint], *, rate: float, max_rollbacks: int) -> None:
         """rate: of `adapt_multiplier`.  rollbacks: how often the run may go back; then it stops, inside."""
         self.constraints: dict[str, Constraint] = {}
-        for one in constraints:
-            name = f"{one.name}_at_{'most' if one.at_most else 'least'}"
+        for constraint in constraints:
+            name = f"{constraint.name}_at_{'most' if constraint.is_upper_bound else 'least'}"
             names = (name, *(f"{name}_{i}" for i in range(2, len(constraints) + 1)))
-            self.constraints[next(free for free in names if free not in self.constraints)] = one
-        self.rate, self.rollbacks = rate, rollbacks
-        self.multipliers = {name: 0.0 for name, one in self.constraints.items() if one.response == "hold"}
+            self.constraints[next(free for free in names if free not in self.constraints)] = constraint
+        self.rate, self.max_rollbacks = rate, max_rollbacks
+        self.multipliers = {name: 0.0 for name, constraint in self.constraints.items() if constraint.response == "hold"}
         self.broken = dict.fromkeys(self.constraints, False)
-        self.went_back = 0
-        self.stopped: str | None = None
-        self.inside: tuple[Any, Any] | None = None  # model and optimizer when nothing that goes back was broken
-        self._before: tuple[Any, Any] | None = None
+        self.num_rollbacks = 0
+        self.stop_reason: str | None = None
+        self.last_feasible_state: tuple[Any, Any] | None = (
+            None  # model and optimizer when nothing that goes back was broken
+        )
+        self._state_before_update: tuple[Any, Any] | None = None
         self._values: dict[str, float] = {}
 
     @property
     def names(self) -> list[str]:
         """What is bounded, each once."""
-        return list(dict.fromkeys(one.name for one in self.constraints.values()))
+        return list(dict.fromkeys(constraint.name for constraint in self.constraints.values()))
 
     @property
-    def pace(self) -> float:
-        return 0.5**self.went_back
+    def lr_scale(self) -> float:
+        return 0.5**self.num_rollbacks
 
     @property
     def state(self) -> dict[str, Any]:
         """What a run that goes on must know again: plain numbers and text, and tensors where it may go back."""
-        state = {name: getattr(self, name) for name in GOES_ON}
+        state = {name: getattr(self, name) for name in STATE_FIELDS}
         return {name: dict(value) if isinstance(value, dict) else value for name, value in state.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave."""
-        for name in GOES_ON:
+        for name in STATE_FIELDS:
             setattr(self, name, state[name])
 
     def begin(self, values: Mapping[str, float], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -140,18 +148,20 @@ class Bounds:
         """
         self._values = {name: x for name, x in values.items() if math.isfinite(x)}
         for name in self.multipliers:
-            one = self.constraints[name]
-            if one.name in self._values:
-                excess = one.excess(self._values[one.name])
+            constraint = self.constraints[name]
+            if constraint.name in self._values:
+                excess = constraint.excess(self._values[constraint.name])
                 self.multipliers[name] = adapt_multiplier(self.multipliers[name], excess, rate=self.rate)
-        if any(one.response == "rollback" for one in self.constraints.values()):
-            self._before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        if any(constraint.response == "rollback" for constraint in self.constraints.values()):
+            self._state_before_update = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
-    def charge(self, reward: Tensor, cost: Mapping[str, Tensor]) -> Tensor:
+    def subtract_constraint_costs(self, reward: Tensor, cost: Mapping[str, Tensor]) -> Tensor:
         """The reward with every held cost taken off; costs by name, each of the reward's shape."""
         for name, multiplier in self.multipliers.items():
-            one = self.constraints[name]
-            reward = charge(reward, one.sign * cost[one.name].to(reward), multiplier=multiplier)
+            constraint = self.constraints[name]
+            reward = subtract_constraint_cost(
+                reward, constraint.sign * cost[constraint.name].to(reward), multiplier=multiplier
+            )
         return reward
 
     def close(
@@ -167,51 +177,53 @@ class Bounds:
             values: what was measured since `begin`.
             event: `(kind, **about)`, told of a bound that breaks or holds again, of a way back and of a stop.
         """
-        found = self._values | {name: x for name, x in values.items() if math.isfinite(x)}
-        metrics, outside, unknown = {}, None, False
-        for name, one in self.constraints.items():
-            if one.name not in found:
-                unknown |= one.response == "rollback"
+        measured = self._values | {name: x for name, x in values.items() if math.isfinite(x)}
+        metrics, violation, has_unmeasured = {}, None, False
+        for name, constraint in self.constraints.items():
+            if constraint.name not in measured:
+                has_unmeasured |= constraint.response == "rollback"
                 continue
-            value, limit = found[one.name], one.limit
-            metrics |= {f"constraint_{one.name}": value, f"constraint_{name}": limit}
+            value, limit = measured[constraint.name], constraint.limit
+            metrics |= {f"constraint_{constraint.name}": value, f"constraint_{name}": limit}
             if name in self.multipliers:
                 metrics[f"constraint_{name}_multiplier"] = self.multipliers[name]
-            broken = one.excess(value) > 0
+            broken = constraint.excess(value) > 0
             if broken != self.broken[name]:
-                about = {"value": value, "limit": limit, "broken": broken, "response": one.response}
-                event("constraint", constraint=str(one), text=_said(one, value, broken), **about)
+                fields = {"value": value, "limit": limit, "broken": broken, "response": constraint.response}
+                event(
+                    "constraint", constraint=str(constraint), text=_describe_value(constraint, value, broken), **fields
+                )
             self.broken[name] = broken
-            if broken and one.response == "stop":
-                self.stopped = _said(one, value, broken)
-            if broken and one.response == "rollback":
-                outside = _said(one, value, broken)
-        if outside is not None:
-            self._go_back(outside, model, optimizer, event)
-        elif self._before is not None and not unknown:
-            self.inside = self._before
-        self._before, self._values = None, {}
-        if self.stopped is not None:
-            event("stopped", text=self.stopped)
+            if broken and constraint.response == "stop":
+                self.stop_reason = _describe_value(constraint, value, broken)
+            if broken and constraint.response == "rollback":
+                violation = _describe_value(constraint, value, broken)
+        if violation is not None:
+            self._roll_back(violation, model, optimizer, event)
+        elif self._state_before_update is not None and not has_unmeasured:
+            self.last_feasible_state = self._state_before_update
+        self._state_before_update, self._values = None, {}
+        if self.stop_reason is not None:
+            event("stopped", text=self.stop_reason)
         return metrics
 
-    def _go_back(
-        self, why: str, model: nn.Module, optimizer: torch.optim.Optimizer, event: Callable[..., None]
+    def _roll_back(
+        self, reason: str, model: nn.Module, optimizer: torch.optim.Optimizer, event: Callable[..., None]
     ) -> None:
         """Weights and optimizer as they last were inside, if they ever were; half the learning rate from now on."""
-        if self.inside is None:
+        if self.last_feasible_state is None:
             return
-        weights, steps = self.inside
-        for group in steps["param_groups"]:
+        weights, optimizer_state = self.last_feasible_state
+        for group in optimizer_state["param_groups"]:
             group["lr"] /= 2
         model.load_state_dict(weights)
-        optimizer.load_state_dict(copy.deepcopy(steps))
-        if self.went_back == self.rollbacks:
-            self.stopped = f"{why}, after all {self.rollbacks} ways back that constraint_rollbacks allows"
+        optimizer.load_state_dict(copy.deepcopy(optimizer_state))
+        if self.num_rollbacks == self.max_rollbacks:
+            self.stop_reason = f"{reason}, after all {self.max_rollbacks} ways back that constraint_rollbacks allows"
         else:
-            self.went_back += 1
-        event("rolled_back", text=why, times=self.went_back)
+            self.num_rollbacks += 1
+        event("rolled_back", text=reason, times=self.num_rollbacks)
 
 
-def _said(one: Constraint, value: float, broken: bool) -> str:
-    return f"{one.name} is {value:.4g}: {'outside' if broken else 'within'} {one}"
+def _describe_value(constraint: Constraint, value: float, broken: bool) -> str:
+    return f"{constraint.name} is {value:.4g}: {'outside' if broken else 'within'} {constraint}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
-LOWEST = -1e30
+MIN_LOGPROB = -1e30
 """What log-probs of -inf count as where they are weighted by their probability, so that 0 log 0 and its gradient are 0."""
 
 
@@ -22,7 +22,7 @@ class Distribution(Protocol):
     """The one interface of both worlds. Leading dimensions are [B, T]."""
 
     def noise(self, generator: torch.Generator | None) -> Tensor: ...
-    def at(self, noise: Tensor) -> Tensor: ...
+    def action_from_noise(self, noise: Tensor) -> Tensor: ...
     def sample(self, generator: torch.Generator | None = None) -> Tensor: ...
     def mode(self) -> Tensor: ...
     def log_prob(self, action: Tensor) -> Tensor: ...
@@ -48,12 +48,12 @@ class Categorical:
         exponential = torch.empty_like(self.logp).exponential_(generator=generator)
         return -exponential.clamp(min=torch.finfo(self.logp.dtype).tiny).log()
 
-    def at(self, noise: Tensor) -> Tensor:
+    def action_from_noise(self, noise: Tensor) -> Tensor:
         """The action of given noise: argmax(logp + noise), [...] int64 (Gumbel 1954)."""
         return (self.logp + noise).argmax(dim=-1)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(self.noise(generator))
+        return self.action_from_noise(self.noise(generator))
 
     def mode(self) -> Tensor:
         return self.logp.argmax(dim=-1)
@@ -64,11 +64,11 @@ class Categorical:
 
     def entropy(self) -> Tensor:
         """-sum p log p, in nats, [...]."""
-        return -(self.logp.exp() * self.logp.clamp(min=LOWEST)).sum(dim=-1)
+        return -(self.logp.exp() * self.logp.clamp(min=MIN_LOGPROB)).sum(dim=-1)
 
     def kl(self, other: Categorical) -> Tensor:
         """KL(self, other) in nats, [...]; both over the same allowed actions."""
-        return (self.logp.exp() * torch.where(self.logp > LOWEST, self.logp - other.logp, 0.0)).sum(dim=-1)
+        return (self.logp.exp() * torch.where(self.logp > MIN_LOGPROB, self.logp - other.logp, 0.0)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -87,25 +87,31 @@ class MultiCategorical:
     def noise(self, generator: torch.Generator | None) -> Tensor:
         return torch.cat([part.noise(generator) for part in self.parts.values()], dim=-1)
 
-    def at(self, noise: Tensor) -> Tensor:
-        pieces = noise.split([part.logp.shape[-1] for part in self.parts.values()], dim=-1)
-        return torch.stack([part.at(piece) for part, piece in zip(self.parts.values(), pieces, strict=True)], dim=-1)
+    def action_from_noise(self, noise: Tensor) -> Tensor:
+        noise_parts = noise.split([part.logp.shape[-1] for part in self.parts.values()], dim=-1)
+        return torch.stack(
+            [
+                part.action_from_noise(part_noise)
+                for part, part_noise in zip(self.parts.values(), noise_parts, strict=True)
+            ],
+            dim=-1,
+        )
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(self.noise(generator))
+        return self.action_from_noise(self.noise(generator))
 
     def mode(self) -> Tensor:
         return torch.stack([part.mode() for part in self.parts.values()], dim=-1)
 
     def log_prob(self, action: Tensor) -> Tensor:
         """action: [..., D] int64 -> [...]."""
-        return sum_of(part.log_prob(action[..., i]) for i, part in enumerate(self.parts.values()))
+        return sum_tensors(part.log_prob(action[..., i]) for i, part in enumerate(self.parts.values()))
 
     def entropy(self) -> Tensor:
-        return sum_of(part.entropy() for part in self.parts.values())
+        return sum_tensors(part.entropy() for part in self.parts.values())
 
     def kl(self, other: MultiCategorical) -> Tensor:
-        return sum_of(part.kl(other.parts[name]) for name, part in self.parts.items())
+        return sum_tensors(part.kl(other.parts[name]) for name, part in self.parts.items())
 
 
 @dataclass(frozen=True)
@@ -118,11 +124,11 @@ class Bernoulli:
         """Uniform in [0, 1), [..., D]."""
         return torch.rand(self.logits.shape, generator=generator, dtype=self.logits.dtype, device=self.logits.device)
 
-    def at(self, noise: Tensor) -> Tensor:
+    def action_from_noise(self, noise: Tensor) -> Tensor:
         return (noise < self.logits.sigmoid()).long()
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(self.noise(generator))
+        return self.action_from_noise(self.noise(generator))
 
     def mode(self) -> Tensor:
         return (self.logits > 0).long()
@@ -153,11 +159,11 @@ class DiagonalGaussian:
         """Standard normal, [..., D]."""
         return torch.randn(self.mean.shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
 
-    def at(self, noise: Tensor) -> Tensor:
+    def action_from_noise(self, noise: Tensor) -> Tensor:
         return self.mean + self.log_std.exp() * noise
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        return self.at(self.noise(generator))
+        return self.action_from_noise(self.noise(generator))
 
     def mode(self) -> Tensor:
         return self.mean
@@ -173,9 +179,9 @@ class DiagonalGaussian:
 
     def kl(self, other: DiagonalGaussian) -> Tensor:
         """log(s'/s) + (s^2 + (m - m')^2) / 2s'^2 - 1/2, summed over D."""
-        spread = (2 * (self.log_std - other.log_std)).exp()
+        variance_ratio = (2 * (self.log_std - other.log_std)).exp()
         shift = ((self.mean - other.mean) * (-other.log_std).exp()).square()
-        return (other.log_std - self.log_std + 0.5 * (spread + shift - 1)).sum(dim=-1)
+        return (other.log_std - self.log_std + 0.5 * (variance_ratio + shift - 1)).sum(dim=-1)
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ class SquashedGaussian(DiagonalGaussian):
         nodes, weights = _hermite(self.mean.dtype, self.mean.device)
         points = self.mean[..., None, :] + self.log_std.exp()[..., None, :] * nodes[:, None]
         expected = (self._log_jacobian(points) * weights[:, None]).sum(dim=-2)
-        expected = torch.where(self.log_std > 0, self._scaled(self._expected_slope()), expected)
+        expected = torch.where(self.log_std > 0, self._add_log_half_width(self._expected_slope()), expected)
         return super().entropy() + expected.sum(dim=-1)
 
     def _expected_slope(self) -> Tensor:
@@ -223,9 +229,9 @@ class SquashedGaussian(DiagonalGaussian):
 
     def _log_jacobian(self, action: Tensor) -> Tensor:
         # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), without cancellation
-        return self._scaled(2 * (math.log(2) - action - torch.nn.functional.softplus(-2 * action)))
+        return self._add_log_half_width(2 * (math.log(2) - action - torch.nn.functional.softplus(-2 * action)))
 
-    def _scaled(self, slope: Tensor) -> Tensor:
+    def _add_log_half_width(self, slope: Tensor) -> Tensor:
         squashed = self.half_width > 0
         return torch.where(squashed, slope + torch.where(squashed, self.half_width, 1.0).log(), 0.0)
 
@@ -242,7 +248,7 @@ class StateNoiseGaussian(DiagonalGaussian):
     weight_std: Tensor = field(metadata={"shared": True})
 
     @classmethod
-    def of_features(cls, mean: Tensor, features: Tensor, weight_log_std: Tensor) -> StateNoiseGaussian:
+    def from_features(cls, mean: Tensor, features: Tensor, weight_log_std: Tensor) -> StateNoiseGaussian:
         """mean [..., D], features [..., F], weight_log_std [F, D]."""
         weight_std = weight_log_std.exp()
         variance = features.square() @ weight_std.square()
@@ -253,11 +259,11 @@ class StateNoiseGaussian(DiagonalGaussian):
         shape = (*self.mean.shape[:-1], *self.weight_std.shape)
         return torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
 
-    def at(self, noise: Tensor) -> Tensor:
+    def action_from_noise(self, noise: Tensor) -> Tensor:
         return self.mean + (self.features[..., None, :] @ (noise * self.weight_std))[..., 0, :]
 
 
-def sum_of(terms: object) -> Tensor:
+def sum_tensors(terms: object) -> Tensor:
     """The sum of some Tensors."""
     return torch.stack(list(terms)).sum(dim=0)  # pyright: ignore[reportArgumentType]
 
@@ -268,14 +274,14 @@ def _hermite(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     return nodes.to(device, dtype), weights.to(device, dtype)
 
 
-def _legendre(end: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def _legendre(upper: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Nodes and weights of the integral from 0 to `end`, 20 of them."""
     k = torch.arange(1, 20, dtype=torch.float64)
     nodes, weights = _gauss(k / (4 * k.square() - 1).sqrt())
-    return (end * (nodes + 1) / 2).to(device, dtype), (end * weights).to(device, dtype)
+    return (upper * (nodes + 1) / 2).to(device, dtype), (upper * weights).to(device, dtype)
 
 
-def _gauss(off: Tensor) -> tuple[Tensor, Tensor]:
+def _gauss(off_diagonal: Tensor) -> tuple[Tensor, Tensor]:
     """Nodes and weights, of sum 1, of the quadrature whose Jacobi matrix has this off-diagonal (Golub & Welsch 1969)."""
-    nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
+    nodes, vectors = torch.linalg.eigh(torch.diag(off_diagonal, 1) + torch.diag(off_diagonal, -1))
     return nodes, vectors[0].square()

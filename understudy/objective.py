@@ -11,10 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from understudy.batch import Batch, Labelled, Pairs, Text, consult
+from understudy.batch import Batch, LabelledText, PreferencePairs, TokenBatch, policy_forward
 
 Losses = tuple[Tensor, dict[str, Tensor]]  # per step [B, T], and metrics per step
-Charge = Callable[[Any, Tensor, Batch], Tensor]  # (distribution, logprob, batch) -> what a step is charged, [B, T]
+ReferenceKLPenalty = Callable[
+    [Any, Tensor, Batch], Tensor
+]  # (distribution, logprob, batch) -> what a step is charged, [B, T]
 
 
 def policy_gradient(
@@ -23,31 +25,38 @@ def policy_gradient(
     *,
     value_coef: float,
     entropy_coef: float,
-    value_loss: Callable[[Tensor, Tensor], Tensor],
-    charge=None,
+    value_loss_fn: Callable[[Tensor, Tensor], Tensor],
+    kl_penalty=None,
 ) -> Losses:
     """-A log pi(a|s) + value_coef * value_loss - entropy_coef * H (Williams 1992; Mnih et al. 2016, sec. 4). [B, T].
 
     The advantage is a number, not a function: no gradient reaches the critic through it.
     """
-    distribution, value = consult(policy, batch)
+    distribution, value = policy_forward(policy, batch)
     logprob = distribution.log_prob(batch.action)
     policy_loss = -batch.advantage * torch.where(batch.mask, logprob, 0.0)
-    error = value_loss(value, batch.target) if value_coef else torch.zeros_like(value)
-    fee = charge and charge(distribution, logprob, batch)
-    return _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
+    value_loss = value_loss_fn(value, batch.target) if value_coef else torch.zeros_like(value)
+    penalty = kl_penalty and kl_penalty(distribution, logprob, batch)
+    return _combine_losses(distribution, batch, policy_loss, value_loss, value_coef, entropy_coef, penalty)
 
 
 def ppo(
-    policy, batch: Batch, *, clip: float, value_coef: float, entropy_coef: float, value_clip: float = 0.0, charge=None
+    policy,
+    batch: Batch,
+    *,
+    clip: float,
+    value_coef: float,
+    entropy_coef: float,
+    value_clip: float = 0.0,
+    kl_penalty=None,
 ) -> Losses:
     """PPO with the clipped surrogate (Schulman et al. 2017, eq. 7 and 9), plus what a `Charge` asks for. [B, T]."""
-    distribution, value, logprob = _choices(policy, batch)
-    policy_loss = clipped_surrogate(logprob, batch.logprob, batch.advantage, low=clip, high=clip)
-    error = critic_error(value, batch, clip=value_clip)
-    fee = charge and charge(distribution, logprob, batch)
-    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
-    ratio = (logprob - batch.logprob).detach().exp()
+    distribution, value, logprob = _evaluate_actions(policy, batch)
+    policy_loss = clipped_surrogate(logprob, batch.behavior_logprob, batch.advantage, low=clip, high=clip)
+    value_loss = clipped_value_loss(value, batch, clip=value_clip)
+    penalty = kl_penalty and kl_penalty(distribution, logprob, batch)
+    loss, metrics = _combine_losses(distribution, batch, policy_loss, value_loss, value_coef, entropy_coef, penalty)
+    ratio = (logprob - batch.behavior_logprob).detach().exp()
     return loss, metrics | {"ratio": ratio, "clip_fraction": ((ratio - 1).abs() > clip).to(ratio.dtype)}
 
 
@@ -55,57 +64,61 @@ def ppo_penalty(
     policy,
     batch: Batch,
     *,
-    kl_coef: float,
+    kl_old_coef: float,
     value_coef: float,
     entropy_coef: float,
     value_clip: float = 0.0,
-    charge=None,
+    kl_penalty=None,
 ) -> Losses:
     """PPO with the importance-weighted surrogate minus kl_coef * KL(old, new), the KL exact (2017, eq. 8). [B, T]."""
-    distribution, value, logprob = _choices(policy, batch)
-    ratio = (logprob - batch.logprob).exp()
-    policy_loss = kl_coef * batch.old.kl(distribution) - ratio * batch.advantage
-    error = critic_error(value, batch, clip=value_clip)
-    fee = charge and charge(distribution, logprob, batch)
-    loss, metrics = _joined(distribution, batch, policy_loss, error, value_coef, entropy_coef, fee)
+    distribution, value, logprob = _evaluate_actions(policy, batch)
+    ratio = (logprob - batch.behavior_logprob).exp()
+    policy_loss = kl_old_coef * batch.old_distribution.kl(distribution) - ratio * batch.advantage
+    value_loss = clipped_value_loss(value, batch, clip=value_clip)
+    penalty = kl_penalty and kl_penalty(distribution, logprob, batch)
+    loss, metrics = _combine_losses(distribution, batch, policy_loss, value_loss, value_coef, entropy_coef, penalty)
     return loss, metrics | {"ratio": ratio.detach()}
 
 
-def grpo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+def grpo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, kl_penalty=None) -> Losses:
     """The clipped surrogate without a critic, bounds apart (Shao et al. 2024, eq. 3; DAPO's clip-higher, eq. 10). [B, T].
 
     Which mean it is depends on the weights of `update`: GRPO's is `per_row`, DAPO's `per_step`, Dr. GRPO's `per_budget`.
     """
-    distribution, _, logprob = _choices(policy, batch)
-    loss = clipped_surrogate(logprob, batch.logprob, batch.advantage, low=low, high=high)
-    return _critic_free(distribution, batch, logprob, logprob - batch.logprob, loss, low, high, entropy_coef, charge)
+    distribution, _, logprob = _evaluate_actions(policy, batch)
+    loss = clipped_surrogate(logprob, batch.behavior_logprob, batch.advantage, low=low, high=high)
+    return _critic_free_losses(
+        distribution, batch, logprob, logprob - batch.behavior_logprob, loss, low, high, entropy_coef, kl_penalty
+    )
 
 
-def gspo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+def gspo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, kl_penalty=None) -> Losses:
     """As `grpo` with one ratio a row, exp(mean over its steps of log pi / pi_old) (Zheng et al. 2025, eq. 5-7). [B, T].
 
     Rows are whole here: only for policies with memory, and with the weights `per_row`.
     """
-    distribution, _, logprob = _choices(policy, batch)
-    gap = (logprob - batch.logprob).sum(dim=1, keepdim=True) / batch.mask.sum(dim=1, keepdim=True).clamp(min=1)
-    gap = gap.expand_as(logprob)
-    loss = clipped_surrogate(gap, torch.zeros_like(gap), batch.advantage, low=low, high=high)
-    return _critic_free(distribution, batch, logprob, gap, loss, low, high, entropy_coef, charge)
+    distribution, _, logprob = _evaluate_actions(policy, batch)
+    log_ratio = (logprob - batch.behavior_logprob).sum(dim=1, keepdim=True) / batch.mask.sum(dim=1, keepdim=True).clamp(
+        min=1
+    )
+    log_ratio = log_ratio.expand_as(logprob)
+    loss = clipped_surrogate(log_ratio, torch.zeros_like(log_ratio), batch.advantage, low=low, high=high)
+    return _critic_free_losses(distribution, batch, logprob, log_ratio, loss, low, high, entropy_coef, kl_penalty)
 
 
-def cispo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, charge=None) -> Losses:
+def cispo(policy, batch: Batch, *, low: float, high: float, entropy_coef: float, kl_penalty=None) -> Losses:
     """-clip(ratio) * A * log pi, no gradient through the ratio: no step is left out (MiniMax 2025, eq. 4). [B, T]."""
-    distribution, _, logprob = _choices(policy, batch)
-    gap = logprob - batch.logprob
-    loss = -gap.detach().exp().clamp(1 - low, 1 + high) * batch.advantage * logprob
-    return _critic_free(distribution, batch, logprob, gap, loss, low, high, entropy_coef, charge)
+    distribution, _, logprob = _evaluate_actions(policy, batch)
+    log_ratio = logprob - batch.behavior_logprob
+    loss = -log_ratio.detach().exp().clamp(1 - low, 1 + high) * batch.advantage * logprob
+    return _critic_free_losses(distribution, batch, logprob, log_ratio, loss, low, high, entropy_coef, kl_penalty)
 
 
-def critic_alone(policy, batch: Batch, *, value_clip: float = 0.0) -> Losses:
+def critic_only(policy, batch: Batch, *, value_clip: float = 0.0) -> Losses:
     """The critic's error and nothing else: while it warms up, the actor stands still. [B, T]."""
-    _, value = consult(policy, batch)
-    error = critic_error(value, batch, clip=value_clip)
-    return error, {"value_error": error.detach()}
+    _, value = policy_forward(policy, batch)
+    value_loss = clipped_value_loss(value, batch, clip=value_clip)
+    return value_loss, {"value_error": value_loss.detach()}
 
 
 def kl_k2(distribution, logprob: Tensor, batch: Batch) -> Tensor:
@@ -122,8 +135,8 @@ def kl_k3(distribution, logprob: Tensor, batch: Batch) -> Tensor:
     Unbiased in value and gradient for KL(pi, pi_ref), off-policy too (DeepSeek-V3.2 2025, eq. 7). Without the ratio, the
     gradient of k3 is that of KL(pi_ref, pi), which is another thing.
     """
-    gap = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)
-    return (logprob - batch.logprob).exp() * ((-gap).exp() - 1 + gap)
+    log_ratio = torch.where(batch.mask, logprob - _reference_logprob(batch), 0.0)
+    return (logprob - batch.behavior_logprob).exp() * ((-log_ratio).exp() - 1 + log_ratio)
 
 
 def kl_exact(distribution, logprob: Tensor, batch: Batch) -> Tensor:
@@ -131,9 +144,9 @@ def kl_exact(distribution, logprob: Tensor, batch: Batch) -> Tensor:
     return distribution.kl(batch.reference)
 
 
-def scaled(charge: Charge, coef: float) -> Charge:
+def scale_penalty(kl_penalty: ReferenceKLPenalty, coef: float) -> ReferenceKLPenalty:
     """A charge times a coefficient."""
-    return lambda distribution, logprob, batch: coef * charge(distribution, logprob, batch)
+    return lambda distribution, logprob, batch: coef * kl_penalty(distribution, logprob, batch)
 
 
 def with_pretraining(policy, batch: Batch, *, objective: Callable[[Any, Batch], Losses], coef: float) -> Losses:
@@ -142,35 +155,39 @@ def with_pretraining(policy, batch: Batch, *, objective: Callable[[Any, Batch], 
     Each row brings a row of text; its mean over tokens is charged to every chosen step of the row.
     """
     loss, metrics = objective(policy, batch)
-    assert batch.mix is not None
-    error, _ = imitate(policy, batch.mix)
-    mean = torch.where(batch.mix.mask, error, 0.0).sum(dim=1) / batch.mix.mask.sum(dim=1).clamp(min=1)
-    charged = mean[:, None].expand_as(loss)
-    return loss + coef * charged, metrics | {"pretraining_loss": charged.detach()}
+    assert batch.pretraining_text is not None
+    token_loss, _ = sft_loss(policy, batch.pretraining_text)
+    mean = torch.where(batch.pretraining_text.mask, token_loss, 0.0).sum(dim=1) / batch.pretraining_text.mask.sum(
+        dim=1
+    ).clamp(min=1)
+    row_loss = mean[:, None].expand_as(loss)
+    return loss + coef * row_loss, metrics | {"pretraining_loss": row_loss.detach()}
 
 
-def imitate(policy, text: Text) -> Losses:
+def sft_loss(policy, text: TokenBatch) -> Losses:
     """-log pi of the tokens that were written, where `text.mask` says so: supervised fine-tuning. [B, T]."""
     distribution, _ = policy(text)
     loss = -distribution.log_prob(text.action)
     return loss, {"loss": loss.detach()}
 
 
-def prefer(scorer, pairs: Pairs, *, center: float) -> Losses:
+def bradley_terry_loss(reward_model, pairs: PreferencePairs, *, center_coef: float) -> Losses:
     """-log sigmoid(s_chosen - s_rejected - margin) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1), [B, 1].
 
     Args:
         center: times (s_chosen + s_rejected)^2, which holds the scores' mean near 0 (Eisenstein et al. 2023, eq. 6).
     """
-    chosen, rejected = scorer(pairs.chosen), scorer(pairs.rejected)
+    chosen, rejected = reward_model(pairs.chosen), reward_model(pairs.rejected)
     loss = -torch.nn.functional.logsigmoid(chosen - rejected - pairs.margin)
-    return loss + center * (chosen + rejected).square(), {
+    return loss + center_coef * (chosen + rejected).square(), {
         "loss": loss.detach(),
         "accuracy": (chosen > rejected).to(loss.dtype),
     }
 
 
-def dpo(policy, pairs: Pairs, *, coef: float, smoothing: float, form: Literal["sigmoid", "ipo"]) -> Losses:
+def dpo_loss(
+    policy, pairs: PreferencePairs, *, beta: float, label_smoothing: float, loss_type: Literal["sigmoid", "ipo"]
+) -> Losses:
     """Direct preference optimisation, [B, 1]. h = log pi / pi_ref of chosen minus that of rejected, summed over tokens.
 
     sigmoid: -(1 - e) log sigmoid(coef h) - e log sigmoid(-coef h) (Rafailov et al. 2023, eq. 7; e: cDPO's label noise).
@@ -179,26 +196,28 @@ def dpo(policy, pairs: Pairs, *, coef: float, smoothing: float, form: Literal["s
     Args:
         pairs: `mask` at every token of the completions; `reference` holds both sides' log-probs, [B, 2].
     """
-    sides = []
+    logprobs = []
     for text in (pairs.chosen, pairs.rejected):
         logprob = policy(text)[0].log_prob(text.action)
-        sides.append(torch.where(text.mask, logprob, 0.0).sum(dim=1))
+        logprobs.append(torch.where(text.mask, logprob, 0.0).sum(dim=1))
     assert pairs.reference is not None
-    gains = torch.stack(sides, dim=1) - pairs.reference
-    gap = gains[:, :1] - gains[:, 1:]
-    if form == "ipo":
-        loss = (gap - 1 / (2 * coef)).square()
+    logratios = torch.stack(logprobs, dim=1) - pairs.reference
+    logratio_difference = logratios[:, :1] - logratios[:, 1:]
+    if loss_type == "ipo":
+        loss = (logratio_difference - 1 / (2 * beta)).square()
     else:
-        sigmoid = torch.nn.functional.logsigmoid
-        loss = -(1 - smoothing) * sigmoid(coef * gap) - smoothing * sigmoid(-coef * gap)
-    metrics = {"loss": loss, "accuracy": (gap > 0).to(loss.dtype), "margin": coef * gap}
-    metrics |= {"chosen_gain": gains[:, :1], "rejected_gain": gains[:, 1:]}
+        logsigmoid = torch.nn.functional.logsigmoid
+        loss = -(1 - label_smoothing) * logsigmoid(beta * logratio_difference) - label_smoothing * logsigmoid(
+            -beta * logratio_difference
+        )
+    metrics = {"loss": loss, "accuracy": (logratio_difference > 0).to(loss.dtype), "margin": beta * logratio_difference}
+    metrics |= {"chosen_gain": logratios[:, :1], "rejected_gain": logratios[:, 1:]}
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
-def classify(scorer, labelled: Labelled) -> Losses:
+def binary_label_loss(reward_model, labelled: LabelledText) -> Losses:
     """-[y log sigmoid(s) + (1 - y) log sigmoid(-s)]: a score that is a log-odds, [B, 1]."""
-    score = scorer(labelled.text)
+    score = reward_model(labelled.text)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(score, labelled.label, reduction="none")
     return loss, {"loss": loss.detach(), "accuracy": ((score > 0) == (labelled.label > 0.5)).to(loss.dtype)}
 
@@ -219,51 +238,57 @@ def huber_error(value: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.huber_loss(value, target, reduction="none")
 
 
-def critic_error(value: Tensor, batch: Batch, *, clip: float) -> Tensor:
+def clipped_value_loss(value: Tensor, batch: Batch, *, clip: float) -> Tensor:
     """Half the squared error; with clip > 0, the larger of it and that of V kept within `clip` of the old V. [B, T].
 
     The clipped form is that of OpenAI's baselines (`ppo2/model.py`), the larger one also where clipping would hide an error.
     """
-    error = squared_error(value, batch.target)
-    near = batch.value + (value - batch.value).clamp(-clip, clip) if clip else value
-    return torch.maximum(error, squared_error(near, batch.target)) if clip else error
+    value_loss = squared_error(value, batch.target)
+    clipped_value = batch.value + (value - batch.value).clamp(-clip, clip) if clip else value
+    return torch.maximum(value_loss, squared_error(clipped_value, batch.target)) if clip else value_loss
 
 
-def adapt_kl_coef(coef: float, kl: float, *, target: float) -> float:
+def adapt_kl_old_coef(coef: float, kl: float, *, target: float) -> float:
     """The next coefficient of the KL penalty: halved below target / 1.5, doubled above target * 1.5 (2017, sec. 4)."""
     if kl < target / 1.5:
         return coef / 2
     return coef * 2 if kl > target * 1.5 else coef
 
 
-def _critic_free(distribution, batch, logprob, gap, policy_loss, low, high, entropy_coef: float, charge) -> Losses:
+def _critic_free_losses(
+    distribution, batch, logprob, log_ratio, policy_loss, low, high, entropy_coef: float, kl_penalty
+) -> Losses:
     """The loss and metrics of an objective whose critic is a group of scores."""
-    fee = charge and charge(distribution, logprob, batch)
-    nothing = torch.zeros_like(policy_loss)
-    loss, metrics = _joined(distribution, batch, policy_loss, nothing, 0.0, entropy_coef, fee)
-    ratio = gap.detach().exp()
+    penalty = kl_penalty and kl_penalty(distribution, logprob, batch)
+    zeros = torch.zeros_like(policy_loss)
+    loss, metrics = _combine_losses(distribution, batch, policy_loss, zeros, 0.0, entropy_coef, penalty)
+    ratio = log_ratio.detach().exp()
     outside = (ratio < 1 - low) | (ratio > 1 + high)
     metrics.pop("value_error")
     return loss, metrics | {"ratio": ratio, "clip_fraction": outside.to(ratio.dtype)}
 
 
-def _choices(policy, batch: Batch):
+def _evaluate_actions(policy, batch: Batch):
     """Distribution, value and log-prob of the actions taken; where nothing was chosen, the old log-prob: a ratio of 1."""
-    distribution, value = consult(policy, batch)
-    return distribution, value, torch.where(batch.mask, distribution.log_prob(batch.action), batch.logprob)
+    distribution, value = policy_forward(policy, batch)
+    return distribution, value, torch.where(batch.mask, distribution.log_prob(batch.action), batch.behavior_logprob)
 
 
 def _reference_logprob(batch: Batch) -> Tensor:
     """The reference's log-probs, those of the sampler where nothing was chosen."""
-    return torch.where(batch.mask, batch.reference, batch.logprob)
+    return torch.where(batch.mask, batch.reference, batch.behavior_logprob)
 
 
-def _joined(distribution, batch: Batch, policy_loss, error, value_coef: float, entropy_coef: float, fee=None):
+def _combine_losses(
+    distribution, batch: Batch, policy_loss, value_loss, value_coef: float, entropy_coef: float, penalty=None
+):
     with torch.set_grad_enabled(entropy_coef > 0):  # without a coefficient it is only looked at
         entropy = distribution.entropy()
-    loss = policy_loss + value_coef * error - entropy_coef * entropy
-    loss, paid = (loss, {}) if fee is None else (loss + fee, {"kl_penalty": fee})
-    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": error} | paid
+    loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
+    loss, penalty_metrics = (loss, {}) if penalty is None else (loss + penalty, {"kl_penalty": penalty})
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": value_loss} | penalty_metrics
     metrics[getattr(distribution, "entropy_name", "entropy")] = entropy  # an estimate is called one
     with torch.no_grad():
-        return loss, {name: x.detach() for name, x in metrics.items()} | {"kl_old": batch.old.kl(distribution)}
+        return loss, {name: x.detach() for name, x in metrics.items()} | {
+            "kl_old": batch.old_distribution.kl(distribution)
+        }

@@ -17,22 +17,24 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn import functional
 
-THERE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # its name may change
-LARGE = 2**20
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)  # its name may change
+MIN_ONEDNN_MULTIPLICATIONS = 2**20
 """Multiplications from which on oneDNN is quicker, its preparation of the weights included."""
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # glibc's malloc.h
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight' + bias, as `torch.nn.functional.linear`. x [..., K], weight [M, K], bias [M] -> [..., M]."""
-    if not _suits(x, weight, x.numel() * weight.shape[0]):
+    if not _is_suited_to_onednn(x, weight, x.numel() * weight.shape[0]):
         return functional.linear(x, weight, bias)
     rows = x.numel() // max(x.shape[-1], 1)
     if torch.is_grad_enabled():
-        found = _Linear.apply(x.reshape(rows, x.shape[-1]), weight, bias)
+        output = _LinearFunction.apply(x.reshape(rows, x.shape[-1]), weight, bias)
     else:
-        found = _by_onednn(x.reshape(rows, x.shape[-1]), weight, bias)
-    return found if x.ndim == 2 else found.view(*x.shape[:-1], len(weight))
+        output = _onednn_linear(x.reshape(rows, x.shape[-1]), weight, bias)
+    return output if x.ndim == 2 else output.view(*x.shape[:-1], len(weight))
 
 
 class Linear(nn.Linear):
@@ -46,10 +48,10 @@ class Tanh(nn.Module):
     """tanh(x), as 2 sigmoid(2x) - 1: torch's own takes ten times as long for float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Tanh.apply(x)
+        return _TanhFunction.apply(x)
 
 
-def rounded(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
     """`rows` or somewhat more: 16 different numbers a doubling.
 
     oneDNN makes a kernel for each number of rows, in 0.4 ms and half a MiB, and keeps a thousand.
@@ -58,29 +60,29 @@ def rounded(rows: int) -> int:
     return -(-rows // step) * step
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Let this process keep the memory that its tensors free, where its allocator is glibc's.
 
     Else pieces of some MiB go back to the system, which clears them page by page when they are asked for again. 32 MiB is
     the largest piece that every glibc lets its heap have.
     """
-    option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if option is not None:
-        option(MMAP_THRESHOLD, 2**25)
-        option(TRIM_THRESHOLD, 2**31 - 1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(MMAP_THRESHOLD, 2**25)
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
-def _suits(x: Tensor, weight: Tensor, multiplications: int) -> bool:
+def _is_suited_to_onednn(x: Tensor, weight: Tensor, multiplications: int) -> bool:
     return (
-        multiplications >= LARGE
+        multiplications >= MIN_ONEDNN_MULTIPLICATIONS
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and THERE
+        and HAS_ONEDNN_LINEAR
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -89,34 +91,34 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # False.
 _library = torch.library.Library("understudy", "DEF")
 _library.define("product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.impl("product", _by_onednn, "CPU")
+_library.impl("product", _onednn_linear, "CPU")
 torch.library.register_fake("understudy::product", lambda x, weight, bias: x.new_empty(len(x), len(weight)))
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear_op(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.understudy.product(x, weight, bias)
 
 
-class _Linear(Function):
+class _LinearFunction(Function):
     """Its gradients are products of the same sizes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _linear_op(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        of_x, of_weight, of_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _product(grad, weight.t()) if of_x else None,
-            _of_weight(grad, x) if of_weight else None,
-            grad.sum(dim=0) if of_bias else None,
+            _linear_op(grad, weight.t()) if needs_x else None,
+            _weight_gradient(grad, x) if needs_weight else None,
+            grad.sum(dim=0) if needs_bias else None,
         )
 
 
-class _Tanh(Function):
+class _TanhFunction(Function):
     """Its gradient needs but what it gave: nothing else is kept."""
 
     @staticmethod
@@ -131,8 +133,8 @@ class _Tanh(Function):
         return torch.ops.aten.tanh_backward(grad, y)
 
 
-def _of_weight(grad: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad' x, [M, K]. The wider of the two is the product's right side: up to twice as quick."""
     if grad.shape[1] <= x.shape[1]:
-        return _product(grad.t(), x.t())
-    return _product(x.t(), grad.t()).t()
+        return _linear_op(grad.t(), x.t())
+    return _linear_op(x.t(), grad.t()).t()

@@ -29,10 +29,10 @@ def per_budget(mask: Tensor, *, budget: int) -> Tensor:
 
 def importance_weight(
     logprob: Tensor,
-    sampled_logprob: Tensor,
+    behavior_logprob: Tensor,
     mask: Tensor,
     *,
-    how: Literal["truncate", "mask"],
+    mode: Literal["truncate", "mask"],
     ratio: Literal["step", "row", "row_mean"],
     low: float,
     high: float,
@@ -49,22 +49,24 @@ def importance_weight(
         ratio: "step", each step's own: unbiased given what came before it, whose chance it leaves mu's; "row", the product
             over the row's steps, for all of them: unbiased where no bound is met; "row_mean", its geometric mean.
     """
-    gap = torch.where(mask, logprob - sampled_logprob, 0.0).detach()
+    log_ratio = torch.where(mask, logprob - behavior_logprob, 0.0).detach()
     if ratio != "step":
-        gap = gap.sum(dim=1, keepdim=True) / (mask.sum(dim=1, keepdim=True).clamp(min=1) if ratio == "row_mean" else 1)
-    weight = gap.exp().expand(mask.shape)
-    kept = mask if how == "truncate" else mask & (weight >= low) & (weight <= high)
-    return torch.where(kept, weight.clamp(max=high), 0.0)
+        log_ratio = log_ratio.sum(dim=1, keepdim=True) / (
+            mask.sum(dim=1, keepdim=True).clamp(min=1) if ratio == "row_mean" else 1
+        )
+    weight = log_ratio.exp().expand(mask.shape)
+    in_bounds = mask if mode == "truncate" else mask & (weight >= low) & (weight <= high)
+    return torch.where(in_bounds, weight.clamp(max=high), 0.0)
 
 
-def effective_share(weight: Tensor, mask: Tensor) -> Tensor:
+def effective_sample_fraction(weight: Tensor, mask: Tensor) -> Tensor:
     """(sum w)^2 / (n sum w^2): how large a share of n steps drawn from pi itself would tell as much (Kish 1965). In [0, 1].
 
     1 where all weights are equal, 1/n where one has all; 0 where none has any. weight >= 0, mask: [B, T].
     """
     weight = torch.where(mask, weight, 0.0)
-    whole = weight.square().sum() * mask.sum()
-    return torch.where(whole > 0, weight.sum().square() / whole, 0.0)
+    denominator = weight.square().sum() * mask.sum()
+    return torch.where(denominator > 0, weight.sum().square() / denominator, 0.0)
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -96,8 +98,8 @@ def explained_variance(value: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     nan where the targets do not vary: there is nothing to explain. All [B, T].
     """
-    spread = masked_var(target, mask)
-    return torch.where(spread > 0, 1 - masked_var(target - value, mask) / spread, float("nan"))
+    target_variance = masked_var(target, mask)
+    return torch.where(target_variance > 0, 1 - masked_var(target - value, mask) / target_variance, float("nan"))
 
 
 def mean_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
@@ -115,8 +117,8 @@ def mean_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, floa
         return mean, math.nan, math.nan
     groups = 1 if cluster is None else len(cluster.unique())
     error = float(x.double().var() / len(x) * design_effect(x, cluster)) ** 0.5
-    half = student_t((groups if groups > 1 else len(x)) - 1) * error
-    return mean, mean - half, mean + half
+    half_width = student_t((groups if groups > 1 else len(x)) - 1) * error
+    return mean, mean - half_width, mean + half_width
 
 
 @cache
@@ -140,7 +142,7 @@ def student_t(freedom: int) -> float:
     return freedom**0.5 * math.tan(low)
 
 
-def share_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
+def fraction_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, float, float]:
     """Share and its 95 % interval (Wilson 1927), which has a width also at 0 and at 1; nan without any. x: [N] in [0, 1].
 
     Rows of one cluster count for as many independent ones as leave the variance of the mean (Korn and Graubard 1998): N
@@ -152,29 +154,31 @@ def share_interval(x: Tensor, cluster: Tensor | None = None) -> tuple[float, flo
     n, z2 = len(x), 1.96**2
     if n == 0:
         return math.nan, math.nan, math.nan
-    share = float(x.double().mean())
-    different = 1 if cluster is None else len(cluster.unique())
-    n = different if share in (0.0, 1.0) and different > 1 else n / design_effect(x, cluster)
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = (z2 * (share * (1 - share) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
-    return share, max(0.0, middle - half), min(1.0, middle + half)
+    fraction = float(x.double().mean())
+    num_clusters = 1 if cluster is None else len(cluster.unique())
+    n = num_clusters if fraction in (0.0, 1.0) and num_clusters > 1 else n / design_effect(x, cluster)
+    center = (fraction + z2 / (2 * n)) / (1 + z2 / n)
+    half_width = (z2 * (fraction * (1 - fraction) / n + z2 / (4 * n * n))) ** 0.5 / (1 + z2 / n)
+    return fraction, max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def clusters(keys: Sequence[Hashable]) -> Tensor:
+def cluster_ids(keys: Sequence[Hashable]) -> Tensor:
     """A number for each row, the same for rows whose keys are equal: int64 [N]."""
-    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    return torch.tensor([number[key] for key in keys], dtype=torch.long)
+    id_by_key = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return torch.tensor([id_by_key[key] for key in keys], dtype=torch.long)
 
 
 def design_effect(x: Tensor, cluster: Tensor | None) -> float:
     """Variance of the mean of rows that come in clusters over that of independent ones, at least 1. x, cluster: [N]."""
-    x, spread = x.double(), float((x.double() - x.double().mean()).square().sum())
-    if cluster is None or spread == 0 or len(cluster.unique()) < 2:
+    x, total_squares = x.double(), float((x.double() - x.double().mean()).square().sum())
+    if cluster is None or total_squares == 0 or len(cluster.unique()) < 2:
         return 1.0
     _, index = cluster.unique(return_inverse=True)
-    groups = int(index.max()) + 1
-    sums = torch.zeros(groups, dtype=x.dtype).index_add(0, index, x - x.mean())
-    return max(1.0, float(sums.square().sum() * groups / (groups - 1) / (spread * len(x) / (len(x) - 1))))
+    num_groups = int(index.max()) + 1
+    sums = torch.zeros(num_groups, dtype=x.dtype).index_add(0, index, x - x.mean())
+    return max(
+        1.0, float(sums.square().sum() * num_groups / (num_groups - 1) / (total_squares * len(x) / (len(x) - 1)))
+    )
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

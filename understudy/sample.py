@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Policy(Protocol):
+class ActorCritic(Protocol):
     """Anything that says how it would act and how much it expects: `policy(obs) -> distribution, value [B, T]`.
 
     A policy with `memory` reads whole rows. If it is recurrent it is `policy(obs, state, start) -> distribution, value,
@@ -16,12 +16,12 @@ class Policy(Protocol):
     """
 
     @property
-    def memory(self) -> bool: ...
+    def needs_whole_rows(self) -> bool: ...
 
     def __call__(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any: ...
 
 
-class Choice(NamedTuple):
+class SampledAction(NamedTuple):
     """One choice for every row: the action, log pi(action | obs), the state after it, and the noise that made it."""
 
     action: Tensor
@@ -31,7 +31,9 @@ class Choice(NamedTuple):
 
 
 @torch.no_grad()
-def choose(policy: Policy, obs: Any, state=None, start=None, *, generator=None, noise=None, sample=True) -> Choice:
+def sample_action(
+    policy: ActorCritic, obs: Any, state=None, start=None, *, generator=None, noise=None, sample=True
+) -> SampledAction:
     """Let the policy choose once a row: obs [B, 1, ...] -> action [B, ...], logprob [B], state [B, S].
 
     Sampler and scorer are one object: the log-prob comes from the distribution that sampled, so the first ratio is 1.
@@ -42,8 +44,8 @@ def choose(policy: Policy, obs: Any, state=None, start=None, *, generator=None, 
         noise: held from an earlier `Choice`, instead of fresh noise.
         sample: without it, the distribution's mode.
     """
-    distribution, _, *after = policy(obs) if state is None else policy(obs, state, start)
+    distribution, _, *rest = policy(obs) if state is None else policy(obs, state, start)
     noise = distribution.noise(generator) if sample and noise is None else noise
     # detached, since no_grad lets a view of a parameter through: a policy that looks at nothing returns one
-    action = (distribution.at(noise) if sample else distribution.mode()).detach()
-    return Choice(action[:, 0], distribution.log_prob(action)[:, 0], after[0] if after else None, noise)
+    action = (distribution.action_from_noise(noise) if sample else distribution.mode()).detach()
+    return SampledAction(action[:, 0], distribution.log_prob(action)[:, 0], rest[0] if rest else None, noise)

@@ -7,17 +7,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Cut = Literal["terminal", "penalty", "bootstrap", "drop"]
+TruncationMode = Literal["terminal", "penalty", "bootstrap", "drop"]
 
 
-def at_last_step(score: Tensor, mask: Tensor) -> Tensor:
+def reward_at_last_step(score: Tensor, mask: Tensor) -> Tensor:
     """Pay each row's score at its last chosen step: score [B], mask [B, T] -> reward [B, T].
 
     A row without a chosen step is paid nothing. The only bridge from scores to rewards.
     """
     column = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, column, -1).amax(dim=1)
-    return torch.where(column == last[:, None], score[:, None], 0.0)
+    last_step = torch.where(mask, column, -1).amax(dim=1)
+    return torch.where(column == last_step[:, None], score[:, None], 0.0)
 
 
 def episode_score(reward: Tensor, mask: Tensor) -> Tensor:
@@ -25,8 +25,8 @@ def episode_score(reward: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, reward, 0.0).sum(dim=1)
 
 
-def cut_short(
-    score, terminated, truncated, mask, *, how: Cut, penalty: float, missing_eos_penalty: float
+def handle_truncation(
+    score, terminated, truncated, mask, *, mode: TruncationMode, penalty: float, missing_eos_penalty: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Say what it means that a limit cut a row short, and leave out rows without a score; the four, as they then are.
 
@@ -38,15 +38,15 @@ def cut_short(
             "drop", the row is masked out.
         missing_eos_penalty: taken off the score of a cut row, in "terminal".
     """
-    cut = (truncated & mask).any(dim=1)
-    if how == "terminal":
-        score = torch.where(cut, score - missing_eos_penalty, score)
-    elif how != "drop":
-        score = torch.where(cut, penalty if how == "penalty" else 0.0, score)
-    left_out = score.isnan() | (cut if how == "drop" else torch.zeros_like(cut))
-    if how in ("terminal", "penalty"):
+    is_cut = (truncated & mask).any(dim=1)
+    if mode == "terminal":
+        score = torch.where(is_cut, score - missing_eos_penalty, score)
+    elif mode != "drop":
+        score = torch.where(is_cut, penalty if mode == "penalty" else 0.0, score)
+    is_dropped = score.isnan() | (is_cut if mode == "drop" else torch.zeros_like(is_cut))
+    if mode in ("terminal", "penalty"):
         terminated, truncated = terminated | truncated, torch.zeros_like(truncated)
-    return torch.where(left_out, 0.0, score), terminated, truncated, mask & ~left_out[:, None]
+    return torch.where(is_dropped, 0.0, score), terminated, truncated, mask & ~is_dropped[:, None]
 
 
 def kl_reward(logprob: Tensor, reference_logprob: Tensor, mask: Tensor, *, coef: float) -> Tensor:
@@ -57,7 +57,7 @@ def kl_reward(logprob: Tensor, reference_logprob: Tensor, mask: Tensor, *, coef:
     return torch.where(mask, coef * (reference_logprob - logprob), 0.0)
 
 
-def adapt_kl_reference(coef: float, kl: float, *, target: float, rows: int, horizon: int) -> float:
+def adapt_kl_reference_coef(coef: float, kl: float, *, target: float, num_rows: int, horizon: int) -> float:
     """The next coefficient of the KL to the reference (Ziegler et al. 2019, sec. 2.2).
 
     coef * (1 + clip(KL / target - 1, -0.2, 0.2) * rows / horizon).
@@ -66,10 +66,10 @@ def adapt_kl_reference(coef: float, kl: float, *, target: float, rows: int, hori
         kl: mean KL(pi, pi_ref) of a whole row in nats.  target: what it should be.
         rows: sampled this time.  horizon: in rows; how many it takes to change the coefficient by up to 20 %.
     """
-    return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * rows / horizon)
+    return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * num_rows / horizon)
 
 
-def overlong(length: Tensor, *, limit: int, margin: int) -> Tensor:
+def overlong_penalty(length: Tensor, *, limit: int, margin: int) -> Tensor:
     """What a completion of that length is charged, from 0 to -1 (DAPO, Yu et al. 2025, eq. 13). [B].
 
     Nothing up to limit - margin tokens; from there on evenly down to -1 at limit.

@@ -22,25 +22,28 @@ class UpdateRejected(ArithmeticError):
         self.metrics = metrics
 
 
-LOSS, NORM = "look at rewards, advantages and targets", "lower learning_rate or max_grad_norm"  # what mends them
+LOSS_FIX, GRAD_NORM_FIX = (
+    "look at rewards, advantages and targets",
+    "lower learning_rate or max_grad_norm",
+)  # what mends them
 
 
 def update(
     policy: Any,
     optimizer: torch.optim.Optimizer,
-    record: Any,
+    batch: Any,
     objective: Callable[[Any, Any], tuple[Tensor, dict[str, Tensor]]],
     *,
-    epochs: int,
-    minibatches: int,
+    num_epochs: int,
+    num_minibatches: int,
     max_grad_norm: float | None,
-    micro: int | None = None,
-    weigh: Callable[[Tensor], Tensor] = per_step,
-    refresh: Callable[[Batch], Batch] | None = None,
-    prepare: Callable[[Batch], Batch] | None = None,
-    steer: Callable[[dict[str, float]], bool] | None = None,
+    micro_batch_size: int | None = None,
+    loss_weights: Callable[[Tensor], Tensor] = per_step,
+    recompute: Callable[[Batch], Batch] | None = None,
+    transform_minibatch: Callable[[Batch], Batch] | None = None,
+    on_minibatch: Callable[[dict[str, float]], bool] | None = None,
     reshuffle: bool = True,
-    guard: Callable[[ArithmeticError], None] | None = None,
+    on_nonfinite: Callable[[ArithmeticError], None] | None = None,
     verify: Callable[[], dict[str, float]] = dict,
     generator: torch.Generator,
 ) -> dict[str, float]:
@@ -78,90 +81,109 @@ def update(
         FloatingPointError: without a guard, a loss or gradient is not finite; the parameters stay as they were before
             that step.
     """
-    seen, taken, epoch, order = [], 0, 0, None
-    undoable = guard and (epochs * minibatches > 1 or verify is not dict)
-    before = copy.deepcopy((optimizer, [*policy.buffers()])) if undoable else None
+    minibatch_metrics, num_optimizer_steps, epoch, order = [], 0, 0, None
+    is_undoable = on_nonfinite and (num_epochs * num_minibatches > 1 or verify is not dict)
+    snapshot = copy.deepcopy((optimizer, [*policy.buffers()])) if is_undoable else None
     try:
-        for epoch in range(1, epochs + 1):
-            record = refresh(record) if refresh is not None and epoch > 1 else record
-            batch = record if policy.memory else record.steps()
+        for epoch in range(1, num_epochs + 1):
+            batch = recompute(batch) if recompute is not None and epoch > 1 else batch
+            samples = batch if policy.needs_whole_rows else batch.flatten_steps()
             if reshuffle or order is None:
-                order = torch.randperm(len(batch), generator=generator, device=generator.device).to(batch.mask.device)
-            shuffled, seen = batch[order], []
-            for rows in split(len(batch), minibatches):
-                minibatch = shuffled[rows] if prepare is None else prepare(shuffled[rows])
+                order = torch.randperm(len(samples), generator=generator, device=generator.device).to(
+                    samples.mask.device
+                )
+            shuffled, minibatch_metrics = samples[order], []
+            for rows in minibatch_slices(len(samples), num_minibatches):
+                minibatch = shuffled[rows] if transform_minibatch is None else transform_minibatch(shuffled[rows])
                 if not minibatch.mask.any():
                     continue
-                metrics = _backward(policy, optimizer, minibatch, objective, weigh(minibatch.mask), micro)
-                if steer is not None and steer(mean_of([metrics])):
-                    return mean_of(seen or [metrics]) | {"optimizer_steps": taken, "epochs": epoch} | verify()
-                metrics["grad_norm"] = _clip(optimizer, max_grad_norm)
+                metrics = _backward(
+                    policy, optimizer, minibatch, objective, loss_weights(minibatch.mask), micro_batch_size
+                )
+                if on_minibatch is not None and on_minibatch(mean_metrics([metrics])):
+                    return (
+                        mean_metrics(minibatch_metrics or [metrics])
+                        | {"optimizer_steps": num_optimizer_steps, "epochs": epoch}
+                        | verify()
+                    )
+                metrics["grad_norm"] = _clip_gradients(optimizer, max_grad_norm)
                 optimizer.step()
-                taken += 1
-                seen.append(metrics)
-        return mean_of(seen) | {"optimizer_steps": taken, "epochs": epoch} | verify()
+                num_optimizer_steps += 1
+                minibatch_metrics.append(metrics)
+        return mean_metrics(minibatch_metrics) | {"optimizer_steps": num_optimizer_steps, "epochs": epoch} | verify()
     except (FloatingPointError, UpdateRejected) as error:
-        return left_out(error, guard, policy, optimizer, before)
+        return undo_update(error, on_nonfinite, policy, optimizer, snapshot)
 
 
-def _backward(policy, optimizer, minibatch, objective, weight: Tensor, micro: int | None) -> dict[str, Tensor]:
+def _backward(
+    policy, optimizer, minibatch, objective, weight: Tensor, micro_batch_size: int | None
+) -> dict[str, Tensor]:
     """Leave the minibatch's gradient in the parameters, micro-batch by micro-batch; its weighted metrics."""
     optimizer.zero_grad(set_to_none=True)
     totals: dict[str, Tensor] = {}
-    for rows in [slice(None)] if micro is None else _pieces(len(minibatch), micro):
+    for rows in [slice(None)] if micro_batch_size is None else _micro_batch_slices(len(minibatch), micro_batch_size):
         loss, metrics = objective(policy, minibatch[rows])
         total = (loss * weight[rows]).sum()
-        finite("loss", total, LOSS).backward()
+        require_finite("loss", total, LOSS_FIX).backward()
         if metrics:  # all in one pass
             means = (torch.stack(list(metrics.values())) * weight[rows]).sum(dim=(1, 2))
             totals = {name: totals.get(name, 0.0) + mean for name, mean in zip(metrics, means, strict=True)}
     return totals
 
 
-def _clip(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
+def _clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float | None) -> Tensor:
     """Clip the groups with a bound of their own apart, the others jointly; the norm of them all before that."""
     joint = [p for group in optimizer.param_groups if group.get("max_grad_norm") is None for p in group["params"]]
-    limits = [(g["params"], own) for g in optimizer.param_groups if (own := g.get("max_grad_norm")) is not None]
+    limits = [
+        (g["params"], group_max_norm)
+        for g in optimizer.param_groups
+        if (group_max_norm := g.get("max_grad_norm")) is not None
+    ]
     limits += [(joint, math.inf if max_grad_norm is None else max_grad_norm)] if joint else []
     norm = torch.stack([torch.nn.utils.clip_grad_norm_(*limit) for limit in limits]).norm()
-    return finite("gradient's norm", norm, NORM)
+    return require_finite("gradient's norm", norm, GRAD_NORM_FIX)
 
 
-def finite(what: str, value: Tensor, mend: str) -> Tensor:
+def require_finite(name: str, value: Tensor, fix: str) -> Tensor:
     """An update's loss or gradient; refused where it is not finite."""
     if not math.isfinite(value.item()):
-        raise FloatingPointError(f"the {what} is {value.item()}: {mend}")
+        raise FloatingPointError(f"the {name} is {value.item()}: {fix}")
     return value
 
 
 @torch.no_grad()
-def left_out(error: ArithmeticError, guard: Any, policy: Any, optimizer: Any, before: Any) -> dict[str, float]:
+def undo_update(
+    error: ArithmeticError, on_nonfinite: Any, policy: Any, optimizer: Any, snapshot: Any
+) -> dict[str, float]:
     """Undo an update that is not finite or was rejected: back to `before`, where steps were made since; tell the guard."""
-    if guard is None:
+    if on_nonfinite is None:
         raise error
-    if before is not None:
-        twin, buffers = before
-        for group, was in zip(optimizer.param_groups, twin.param_groups, strict=True):
-            for parameter, value in zip(group["params"], was["params"], strict=True):
+    if snapshot is not None:
+        optimizer_copy, buffers = snapshot
+        for group, group_copy in zip(optimizer.param_groups, optimizer_copy.param_groups, strict=True):
+            for parameter, value in zip(group["params"], group_copy["params"], strict=True):
                 parameter.copy_(value)
         for buffer, value in zip(policy.buffers(), buffers, strict=True):
             buffer.copy_(value)
-        optimizer.load_state_dict(twin.state_dict())
+        optimizer.load_state_dict(optimizer_copy.state_dict())
     optimizer.zero_grad(set_to_none=True)
-    guard(error)
+    on_nonfinite(error)
     return {"updates_skipped": 1.0, "optimizer_steps": 0.0, "epochs": 0.0} | getattr(error, "metrics", {})
 
 
-def split(size: int, parts: int) -> list[slice]:
+def minibatch_slices(size: int, parts: int) -> list[slice]:
     """At most `parts` slices of `size` rows, none empty, their sizes differing by at most one."""
     parts = max(1, min(parts, size))
     return [slice(-(-size * i // parts), -(-size * (i + 1) // parts)) for i in range(parts)]
 
 
-def _pieces(size: int, micro: int) -> list[slice]:
-    return [slice(low, low + micro) for low in range(0, size, micro)]
+def _micro_batch_slices(size: int, micro_batch_size: int) -> list[slice]:
+    return [slice(low, low + micro_batch_size) for low in range(0, size, micro_batch_size)]
 
 
-def mean_of(seen: list[dict[str, Tensor]]) -> dict[str, float]:
+def mean_metrics(minibatch_metrics: list[dict[str, Tensor]]) -> dict[str, float]:
     """Each metric's mean over minibatches."""
-    return {name: float(torch.stack([metrics[name] for metrics in seen]).mean()) for name in (seen[0] if seen else ())}
+    return {
+        name: float(torch.stack([metrics[name] for metrics in minibatch_metrics]).mean())
+        for name in (minibatch_metrics[0] if minibatch_metrics else ())
+    }

@@ -28,7 +28,7 @@ from understudy.language import dpo, grpo, reward_model, sft
 from understudy.language import ppo as language_ppo
 from understudy.language import reinforce as language_reinforce
 from understudy.language import stage as language_stage
-from understudy.run.metrics import CLOCK
+from understudy.run.metrics import CLOCK_METRICS
 
 Moment = tuple[str, int]
 LATE = 6
@@ -210,10 +210,10 @@ def watch_for(moment: Moment | None) -> None:
         for kind in OPTIMIZERS:
             around(kind, "step", before=True)
     elif name == "iteration":
-        for kind in (control_stage.Stage, language_stage.Stage):
-            around(kind, "report", before=True)
+        for kind in (control_stage.TrainingRun, language_stage.TrainingRun):
+            around(kind, "finish_iteration", before=True)
     elif name in ("restore", "restored"):
-        for kind in (control_stage.Stage, language_stage.Stage):
+        for kind in (control_stage.TrainingRun, language_stage.TrainingRun):
             around(kind, "restore", before=name == "restore")
     else:
         raise ValueError(f"there is no moment {name!r}")
@@ -227,7 +227,7 @@ def digests(out: Path) -> dict[str, str]:
         weights = file.suffix == ".safetensors" and not name.startswith("checkpoints/quarantine")
         if name == "metrics.jsonl":
             lines = [json.loads(line) for line in file.read_text().splitlines()]
-            text = json.dumps([{key: x for key, x in line.items() if key not in CLOCK} for line in lines])
+            text = json.dumps([{key: x for key, x in line.items() if key not in CLOCK_METRICS} for line in lines])
             found[name] = hashlib.sha256(text.encode()).hexdigest()
         elif weights or name.startswith("samples/"):
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -272,8 +272,8 @@ def counts(name: str, home: Path, out: Path) -> dict[str, int]:
         count(os, "rename", "renames")
         for kind in OPTIMIZERS:
             count(kind, "step", "steps")
-        for kind in (control_stage.Stage, language_stage.Stage):
-            count(kind, "report", "iterations")
+        for kind in (control_stage.TrainingRun, language_stage.TrainingRun):
+            count(kind, "finish_iteration", "iterations")
         recipe.train(config)
         file.write_text(json.dumps(found))
 

@@ -17,7 +17,7 @@ import pytest
 from tests.faults.test_interrupt import Walk
 from understudy.cli import main
 from understudy.control import reinforce
-from understudy.control.parallel import Async
+from understudy.control.parallel import ManagedAsyncVectorEnv
 from understudy.language.worker import Worker
 from understudy.run import children
 
@@ -91,7 +91,7 @@ def test_what_a_reward_function_starts_ends_with(killed, tmp_path):
 def test_what_an_environment_in_a_process_of_its_own_starts_ends_with_the_trainer(tmp_path):
     trainer = os.fork()
     if trainer == 0:
-        Async([lambda: Starts(tmp_path / "note")])
+        ManagedAsyncVectorEnv([lambda: Starts(tmp_path / "note")])
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(trainer, 0)
 
@@ -106,7 +106,7 @@ def test_a_worker_waits_for_no_child_that_is_not_its_own(tmp_path):
     )
     worker = Worker(str(file), "score", timeout=20)
 
-    assert worker.ask({"prompts": ["a"], "completions": ["b"]}) == [1.0]
+    assert worker.call({"prompts": ["a"], "completions": ["b"]}) == [1.0]
     worker.close()
 
 
@@ -128,7 +128,7 @@ def library(note: Path, out: Path) -> None:
     [(command, signal.SIGKILL, False), (command, signal.SIGTERM, True), (library, signal.SIGKILL, True)],
 )
 def test_what_an_environment_starts_ends_where_the_command_is_killed(train, number, live, tmp_path, monkeypatch):
-    monkeypatch.setattr(children, "INTERVAL", 0.05)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.05)
     note, out = tmp_path / "note", tmp_path / "run"
     trainer = os.fork()
     if trainer == 0:
@@ -153,7 +153,7 @@ def test_what_an_environment_starts_ends_where_the_command_is_killed(train, numb
 
 
 def test_what_ran_before_the_block_outlives_a_process_that_is_killed_in_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(children, "INTERVAL", 0.05)
+    monkeypatch.setattr(children, "POLL_SECONDS", 0.05)
     note = tmp_path / "note"
     trainer = os.fork()
     if trainer == 0:
@@ -176,5 +176,5 @@ def test_a_process_that_only_has_the_number_of_one_that_ended_is_not_killed():
     children._kill(child.pid, "0")
     assert is_running(child.pid)
 
-    children._kill(child.pid, children._started(child.pid))
+    children._kill(child.pid, children._start_time(child.pid))
     assert child.wait() == -signal.SIGKILL

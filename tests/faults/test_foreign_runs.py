@@ -16,7 +16,7 @@ from understudy.cli import main
 from understudy.control import ppo
 from understudy.run import trust
 from understudy.run.config import RequestError
-from understudy.run.foreign import WRAPPERS, unusual
+from understudy.run.foreign import SAFE_WRAPPERS, restricted_settings
 
 CONFIG: dict[str, Any] = {"env": "CartPole-v1", "num_envs": 1, "rollout": 8, "epochs": 1, "steps": 8, "quiet": True}
 
@@ -85,8 +85,8 @@ def test_arguments_that_reach_files_or_memory_are_refused_of_anybodys_run(fields
 @pytest.mark.parametrize("spec", ["regex:(a+)+$", "regex:x*0.5"])
 def test_a_pattern_of_anybodys_run_is_refused(spec, run):
     with pytest.raises(RequestError, match=r"has reward 'regex:.*a pattern that may take for ever"):
-        trust.permit(run, {"reward": [spec]})
-    trust.permit(run, {"reward": [spec]}, given={"reward"})
+        trust.require_trusted_code(run, {"reward": [spec]})
+    trust.require_trusted_code(run, {"reward": [spec]}, overridden={"reward"})
 
 
 ALLOWED = {
@@ -123,7 +123,7 @@ def test_arguments_that_the_user_names_are_the_users(run):
 
 
 def test_all_wrappers_of_the_list_are_gymnasiums_with_their_arguments():
-    for name, arguments in WRAPPERS.items():
+    for name, arguments in SAFE_WRAPPERS.items():
         known = inspect.signature(getattr(gymnasium.wrappers, name)).parameters
         assert arguments.keys() <= known.keys(), name
         assert not {"func", "video_folder", "episode_trigger"} & arguments.keys()
@@ -131,7 +131,7 @@ def test_all_wrappers_of_the_list_are_gymnasiums_with_their_arguments():
 
 def test_two_values_of_a_field_vouch_for_themselves_alone():
     long = {"x": "/" + "a" * 300}
-    texts = {one.text for options in (long, long | {"y": 1}) for one in unusual({"env_options": options})}
+    texts = {one.text for options in (long, long | {"y": 1}) for one in restricted_settings({"env_options": options})}
 
     assert len(texts) == 2
 

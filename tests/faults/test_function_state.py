@@ -15,8 +15,8 @@ from tests.faults import killed
 from tests.rehearsed import furnish, ppo_config
 from understudy.language import function_state, worker
 from understudy.language import reinforce as recipe
-from understudy.language.cast import Cast, close
-from understudy.language.worker import Fault, InProcess, Worker
+from understudy.language.cast import RLHFModels, close_workers
+from understudy.language.worker import FunctionFault, InProcess, Worker
 from understudy.run.config import RequestError
 
 COUNTS = """
@@ -128,16 +128,16 @@ def test_a_process_that_is_started_again_gets_the_state_that_was_asked_for_last(
     one = Worker(*reward.rsplit(":", 1), timeout=5.0)
     try:
         for _ in range(3):
-            one.ask({"completions": ["a"]})
+            one.call({"completions": ["a"]})
         assert one.get_state() == {"calls": 3}
-        one.ask({"completions": ["a"]})
+        one.call({"completions": ["a"]})
         assert one._process is not None
         os.kill(one._process.pid, signal.SIGKILL)
         one._process.wait()
 
-        assert one.ask({"completions": ["a"]}) == [4.0]
+        assert one.call({"completions": ["a"]}) == [4.0]
         one.set_state({"calls": 1})
-        assert one.ask({"completions": ["a"]}) == [2.0]
+        assert one.call({"completions": ["a"]}) == [2.0]
     finally:
         one.close()
 
@@ -154,7 +154,7 @@ def test_a_process_that_is_started_again_gets_the_state_that_was_asked_for_last(
     ids=["a tuple", "a number as key", "nan", "an object", "too long"],
 )
 def test_a_state_that_no_checkpoint_can_hold_is_refused_before_there_is_a_run(state, why, home, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "LARGEST_ANSWER", 1100)
+    monkeypatch.setattr(worker, "MAX_ANSWER_BYTES", 1100)
     score = Counts()
     monkeypatch.setattr(score, "get_state", lambda: state, raising=False)
 
@@ -183,8 +183,8 @@ def test_a_set_state_that_fails_is_refused_before_there_is_a_run(home, tmp_path)
 
 
 def test_a_method_has_the_state_of_its_object():
-    assert InProcess(Counts().__call__).wants["has_state"]
-    assert not InProcess(score).wants["has_state"]
+    assert InProcess(Counts().__call__).parameters["has_state"]
+    assert not InProcess(score).parameters["has_state"]
 
 
 def score(completions: list[str]) -> list[float]:
@@ -195,7 +195,7 @@ def test_get_state_alone_is_no_state():
     class Half(Counts):
         set_state = None  # pyright: ignore[reportAssignmentType]
 
-    assert not InProcess(Half()).wants["has_state"]
+    assert not InProcess(Half()).parameters["has_state"]
 
 
 def test_a_state_that_cannot_be_had_later_is_said_and_the_run_goes_on(home, tmp_path, capsys):
@@ -234,21 +234,21 @@ def test_gold_constraints_and_replies_have_states_of_their_own(home, tmp_path):
     score, gold, reply = Counts(), Counts(), Replies()
     score.calls, gold.calls, reply.calls = 1, 2, 3
     fields = {"reward": score, "gold": gold, "reply": reply, "turns": 2, "constraint": (f"{bound}:bound <= 3:warn",)}
-    cast = Cast(ppo_config(home, tmp_path / "run", **fields))
+    cast = RLHFModels(ppo_config(home, tmp_path / "run", **fields))
     try:
         states = function_state.get_states(cast)
         assert sorted(states.values(), key=lambda state: state["calls"]) == [{"calls": n} for n in range(4)]
         function_state.set_states(cast, {name: {"calls": state["calls"] + 10} for name, state in states.items()})
         assert (score.calls, gold.calls, reply.calls) == (11, 12, 13)
-        assert function_state.not_saved(cast) == []
+        assert function_state.unsaved_state_warnings(cast) == []
     finally:
-        close(cast)
+        close_workers(cast)
 
 
 def test_a_fault_of_a_state_names_the_line_that_raised(tmp_path):
     (tmp_path / "reward.py").write_text(COUNTS + STATE.replace('{"calls": calls}', "1 / 0"))
     one = Worker(str(tmp_path / "reward.py"), "score", timeout=5.0)
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(FunctionFault) as fault:
         one.get_state()
     one.close()
 

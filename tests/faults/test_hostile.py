@@ -24,7 +24,7 @@ from tests.rehearsed import furnish, ppo_config
 from understudy.cli import main
 from understudy.control import ppo
 from understudy.language import ppo as language_ppo
-from understudy.language.cast import Cast
+from understudy.language.cast import RLHFModels
 from understudy.language.model import Policy
 from understudy.language.text import Tokenizer
 from understudy.run import checkpoint, lineage, trust
@@ -235,7 +235,7 @@ def objects(path: Path) -> None:
         json.dumps({"schema": 1, "state": {"$array": "0", "dtype": "O", "shape": [10**9]}})
     )
     (path / "manifest.json").unlink()
-    checkpoint.seal(path)
+    checkpoint.write_manifest(path)
 
 
 @pytest.mark.parametrize("spoil", [outside, link, digest, script, objects], ids=lambda f: f.__name__)
@@ -310,7 +310,7 @@ def test_code_in_the_run_itself_is_refused_even_with_a_right_signature(place, mo
     monkeypatch.syspath_prepend(str(place / "control"))
     (place / "control/evil.py").write_text(evil(place))
     reconfigure(place / "control", env="evil:X")
-    rewrite(place / "control/lineage.json", vouched=trust.vouch({"env": "evil:X"}))
+    rewrite(place / "control/lineage.json", vouched=trust.sign_code({"env": "evil:X"}))
 
     refused(lambda: understudy.resume(place / "control"), "is inside the run itself")
 
@@ -318,7 +318,7 @@ def test_code_in_the_run_itself_is_refused_even_with_a_right_signature(place, mo
 def test_a_digest_that_somebody_else_wrote_down_vouches_for_nothing(place):
     (place / "evil.py").write_text(evil(place))
     reconfigure(place / "control", env="evil:X")
-    vouched = trust.vouch({"env": "evil:X"})
+    vouched = trust.sign_code({"env": "evil:X"})
     assert vouched is not None
     for signature in (None, "0" * 64, "", 3):
         rewrite(place / "control/lineage.json", vouched=vouched | {"signature": signature})
@@ -357,7 +357,7 @@ def test_a_function_of_a_file_inside_a_run_is_refused(place, field):
     file.write_text(evil(place) + "def score(prompts, completions):\n    return [0.0] * len(prompts)\n")
     spec = f"{file}:score"
     reconfigure(place / "language", **{field: spec if field == "reply" else [spec + ("*2" if field == "gold" else "")]})
-    rewrite(place / "language/lineage.json", vouched=trust.vouch({field: spec}))
+    rewrite(place / "language/lineage.json", vouched=trust.sign_code({field: spec}))
 
     refused(lambda: understudy.resume(place / "language"), f"names code as its {field}.*inside the run itself")
     assert main(["evaluate", str(place / "language"), "--rows", "4"]) == 2
@@ -454,7 +454,7 @@ def test_a_judge_or_reference_that_brings_code_is_refused(place, field):
     given = str(place / "other")
 
     refused(
-        lambda: Cast(
+        lambda: RLHFModels(
             ppo_config(place / "model", place / "out", **{field: given if field == "reference" else (given,)})
         ),
         f"{field} is .*auto_map",
@@ -466,10 +466,10 @@ def test_code_that_comes_with_a_model_is_run_when_the_user_asks_for_it_and_not_w
     refused(lambda: understudy.resume(place / "language"), "names code as its trust_remote_code.*--trust-remote-code")
 
     remote(place, "config.json", auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})
-    refused(lambda: Cast(ppo_config(place / "model", place / "out")), "auto_map")
+    refused(lambda: RLHFModels(ppo_config(place / "model", place / "out")), "auto_map")
     assert not (place / "canary").exists()
     with pytest.raises(RequestError, match="'Evil' has no attribute"):  # it is imported, and is no model
-        Cast(ppo_config(place / "model", place / "out", trust_remote_code=True))
+        RLHFModels(ppo_config(place / "model", place / "out", trust_remote_code=True))
     (place / "canary").unlink()  # the control of every other test here: this is what it looks like when code is run
 
 

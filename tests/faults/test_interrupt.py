@@ -20,7 +20,7 @@ import understudy
 from understudy.cli import main
 from understudy.control import ppo
 from understudy.run import checkpoint, interrupt
-from understudy.run.interrupt import Interrupt
+from understudy.run.interrupt import InterruptHandler
 
 SMALL: dict[str, Any] = {"num_envs": 1, "rollout": 8, "epochs": 1, "minibatches": 1, "hidden": (4,), "quiet": True}
 HERE = "tests.faults.test_interrupt"
@@ -97,20 +97,20 @@ def handlers():
 
 @pytest.mark.parametrize("number", ENDS)
 def test_a_handler_that_an_environment_installs_is_replaced(number):
-    with Interrupt(quiet=True) as stopping:
+    with InterruptHandler(quiet=True) as stopping:
         signal.signal(number, lambda *_: None)
-        assert not stopping.heard()
+        assert not stopping.poll_signal()
         os.kill(os.getpid(), number)
 
-        assert stopping.heard()
+        assert stopping.poll_signal()
 
 
 @pytest.mark.parametrize("number", ENDS)
 def test_an_iteration_that_does_not_end_after_a_signal_is_broken_off(number, monkeypatch, capsys):
-    monkeypatch.setattr(interrupt, "GRACE", 0.05)
+    monkeypatch.setattr(interrupt, "GRACE_SECONDS", 0.05)
     began = time.monotonic()
 
-    with pytest.raises(ENDS[number]), Interrupt(quiet=True):
+    with pytest.raises(ENDS[number]), InterruptHandler(quiet=True):
         os.kill(os.getpid(), number)
         time.sleep(20)
     assert time.monotonic() - began < 10
@@ -118,10 +118,10 @@ def test_an_iteration_that_does_not_end_after_a_signal_is_broken_off(number, mon
 
 
 def test_an_iteration_may_take_thrice_the_longest_before_it_is_broken_off(monkeypatch):
-    monkeypatch.setattr(interrupt, "GRACE", 0.0)
-    with Interrupt(quiet=True) as stopping:
-        stopping.began -= 100.0  # an iteration of 100 s
-        stopping.heard()
+    monkeypatch.setattr(interrupt, "GRACE_SECONDS", 0.0)
+    with InterruptHandler(quiet=True) as stopping:
+        stopping.iteration_started -= 100.0  # an iteration of 100 s
+        stopping.poll_signal()
         os.kill(os.getpid(), signal.SIGTERM)
 
         assert stopping.timer is not None and stopping.timer.interval == pytest.approx(300, abs=1)
@@ -129,7 +129,7 @@ def test_an_iteration_may_take_thrice_the_longest_before_it_is_broken_off(monkey
 
 
 def test_a_run_whose_environment_hangs_is_ended_by_one_signal(tmp_path, monkeypatch):
-    monkeypatch.setattr(interrupt, "GRACE", 0.2)
+    monkeypatch.setattr(interrupt, "GRACE_SECONDS", 0.2)
     monkeypatch.setattr(Hangs, "made", 0)
     main_thread = threading.main_thread().ident or 0
 
@@ -142,7 +142,7 @@ def test_a_run_whose_environment_hangs_is_ended_by_one_signal(tmp_path, monkeypa
     with pytest.raises(SystemExit) as stop:
         ppo.train(config("Hangs", tmp_path / "run", steps=80, checkpoint_every=2))
     assert stop.value.code == 143
-    assert len(checkpoint.names(tmp_path / "run/checkpoints")) > 0
+    assert len(checkpoint.list_checkpoints(tmp_path / "run/checkpoints")) > 0
 
     monkeypatch.setattr(Hangs, "made", -10_000)
     assert understudy.resume(tmp_path / "run").metrics[-1]["steps"] == 80
@@ -172,7 +172,7 @@ def test_a_generator_left_open_at_the_interpreters_exit_is_saved_and_says_nothin
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120)
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert checkpoint.names(tmp_path / "run/checkpoints") == ["000001"]
+    assert checkpoint.list_checkpoints(tmp_path / "run/checkpoints") == ["000001"]
     assert (tmp_path / "run/policy/policy.safetensors").is_file()
     assert understudy.resume(tmp_path / "run").metrics[-1]["steps"] == 64
 

@@ -95,7 +95,7 @@ def test_lineage_as_json_holds_every_check(runs, capsys):
     assert {check["state"] for check in found["checks"]} == {"same"}
     assert found["links"][0]["from"]["recipe"] == "language sft"
     assert {"python", "torch", "transformers", "gymnasium", "numpy"} <= found["packages"].keys()
-    assert found["code"]["sha256"] == lineage.code()["sha256"]
+    assert found["code"]["sha256"] == lineage.code_version()["sha256"]
 
 
 def test_a_chain_that_leads_back_to_itself_ends(runs, capsys):
@@ -165,7 +165,7 @@ def test_a_large_file_that_is_all_holes_is_not_hashed(tmp_path, capsys):
     assert main(["lineage", str(tmp_path), "--verify"]) == 1
     assert "gone  data" in capsys.readouterr().out
     with pytest.raises(RequestError, match=r"data is .*nearly all of which are a hole"):
-        lineage.link("data", tmp_path / "data.jsonl")
+        lineage.make_link("data", tmp_path / "data.jsonl")
 
 
 @pytest.mark.parametrize("moment", ["before config.json", "after it"])

@@ -24,7 +24,7 @@ from understudy.control import ppo
 from understudy.language import ppo as language_ppo
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
-from understudy.run.spikes import spikes
+from understudy.run.spikes import find_spikes
 
 SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
 
@@ -64,7 +64,7 @@ def test_long_episodes_are_old_and_at_their_end_when_they_are_to_be(home, tmp_pa
     recipe, config = killed.configured("ppo-long-episodes", home, tmp_path / "run")
     lengths, iterations = {}, recipe.iterate(config)
     for line in iterations:
-        lengths[line["iteration"]] = iterations.gi_frame.f_locals["run"].walker.lengths.tolist()
+        lengths[line["iteration"]] = iterations.gi_frame.f_locals["run"].collector.lengths.tolist()
 
     assert config.checkpoint_every == 5
     assert lengths[10] == [80, 80] and lengths[25] == [0, 0]
@@ -91,7 +91,7 @@ def test_files_that_may_not_grow_end_the_run_in_a_sentence_and_leave_no_part_of_
     assert "understudy resume" in (tmp_path / "said").read_text()
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
     assert killed.resumed(tmp_path / "run") == 0
-    assert checkpoint.names(tmp_path / "run/checkpoints")
+    assert checkpoint.list_checkpoints(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.parametrize("where", ["a file", "under a file", "/proc"])
@@ -110,7 +110,7 @@ def test_a_directory_that_vanishes_is_made_again_at_the_next_checkpoint(tmp_path
     list(iterations)
 
     assert capsys.readouterr().err.count("cannot be written") == 1
-    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    found, wrong = checkpoint.find_newest(tmp_path / "run/checkpoints")
     assert found is not None and found.name == "000006" and not wrong
     assert understudy.load(tmp_path / "run")
 
@@ -138,7 +138,7 @@ def test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence(when,
                 iterations = ppo.iterate(run_of(everybodys / "run", checkpoint_every=1))
                 next(iterations)
                 next(iterations)
-                iterations.gi_frame.f_locals["run"].run.settle()  # the first checkpoint, whole
+                iterations.gi_frame.f_locals["run"].run.wait_for_checkpoint()  # the first checkpoint, whole
                 (everybodys / "run/checkpoints").chmod(0o500)
                 list(iterations)
         except (RequestError, OSError) as error:
@@ -151,12 +151,12 @@ def test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence(when,
         assert said.startswith("RequestError: out is ") and "which cannot be made (Permission denied)" in said
     else:
         assert "3 checkpoints in a row could not be written" in said and "Permission denied" in said
-        found, wrong = checkpoint.newest(everybodys / "run/checkpoints")
+        found, wrong = checkpoint.find_newest(everybodys / "run/checkpoints")
         assert found is not None and not wrong
 
 
 def test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back(tmp_path, monkeypatch, capsys):
-    seal, calls = checkpoint.seal, 0
+    seal, calls = checkpoint.write_manifest, 0
 
     def lying(path):
         nonlocal calls
@@ -166,10 +166,10 @@ def test_a_disk_that_says_it_wrote_and_did_not_is_found_out_when_it_is_read_back
             file = path / "state.json"
             file.write_text(file.read_text().replace("0", "1", 1))
 
-    monkeypatch.setattr(checkpoint, "seal", lying)
+    monkeypatch.setattr(checkpoint, "write_manifest", lying)
     run = ppo.train(run_of(tmp_path / "run", checkpoint_every=2, keep_checkpoints=9))
 
-    assert checkpoint.names(run.path / "checkpoints") == ["000002", "000006"]
+    assert checkpoint.list_checkpoints(run.path / "checkpoints") == ["000002", "000006"]
     assert "checkpoint 000004 could not be written" in capsys.readouterr().err
 
 
@@ -192,8 +192,8 @@ def test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk(tmp_pa
         for name in ("a", "inside/b"):
             (path / name).write_text(name)
 
-    aside = checkpoint.write(tmp_path, "000001", save)
-    checkpoint.settle(aside, "000001", keep=1)
+    aside = checkpoint.write_partial(tmp_path, "000001", save)
+    checkpoint.finalize(aside, "000001", keep=1)
 
     part = ".000001.part"
     assert done[:3] == [f"{part}/a", f"{part}/inside/b", f"{part}/manifest.json"]
@@ -203,10 +203,10 @@ def test_a_checkpoint_gets_its_name_when_all_that_is_in_it_is_on_the_disk(tmp_pa
 
 def test_a_file_that_is_missing_is_said_to_be(tmp_path):
     checkpoint.save_state(tmp_path, {"iteration": 3})
-    checkpoint.seal(tmp_path)
+    checkpoint.write_manifest(tmp_path)
     (tmp_path / "state.safetensors").unlink()
 
-    with pytest.raises(checkpoint.Damaged, match=r"state.safetensors' is missing"):
+    with pytest.raises(checkpoint.CorruptFileError, match=r"state.safetensors' is missing"):
         checkpoint.verify(tmp_path)
 
 
@@ -215,22 +215,22 @@ def test_a_state_of_another_form_is_refused_by_its_number(tmp_path):
     file = tmp_path / "state.json"
     file.write_text(file.read_text().replace('"schema": 1', '"schema": 2'))
 
-    with pytest.raises(checkpoint.Damaged, match="has schema 2, this version reads 1"):
+    with pytest.raises(checkpoint.CorruptFileError, match="has schema 2, this version reads 1"):
         checkpoint.load_state(tmp_path)
 
 
 def test_json_with_more_bytes_than_are_read_is_refused(tmp_path):
     (tmp_path / "a.json").write_text("[1, 2, 3]")
 
-    assert checkpoint.read_json(tmp_path / "a.json", most=9) == [1, 2, 3]
-    with pytest.raises(checkpoint.Damaged, match="has more than"):
-        checkpoint.read_json(tmp_path / "a.json", most=8)
+    assert checkpoint.read_json(tmp_path / "a.json", max_bytes=9) == [1, 2, 3]
+    with pytest.raises(checkpoint.CorruptFileError, match="has more than"):
+        checkpoint.read_json(tmp_path / "a.json", max_bytes=8)
 
 
 def test_what_a_killed_write_left_behind_is_no_part_of_the_next(tmp_path):
     (tmp_path / ".000001.part/old").mkdir(parents=True)
 
-    aside = checkpoint.write(tmp_path, "000001", lambda path: (path / "new").touch())
+    aside = checkpoint.write_partial(tmp_path, "000001", lambda path: (path / "new").touch())
 
     assert [path.name for path in aside.iterdir()] == ["new"]
 
@@ -290,9 +290,9 @@ def test_what_is_no_observation_reward_end_or_info_ends_the_run_at_its_step(name
 
     stage = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert [line["kind"] for line in stage] == ["failed"]
-    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    found, wrong = checkpoint.find_newest(tmp_path / "run/checkpoints")
     assert found is not None and found.name == "000001" and not wrong
-    assert all(x.isfinite().all() for x in checkpoint.tensors_of(found / "policy.safetensors").values())
+    assert all(x.isfinite().all() for x in checkpoint.load_tensors(found / "policy.safetensors").values())
 
 
 # the clock
@@ -357,7 +357,7 @@ def test_a_spike_is_found_in_every_line_it_lasts(metric, lasts, at):
     value[at : at + lasts] *= 100
     lines = [{"iteration": i + 1, "loss": 1.0, "grad_norm": 1.0, metric: x} for i, x in enumerate(value.tolist())]
 
-    found = spikes(lines)
+    found = find_spikes(lines)
 
     assert [(spike["iteration"], spike["metric"]) for spike in found] == [(at + 1 + i, metric) for i in range(lasts)]
     assert all(spike["median"] == pytest.approx(1, abs=0.1) for spike in found)
@@ -367,8 +367,8 @@ def test_a_spike_is_held_against_the_lines_before_it_alone():
     # median 2 of 1, 2, 3 seven times over; deviations |x - 2| are 1, 0, 1: MAD 1; 2 + 10 * 1.4826 = 16.826
     lines = [{"iteration": i, "loss": float(i % 3 + 1)} for i in range(21)]
 
-    assert spikes([*lines, {"iteration": 21, "loss": 16.8}]) == []
-    (found,) = spikes([*lines, {"iteration": 21, "loss": 16.9}])
+    assert find_spikes([*lines, {"iteration": 21, "loss": 16.8}]) == []
+    (found,) = find_spikes([*lines, {"iteration": 21, "loss": 16.9}])
     assert found == {"iteration": 21, "metric": "loss", "value": 16.9, "median": 2, "deviation": pytest.approx(1.4826)}
 
 
@@ -376,20 +376,20 @@ def test_before_twenty_lines_nothing_is_a_spike_and_what_is_missing_is_no_line()
     lines = [{"iteration": i, "loss": 1.0 + i % 2} for i in range(19)] + [{"iteration": 19, "loss": None}]
     lines += [{"iteration": 20, "loss": float("nan")}, {"iteration": 21}]
 
-    assert spikes([*lines, {"iteration": 22, "loss": 1e9}]) == []
-    assert len(spikes([*lines, {"iteration": 22, "loss": 1.0}, {"iteration": 23, "loss": 1e9}])) == 1
+    assert find_spikes([*lines, {"iteration": 22, "loss": 1e9}]) == []
+    assert len(find_spikes([*lines, {"iteration": 22, "loss": 1.0}, {"iteration": 23, "loss": 1e9}])) == 1
 
 
 def test_what_hardly_moves_has_no_spikes_and_what_falls_is_none():
     # median 5, MAD 0: the deviation is taken to be 5 / 100, so that a spike is above 5 + 10 * 0.05 = 5.5
     lines = [{"iteration": i, "loss": 5.0} for i in range(21)]
 
-    assert spikes([*lines, {"iteration": 21, "loss": 5.4}]) == []
-    assert len(spikes([*lines, {"iteration": 21, "loss": 5.6}])) == 1
-    assert spikes([*lines, {"iteration": 21, "loss": -500.0}]) == []
+    assert find_spikes([*lines, {"iteration": 21, "loss": 5.4}]) == []
+    assert len(find_spikes([*lines, {"iteration": 21, "loss": 5.6}])) == 1
+    assert find_spikes([*lines, {"iteration": 21, "loss": -500.0}]) == []
     # of a negative median too: -5 + 0.5
     negative = [{"iteration": i, "loss": -5.0} for i in range(21)]
-    assert spikes([*negative, {"iteration": 21, "loss": -4.6}]) == []
+    assert find_spikes([*negative, {"iteration": 21, "loss": -4.6}]) == []
 
 
 @pytest.mark.parametrize("before", [20, 100])
@@ -397,13 +397,13 @@ def test_the_line_itself_is_none_of_those_it_is_held_against(before):
     # half of them 1, half of them 3: the median is 2, and would be 3 with the spike among them, or without the first
     lines = [{"iteration": i, "loss": 1.0 if i % 2 == 0 else 3.0} for i in range(before)]
 
-    *_, found = spikes([*lines, {"iteration": before, "loss": 100.0}])
+    *_, found = find_spikes([*lines, {"iteration": before, "loss": 100.0}])
 
     assert (found["iteration"], found["median"]) == (before, 2)
 
 
 def test_what_is_zero_throughout_has_no_spikes():
-    assert spikes([{"iteration": i, "grad_norm": 0.0} for i in range(30)]) == []
+    assert find_spikes([{"iteration": i, "grad_norm": 0.0} for i in range(30)]) == []
 
 
 @pytest.mark.parametrize("count", [90, 260, 5000])
@@ -413,13 +413,13 @@ def test_lines_looked_at_in_pieces_give_what_they_give_at_once(count):
     lines = [{"iteration": i, "loss": x} for i, x in enumerate(value.tolist())]
     cuts = [0, 17, 31, 40, count // 2, count]
 
-    pieces = [spike for low, high in itertools.pairwise(cuts) for spike in spikes(lines[:high], after=low)]
+    pieces = [spike for low, high in itertools.pairwise(cuts) for spike in find_spikes(lines[:high], first_line=low)]
 
-    assert pieces == spikes(lines) and len(pieces) > 0
+    assert pieces == find_spikes(lines) and len(pieces) > 0
 
 
 def test_spikes_of_a_run_are_events_and_change_nothing(tmp_path, monkeypatch):
-    clip, calls = room._clip, 0
+    clip, calls = room._clip_gradients, 0
 
     def hundredfold(optimizer, bound):
         nonlocal calls
@@ -430,7 +430,7 @@ def test_spikes_of_a_run_are_events_and_change_nothing(tmp_path, monkeypatch):
                     parameter.grad *= 1000
         return clip(optimizer, bound)
 
-    monkeypatch.setattr(room, "_clip", hundredfold)
+    monkeypatch.setattr(room, "_clip_gradients", hundredfold)
     run = ppo.train(run_of(tmp_path / "run", steps=16 * 30, minibatches=4))
 
     events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]

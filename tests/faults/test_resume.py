@@ -24,7 +24,7 @@ from tests.faults import killed
 from tests.faults.own_envs import SaysItself
 from tests.rehearsed import furnish
 from understudy.control import ppo, standing
-from understudy.control.stage import Stage
+from understudy.control.stage import TrainingRun
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
 from understudy.run.store import Run
@@ -109,18 +109,18 @@ def test_checkpoints_and_evaluations_change_no_byte_of_a_run(tmp_path):
 def test_the_newest_checkpoints_stay_and_older_ones_go(tmp_path):
     run = ppo.train(run_of(tmp_path / "run", checkpoint_every=1, keep_checkpoints=2))
 
-    assert checkpoint.names(run.path / "checkpoints") == ["000005", "000006"]
+    assert checkpoint.list_checkpoints(run.path / "checkpoints") == ["000005", "000006"]
 
 
 def test_without_a_word_there_are_five_checkpoints_over_a_run(tmp_path, monkeypatch):
     written = []
-    write = checkpoint.write
+    write = checkpoint.write_partial
 
     def counted(folder, name, save):
         written.append(name)
         return write(folder, name, save)
 
-    monkeypatch.setattr(checkpoint, "write", counted)
+    monkeypatch.setattr(checkpoint, "write_partial", counted)
     ppo.train(run_of(tmp_path / "run", steps=16 * 30))
 
     assert written == [f"{n:06d}" for n in range(6, 31, 6)]
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_put_away_and_the_one_before_is_used(damage, nam
 
 def test_where_all_are_damaged_nothing_is_begun_anew(finished, tmp_path):
     run = copy_of(finished, tmp_path)
-    for name in checkpoint.names(run / "checkpoints"):
+    for name in checkpoint.list_checkpoints(run / "checkpoints"):
         (run / "checkpoints" / name / "state.json").write_text("{}")
 
     with pytest.raises(RequestError, match="whose checkpoints are all damaged"):
@@ -186,7 +186,7 @@ def test_a_checkpoint_that_is_named_is_the_one_used_or_none(finished, tmp_path):
     with pytest.raises(RequestError, match=r"checkpoint is '7': must be one of 000002, 000004, 000006"):
         understudy.resume(run, checkpoint="7")
     assert understudy.resume(run, checkpoint="000002").metrics[-1]["iteration"] == 6
-    assert checkpoint.names(run / "checkpoints") == ["000002", "000004", "000006"]
+    assert checkpoint.list_checkpoints(run / "checkpoints") == ["000002", "000004", "000006"]
 
 
 def test_newer_checkpoints_than_the_one_named_are_set_aside(finished, tmp_path, capsys):
@@ -222,7 +222,7 @@ def test_another_schema_is_refused_by_its_number(finished, tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {"schema": 99}))
 
-    with pytest.raises(checkpoint.Damaged, match="has schema 99, this version reads 1"):
+    with pytest.raises(checkpoint.CorruptFileError, match="has schema 99, this version reads 1"):
         checkpoint.verify(path)
 
 
@@ -251,21 +251,21 @@ def test_a_signal_saves_exits_as_it_should_and_resumes_to_the_same_bytes(number,
     ppo.train(run_of(tmp_path / "whole", **fields))
 
     def signalled() -> None:
-        report = Stage.report
+        report = TrainingRun.finish_iteration
 
         def raising(self, metrics):
             if self.iteration == 40:
                 os.kill(os.getpid(), number)
             yield from report(self, metrics)
 
-        Stage.report = raising
+        TrainingRun.finish_iteration = raising
         try:
             ppo.train(run_of(tmp_path / "run", **fields))
         except KeyboardInterrupt:
             sys.exit(130)
 
     assert killed.in_fork(signalled) == status
-    assert checkpoint.names(tmp_path / "run/checkpoints") == ["000041"]
+    assert checkpoint.list_checkpoints(tmp_path / "run/checkpoints") == ["000041"]
     understudy.resume(tmp_path / "run")
     policies = [(tmp_path / run / "policy/policy.safetensors").read_bytes() for run in ("whole", "run")]
     assert policies[0] == policies[1]
@@ -299,7 +299,7 @@ def test_a_second_interrupt_exits_within_two_seconds_and_harms_nothing(tmp_path)
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=root, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 60
-        while not checkpoint.names(tmp_path / "run/checkpoints"):
+        while not checkpoint.list_checkpoints(tmp_path / "run/checkpoints"):
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
@@ -311,7 +311,7 @@ def test_a_second_interrupt_exits_within_two_seconds_and_harms_nothing(tmp_path)
     finally:
         process.kill()
         process.communicate()
-    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    found, wrong = checkpoint.find_newest(tmp_path / "run/checkpoints")
     assert found is not None and not wrong
 
 
@@ -322,12 +322,12 @@ def test_a_disk_that_refuses_a_checkpoint_does_not_end_the_run_at_once(tmp_path,
         if next(refusals):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "seal", full)
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
     monkeypatch.setattr(checkpoint, "verify", lambda path: None)
 
     with pytest.raises(OSError, match=r"3 checkpoints in a row could not be written .*`understudy resume"):
         ppo.train(run_of(tmp_path / "run", checkpoint_every=1))
-    assert checkpoint.names(tmp_path / "run/checkpoints") == ["000003"]
+    assert checkpoint.list_checkpoints(tmp_path / "run/checkpoints") == ["000003"]
     assert not list((tmp_path / "run/checkpoints").glob(".*"))
     assert "could not be written" in capsys.readouterr().err
 
@@ -344,7 +344,7 @@ def test_metrics_that_cannot_be_written_are_said_once_and_the_run_goes_on(tmp_pa
 
 def test_an_env_that_does_not_come_back_is_said_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     """Its noise has no seed, and it was not found out at the start: no replay can bring it back."""
-    monkeypatch.setattr("understudy.control.sources.forgets", lambda *_: True)
+    monkeypatch.setattr("understudy.control.sources.has_reproducible_resets", lambda *_: True)
     config = run_of(tmp_path / "run", env="tests.faults.own_envs:Unseeded", checkpoint_every=2)
     iterations = ppo.iterate(config)
     next(iterations)
@@ -359,7 +359,7 @@ def test_an_env_that_does_not_come_back_is_said_and_the_run_goes_on(tmp_path, ca
 
 
 def test_episodes_that_are_too_long_to_replay_are_cut_at_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("understudy.control.collect.LONGEST", 5)
+    monkeypatch.setattr("understudy.control.collect.MAX_REPLAY_STEPS", 5)
     fields = {"env": "Pendulum-v1", "checkpoint_every": 2}
     whole = ppo.train(run_of(tmp_path / "whole", **fields))
     iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
@@ -376,28 +376,39 @@ def test_episodes_that_are_too_long_to_replay_are_cut_at_the_checkpoint(tmp_path
 
 
 def test_a_row_that_waits_begins_so_that_all_rows_end_together():
-    assert [w.tolist() for w in standing.waiting([3, 1])] == [[True, False], [True, False], [True, True]]
+    assert [w.tolist() for w in standing.replay_schedule([3, 1])] == [[True, False], [True, False], [True, True]]
 
 
 def test_the_way_back_is_the_first_that_an_env_allows():
     def sync(make, mode=AutoresetMode.DISABLED):
         return SyncVectorEnv([make] * 2, autoreset_mode=mode)
 
-    assert standing.way_of(sync(SaysItself), forgets=False) == "snapshot"
+    assert standing.choose_restore_method(sync(SaysItself), resets_are_reproducible=False) == "snapshot"
     assert (
-        standing.way_of(gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point"), forgets=True)
+        standing.choose_restore_method(
+            gymnasium.make_vec("CartPole-v1", 2, vectorization_mode="vector_entry_point"), resets_are_reproducible=True
+        )
         == "snapshot"
     )
-    assert standing.way_of(sync(lambda: gymnasium.make("CartPole-v1")), forgets=True) == "replay"
-    assert standing.way_of(sync(lambda: gymnasium.make("CartPole-v1")), forgets=False) == "renew"
     assert (
-        standing.way_of(sync(lambda: gymnasium.make("CartPole-v1"), AutoresetMode.NEXT_STEP), forgets=True) == "renew"
+        standing.choose_restore_method(sync(lambda: gymnasium.make("CartPole-v1")), resets_are_reproducible=True)
+        == "replay"
+    )
+    assert (
+        standing.choose_restore_method(sync(lambda: gymnasium.make("CartPole-v1")), resets_are_reproducible=False)
+        == "renew"
+    )
+    assert (
+        standing.choose_restore_method(
+            sync(lambda: gymnasium.make("CartPole-v1"), AutoresetMode.NEXT_STEP), resets_are_reproducible=True
+        )
+        == "renew"
     )
 
 
 def test_an_env_that_remembers_is_found_out():
-    assert standing.forgets(gymnasium.make("CartPole-v1"), 3)
-    assert not standing.forgets(NormalizeObservation(gymnasium.make("CartPole-v1")), 3)
+    assert standing.has_reproducible_resets(gymnasium.make("CartPole-v1"), 3)
+    assert not standing.has_reproducible_resets(NormalizeObservation(gymnasium.make("CartPole-v1")), 3)
 
 
 def shared_state(path: Path) -> str:
@@ -419,7 +430,7 @@ def test_an_env_whose_constructor_draws_is_made_anew_with_the_same_numbers(tmp_p
     run = understudy.resume(tmp_path / "run")
     np.random.set_state(before)
 
-    last = run.checkpoints()[-1]
+    last = run.list_checkpoints()[-1]
     states = [shared_state(path / "checkpoints" / last) for path in (whole.path, run.path)]
     policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
     assert states[0] == states[1] and policies[0] == policies[1]
@@ -442,7 +453,7 @@ class Overwrites(SaysItself):
 
 
 def test_an_env_that_writes_over_its_action_comes_back(tmp_path, capsys):
-    assert standing.forgets(Overwrites(), 3)
+    assert standing.has_reproducible_resets(Overwrites(), 3)
     fields = {"env": "tests.faults.test_resume:Overwrites", "checkpoint_every": 2}
     whole = ppo.train(run_of(tmp_path / "whole", **fields))
     iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
@@ -479,7 +490,7 @@ def test_a_fault_in_a_reset_leaves_resume_exact_and_its_restart_counted(tmp_path
     policies = [(path / "policy/policy.safetensors").read_bytes() for path in (whole.path, run.path)]
     assert policies[0] == policies[1] and "does not come back" not in capsys.readouterr().err
     counts = [
-        checkpoint.load_state(path / "checkpoints" / run.checkpoints()[-1])["run"]["walker"]["restarted"]
+        checkpoint.load_state(path / "checkpoints" / run.list_checkpoints()[-1])["run"]["walker"]["restarted"]
         for path in (whole.path, run.path)
     ]
     assert counts[0] == counts[1] and sum(counts[0]) > 0

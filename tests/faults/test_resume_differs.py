@@ -124,7 +124,7 @@ def test_only_the_metrics_of_the_clock_differ_between_two_runs(world, home, tmp_
         lines.append(list(metrics.read_metrics(run.path)))
 
     pairs = list(zip(*lines, strict=True))
-    assert {name for one, other in pairs for name in one if one[name] != other[name]} == metrics.CLOCK
+    assert {name for one, other in pairs for name in one if one[name] != other[name]} == metrics.CLOCK_METRICS
 
 
 def test_lines_are_compared_as_the_file_has_them(tmp_path, capsys):

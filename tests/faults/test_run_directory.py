@@ -60,7 +60,7 @@ DAMAGES = {
     "no object": lambda line: b"[1, 2]\n",
     "no iteration": lambda line: b'{"steps": 3}\n',
     "too deep": lambda line: b"[" * 100_000 + b"\n",
-    "too long": lambda line: b" " * (metrics.LONGEST + 10) + b"\n",
+    "too long": lambda line: b" " * (metrics.MAX_LINE_BYTES + 10) + b"\n",
     "a number too long": lambda line: b'{"iteration": ' + b"1" * 5000 + b"}\n",
 }
 
@@ -92,7 +92,7 @@ def test_a_line_that_a_kill_cut_off_is_no_damage(run, capsys):
 def test_a_last_line_without_its_end_is_kept_when_it_is_whole(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"iteration": 1}\n{"iteration": 2}')
 
-    kept, damaged, *_ = metrics.cut(tmp_path, 5)
+    kept, damaged, *_ = metrics.drop_metrics_after(tmp_path, 5)
 
     assert (len(kept), damaged) == (2, [])
     assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"iteration": 1}\n{"iteration": 2}\n'
@@ -100,7 +100,7 @@ def test_a_last_line_without_its_end_is_kept_when_it_is_whole(tmp_path):
 
 def long_metrics(path: Path, monkeypatch) -> Metrics:
     """Ten lines, the last four of which are in memory."""
-    monkeypatch.setattr(metrics, "RECENT", 4)
+    monkeypatch.setattr(metrics, "MAX_RECENT", 4)
     made = Run(path)
     for number in range(10):
         made.log({"iteration": number + 1, "steps": 3 * number})
@@ -131,7 +131,7 @@ def test_metrics_of_a_long_run_can_be_walked_through_and_have_an_end(tmp_path, m
 def test_a_long_file_of_metrics_is_cut_without_being_held(tmp_path, monkeypatch):
     long_metrics(tmp_path, monkeypatch)
 
-    kept, damaged, copy, dropped = metrics.cut(tmp_path, 7)
+    kept, damaged, copy, dropped = metrics.drop_metrics_after(tmp_path, 7)
 
     assert (len(kept), len(kept.recent), damaged, copy) == (7, 4, [], None)
     assert dropped == [{"iteration": n + 1, "steps": 3 * n} for n in (7, 8, 9)]
@@ -249,7 +249,7 @@ def test_a_run_that_is_killed_while_it_is_made_is_a_run_or_its_directory_can_be_
         assert understudy.resume(tmp_path / "run").metrics[-1]["steps"] == 96
     else:
         assert ppo.train(run_of(tmp_path / "run")).metrics[-1]["steps"] == 96
-        assert lineage.verify(lineage.chain(tmp_path / "run"))
+        assert lineage.verify(lineage.read_chain(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("removed", ["config.json", "all files", "all but checkpoints"])

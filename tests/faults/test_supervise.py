@@ -21,10 +21,10 @@ from gymnasium.vector import SyncVectorEnv
 from tests.envs import MODES, Anything, Diary, Nested, Picky, seed_of, walker
 from tests.faulty import AT, BAD, Faulty, fail, fly, hang, hit, returns, stop
 from understudy.control import actor_critic, environment, ppo, reinforce, sources, supervise
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.environment import SeededResets
 from understudy.control.policy import Policy
-from understudy.control.supervise import RestartsSpent, Supervised, apart
+from understudy.control.supervise import FaultTolerantVectorEnv, RestartsExhaustedError, run_in_fork
 from understudy.run.config import RequestError
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES
@@ -77,7 +77,7 @@ def three(fault, mode=NEXT_STEP, *, timeout=PATIENCE, **options):
     """Three environments, of which the one in row 1 goes wrong."""
     what = {key: options.pop(key) for key in ("when",) if key in options}
     makes = [Faulty, partial(Faulty, fault, **what), Faulty]
-    envs = Supervised(makes, step_timeout=timeout, autoreset_mode=mode, **options)
+    envs = FaultTolerantVectorEnv(makes, step_timeout=timeout, autoreset_mode=mode, **options)
     try:
         yield envs
     finally:
@@ -162,7 +162,7 @@ def test_new_seeds_are_the_same_every_time_and_differ_from_fault_to_fault():
 
     found = []
     for _ in range(2):
-        envs = Supervised([Always] * 2, step_timeout=PATIENCE, autoreset_mode=SAME_STEP)
+        envs = FaultTolerantVectorEnv([Always] * 2, step_timeout=PATIENCE, autoreset_mode=SAME_STEP)
         envs.reset(seed=7)
         found.append([envs.step(np.zeros(2, dtype=np.int64))[0][:, 0].tolist() for _ in range(3)])
         envs.close()
@@ -172,7 +172,7 @@ def test_new_seeds_are_the_same_every_time_and_differ_from_fault_to_fault():
 
 
 def test_faults_in_all_rows_at_once_are_handled_at_once():
-    envs = Supervised([partial(Faulty, hang)] * 6, step_timeout=HANG)
+    envs = FaultTolerantVectorEnv([partial(Faulty, hang)] * 6, step_timeout=HANG)
     try:
         envs.reset(seed=[BAD] * 6)
         for _ in range(AT - 1):
@@ -198,8 +198,8 @@ def test_faults_in_all_rows_at_once_are_handled_at_once():
         (fly, "its process ended with signal SIGSEGV", "in fly"),
         (partial(hit, signal.SIGKILL), "its process ended with signal SIGKILL", ""),
         (lambda env: os._exit(3), "its process ended with exit code 3", ""),
-        (returns(obs=np.array([-2.0, 0])), "observation[0] is -2, the space allows 0 to 2.14748e+09", "in keep"),
-        (returns(reward=np.nan), "reward is nan: must be one finite number", "_paid"),
+        (returns(obs=np.array([-2.0, 0])), "observation[0] is -2, the space allows 0 to 2.14748e+09", "in store_obs"),
+        (returns(reward=np.nan), "reward is nan: must be one finite number", "_check_reward"),
     ],
     ids=["raised", "hung", "segmentation fault", "killed", "exited", "out of space", "nan reward"],
 )
@@ -220,7 +220,7 @@ def test_episodes_since_the_seed_are_counted(mode):
                 raise RuntimeError("late")
             return super().step(action)
 
-    envs = Supervised([Later], step_timeout=PATIENCE, autoreset_mode=mode)
+    envs = FaultTolerantVectorEnv([Later], step_timeout=PATIENCE, autoreset_mode=mode)
     try:
         envs.reset(seed=3)
         while not envs.faults:
@@ -261,7 +261,7 @@ def test_a_fault_in_the_reset_between_episodes_is_mended(mode):
                 raise RuntimeError("once is enough")
             return super().reset(seed=seed)
 
-    envs = Supervised([Restless, Faulty], step_timeout=PATIENCE, autoreset_mode=mode)
+    envs = FaultTolerantVectorEnv([Restless, Faulty], step_timeout=PATIENCE, autoreset_mode=mode)
     try:
         envs.reset(seed=5)
         obs = None
@@ -289,7 +289,7 @@ def test_an_environment_that_cannot_be_made_is_refused_at_once(make, sentence, r
     makes = [Faulty, Faulty]
     makes[row] = make
     with pytest.raises(RequestError) as error:
-        Supervised(makes, step_timeout=PATIENCE)
+        FaultTolerantVectorEnv(makes, step_timeout=PATIENCE)
 
     assert str(error.value).startswith(f"env {row} cannot be made")
     assert sentence in str(error.value)
@@ -297,14 +297,14 @@ def test_an_environment_that_cannot_be_made_is_refused_at_once(make, sentence, r
 
 def test_what_takes_too_long_apart_is_refused_and_where_it_hung_is_known():
     with pytest.raises(RequestError, match=r"env 'X' cannot be made or used: no answer within 0.5 s; mend it") as error:
-        apart(lambda: hang(None), "env 'X'", seconds=0.5)
+        run_in_fork(lambda: hang(None), "env 'X'", seconds=0.5)
 
     assert "in hang" in str(error.value.__cause__)
 
 
 def test_rows_of_unlike_spaces_are_refused():
     with pytest.raises(RequestError, match=r"env 1 cannot be made: ValueError: its spaces are .*: all must be equal"):
-        Supervised([Faulty, Diary], step_timeout=PATIENCE)
+        FaultTolerantVectorEnv([Faulty, Diary], step_timeout=PATIENCE)
 
 
 def test_an_environment_that_cannot_be_made_again_spends_the_restarts(tmp_path):
@@ -316,10 +316,10 @@ def test_an_environment_that_cannot_be_made_again_spends_the_restarts(tmp_path):
                 raise RuntimeError("no more")
             super().__init__(fail)
 
-    envs = Supervised([Once], step_timeout=PATIENCE, restarts=3)
+    envs = FaultTolerantVectorEnv([Once], step_timeout=PATIENCE, max_restarts=3)
     try:
         envs.reset(seed=BAD)
-        with pytest.raises(RestartsSpent, match=r"all 3 restarts .* are spent.*RuntimeError: no more"):
+        with pytest.raises(RestartsExhaustedError, match=r"all 3 restarts .* are spent.*RuntimeError: no more"):
             for _ in range(AT + 1):
                 envs.step(np.zeros(1, dtype=np.int64))
     finally:
@@ -339,12 +339,12 @@ def test_one_fault_more_than_restarts_are_allowed_ends_it_in_a_sentence():
         def step(self, action):
             raise RuntimeError("no")
 
-    envs = Supervised([Faulty, Always], step_timeout=PATIENCE, restarts=2, autoreset_mode=SAME_STEP)
+    envs = FaultTolerantVectorEnv([Faulty, Always], step_timeout=PATIENCE, max_restarts=2, autoreset_mode=SAME_STEP)
     try:
         envs.reset(seed=3)
         envs.step(np.zeros(2, dtype=np.int64))
         envs.step(np.zeros(2, dtype=np.int64))
-        with pytest.raises(RestartsSpent) as error:
+        with pytest.raises(RestartsExhaustedError) as error:
             envs.step(np.zeros(2, dtype=np.int64))
     finally:
         envs.close()
@@ -360,8 +360,10 @@ def test_one_fault_more_than_restarts_are_allowed_ends_it_in_a_sentence():
 
 
 def test_closing_lets_environments_close_and_leaves_no_process(tmp_path):
-    envs = Supervised([partial(Faulty, closed=tmp_path / str(row)) for row in range(2)], step_timeout=PATIENCE)
-    pids = [*envs.call("pid"), envs._nursery.pid]
+    envs = FaultTolerantVectorEnv(
+        [partial(Faulty, closed=tmp_path / str(row)) for row in range(2)], step_timeout=PATIENCE
+    )
+    pids = [*envs.call("pid"), envs._fork_server.pid]
     (tmp_path / "0").unlink()  # it was looked at, and closed
     envs.close()
     envs.close()
@@ -384,7 +386,7 @@ def test_closing_does_not_wait_for_what_hangs(monkeypatch):
             if self.count:
                 time.sleep(1000)
 
-    envs = Supervised([Clings] * 2, step_timeout=PATIENCE)
+    envs = FaultTolerantVectorEnv([Clings] * 2, step_timeout=PATIENCE)
     pids = [pid for pair in envs.call("pid") for pid in pair]
     envs.reset(seed=0)
     envs.step(np.zeros(2, dtype=np.int64))
@@ -400,7 +402,7 @@ def test_what_an_environment_started_ends_with_it():
         def pid(self):
             return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid
 
-    envs = Supervised([partial(Starts, fail)], step_timeout=PATIENCE)
+    envs = FaultTolerantVectorEnv([partial(Starts, fail)], step_timeout=PATIENCE)
     try:
         envs.reset(seed=BAD)
         (pid,) = envs.call("pid")
@@ -415,9 +417,9 @@ def test_when_the_trainer_is_killed_its_environments_end_even_one_that_hangs():
     reader, writer = os.pipe()
 
     def train():
-        envs = Supervised([Faulty, partial(Faulty, hang)], step_timeout=None)
+        envs = FaultTolerantVectorEnv([Faulty, partial(Faulty, hang)], step_timeout=None)
         bystander = supervise._fork(partial(hang, None))  # it outlives the trainer, and holds copies of all its pipes
-        os.write(writer, json.dumps([*envs.call("pid"), envs._nursery.pid, bystander]).encode())
+        os.write(writer, json.dumps([*envs.call("pid"), envs._fork_server.pid, bystander]).encode())
         envs.reset(seed=0)
         while True:
             envs.step(np.zeros(2, dtype=np.int64))
@@ -439,7 +441,7 @@ def test_when_the_trainer_is_killed_its_environments_end_even_one_that_hangs():
 def test_what_asks_the_trainer_to_stop_does_not_stop_its_environments(number):
     with three(None) as envs:
         envs.reset(seed=0)
-        for pid in (*envs.call("pid"), envs._nursery.pid):
+        for pid in (*envs.call("pid"), envs._fork_server.pid):
             os.kill(pid, number)
         envs.step(np.zeros(3, dtype=np.int64))
 
@@ -455,7 +457,7 @@ def test_an_interrupted_step_leaves_no_answer_that_is_taken_for_another():
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    envs = Supervised([Slow], step_timeout=PATIENCE)
+    envs = FaultTolerantVectorEnv([Slow], step_timeout=PATIENCE)
     before = signal.signal(signal.SIGALRM, interrupt)
     try:
         envs.reset(seed=0)
@@ -473,8 +475,8 @@ def test_an_interrupted_step_leaves_no_answer_that_is_taken_for_another():
 def test_the_loss_of_the_nursery_is_survived():
     with three(None) as envs:
         envs.reset(seed=0)
-        os.kill(envs._nursery.pid, signal.SIGKILL)
-        assert all(gone(pid) for pid in [envs._nursery.pid])
+        os.kill(envs._fork_server.pid, signal.SIGKILL)
+        assert all(gone(pid) for pid in [envs._fork_server.pid])
         envs.step(np.zeros(3, dtype=np.int64))
         obs, *_ = envs.step(np.zeros(3, dtype=np.int64))
 
@@ -489,7 +491,7 @@ def test_a_killed_environment_is_back_within_five_seconds_and_its_row_alone_is_c
             time.sleep(0.5)
             return super().step(action)
 
-    envs = Supervised([Faulty, Slow, Faulty], step_timeout=PATIENCE)
+    envs = FaultTolerantVectorEnv([Faulty, Slow, Faulty], step_timeout=PATIENCE)
     zeros = np.zeros(3, dtype=np.int64)
     try:
         envs.reset(seed=0)
@@ -522,7 +524,7 @@ def test_a_broken_number_where_the_space_is_of_whole_ones_is_a_fault():
             return np.array([self.seed, self.count], dtype=np.int64)
 
     makes = [partial(Counts, returns(obs=np.array([1.5, 2.0])))]
-    envs = Supervised(makes, step_timeout=PATIENCE)
+    envs = FaultTolerantVectorEnv(makes, step_timeout=PATIENCE)
     try:
         envs.reset(seed=BAD)
         while not envs.faults:
@@ -562,30 +564,33 @@ def supervised(mode, diary=Diary, rows=4):
     """As `diaries` of tests/envs.py: in modes that reset by themselves, with the seeds of the episodes."""
     seeds = [partial(lambda row: SeededResets(diary(), seed_of, row), row) for row in range(rows)]
     makes = [diary] * rows if mode is DISABLED else seeds
-    return Supervised(makes, step_timeout=PATIENCE, autoreset_mode=mode)
+    return FaultTolerantVectorEnv(makes, step_timeout=PATIENCE, autoreset_mode=mode)
 
 
 def leaves_of(record):
     obs = record.obs if isinstance(record.obs, dict) else {"obs": record.obs}
-    rest = {name: getattr(record, name) for name in ("action", "logprob", "mask", "reward", "terminated", "truncated")}
+    rest = {
+        name: getattr(record, name)
+        for name in ("action", "behavior_logprob", "mask", "reward", "terminated", "truncated")
+    }
     return obs | rest
 
 
 @pytest.mark.parametrize("diary", [Diary, Nested, Picky])
 @IN_EVERY_MODE
 def test_without_faults_records_are_those_of_a_sync_vector_env_to_the_bit(mode, diary):
-    plain = environment.adopt(SyncVectorEnv([diary] * 4, autoreset_mode=mode), seed_of)
+    plain = environment.as_vector_env(SyncVectorEnv([diary] * 4, autoreset_mode=mode), seed_of)
     envs = supervised(mode, diary)
     policy = Policy(Anything(), diary.observation_space, diary.action_space)
     try:
         ours, theirs = walker(envs), walker(plain)
         for walk in [lambda w: w.collect_episodes(policy, 2)] + [
-            partial(Walker.collect, policy=policy, steps=n) for n in (1, 2, 24)
+            partial(RolloutCollector.collect, policy=policy, num_steps=n) for n in (1, 2, 24)
         ]:
             a, b = leaves_of(walk(ours)), leaves_of(walk(theirs))
             assert a.keys() == b.keys()
             assert all(torch.equal(a[name], b[name]) for name in a)
-        assert ours.finished == theirs.finished and ours.steps == theirs.steps
+        assert ours.finished_episodes == theirs.finished_episodes and ours.num_steps == theirs.num_steps
     finally:
         envs.close()
 
@@ -595,7 +600,7 @@ def test_without_faults_every_answer_is_that_of_a_sync_vector_env_to_the_bit(mod
     makes = [lambda: gymnasium.make("CartPole-v1", max_episode_steps=12)] * 3
     plain, envs = (
         SyncVectorEnv(makes, autoreset_mode=mode),
-        Supervised(makes, step_timeout=PATIENCE, autoreset_mode=mode),
+        FaultTolerantVectorEnv(makes, step_timeout=PATIENCE, autoreset_mode=mode),
     )
     plain.action_space.seed(0)
     try:
@@ -616,7 +621,7 @@ def test_without_faults_every_answer_is_that_of_a_sync_vector_env_to_the_bit(mod
         np.testing.assert_equal(ours, theirs)
         assert ours[0].dtype == theirs[0].dtype
     assert envs.metadata["autoreset_mode"] is mode and envs.observation_space == plain.observation_space
-    assert environment.threshold(envs) == 475.0
+    assert environment.reward_threshold(envs) == 475.0
 
 
 # a run
@@ -678,7 +683,9 @@ def test_a_run_without_faults_learns_to_the_bit_what_one_of_sync_environments_do
 def test_when_the_restarts_are_spent_the_run_is_saved_and_says_so(tmp_path):
     fields = FIELDS | {"env_options": {"file": str(tmp_path / "steps")}, "steps": 10_000, "rollout": 8}
     fields |= {"compile": "off"}
-    with pytest.raises(RestartsSpent, match=r"all 100 restarts of environments are spent, and env . failed again"):
+    with pytest.raises(
+        RestartsExhaustedError, match=r"all 100 restarts of environments are spent, and env . failed again"
+    ):
         ppo.train(ppo.Config(env=f"{HERE}:WearsOut", out=str(tmp_path / "run"), **fields))
 
     *faults, failed = events(tmp_path / "run")

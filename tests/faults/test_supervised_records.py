@@ -9,10 +9,10 @@ from torch.testing import assert_close
 from tests.envs import MODES, Anything, Picky, allowed_at, walker
 from tests.faulty import Faulty, Often, fail
 from understudy.advantage import gae
-from understudy.batch import consult
+from understudy.batch import policy_forward
 from understudy.control.policy import Policy
-from understudy.control.supervise import Supervised
-from understudy.value import estimate, next_value
+from understudy.control.supervise import FaultTolerantVectorEnv
+from understudy.value import estimate_values, next_value
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES
 IN_EVERY_MODE = pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
@@ -21,7 +21,10 @@ PATIENCE = 60.0  # seconds; a machine may be busy
 
 def leaves_of(record):
     obs = record.obs if isinstance(record.obs, dict) else {"obs": record.obs}
-    rest = {name: getattr(record, name) for name in ("action", "logprob", "mask", "reward", "terminated", "truncated")}
+    rest = {
+        name: getattr(record, name)
+        for name in ("action", "behavior_logprob", "mask", "reward", "terminated", "truncated")
+    }
     return obs | rest
 
 
@@ -40,7 +43,7 @@ class Tall(torch.nn.Module):
 def faulty_records(*rollouts, fault=fail, mode=DISABLED):
     """Row 0: the fifth step of seed 1 has no answer, seed 2 follows. Row 1 begins with seed 11. Policy, records, walker."""
     policy = Policy(Tall(), Faulty.observation_space, Faulty.action_space)
-    envs = Supervised([partial(Faulty, fault), Faulty], step_timeout=PATIENCE, autoreset_mode=mode)
+    envs = FaultTolerantVectorEnv([partial(Faulty, fault), Faulty], step_timeout=PATIENCE, autoreset_mode=mode)
     walks = walker(envs)
     walks.seed_of = lambda row, episode: 10 * row + episode + 1
     try:
@@ -62,13 +65,13 @@ def test_the_step_before_a_fault_is_truncated_and_what_was_last_seen_stands_mask
     assert record.reward.tolist() == [[1, 2, 3, 4, 0, 1, 0], [1, 2, 3, 4, 5, 6, 0]]
     assert record.truncated.int().tolist() == [[0, 0, 0, 1, 0, 0, 0], [0] * 7]
     assert not record.terminated.any()
-    assert walks.steps == 11
-    assert list(walks.finished) == []  # a cut episode has no return
+    assert walks.num_steps == 11
+    assert list(walks.finished_episodes) == []  # a cut episode has no return
 
     # V = 10 * steps, gamma 1/2, lambda 1/2, so the trace decays by 1/4
     # delta: 1 + 5 - 0 = 6; 2 + 10 - 10 = 2; 3 + 15 - 20 = -2; 4 + V(1, 4) / 2 - 30 = 4 + 20 - 30 = -6; then a new episode: 6
     # A_3 = -6; A_2 = -2 - 6/4 = -3.5; A_1 = 2 - 3.5/4 = 1.125; A_0 = 6 + 1.125/4 = 6.28125
-    _, value = estimate(policy, record)
+    _, value = estimate_values(policy, record)
     ends = record.terminated, record.truncated, record.mask
     advantage = gae(record.reward, value, next_value(value, record), *ends, gamma=0.5, lam=0.5)
     assert_close(advantage[0], torch.tensor([6.28125, 1.125, -3.5, -6, 0, 6, 0]))
@@ -142,7 +145,7 @@ class _Logits:
 @IN_EVERY_MODE
 def test_among_many_faults_a_recurrent_policy_says_of_a_record_what_it_said_when_it_chose(rollout, mode):
     policy = Policy(Sum(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
+    envs = FaultTolerantVectorEnv([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
     walks = walker(envs)
     try:
         taken = [walks.collect(policy, rollout) for _ in range(24 // rollout)]
@@ -150,23 +153,23 @@ def test_among_many_faults_a_recurrent_policy_says_of_a_record_what_it_said_when
         envs.close()
 
     assert len(envs.faults) > 8
-    assert walks.steps == sum(int(record.mask.sum()) for record in taken)
+    assert walks.num_steps == sum(int(record.mask.sum()) for record in taken)
     for record in taken:
         assert not (
             record.terminated & record.truncated
         ).any()  # a fault at a first step: the end before it stays its own
-        distribution, value = consult(policy, record)
-        assert_close(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])
+        distribution, value = policy_forward(policy, record)
+        assert_close(distribution.log_prob(record.action)[record.mask], record.behavior_logprob[record.mask])
         steps = record.obs[..., 1][record.mask].double()
         assert_close(value[record.mask].double(), (steps + 1) * (steps + 2) / 2)  # 1 + 2 + ... + (steps + 1)
-        for name in ("action", "logprob", "reward", "terminated", "truncated"):
+        for name in ("action", "behavior_logprob", "reward", "terminated", "truncated"):
             assert not getattr(record, name)[~record.mask].any()
 
 
 @IN_EVERY_MODE
 def test_whole_episodes_hold_nothing_of_one_that_met_a_fault(mode):
     policy = Policy(Tall(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
+    envs = FaultTolerantVectorEnv([Often] * 3, step_timeout=PATIENCE, autoreset_mode=mode)
     walks = walker(envs)
     try:
         record = walks.collect_episodes(policy, 2)
@@ -179,15 +182,15 @@ def test_whole_episodes_hold_nothing_of_one_that_met_a_fault(mode):
         mask, reward = record.mask[row], record.reward[row]
         assert reward[mask].tolist() == [1, 2, 3, 4, 5, 6, 7] * 2
         assert int(record.terminated[row].sum()) == 2 and not record.truncated[row].any()
-    assert walks.steps == int(record.mask.sum()) == 42
-    assert [done.episode_return for done in walks.finished] == [28.0] * 6
+    assert walks.num_steps == int(record.mask.sum()) == 42
+    assert [done.episode_return for done in walks.finished_episodes] == [28.0] * 6
 
 
 def test_playing_passes_over_episodes_that_met_a_fault():
     policy = Policy(Tall(), Often.observation_space, Often.action_space)
-    envs = Supervised([Often] * 2, step_timeout=PATIENCE, autoreset_mode=DISABLED)
+    envs = FaultTolerantVectorEnv([Often] * 2, step_timeout=PATIENCE, autoreset_mode=DISABLED)
     try:
-        played = walker(envs).play(policy, 2)
+        played = walker(envs).play_episodes(policy, 2)
     finally:
         envs.close()
 
@@ -207,7 +210,7 @@ class Mumbles(Picky):
 @pytest.mark.parametrize("rollout", [1, 24])
 def test_action_masks_are_those_of_their_observations_among_faults_too(rollout):
     policy = Policy(Anything(), Mumbles.observation_space, Mumbles.action_space)
-    envs = Supervised([Mumbles] * 3, step_timeout=PATIENCE, autoreset_mode=DISABLED)
+    envs = FaultTolerantVectorEnv([Mumbles] * 3, step_timeout=PATIENCE, autoreset_mode=DISABLED)
     walks = walker(envs)
     try:
         taken = [walks.collect(policy, rollout) for _ in range(24 // rollout)]

@@ -58,9 +58,9 @@ FAULTS = {  # fields of the record, by kind
     "an infinite advantage": lambda b: {"advantage": at(b.advantage, torch.inf)},
     "a target that is nan": lambda b: {"target": at(b.target, torch.nan)},
     "an infinite target": lambda b: {"target": at(b.target, -torch.inf)},
-    "an infinite ratio": lambda b: {"logprob": at(b.logprob, -1e30)},
-    "a log-prob of -inf": lambda b: {"logprob": at(b.logprob, -torch.inf)},
-    "a log-prob that is nan": lambda b: {"logprob": at(b.logprob, torch.nan)},
+    "an infinite ratio": lambda b: {"behavior_logprob": at(b.behavior_logprob, -1e30)},
+    "a log-prob of -inf": lambda b: {"behavior_logprob": at(b.behavior_logprob, -torch.inf)},
+    "a log-prob that is nan": lambda b: {"behavior_logprob": at(b.behavior_logprob, torch.nan)},
     "a gradient that is nan, of a finite loss": lambda b: {"advantage": at(b.advantage, 7)},
     "an infinite gradient, of a finite loss": lambda b: {"advantage": at(b.advantage, 8)},
 }
@@ -81,8 +81,8 @@ LATE = 0
 
 def learn(policy, optimizer, batch, *, epochs=2, minibatches=4, told=None):
     objective = partial(not_finite_only_backwards, clip=0.2, value_coef=0.5, entropy_coef=0.01)
-    sizes = {"epochs": epochs, "minibatches": minibatches, "max_grad_norm": 0.5}
-    return update(policy, optimizer, batch, objective, **sizes, guard=told, generator=seeded(LATE))
+    sizes = {"num_epochs": epochs, "num_minibatches": minibatches, "max_grad_norm": 0.5}
+    return update(policy, optimizer, batch, objective, **sizes, on_nonfinite=told, generator=seeded(LATE))
 
 
 @pytest.mark.parametrize("kind", FAULTS)
@@ -138,8 +138,17 @@ def test_a_step_size_that_was_steered_comes_back():
 
     bad = Batch.of(batch, advantage=at(batch.advantage, torch.nan))
     objective = partial(clipped, clip=0.2, value_coef=0.5, entropy_coef=0.0)
-    sizes = {"epochs": 2, "minibatches": 4, "max_grad_norm": 0.5}
-    update(policy, optimizer, bad, objective, **sizes, steer=steer, guard=lambda error: None, generator=seeded(LATE))
+    sizes = {"num_epochs": 2, "num_minibatches": 4, "max_grad_norm": 0.5}
+    update(
+        policy,
+        optimizer,
+        bad,
+        objective,
+        **sizes,
+        on_minibatch=steer,
+        on_nonfinite=lambda error: None,
+        generator=seeded(LATE),
+    )
 
     assert len(steered) == 3
     assert optimizer.param_groups[0]["lr"] == 0.01
@@ -168,7 +177,7 @@ def home(tmp_path_factory):
 
 def nan_in_gradients(monkeypatch, calls):
     """From here on, these clippings of gradients (from 1) find one that is not a number."""
-    clip, count = room._clip, 0
+    clip, count = room._clip_gradients, 0
 
     def clipping(optimizer, bound):
         nonlocal count
@@ -179,7 +188,7 @@ def nan_in_gradients(monkeypatch, calls):
             )
         return clip(optimizer, bound)
 
-    monkeypatch.setattr(room, "_clip", clipping)
+    monkeypatch.setattr(room, "_clip_gradients", clipping)
 
 
 def spied(monkeypatch, module):
@@ -233,10 +242,11 @@ def test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path, 
         ppo.train(config)
 
     assert [event["iteration"] for event in events(tmp_path / "run", "update_skipped")] == [4, 5, 6]
-    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
+    found, wrong = checkpoint.find_newest(tmp_path / "run/checkpoints")
     assert found is not None and found.name == "000005" and not wrong
     weights = [
-        checkpoint.tensors_of(tmp_path / f"run/checkpoints/{name}/policy.safetensors") for name in ("000003", "000005")
+        checkpoint.load_tensors(tmp_path / f"run/checkpoints/{name}/policy.safetensors")
+        for name in ("000003", "000005")
     ]
     assert_close(weights[0], weights[1], rtol=0, atol=0)
 
@@ -291,8 +301,8 @@ def test_parameters_that_are_not_finite_are_in_no_checkpoint_and_end_the_run(tmp
     with pytest.raises(FloatingPointError, match=r"3 updates in a row .*run/checkpoints/00000[12]'"):
         list(iterations)
 
-    found, wrong = checkpoint.newest(tmp_path / "run/checkpoints")
-    assert not wrong and all(x.isfinite().all() for x in checkpoint.tensors_of(found / "policy.safetensors").values())
+    found, wrong = checkpoint.find_newest(tmp_path / "run/checkpoints")
+    assert not wrong and all(x.isfinite().all() for x in checkpoint.load_tensors(found / "policy.safetensors").values())
     monkey = understudy.resume(tmp_path / "run")
     assert monkey.metrics[-1]["steps"] == 160
 
@@ -315,11 +325,11 @@ def out_of_memory_at(monkeypatch, owner, attribute, call):
 
 
 WHERE = {  # run, module, what is called there, and which call
-    "forward, control": ("ppo", "understudy.objective", "consult", 30),
+    "forward, control": ("ppo", "understudy.objective", "policy_forward", 30),
     "sampling, control": ("ppo", "understudy.control.collect", "Call", 70),
-    "forward, language": ("language-ppo", "understudy.objective", "consult", 14),
+    "forward, language": ("language-ppo", "understudy.objective", "policy_forward", 14),
     "generation, language": ("language-ppo", "understudy.language.collect", "generate", 5),
-    "forward, imitation": ("sft", "understudy.update", "_clip", 5),
+    "forward, imitation": ("sft", "understudy.update", "_clip_gradients", 5),
 }
 
 

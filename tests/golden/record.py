@@ -26,14 +26,14 @@ from gymnasium import spaces
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.config import Network
+from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
 from understudy.objective import huber_error, policy_gradient
 from understudy.objective import ppo as ppo_loss
 from understudy.objective import ppo_penalty as penalty_loss
-from understudy.run.metrics import CLOCK
+from understudy.run.metrics import CLOCK_METRICS
 from understudy.update import update
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 HERE = Path(__file__).parent
 ITERATIONS = 20
@@ -96,7 +96,7 @@ def run(name: str, iterations: int = ITERATIONS) -> dict[str, list[float | None]
         going = recipe.iterate(recipe.Config(**(TINY | fields), out=out))
         lines = list(islice(going, iterations))
         going.close()
-    names = dict.fromkeys(metric for line in lines for metric in line if metric not in CLOCK)
+    names = dict.fromkeys(metric for line in lines for metric in line if metric not in CLOCK_METRICS)
     return {metric: [_plain(line.get(metric)) for line in lines] for metric in names}
 
 
@@ -107,7 +107,7 @@ def _plain(value: float | None) -> float | None:
 # one update on stored inputs
 
 OBSERVATIONS, ACTIONS = spaces.Box(-2.0, 2.0, (3,)), spaces.Discrete(3)
-SMALL = Network(hidden=(8,))
+SMALL = NetworkConfig(hidden=(8,))
 UPDATES = {
     "ppo": (ppo, {}),
     "ppo_penalty": (ppo, {"objective": "penalty"}),
@@ -149,28 +149,30 @@ def one_update(name: str, given: dict[str, Any]) -> dict[str, Any]:
     cfg = recipe.Config(env="none", num_envs=4, learning_rate=1e-3, **fields)
     policy = Policy.build(OBSERVATIONS, ACTIONS, SMALL, seed=1)
     policy.load_state_dict({weight: torch.tensor(x) for weight, x in given["weights"].items()})
-    traj = Trajectory(**{field: torch.tensor(x) for field, x in given["record"].items()})
-    old, value = estimate(policy, traj)
+    traj = Trajectory(
+        **{{"logprob": "behavior_logprob"}.get(field, field): torch.tensor(x) for field, x in given["record"].items()}
+    )
+    old, value = estimate_values(policy, traj)
     if recipe is actor_critic:
         ends = traj.terminated, traj.truncated, traj.mask
         advantage = gae(traj.reward, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)
-        batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
+        batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old_distribution=old)
     else:
-        batch = recipe.weigh_up(traj, traj.reward, value, old, cfg)
+        batch = recipe.compute_advantages(traj, traj.reward, value, old, cfg)
     coefs = {"value_coef": 0.5, "entropy_coef": 0.01}
     if recipe is ppo:
-        loss = partial(ppo_loss, clip=0.1) if cfg.objective == "clip" else partial(penalty_loss, kl_coef=1.0)
+        loss = partial(ppo_loss, clip=0.1) if cfg.objective == "clip" else partial(penalty_loss, kl_old_coef=1.0)
     else:
-        loss = partial(policy_gradient, value_loss=huber_error)
+        loss = partial(policy_gradient, value_loss_fn=huber_error)
     metrics = update(
         policy,
         torch.optim.Adam(policy.parameters(), lr=cfg.learning_rate, eps=cfg.adam_eps),
         batch,
         partial(loss, **coefs),
-        epochs=2 if recipe is ppo else 1,
-        minibatches=2 if recipe is ppo else 1,
+        num_epochs=2 if recipe is ppo else 1,
+        num_minibatches=2 if recipe is ppo else 1,
         max_grad_norm=cfg.max_grad_norm,
-        prepare=ppo.standardized if recipe is ppo else None,
+        transform_minibatch=ppo.standardize_advantages if recipe is ppo else None,
         generator=torch.Generator().manual_seed(0),
     )
     return {"metrics": metrics, "weights": {weight: x.tolist() for weight, x in policy.state_dict().items()}}

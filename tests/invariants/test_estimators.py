@@ -29,8 +29,8 @@ STEPWISE = {
     ),
 }
 GROUPED = {
-    "group_relative": lambda score, group: group_relative(score, group, scale=True),
-    "group_relative_centred": lambda score, group: group_relative(score, group, scale=False),
+    "group_relative": lambda score, group: group_relative(score, group, scale_by_std=True),
+    "group_relative_centred": lambda score, group: group_relative(score, group, scale_by_std=False),
     "leave_one_out": leave_one_out,
 }
 EVERY_STEPWISE = pytest.mark.parametrize("estimator", STEPWISE.values(), ids=STEPWISE)

@@ -12,7 +12,7 @@ from understudy import objective as room
 from understudy.batch import Batch, map_tensors
 from understudy.objective import (
     cispo,
-    critic_alone,
+    critic_only,
     grpo,
     gspo,
     kl_exact,
@@ -21,33 +21,34 @@ from understudy.objective import (
     policy_gradient,
     ppo,
     ppo_penalty,
-    scaled,
+    scale_penalty,
     squared_error,
 )
 from understudy.reduce import importance_weight, per_budget, per_row, per_step
 from understudy.update import update
 
 OBJECTIVES = {
-    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.1, value_loss=squared_error),
+    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.1, value_loss_fn=squared_error),
     "ppo": partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
-    "ppo_penalty": partial(ppo_penalty, kl_coef=0.7, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
-    "critic_alone": partial(critic_alone, value_clip=0.3),
+    "ppo_penalty": partial(ppo_penalty, kl_old_coef=0.7, value_coef=0.5, entropy_coef=0.1, value_clip=0.3),
+    "critic_only": partial(critic_only, value_clip=0.3),
     "grpo": partial(grpo, low=0.2, high=0.28, entropy_coef=0.1),
     "cispo": partial(cispo, low=0.2, high=0.28, entropy_coef=0.1),
 }
-OF_TEXT = {"imitate", "with_pretraining", "dpo"}  # tests/test_objective.py, tests/test_model.py
+OF_TEXT = {"sft_loss", "with_pretraining", "dpo_loss"}  # tests/test_objective.py, tests/test_model.py
 OF_ROWS = {"gspo": partial(gspo, low=0.2, high=0.28, entropy_coef=0.1)}  # a ratio a row: below
 for charge in (kl_k2, kl_k3):
-    OBJECTIVES[f"ppo + {charge.__name__}"] = partial(OBJECTIVES["ppo"], charge=scaled(charge, 0.3))
+    OBJECTIVES[f"ppo + {charge.__name__}"] = partial(OBJECTIVES["ppo"], kl_penalty=scale_penalty(charge, 0.3))
 OBJECTIVES["ppo + kl_exact"] = partial(
-    OBJECTIVES["ppo"], charge=lambda *given: 0.3 * kl_exact(*given[:2], Batch.of(given[2], reference=given[2].old))
+    OBJECTIVES["ppo"],
+    kl_penalty=lambda *given: 0.3 * kl_exact(*given[:2], Batch.of(given[2], reference=given[2].old_distribution)),
 )
 
 
 def off_policy(policy, batch: Batch, *, how: str, ratio: str, objective: str):
     """An objective on steps that another policy chose: the reference stands for it, and bounds are met by some."""
-    bounds = {"how": how, "ratio": ratio, "low": 0.7, "high": 1.2}
-    weight = importance_weight(batch.logprob, batch.reference, batch.mask, **bounds)
+    bounds = {"mode": how, "ratio": ratio, "low": 0.7, "high": 1.2}
+    weight = importance_weight(batch.behavior_logprob, batch.reference, batch.mask, **bounds)
     return OBJECTIVES[objective](policy, Batch.of(batch, advantage=weight * batch.advantage))
 
 
@@ -63,7 +64,7 @@ EVERY_WEIGHT = pytest.mark.parametrize("weigh", WEIGHTS.values(), ids=WEIGHTS)
 def test_every_objective_of_the_room_is_in_this_table():
     functions = inspect.getmembers(room, inspect.isfunction)
     public = {name for name, f in functions if not name.startswith("_") and "policy" in inspect.signature(f).parameters}
-    assert public - {"consult"} - OF_TEXT - OF_ROWS.keys() == {name for name in OBJECTIVES if "+" not in name}
+    assert public - {"policy_forward"} - OF_TEXT - OF_ROWS.keys() == {name for name in OBJECTIVES if "+" not in name}
 
 
 def gradient(objective, batch: Batch, weight: torch.Tensor):
@@ -86,7 +87,7 @@ def test_what_stands_in_unchosen_columns_changes_no_gradient(objective):
     batch = random_batch(1, Table())
     junk = {
         name: torch.where(batch.mask, getattr(batch, name), 50.0)
-        for name in ("advantage", "target", "value", "logprob")
+        for name in ("advantage", "target", "value", "behavior_logprob")
     }
     junk |= {"action": torch.where(batch.mask, batch.action, 2), "obs": torch.where(batch.mask, batch.obs, 4)}
 
@@ -134,11 +135,11 @@ def learnt(objective, *, micro=None, memory=True, weigh=per_step, order=0):
         optimizer,
         random_batch(1, table),
         objective,
-        epochs=2,
-        minibatches=2,
+        num_epochs=2,
+        num_minibatches=2,
         max_grad_norm=0.5,
-        micro=micro,
-        weigh=weigh,
+        micro_batch_size=micro,
+        loss_weights=weigh,
         generator=seeded(order),
     )
     return dict(table.state_dict()), metrics
@@ -160,7 +161,7 @@ def test_any_cut_of_steps_apart_learns_the_same(objective, micro):
 @EVERY
 def test_steps_apart_have_the_gradient_of_whole_rows(objective):
     batch = random_batch(1, Table())
-    steps = batch.steps()
+    steps = batch.flatten_steps()
 
     assert_close(gradient(objective, steps, per_step(steps.mask)), gradient(objective, batch, per_step(batch.mask)))
 

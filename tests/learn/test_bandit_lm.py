@@ -189,6 +189,6 @@ def test_leaving_one_out_keeps_the_expected_gradient(exam, plain):
 
 def test_a_groups_own_mean_of_two_halves_the_expected_gradient(exam, plain):
     # 1 - 1/2: half of the baseline is the answer's own score
-    mean, _ = exam.pairs(partial(group_relative, scale=False))
+    mean, _ = exam.pairs(partial(group_relative, scale_by_std=False))
 
     assert_close(mean, plain / 2)

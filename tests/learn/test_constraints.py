@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.bandit_lm import ONE, Task, by_grpo, by_ppo, by_reinforce, learn, total_variation, worst
 from tests.probes import vector
-from understudy.constrain import Bounds, Constraint
+from understudy.constrain import Constraint, LagrangianConstraints
 from understudy.control import actor_critic, ppo, reinforce
 
 pytestmark = pytest.mark.learning
@@ -119,13 +119,13 @@ def under(multiplier: float, *, divide: bool = False) -> Tensor:
     return Task(ONE.reference, (ONE.reward - multiplier * PRICE) / scale, ONE.coef).tilted()
 
 
-def held(make, bounds: Bounds):
+def held(make, bounds: LagrangianConstraints):
     """Steps 2 to 4 of a recipe, its scores charged as `Cast.constrain` does it."""
 
     def made(lm, said, score, reference):
-        word = said.record.action[:, 0]
+        word = said.trajectory.action[:, 0]
         bounds.begin({"price": float(PRICE[word].mean())}, lm, torch.optim.SGD(lm.parameters(), lr=1.0))
-        return make(lm, said, bounds.charge(score, {"price": PRICE[word]}), reference)
+        return make(lm, said, bounds.subtract_constraint_costs(score, {"price": PRICE[word]}), reference)
 
     return made
 
@@ -140,7 +140,7 @@ MULTIPLIER = bisected(lambda multiplier: spent(under(multiplier)), ALLOWED)  # 3
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_language_model_ends_at_the_optimum_under_the_bound(name):
     make, rate = MAKERS[name]
-    bounds = Bounds([Constraint.parse(f"price<={ALLOWED}")], rate=rate, rollbacks=0)
+    bounds = LagrangianConstraints([Constraint.parse(f"price<={ALLOWED}")], rate=rate, max_rollbacks=0)
     last = learn(ONE, held(make(ONE), bounds), 0)
 
     assert worst(last, under(MULTIPLIER)) < 0.02

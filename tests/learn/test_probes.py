@@ -7,9 +7,9 @@ from gymnasium.vector import AutoresetMode
 
 from tests.probes import Chain, Task, Tempting, vector
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.policy import Policy
-from understudy.run.seeds import derive
+from understudy.run.seeds import derive_seed
 
 pytestmark = pytest.mark.learning
 FOREVER = 10**6  # log_every: one line at the end, and no picture
@@ -25,7 +25,7 @@ def learn(path, make, recipe=ppo, *, rows=8, **fields) -> Policy:
     if recipe is ppo:
         sizes |= {"rollout": 16, "epochs": 4, "minibatches": 2, "lam": 0.9}
     cfg = recipe.Config(**(common | sizes | fields))
-    policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=derive(1, "weights"))
+    policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=derive_seed(1, "weights"))
     torch.nn.init.zeros_(policy.network.value.weight)  # a critic that expects nothing, so that all it says was learnt
     recipe.train(cfg, env=envs, policy=policy)
     return policy
@@ -35,10 +35,10 @@ def mean_return(policy: Policy, make, *, sample: bool = False, episodes: int = 4
     """What its most likely actions are paid on average."""
     rows = 20
     generator = torch.Generator().manual_seed(0)
-    walker = Walker(
-        vector([make] * rows), seed_of=lambda row, n: derive(99, row, n), generator=generator, sample=sample
+    walker = RolloutCollector(
+        vector([make] * rows), seed_of=lambda row, n: derive_seed(99, row, n), generator=generator, sample=sample
     )
-    return float(np.mean([episode.episode_return for episode in walker.play(policy, episodes // rows)]))
+    return float(np.mean([episode.episode_return for episode in walker.play_episodes(policy, episodes // rows)]))
 
 
 def value(policy: Policy, *obs: float) -> float:

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.tiny_lm import BOS, LONGEST, STOP, lookup_critic, speaker, true_values
-from understudy.batch import Batch, Text
+from understudy.batch import Batch, TokenBatch
 from understudy.language import ppo, stage
-from understudy.language.collect import Said
-from understudy.language.generate import generate, lay_out
-from understudy.language.judge import Sampled
+from understudy.language.collect import Rollout
+from understudy.language.generate import build_trajectory, generate
+from understudy.language.judge import ScoringInput
 from understudy.language.model import Policy, Reference
 from understudy.language.text import Prompt
-from understudy.objective import critic_alone
+from understudy.objective import critic_only
 from understudy.update import update
 
 pytestmark = pytest.mark.learning
@@ -79,16 +79,16 @@ def prompts(task: Task, number: int) -> list[list[int]]:
 
 
 @cache
-def spoken(task: Task, number: int) -> Said:
+def spoken(task: Task, number: int) -> Rollout:
     """What the speaker says; its chances never change, so everyone may learn from it."""
     begun, first = prompts(task, number), 10**6 + number * ROWS
     stops = frozenset() if task.endless else frozenset([STOP])
     completions = generate(Policy(speaker()), begun, limit=task.limit, stops=stops, seeds=range(first, first + ROWS))
-    record = lay_out(begun, completions, endless=task.endless)
+    record = build_trajectory(begun, completions, has_fixed_length=task.endless)
     shown = [Prompt(tuple(prompt), "", {}, row + 1) for row, prompt in enumerate(begun)]
     cut = [not (completion.stopped or task.endless) for completion in completions]
-    judged = Sampled([""] * ROWS, [""] * ROWS, [completion.ids for completion in completions], cut, {})
-    return Said(shown, completions, record, judged)
+    judged = ScoringInput([""] * ROWS, [""] * ROWS, [completion.ids for completion in completions], cut, {})
+    return Rollout(shown, completions, record, judged)
 
 
 @cache
@@ -100,12 +100,12 @@ def reference() -> Reference:
     return Reference(Policy(model))
 
 
-def weighed(policy: Policy, said: Said, cfg: ppo.Config) -> Batch:
+def weighed(policy: Policy, said: Rollout, cfg: ppo.Config) -> Batch:
     """Steps 2 to 4 as the recipe makes them."""
     scores = torch.tensor([score([*p.ids[1:], *c.ids]) for p, c in zip(said.prompts, said.completions, strict=True)])
-    record, reward, referred = ppo.pay(said, scores, reference(), cfg.kl_reference_coef, cfg)
-    old, value = ppo.look(policy, record, cfg)
-    return ppo.weigh_up(record, reward, value, old, referred, cfg)
+    record, reward, referred = ppo.compute_rewards(said, scores, reference(), cfg.kl_reference_coef, cfg)
+    old, value = ppo.estimate_values(policy, record, cfg)
+    return ppo.compute_advantages(record, reward, value, old, referred, cfg)
 
 
 def untrained() -> Policy:
@@ -128,9 +128,9 @@ def learnt(name: str) -> Policy:
             policy,
             optimizer,
             weighed(policy, spoken(task, i), cfg),
-            partial(critic_alone, value_clip=0.0),
-            epochs=2,
-            minibatches=4,
+            partial(critic_only, value_clip=0.0),
+            num_epochs=2,
+            num_minibatches=4,
             max_grad_norm=1.0,
             generator=torch.Generator().manual_seed(i),
         )
@@ -160,7 +160,7 @@ def truth(name: str) -> dict[tuple[int, ...], float]:
 
 
 @cache
-def examined(case: str) -> tuple[Text, torch.Tensor]:
+def examined(case: str) -> tuple[TokenBatch, torch.Tensor]:
     """A fresh sample of what is said in a case, as far as it counts there; and the truth at its chosen steps, [N]."""
     task, fields = CASES[case]
     obs, values = weighed(untrained(), spoken(task, ITERATIONS), config(**fields)).obs, truth(case)
@@ -221,7 +221,7 @@ def test_control_what_another_mode_taught_is_off(learnt_as, case):
 
 
 def test_the_tasks_do_have_both_ends():
-    cut = [spoken(task, 0).record.truncated.any(dim=1).float().mean() for task in (WHOLE, FIXED, CUT, MIDWAY)]
+    cut = [spoken(task, 0).trajectory.truncated.any(dim=1).float().mean() for task in (WHOLE, FIXED, CUT, MIDWAY)]
 
     assert cut[0] == cut[1] == 0
     assert 0.2 < cut[2] < 0.8 and 0.1 < cut[3] < 0.8

@@ -114,8 +114,8 @@ def make_case(case: str, order: list[int], random: np.random.Generator) -> dict[
         "obs": obs[:, :-1],
         "last_obs": obs[:, -1],
         "action": action,
-        "logprob": logprob,
-        "old": old,
+        "behavior_logprob": logprob,
+        "old_distribution": old,
         "reward": random.normal(size=(ROWS, STEPS)),
         "terminated": terminated,
         "value": value,
@@ -321,7 +321,12 @@ def run_sb3(kind: Any, inputs: dict[str, Any], case: str, **options: Any) -> dic
     for t in range(STEPS):
         action = given.action[:, t].numpy().reshape(ROWS, -1)
         buffer.add(
-            given.obs[:, t].numpy(), action, given.reward[:, t].numpy(), start, given.value[:, t], given.logprob[:, t]
+            given.obs[:, t].numpy(),
+            action,
+            given.reward[:, t].numpy(),
+            start,
+            given.value[:, t],
+            given.behavior_logprob[:, t],
         )
         start = given.terminated[:, t].numpy()
     with torch.no_grad():
@@ -421,8 +426,8 @@ def run_rsl_rl(inputs: dict[str, Any]) -> dict[str, Any]:
         step = storage.Transition()
         step.observations, step.actions = look(given.obs[:, t]), given.action[:, t]
         step.rewards, step.dones = given.reward[:, t], given.terminated[:, t]
-        step.values, step.actions_log_prob = given.value[:, t, None], given.logprob[:, t]
-        step.distribution_params = given.old["mean"][:, t], given.old["log_std"][:, t].exp()
+        step.values, step.actions_log_prob = given.value[:, t, None], given.behavior_logprob[:, t]
+        step.distribution_params = given.old_distribution["mean"][:, t], given.old_distribution["log_std"][:, t].exp()
         storage.add_transition(step)
     with torch.no_grad():
         last_value = critic(look(given.last_obs))
@@ -551,7 +556,7 @@ def run_cleanrl(script: Script, inputs: dict[str, Any], case: str) -> dict[str, 
         "iteration": 1,
         "obs": given.obs.transpose(0, 1),
         "actions": given.action.transpose(0, 1),
-        "logprobs": given.logprob.T,
+        "logprobs": given.behavior_logprob.T,
         "rewards": given.reward.T,
         "values": given.value.T,
         "dones": torch.cat([torch.zeros(1, ROWS), ended[:-1]]),

@@ -13,14 +13,14 @@ SHARED = {
     "next_value": value.next_value,
     "ppo": objective.ppo,
     "ppo_penalty": objective.ppo_penalty,
-    "adapt_kl_coef": objective.adapt_kl_coef,
+    "adapt_kl_old_coef": objective.adapt_kl_old_coef,
     "update": update.update,
     "standardize": reduce.standardize,
     "masked_mean": reduce.masked_mean,
 }
 
 
-@pytest.mark.parametrize("name", ["Bounds", "Constraint"])
+@pytest.mark.parametrize("name", ["LagrangianConstraints", "Constraint"])
 def test_both_worlds_hold_to_the_same_bounds(name):
     assert getattr(control_stage, name) is getattr(language_cast, name) is getattr(constrain, name)
 

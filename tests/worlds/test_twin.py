@@ -15,10 +15,10 @@ from understudy.advantage import gae, reward_to_go
 from understudy.batch import Batch, Trajectory
 from understudy.objective import policy_gradient, ppo, ppo_penalty, squared_error
 from understudy.reduce import per_step, standardize
-from understudy.sample import choose
-from understudy.score import at_last_step
+from understudy.sample import sample_action
+from understudy.score import reward_at_last_step
 from understudy.update import update
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 PROMPT, END = 4, 4
 EPISODES = 6
@@ -30,7 +30,7 @@ def play() -> list[tuple]:
     for start in (0, 1) * (EPISODES // 2):
         state, steps = start, []
         for _ in range(2):
-            choice = choose(table, torch.tensor([[state]]), generator=generator)
+            choice = sample_action(table, torch.tensor([[state]]), generator=generator)
             steps.append((state, int(choice.action), float(choice.logprob)))
             state = 2 + int(choice.action) % 2
         episodes.append((steps, float(start + 2 * steps[0][1] - steps[1][1])))
@@ -61,30 +61,36 @@ def as_text(episodes: list[tuple]) -> Trajectory:
         rows.append([*prompt, (s0, a0, l0, 1, 0.0, 0), (s1, a1, l1, 1, 0.0, 1), *padding])
     record = stack(rows)
     score = torch.tensor([score for _, score in episodes], dtype=torch.float64)
-    return Trajectory(**(vars(record) | {"reward": at_last_step(score, record.mask)}))
+    return Trajectory(**(vars(record) | {"reward": reward_at_last_step(score, record.mask)}))
 
 
 WORLDS = {"control": as_control, "text": as_text}
 OBJECTIVES = {
-    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.01, value_loss=squared_error),
+    "policy_gradient": partial(policy_gradient, value_coef=0.5, entropy_coef=0.01, value_loss_fn=squared_error),
     "ppo": partial(ppo, clip=0.2, value_coef=0.5, entropy_coef=0.01, value_clip=0.2),
-    "ppo_penalty": partial(ppo_penalty, kl_coef=0.5, value_coef=0.5, entropy_coef=0.01),
+    "ppo_penalty": partial(ppo_penalty, kl_old_coef=0.5, value_coef=0.5, entropy_coef=0.01),
 }
 
 
 def ready(policy, record: Trajectory) -> Batch:
     """Steps 3 and 4 of every recipe."""
-    old, value = estimate(policy, record)
+    old, value = estimate_values(policy, record)
     after, ends = next_value(value, record), (record.terminated, record.truncated, record.mask)
     advantage = gae(record.reward, value, after, *ends, gamma=0.9, lam=0.8)
     advantage = standardize(advantage, record.mask)
-    return Batch.of(record, old=old, value=value, advantage=advantage, target=advantage + value)
+    return Batch.of(record, old_distribution=old, value=value, advantage=advantage, target=advantage + value)
 
 
 def after_update(record: Trajectory, objective, *, memory: bool):
     table = Table(memory=memory)
     optimizer = torch.optim.Adam(table.parameters(), lr=0.05)
-    fixed = {"epochs": 3, "minibatches": 1, "max_grad_norm": 0.5, "weigh": per_step, "generator": seeded()}
+    fixed = {
+        "num_epochs": 3,
+        "num_minibatches": 1,
+        "max_grad_norm": 0.5,
+        "loss_weights": per_step,
+        "generator": seeded(),
+    }
     metrics = update(table, optimizer, ready(table, record), objective, **fixed)
     return dict(table.state_dict()), metrics
 
@@ -109,7 +115,7 @@ def steps(x: torch.Tensor, record: Trajectory) -> torch.Tensor:
     return pairs.reshape(2, -1, 2).transpose(0, 1).flatten(0, 1) if len(record) == 2 else pairs
 
 
-@pytest.mark.parametrize("name", ["obs", "action", "logprob", "reward", "terminated"])
+@pytest.mark.parametrize("name", ["obs", "action", "behavior_logprob", "reward", "terminated"])
 def test_both_worlds_have_the_same_steps(name):
     control, text = (steps(getattr(record, name), record) for record in (write(play()) for write in WORLDS.values()))
 

@@ -17,16 +17,16 @@ from tests.probes import vector
 from tests.records import Table, seeded
 from understudy.batch import Trajectory
 from understudy.control import ppo as control_ppo
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.language import ppo as language_ppo
-from understudy.language.collect import Said
-from understudy.language.generate import Completion, lay_out
-from understudy.language.judge import Sampled
+from understudy.language.collect import Rollout
+from understudy.language.generate import Completion, build_trajectory
+from understudy.language.judge import ScoringInput
 from understudy.language.text import Prompt
 from understudy.language.tokens import Head, TokenDistribution
 from understudy.objective import ppo, ppo_penalty
 from understudy.update import update
-from understudy.value import estimate
+from understudy.value import estimate_values
 
 TOKENS, STOP, PROMPT, LIMIT = 5, 0, 4, 4
 ROWS, EPISODES, ITERATIONS = 2, 6, 3
@@ -75,7 +75,7 @@ class Player(Table):
     def initial_state(self, rows):
         return None
 
-    def executable(self, action):
+    def to_env_action(self, action):
         return action
 
 
@@ -97,7 +97,7 @@ def table(kind, *, seed=90, memory=True):
     return kind(seed, memory=memory, states=TOKENS, actions=TOKENS)
 
 
-def told(record: Trajectory, how: str) -> Said:
+def told(record: Trajectory, how: str) -> Rollout:
     """A record's episodes as text: a row each, in prompts of one to three tokens."""
     prompts, completions, state = [], [], None
     for row in range(len(record)):
@@ -105,15 +105,15 @@ def told(record: Trajectory, how: str) -> Said:
             if state is None:
                 state, ids, logprob = int(record.obs[row, t]), [], []
             ids.append(int(record.action[row, t]))
-            logprob.append(float(record.logprob[row, t]))
+            logprob.append(float(record.behavior_logprob[row, t]))
             if record.ended[row, t]:
                 prompts.append([*[PROMPT] * (len(prompts) % 3), state])
                 completions.append(Completion(ids, logprob, ids[-1] == STOP, 0))
                 state = None
     shown = [Prompt(tuple(ids), "", {}, i + 1) for i, ids in enumerate(prompts)]
     count, cut = len(prompts), [not completion.stopped for completion in completions]
-    judged = Sampled([""] * count, [""] * count, [completion.ids for completion in completions], cut, {})
-    return Said(shown, completions, lay_out(prompts, completions), judged)
+    judged = ScoringInput([""] * count, [""] * count, [completion.ids for completion in completions], cut, {})
+    return Rollout(shown, completions, build_trajectory(prompts, completions), judged)
 
 
 def config(kind, **fields):
@@ -132,11 +132,11 @@ class Control:
 
     def learn(self, record: Trajectory):
         cfg = self.cfg
-        referred = estimate(self.reference, record)[0].log_prob(record.action)
-        paid = record.reward - self.coef * torch.where(record.mask, record.logprob - referred, 0.0)
-        old, value = estimate(self.policy, record)
-        batch = control_ppo.weigh_up(record, paid, value, old, cfg)
-        chosen = {"clip": partial(ppo, clip=cfg.clip), "penalty": partial(ppo_penalty, kl_coef=cfg.kl_coef)}
+        referred = estimate_values(self.reference, record)[0].log_prob(record.action)
+        paid = record.reward - self.coef * torch.where(record.mask, record.behavior_logprob - referred, 0.0)
+        old, value = estimate_values(self.policy, record)
+        batch = control_ppo.compute_advantages(record, paid, value, old, cfg)
+        chosen = {"clip": partial(ppo, clip=cfg.clip), "penalty": partial(ppo_penalty, kl_old_coef=cfg.kl_coef)}
         objective = partial(
             chosen[cfg.objective],
             value_coef=cfg.value_coef,
@@ -155,18 +155,22 @@ class Language:
         self.cfg = config(language_ppo.Config, objective=objective, **fields)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=0.05)
 
-    def learn(self, said: Said):
+    def learn(self, said: Rollout):
         scores = torch.tensor([score([p.ids[-1], *c.ids]) for p, c in zip(said.prompts, said.completions, strict=True)])
-        record, reward, referred = language_ppo.pay(
+        record, reward, referred = language_ppo.compute_rewards(
             said, scores, lambda text: self.reference(text)[0], self.coef, self.cfg
         )
-        old, value = language_ppo.look(self.policy, record, self.cfg)
-        batch = language_ppo.weigh_up(record, reward, value, old, referred, self.cfg)
-        improve(self, batch, language_ppo.surrogate(self.cfg, self.cfg.kl_coef, self.coef))
+        old, value = language_ppo.estimate_values(self.policy, record, self.cfg)
+        batch = language_ppo.compute_advantages(record, reward, value, old, referred, self.cfg)
+        improve(self, batch, language_ppo.make_objective(self.cfg, self.cfg.kl_coef, self.coef))
 
 
 def improve(side, batch, objective):
-    fixed = {"epochs": side.cfg.epochs, "minibatches": side.cfg.minibatches, "max_grad_norm": side.cfg.max_grad_norm}
+    fixed = {
+        "num_epochs": side.cfg.epochs,
+        "num_minibatches": side.cfg.minibatches,
+        "max_grad_norm": side.cfg.max_grad_norm,
+    }
     update(side.policy, side.optimizer, batch, objective, generator=seeded(), **fixed)
 
 
@@ -174,7 +178,7 @@ def learn(objective: str, how: str, *, memory: bool = True, coef: float = 0.0, s
     """Both tables after some iterations, and the records of the last; control's policy plays."""
     control, text = Control(objective, memory=memory, coef=coef), Language(objective, said_as or how, coef=coef)
     envs = vector([lambda: Saying(how)] * ROWS)
-    walker = Walker(envs, seed_of=lambda row, n: 10 * n + row, generator=seeded(1))
+    walker = RolloutCollector(envs, seed_of=lambda row, n: 10 * n + row, generator=seeded(1))
     for _ in range(ITERATIONS):
         record = walker.collect_episodes(control.policy, EPISODES)
         said = told(record, how)

@@ -35,8 +35,8 @@ One policy-gradient library for agents in environments and language models under
 
 Add --help to a verb for its flags; --version prints this program's. Start here:  understudy control ppo --env CartPole-v1
 """
-TRAINING = ("control", "language", "rehearse", "resume")
-VERBS = (*TRAINING, "evaluate", "generate", "show", "lineage", "compare")
+TRAINING_VERBS = ("control", "language", "rehearse", "resume")
+VERBS = (*TRAINING_VERBS, "evaluate", "generate", "show", "lineage", "compare")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,49 +49,49 @@ def main(argv: list[str] | None = None) -> int:
     from understudy.run.config import RequestError
     from understudy.run.redact import printable, redact
 
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)  # as `python -m` has it: a module of the current folder is found
+    if (working_dir := os.getcwd()) not in sys.path:
+        sys.path.append(working_dir)  # as `python -m` has it: a module of the current folder is found
     try:
         try:
-            return _answer(sys.argv[1:] if argv is None else argv)
+            return _dispatch(sys.argv[1:] if argv is None else argv)
         finally:
             if sys.stdout is not None:  # it was closed before we began
                 sys.stdout.flush()  # a reader that has ended is noticed here, not while Python ends
     except RequestError as error:
-        print(f"understudy: {printable(redact(_sentence(error)))}", file=sys.stderr)
+        print(f"understudy: {printable(redact(_format_error(error)))}", file=sys.stderr)
         return 1 if hasattr(error, "__notes__") else 2  # with notes, it ended a run that had begun
     except KeyboardInterrupt as error:
-        print(f"understudy: {printable(_sentence(error, 'stopped'))}", file=sys.stderr)
+        print(f"understudy: {printable(_format_error(error, 'stopped'))}", file=sys.stderr)
         return 130
     except SystemExit as error:
         if hasattr(error, "__notes__"):  # a run that SIGTERM has ended
-            print(f"understudy: {printable(_sentence(error, 'stopped'))}", file=sys.stderr)
+            print(f"understudy: {printable(_format_error(error, 'stopped'))}", file=sys.stderr)
         raise
     except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
             return 141
-        if (refusal := _too_large(error)) is not None:
+        if (refusal := _size_refusal(error)) is not None:
             print(f"understudy: {printable(redact(refusal))}", file=sys.stderr)
             return 2
-        said = printable(redact(_sentence(error)))
-        print(f"understudy: {type(error).__name__}: {said}", file=sys.stderr)
+        message = printable(redact(_format_error(error)))
+        print(f"understudy: {type(error).__name__}: {message}", file=sys.stderr)
         return 1
 
 
-def _sentence(error: BaseException, said: str | None = None) -> str:
+def _format_error(error: BaseException, message: str | None = None) -> str:
     """An error's message on one line, with the notes that a run gave it."""
-    text = str(error) if said is None else said
+    text = str(error) if message is None else message
     return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
 
 
-def _too_large(error: Exception) -> str | None:
+def _size_refusal(error: Exception) -> str | None:
     """The refusal of a request that does not fit into memory or into a file name, wherever it was met; else None."""
     from understudy.run.guard import ran_out_of_memory
 
     text = " ".join(str(error).split())
     if ran_out_of_memory(error):
-        tried = re.search(r"you tried to allocate (\d+ bytes)", text)
-        amount = f" ({tried[1]} at once)" if tried else ""
+        match = re.search(r"you tried to allocate (\d+ bytes)", text)
+        amount = f" ({match[1]} at once)" if match else ""
         return f"memory ran out{amount}: lower the sizes asked for, such as hidden, num_envs, rollout, rows or max_new"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:40]!r}... is too long for the name of a file: give a shorter one"
@@ -100,18 +100,18 @@ def _too_large(error: Exception) -> str | None:
 
 def _reader_has_ended() -> bool:
     """Whether output goes to a program that has ended, as `head` does; what is still to be written is then dropped."""
-    ended = False
+    has_ended = False
     for stream in (sys.stdout, sys.stderr):
-        watch = select.poll()
+        poller = select.poll()
         with contextlib.suppress(OSError):  # a stream without a descriptor
-            watch.register(stream, 0)  # 0: errors alone, which are always told
-            if watch.poll(0):
+            poller.register(stream, 0)  # 0: errors alone, which are always told
+            if poller.poll(0):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-                ended = True
-    return ended
+                has_ended = True
+    return has_ended
 
 
-def _answer(argv: list[str]) -> int:
+def _dispatch(argv: list[str]) -> int:
     if (
         not argv
         or argv[0] in ("-h", "--help", "help")
@@ -130,12 +130,12 @@ def _answer(argv: list[str]) -> int:
 
     if (warning := foreign_warning()) is not None:
         print(f"understudy: warning: {printable(warning)}", file=sys.stderr)
-    with end_descendants_if_killed() if argv[0] in TRAINING else contextlib.nullcontext():
-        return _run(argv[0], argv[1:])
+    with end_descendants_if_killed() if argv[0] in TRAINING_VERBS else contextlib.nullcontext():
+        return _run_verb(argv[0], argv[1:])
 
 
-def _run(verb: str, argv: list[str]) -> int:
-    from understudy.run.config import RequestError, nearest
+def _run_verb(verb: str, argv: list[str]) -> int:
+    from understudy.run.config import RequestError, did_you_mean
 
     if verb == "control":
         from understudy.cli.control import train
@@ -154,9 +154,9 @@ def _run(verb: str, argv: list[str]) -> int:
 
         return resume_run(argv)
     if verb == "generate":
-        from understudy.cli.language import say
+        from understudy.cli.language import generate
 
-        return say(argv)
+        return generate(argv)
     if verb == "evaluate":
         return _evaluate(argv)
     if verb == "compare":
@@ -169,7 +169,7 @@ def _run(verb: str, argv: list[str]) -> int:
         from understudy.cli.lineage import show
 
         return show(argv)
-    raise RequestError(f"verb is {verb!r}: must be one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    raise RequestError(f"verb is {verb!r}: must be one of {', '.join(VERBS)}{did_you_mean(verb, VERBS)}")
 
 
 def _evaluate(argv: list[str]) -> int:
@@ -200,12 +200,12 @@ def _compare(argv: list[str]) -> int:
     from pathlib import Path
 
     from understudy.cli.flags import Parser
-    from understudy.study.compare import groups, table
+    from understudy.study.compare import format_table, group_runs
 
     parser = Parser(prog="understudy compare", description="Runs that differ in their seed only form a group.")
     parser.add_argument("runs", nargs="+", help="directories of runs")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
-    found = groups([Path(run) for run in args.runs])
-    print(json.dumps(found) if args.json else table(found))
+    args = parser.parse(argv)
+    run_groups = group_runs([Path(run) for run in args.runs])
+    print(json.dumps(run_groups) if args.json else format_table(run_groups))
     return 0

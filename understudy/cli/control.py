@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, json_object, whole_number
+from understudy.cli.flags import Parser, asks_for_help, parse_flags, parse_json_object, read_config_file, whole_number
 from understudy.cli.help import show_help
-from understudy.control.environment import check_kind
-from understudy.control.evaluate import SEED, evaluate
+from understudy.control.environment import check_env_or_wrapper
+from understudy.control.evaluate import EVALUATION_SEED, evaluate
 from understudy.control.own_network import named_network
 from understudy.control.presets import settings
-from understudy.resuming import described, rebuilt
-from understudy.run.config import RequestError, nearest
-from understudy.run.paths import absolute, short
+from understudy.resuming import read_run_config, rebuild_config
+from understudy.run.config import RequestError, did_you_mean
+from understudy.run.paths import absolute_path, short_path
 from understudy.run.store import process_seconds, read_config, write_json
-from understudy.run.trust import permit
+from understudy.run.trust import require_trusted_code
 
 RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}
 
 
 def train(argv: list[str]) -> int:
     if argv[0] not in RECIPES:
-        raise RequestError(f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{nearest(argv[0], RECIPES)}")
+        raise RequestError(
+            f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{did_you_mean(argv[0], RECIPES)}"
+        )
     as_json = "--json" in argv
     argv = [word for word in argv if word != "--json"]
     recipe = importlib.import_module(f"understudy.control.{RECIPES[argv[0]]}")
@@ -38,29 +40,31 @@ def train(argv: list[str]) -> int:
             run = recipe.train(config)
     else:
         run = recipe.train(config)
-    _summary(run, config, as_json)
+    _print_summary(run, config, as_json)
     return 0
 
 
-def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
+def _configure(config_class: Any, argv: list[str], *, prog: str) -> Any:
     """A recipe's config from flags over a config file over a preset over its defaults."""
-    helps = asks_for_help(argv)
-    given, argv = fields_in_file(kind, [word for word in argv if word not in ("-h", "--help")])
-    given |= fields_in_flags(kind, argv, prog=prog)
-    env = given.get("env")
-    if helps:
-        defaults = settings(kind, env, given.get("preset", "tuned")) if env else {}
-        whose = (
+    wants_help = asks_for_help(argv)
+    fields, argv = read_config_file(config_class, [word for word in argv if word not in ("-h", "--help")])
+    fields |= parse_flags(config_class, argv, prog=prog)
+    env = fields.get("env")
+    if wants_help:
+        defaults = settings(config_class, env, fields.get("preset", "tuned")) if env else {}
+        source = (
             f"those of preset {defaults['preset']} for {env}"
             if env
             else f"the recipe's own: see {prog} --env ID --help"
         )
-        note = f"Defaults are {whose}."
-        show_help(kind, defaults | given, prog=prog, usage="--env ID", epilog=EPILOG.format(prog=prog), note=note)
+        note = f"Defaults are {source}."
+        show_help(
+            config_class, defaults | fields, prog=prog, usage="--env ID", epilog=EPILOG.format(prog=prog), note=note
+        )
     if not isinstance(env, str):
         raise RequestError("env is missing: name a Gymnasium id, as in --env CartPole-v1")
-    defaults = settings(kind, env, given.get("preset", "tuned"))
-    return kind(**(defaults | given | {"preset": defaults["preset"]}))
+    defaults = settings(config_class, env, fields.get("preset", "tuned"))
+    return config_class(**(defaults | fields | {"preset": defaults["preset"]}))
 
 
 EPILOG = """\
@@ -77,29 +81,32 @@ example:
 """
 
 
-def _summary(run: Any, config: Any, as_json: bool) -> None:
-    last = run.metrics[-1]
-    mean = last["episode_return_mean"]
+def _print_summary(run: Any, config: Any, as_json: bool) -> None:
+    last_metrics = run.metrics[-1]
+    mean = last_metrics["episode_return_mean"]
     if as_json:
         total = process_seconds()
         line = {
-            "run": short(run.path),
-            "steps": last["steps"],
+            "run": short_path(run.path),
+            "steps": last_metrics["steps"],
             "seconds": total,
-            "train_seconds": last["seconds"],
+            "train_seconds": last_metrics["seconds"],
             "startup_seconds": run.startup_seconds,
             "episode_return_mean": mean,
             "solved_at": run.solved_at,
         }
-        print(json.dumps(line | ({} if run.stopped is None else {"stopped": run.stopped})))
+        print(json.dumps(line | ({} if run.stop_reason is None else {"stopped": run.stop_reason})))
         return
     if run.solved_at is not None:
         print(f"Solved after {run.solved_at['steps']:,} steps, {run.solved_at['seconds']:.1f} s from process start.")
-    if run.stopped is not None:
-        print(f"Stopped by a constraint: {run.stopped}.")
+    if run.stop_reason is not None:
+        print(f"Stopped by a constraint: {run.stop_reason}.")
     shown = "no episode finished" if mean is None else f"mean return of the last 100 episodes {mean:.1f}"
-    print(f"{last['steps']:,} steps, {shown}. Policy: {short(run.path)}/policy  Curve: {short(run.path)}/curve.png")
-    print(f"Next: understudy evaluate {short(run.path)}")
+    print(
+        f"{last_metrics['steps']:,} steps, {shown}. Policy: {short_path(run.path)}/policy  Curve: "
+        f"{short_path(run.path)}/curve.png"
+    )
+    print(f"Next: understudy evaluate {short_path(run.path)}")
 
 
 POLICY_HELP = "the network of your own that the run was trained with, or what makes it; module:NAME, too"
@@ -123,54 +130,62 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--device", help="torch device, where the run's own is not here (default: the run's)")
     parser.add_argument("--video", action="store_true", help="record one episode under RUN/video")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
+    args = parser.parse(argv)
 
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
-    path = absolute(args.run)
-    policy, config = opened(path, args)
-    found = evaluate(policy, config, episodes=args.episodes, sample=args.sample)
-    returns = found.returns
+    path = absolute_path(args.run)
+    policy, config = load_run(path, args)
+    evaluation = evaluate(policy, config, num_episodes=args.episodes, sample=args.sample)
+    returns = evaluation.returns
     if args.video:
-        evaluate(policy, config, episodes=1, video=path / "video")
+        evaluate(policy, config, num_episodes=1, video=path / "video")
     result = {
         "episodes": args.episodes,
         "sample": args.sample,
-        "seed": SEED,
+        "seed": EVALUATION_SEED,
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.stdev(returns) if len(returns) > 1 else 0.0,
-        "success_rate": found.success_rate,
-        "num_cut": found.num_cut,
+        "success_rate": evaluation.success_rate,
+        "num_cut": evaluation.num_truncated,
         "returns": returns,
     }
     if not args.sample:
         write_json(path / "evaluation.json", result)
-    how = "sampled" if args.sample else "mode"
-    text = f"{args.episodes} episodes, {how} actions: return {result['return_mean']:.2f} +- {result['return_std']:.2f}"
-    text += "" if found.success_rate is None else f", success rate {found.success_rate:.2f}"
-    if found.num_cut:
+    action_mode = "sampled" if args.sample else "mode"
+    text = (
+        f"{args.episodes} episodes, {action_mode} actions: return {result['return_mean']:.2f} +- "
+        f"{result['return_std']:.2f}"
+    )
+    text += "" if evaluation.success_rate is None else f", success rate {evaluation.success_rate:.2f}"
+    if evaluation.num_truncated:
         steps = f"{config.evaluation_max_steps:,}"
-        print(f"understudy: {found.num_cut} episodes were ended at evaluation_max_steps, {steps}", file=sys.stderr)
-    print(json.dumps({"run": short(path), **result}) if args.json else text)
+        print(
+            f"understudy: {evaluation.num_truncated} episodes were ended at evaluation_max_steps, {steps}",
+            file=sys.stderr,
+        )
+    print(json.dumps({"run": short_path(path), **result}) if args.json else text)
     return 0
 
 
-def opened(path: Path, args: Any) -> tuple[Any, Any]:
+def load_run(path: Path, args: Any) -> tuple[Any, Any]:
     """A run's final policy and its config; `args` may give some of it anew: env, wrappers, env_options, policy, device."""
-    _, name, fields = described(path)
+    _, name, fields = read_run_config(path)
     recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
-    own = {"env": args.env} if args.env else {}
-    own |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
-    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
-    for code in permit(path, fields, given=own):
-        check_kind(code.field, code.name)
+    overrides = {"env": args.env} if args.env else {}
+    overrides |= {"wrappers": tuple(args.wrappers)} if args.wrappers is not None else {}
+    overrides |= (
+        {"env_options": parse_json_object("env_options", args.env_options)} if args.env_options is not None else {}
+    )
+    for code in require_trusted_code(path, fields, overridden=overrides):
+        check_env_or_wrapper(code.field, code.name)
     if read_config(path).get("own_env") and not args.env:
         raise RequestError(
             f"run is '{path}', which was trained in an environment object: name what makes it with --env, as in "
             "--env my_env.py:MyEnv"
         )
-    given = {name: getattr(args, name, None) for name in ("device", "num_evaluation_envs", "evaluation_max_steps")}
-    own |= {name: value for name, value in given.items() if value is not None}
-    config = rebuilt(recipe.Config, fields | own)
+    optional = {name: getattr(args, name, None) for name in ("device", "num_evaluation_envs", "evaluation_max_steps")}
+    overrides |= {name: value for name, value in optional.items() if value is not None}
+    config = rebuild_config(recipe.Config, fields | overrides)
     network = None if args.policy is None else named_network(args.policy)
     return load(path, policy=network), config

@@ -40,7 +40,9 @@ GROUPS = {  # the first group with a pattern that fits a field's name; one that 
 }
 
 
-def show_help(kind: Any, defaults: dict[str, Any], *, prog: str, usage: str, epilog: str, note: str = "") -> None:
+def show_help(
+    config_class: Any, defaults: dict[str, Any], *, prog: str, usage: str, epilog: str, note: str = ""
+) -> None:
     """Print a recipe's help and exit.
 
     Args:
@@ -52,7 +54,7 @@ def show_help(kind: Any, defaults: dict[str, Any], *, prog: str, usage: str, epi
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} {usage} [FLAG ...]",
-        description=f"{inspect.getdoc(kind)} {note}".strip(),
+        description=f"{inspect.getdoc(config_class)} {note}".strip(),
         epilog=epilog,
         add_help=False,
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width),
@@ -60,56 +62,60 @@ def show_help(kind: Any, defaults: dict[str, Any], *, prog: str, usage: str, epi
     parser.add_argument_group("from a file").add_argument(
         "--config", metavar="FILE", help="YAML file that sets any of the fields below; flags go over it"
     )
-    docs, hints = field_docs(kind), get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    docs, hints = field_docs(config_class), get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
     for group in GROUPS:
         names = [name for name in fields if group_of(name) == group]
         section = parser.add_argument_group(group) if names else parser
         for name in names:
             default = defaults.get(name, _default(fields[name]))
-            text = docs[name] if default is dataclasses.MISSING else f"{docs[name]} (default: {_shown(default)})"
-            _add(section, name, hints[name], text.replace("%", "%%"))
+            text = (
+                docs[name] if default is dataclasses.MISSING else f"{docs[name]} (default: {_format_default(default)})"
+            )
+            _add_flag(section, name, hints[name], text.replace("%", "%%"))
     print(parser.format_help(), end="")
     raise SystemExit(0)
 
 
 def group_of(name: str) -> str:
     """The group that a field's help is printed in."""
-    fits = (group for group, patterns in GROUPS.items() if any(fnmatch(name, pattern) for pattern in patterns.split()))
-    return next(fits, "optimisation")
+    matching = (
+        group for group, patterns in GROUPS.items() if any(fnmatch(name, pattern) for pattern in patterns.split())
+    )
+    return next(matching, "optimisation")
 
 
-def field_docs(kind: Any) -> dict[str, str]:
+def field_docs(config_class: Any) -> dict[str, str]:
     """The docstring beneath each field of a dataclass and of those it extends, on one line."""
-    found: dict[str, str] = {}
-    for one in reversed(kind.__mro__[:-1]):
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(one))).body[0]
-        for line, beneath in zip(body.body, body.body[1:], strict=False):
-            if isinstance(line, ast.AnnAssign) and isinstance(beneath, ast.Expr):
-                found[ast.unparse(line.target)] = " ".join(ast.literal_eval(beneath.value).split())
-    return found
+    docs: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for line, docstring in zip(body.body, body.body[1:], strict=False):
+            if isinstance(line, ast.AnnAssign) and isinstance(docstring, ast.Expr):
+                docs[ast.unparse(line.target)] = " ".join(ast.literal_eval(docstring.value).split())
+    return docs
 
 
-def _add(section: Any, name: str, hint: Any, text: str) -> None:
+def _add_flag(section: Any, name: str, hint: Any, text: str) -> None:
     """One flag with its line of help."""
     flag = "--" + name.replace("_", "-")
     if hint is bool:
         section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
-    several = {"nargs": "*"} if get_origin(hint) is tuple else {}
-    if several or type(None) in get_args(hint):
+    options = {"nargs": "*"} if get_origin(hint) is tuple else {}
+    if options or type(None) in get_args(hint):
         hint = get_args(hint)[0]
     metavar = {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "JSON")
     if get_origin(hint) is Literal:
         metavar = "{" + ",".join(map(str, get_args(hint))) + "}"
-    section.add_argument(flag, metavar=metavar, help=text, **several)
+    section.add_argument(flag, metavar=metavar, help=text, **options)
 
 
 def _default(field: Any) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def _shown(value: Any) -> str:
+def _format_default(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
     if isinstance(value, bool):

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any
 
 from understudy import load
-from understudy.cli.flags import Parser, asks_for_help, fields_in_file, fields_in_flags, unescaped, whole_number
+from understudy.cli.flags import Parser, asks_for_help, parse_flags, read_config_file, unescaped, whole_number
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
 from understudy.language.best import FOLDER as BEST
-from understudy.language.cast import Cast, close
-from understudy.language.model import Policy, digest, home
+from understudy.language.cast import RLHFModels, close_workers
+from understudy.language.model import Policy, model_dir, module_digest
 from understudy.language.scorer import RewardModel
 from understudy.language.text import Tokenizer
-from understudy.resuming import ROLLOUTS, described, rebuilt
-from understudy.run.config import RequestError, nearest
+from understudy.resuming import ROLLOUTS, read_run_config, rebuild_config
+from understudy.run.config import RequestError, did_you_mean
 from understudy.run.lineage import read_lineage
-from understudy.run.paths import short
+from understudy.run.paths import short_path
 from understudy.run.redact import printable
 from understudy.run.store import process_seconds, write_json
-from understudy.run.trust import permit
+from understudy.run.trust import require_trusted_code
 
 RECIPES = {
     "sft": "sft",
@@ -36,7 +36,7 @@ RECIPES = {
     "grpo": "grpo",
     "dpo": "dpo",
 }
-NEEDED = {  # a field without a default: its value in usage, and the fix
+REQUIRED_FIELDS = {  # a field without a default: its value in usage, and the fix
     "model": "DIR:name a directory, run or hub id, as in --model DIR",
     "data": "FILE:name a file, as in --data prompts.jsonl",
     "reward": "SPEC:name a reward model's directory, file.py:function or a builtin, as in --reward DIR",
@@ -92,10 +92,12 @@ EXAMPLES = {
 def train(argv: list[str]) -> int:
     """`understudy language RECIPE ...`."""
     if argv[0] not in RECIPES:
-        raise RequestError(f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{nearest(argv[0], RECIPES)}")
-    as_json, strict = "--json" in argv, "--fail-if-worse" in argv
+        raise RequestError(
+            f"recipe is {argv[0]!r}: must be one of {', '.join(RECIPES)}{did_you_mean(argv[0], RECIPES)}"
+        )
+    as_json, fail_if_worse = "--json" in argv, "--fail-if-worse" in argv
     argv = [word for word in argv if word not in ("--json", "--fail-if-worse")]
-    if strict and argv[0] not in ROLLOUTS:
+    if fail_if_worse and argv[0] not in ROLLOUTS:
         raise RequestError(
             f"fail_if_worse is given to {argv[0]}: only {', '.join(ROLLOUTS)} end better or worse; leave it out"
         )
@@ -103,25 +105,29 @@ def train(argv: list[str]) -> int:
     config = _configure(recipe.Config, argv[1:], prog=f"understudy language {argv[0]}")
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         run = recipe.train(config)
-    last, code = run.metrics[-1], int(strict and run.ended_worse is not None)
+    last_metrics, exit_code = run.metrics[-1], int(fail_if_worse and run.ended_worse is not None)
     if as_json:
-        line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
-        line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
-        line |= {} if run.stopped is None else {"stopped": run.stopped}
+        line = {"run": short_path(run.path), "steps": last_metrics["steps"], "seconds": process_seconds()}
+        line |= {"train_seconds": last_metrics["seconds"], "startup_seconds": run.startup_seconds}
+        line |= {} if run.stop_reason is None else {"stopped": run.stop_reason}
         line |= {} if run.ended_worse is None else {"ended_worse": run.ended_worse}
-        print(json.dumps(line | {name: last[name] for name in last if name == "score_mean" or name == "loss"}))
-        return code
-    if run.stopped is not None:
-        print(f"Stopped by a constraint: {run.stopped}.")
-    shown = [f"{name} {last[name]:.4g}" for name in SUMMED if name in last]
-    print(f"{last['steps']:,} tokens, {', '.join(shown)}. Run: {short(run.path)}")
+        print(
+            json.dumps(
+                line | {name: last_metrics[name] for name in last_metrics if name == "score_mean" or name == "loss"}
+            )
+        )
+        return exit_code
+    if run.stop_reason is not None:
+        print(f"Stopped by a constraint: {run.stop_reason}.")
+    shown = [f"{name} {last_metrics[name]:.4g}" for name in SUMMARY_METRICS if name in last_metrics]
+    print(f"{last_metrics['steps']:,} tokens, {', '.join(shown)}. Run: {short_path(run.path)}")
     if run.ended_worse is not None:
         print(f"Warning: {run.ended_worse}.")
-    print(f"Next: understudy evaluate {short(run.path)}")
-    return code
+    print(f"Next: understudy evaluate {short_path(run.path)}")
+    return exit_code
 
 
-SUMMED = (
+SUMMARY_METRICS = (
     "score_mean",
     "gold_mean",
     "kl_reference",
@@ -134,30 +140,30 @@ SUMMED = (
 )
 
 
-def _configure(kind: Any, argv: list[str], *, prog: str) -> Any:
+def _configure(config_class: Any, argv: list[str], *, prog: str) -> Any:
     """A recipe's config from flags over a config file over its defaults."""
-    helps = asks_for_help(argv)
-    given, argv = fields_in_file(kind, [word for word in argv if word not in ("-h", "--help")])
-    flags = fields_in_flags(kind, argv, prog=prog)
-    given |= flags | ({"stop": tuple(map(unescaped, flags["stop"]))} if "stop" in flags else {})
-    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    if helps:
-        usage = " ".join(f"--{name} {NEEDED[name].partition(':')[0]}" for name in needed)
+    wants_help = asks_for_help(argv)
+    fields, argv = read_config_file(config_class, [word for word in argv if word not in ("-h", "--help")])
+    flags = parse_flags(config_class, argv, prog=prog)
+    fields |= flags | ({"stop": tuple(map(unescaped, flags["stop"]))} if "stop" in flags else {})
+    required = [field.name for field in dataclasses.fields(config_class) if field.default is dataclasses.MISSING]
+    if wants_help:
+        usage = " ".join(f"--{name} {REQUIRED_FIELDS[name].partition(':')[0]}" for name in required)
         recipe = prog.split()[-1]
         epilog = (
-            COLUMNS[recipe] + (REWARDS if "reward" in needed else "") + f"\nexample:\n  {prog} {EXAMPLES[recipe]}\n"
+            COLUMNS[recipe] + (REWARDS if "reward" in required else "") + f"\nexample:\n  {prog} {EXAMPLES[recipe]}\n"
         )
-        show_help(kind, given, prog=prog, usage=usage, epilog=epilog)
-    for name in needed:
-        if name not in given:
-            raise RequestError(f"{name} is missing: {NEEDED[name].partition(':')[2]}")
-    return kind(**given)
+        show_help(config_class, fields, prog=prog, usage=usage, epilog=epilog)
+    for name in required:
+        if name not in fields:
+            raise RequestError(f"{name} is missing: {REQUIRED_FIELDS[name].partition(':')[2]}")
+    return config_class(**fields)
 
 
 STOP_HELP = r"texts or token ids that end it; \n, \t and \\ stand for a line's end, a tab and \ (default: the model's)"
 
 
-def say(argv: list[str]) -> int:
+def generate(argv: list[str]) -> int:
     """`understudy generate RUN|DIR --prompt TEXT | --chat`."""
     parser = Parser(prog="understudy generate", description="Let a language policy go on from a prompt, or talk to it.")
     parser.add_argument("source", metavar="RUN|DIR", help="run, policy directory or hub id")
@@ -177,38 +183,38 @@ def say(argv: list[str]) -> int:
     parser.add_argument("--stop", nargs="+", default=[], help=STOP_HELP)
     parser.add_argument("--seed", type=whole_number, default=0, help="seed of the samples (default 0)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
+    args = parser.parse(argv)
     if args.chat == (args.prompt is not None):
         raise RequestError("prompt is missing: give --prompt TEXT, or --chat, and not both")
-    source = home(args.source, "policy")
+    source = model_dir(args.source, "policy")
     policy = load(source) if (Path(source) / "understudy.json").is_file() else Policy.from_pretrained(source)
     try:
         policy.tokenizer = Tokenizer.load(source, stop=tuple(map(unescaped, args.stop)))
     except RequestError:
         if args.stop:
             raise
-        policy.tokenizer = Tokenizer.load(source, fixed_length=True)  # it names no stop
-    for remark in policy.remarks:
-        print(f"understudy: {printable(remark)}", file=sys.stderr)
+        policy.tokenizer = Tokenizer.load(source, has_fixed_length=True)  # it names no stop
+    for warning in policy.warnings:
+        print(f"understudy: {printable(warning)}", file=sys.stderr)
 
-    how = {"max_new_tokens": args.max_new, "temperature": args.temperature, "greedy": args.greedy}
+    options = {"max_new_tokens": args.max_new, "temperature": args.temperature, "greedy": args.greedy}
     if args.chat:
-        return _talk(lambda turns, seed: policy.generate([turns], seed=seed, **how)[0][0], args.seed)
-    [texts] = policy.generate([args.prompt], count=args.count, seed=args.seed, **how)
+        return _chat(lambda turns, seed: policy.generate([turns], seed=seed, **options)[0][0], args.seed)
+    [texts] = policy.generate([args.prompt], num_completions=args.count, seed=args.seed, **options)
     print(json.dumps({"prompt": args.prompt, "completions": texts}) if args.json else "\n".join(map(printable, texts)))
     return 0
 
 
-def _talk(answer: Any, seed: int) -> int:
+def _chat(generate_reply: Any, seed: int) -> int:
     """Turn by turn, until standard input ends."""
-    turns: list[dict[str, str]] = []
+    messages: list[dict[str, str]] = []
     while True:
         try:
-            turns.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
+            messages.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
         except EOFError:
             return 0
-        reply = answer(turns, seed + len(turns))
-        turns.append({"role": "assistant", "content": reply})
+        reply = generate_reply(messages, seed + len(messages))
+        messages.append({"role": "assistant", "content": reply})
         print(printable(reply), flush=True)
 
 
@@ -229,39 +235,43 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--reply", help="who speaks between turns (file.py:function), where the run had somebody")
     parser.add_argument("--device", help="torch device, where the run's own is not here (default: the run's)")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
-    given = Path(args.run)
-    path = run_of(given)
-    _, recipe, fields = described(path)
-    kind = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
-    own: dict[str, Any] = {name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None}
-    own |= {name: x for name in ("reply", "evaluation_data", "device") if (x := getattr(args, name)) is not None}
-    own |= {"trust_remote_code": True} if args.trust_remote_code else {}
-    permit(path, fields, given=own)
-    idle = [name for name in own if name not in kind.__dataclass_fields__]
-    if idle or (args.rows is not None and recipe in ("sft", "reward-model", "dpo")):
+    args = parser.parse(argv)
+    source = Path(args.run)
+    path = run_directory(source)
+    _, recipe, fields = read_run_config(path)
+    config_class = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
+    overrides: dict[str, Any] = {
+        name: tuple(x) for name in ("reward", "gold") if (x := getattr(args, name)) is not None
+    }
+    overrides |= {name: x for name in ("reply", "evaluation_data", "device") if (x := getattr(args, name)) is not None}
+    overrides |= {"trust_remote_code": True} if args.trust_remote_code else {}
+    require_trusted_code(path, fields, overridden=overrides)
+    unused = [name for name in overrides if name not in config_class.__dataclass_fields__]
+    if unused or (args.rows is not None and recipe in ("sft", "reward-model", "dpo")):
         raise RequestError(
-            f"{(*idle, 'rows')[0]} has no effect on a run of {recipe}, which samples nothing: leave it out"
+            f"{(*unused, 'rows')[0]} has no effect on a run of {recipe}, which samples nothing: leave it out"
         )
     if recipe == "sft":
-        found = _held_out_loss(path, rebuilt(sft.Config, fields | own))
+        results = _held_out_loss(path, rebuild_config(sft.Config, fields | overrides))
     elif recipe == "reward-model":
-        found = _held_out_accuracy(path, rebuilt(reward_model.Config, fields | own))
+        results = _held_out_accuracy(path, rebuild_config(reward_model.Config, fields | overrides))
     elif recipe == "dpo":
-        found = _held_out_pairs(path, rebuilt(dpo.Config, fields | own))
+        results = _held_out_pairs(path, rebuild_config(dpo.Config, fields | overrides))
     else:
-        found = _held_out_answers(path, given, rebuilt(kind, fields | own), args.rows or 256)
-    write_json(path / ("evaluation.json" if given == path else "evaluation-best.json"), found)
-    samples = found.pop("samples", [])
+        results = _held_out_completions(
+            path, source, rebuild_config(config_class, fields | overrides), args.rows or 256
+        )
+    write_json(path / ("evaluation.json" if source == path else "evaluation-best.json"), results)
+    samples = results.pop("samples", [])
     if args.json:
-        print(json.dumps({"run": str(path), **found, "samples": samples}))
+        print(json.dumps({"run": str(path), **results, "samples": samples}))
         return 0
     for sample in samples[:3]:
         print(f"{sample['prompt']!r}\n  policy:    {sample['completion']!r}\n  reference: {sample['reference']!r}")
-    print(f"{found['rows']} rows" + (f" of {found['prompts']} different prompts" if "prompts" in found else ""))
-    for name, x in found.items():
+    print(f"{results['rows']} rows" + (f" of {results['prompts']} different prompts" if "prompts" in results else ""))
+    for name, x in results.items():
         if isinstance(x, float) and not name.endswith(("_low", "_high")):
-            low, high = found.get(f"{name}_low", math.nan), found.get(f"{name}_high", math.nan)
+            low, high = results.get(f"{name}_low", math.nan), results.get(f"{name}_high", math.nan)
             print(f"{name:22} {x:9.4f}" + ("" if math.isnan(low) else f"   [{low:.4f}, {high:.4f}]"))
     return 0
 
@@ -269,59 +279,65 @@ def evaluate_run(argv: list[str]) -> int:
 def _held_out_loss(path: Path, cfg: sft.Config) -> dict[str, Any]:
     cfg = dataclasses.replace(cfg, model=str(path))
     policy = sft.load_policy(cfg)
-    _, kept = sft.split(policy, cfg)
-    return {"rows": len(_some(kept, cfg)), "loss": sft.mean_loss(policy, kept)}
+    _, held_out_rows = sft.load_examples(policy, cfg)
+    return {"rows": len(_require_held_out(held_out_rows, cfg)), "loss": sft.mean_loss(policy, held_out_rows)}
 
 
 def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
     trust = cfg.trust_remote_code
     model = RewardModel.from_pretrained(
-        path / "reward_model", stop=cfg.stop, template=cfg.template, trust_remote_code=trust
+        path / "reward_model", stop=cfg.stop, chat_template=cfg.template, trust_remote_code=trust
     )
-    _, kept = reward_model.split(model, cfg)
-    return reward_model.examine(model, _some(kept, cfg))
+    _, held_out_rows = reward_model.load_training_rows(model, cfg)
+    return reward_model.evaluate_reward_model(model, _require_held_out(held_out_rows, cfg))
 
 
 def _held_out_pairs(path: Path, cfg: dpo.Config) -> dict[str, Any]:
     """The policy as it ended against the reference it left, on pairs it did not learn from."""
     policy = sft.load_policy(dataclasses.replace(cfg, model=str(path)))
     reference = sft.load_policy(dataclasses.replace(cfg, model=cfg.reference or cfg.model))
-    _same(digest(reference.model), path, cfg)
-    _, kept = dpo.split(policy, cfg)
-    return dpo.examine(policy, _some(kept, cfg), dpo.refer(reference, kept), dpo.loss(cfg))
+    _require_same_reference(module_digest(reference.model), path, cfg)
+    _, held_out_rows = dpo.load_preferences(policy, cfg)
+    return dpo.evaluate_preferences(
+        policy,
+        _require_held_out(held_out_rows, cfg),
+        dpo.compute_pair_logprobs(reference, held_out_rows),
+        dpo.make_objective(cfg),
+    )
 
 
-def _same(found: str, path: Path, cfg: Any) -> None:
+def _require_same_reference(reference_digest: str, path: Path, cfg: Any) -> None:
     """Refuse a reference that is not the one whose digest the run wrote down."""
-    written = read_lineage(path).get("reference")
-    if found != written:
+    recorded_digest = read_lineage(path).get("reference")
+    if reference_digest != recorded_digest:
         raise RequestError(
-            f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run ({str(written)[:12]}...): "
+            f"reference is '{cfg.reference or cfg.model}', whose weights are not those of the run "
+            f"({str(recorded_digest)[:12]}...): "
             "put back the model that the run started from"
         )
 
 
-def _some(kept: list[Any], cfg: Any) -> list[Any]:
-    if not kept:
+def _require_held_out(rows: list[Any], cfg: Any) -> list[Any]:
+    if not rows:
         raise RequestError(
             f"held_out is {cfg.held_out}: no row of '{cfg.data}' was kept for evaluation; "
             "that takes at least 8 different rows"
         )
-    return kept
+    return rows
 
 
-def run_of(path: Path) -> Path:
+def run_directory(path: Path) -> Path:
     """The run that a path belongs to: RUN itself, or RUN of RUN/best."""
     return path.parent if path.name == BEST and (path / "understudy.json").is_file() else path
 
 
-def _held_out_answers(path: Path, policy: Path, cfg: Any, rows: int) -> dict[str, Any]:
+def _held_out_completions(path: Path, policy: Path, cfg: Any, rows: int) -> dict[str, Any]:
     """A policy of a run beside the reference it was held to, whose digest must be the one the run wrote down."""
     fields = {"model": str(policy), "reference": cfg.reference or cfg.model, "reference_mode": None, "constraint": ()}
     fields |= {"lora": 0, "train_layers": 0}  # nothing learns
-    cast = Cast(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
+    models = RLHFModels(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:
-        _same(cast.reference.digest, path, cfg)
-        return cast.examine(rows)
+        _require_same_reference(models.reference.digest, path, cfg)
+        return models.compute_evaluation(rows)
     finally:
-        close(cast)
+        close_workers(models)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from understudy.cli.flags import Parser
-from understudy.run.lineage import chain, code, tree, verify
+from understudy.run.lineage import code_version, format_chain, read_chain, verify
 from understudy.run.redact import printable
 
 
@@ -16,15 +16,15 @@ def show(argv: list[str]) -> int:
     parser.add_argument("run", help="directory of a run")
     parser.add_argument("--verify", action="store_true", help="recompute every digest that can be recomputed")
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = parser.read(argv)
-    found = chain(Path(args.run))
-    checks = list(verify(found)) if args.verify else []
+    args = parser.parse(argv)
+    chain = read_chain(Path(args.run))
+    checks = list(verify(chain)) if args.verify else []
     differing = [check for check in checks if check.state == "differs"]
     if args.json:
         verified = {"checks": [check._asdict() | {"run": str(check.run)} for check in checks]} if args.verify else {}
-        print(json.dumps(found | verified))
+        print(json.dumps(chain | verified))
         return int(bool(differing))
-    for line in tree(found):
+    for line in format_chain(chain):
         print(printable(line))
     for check in checks:
         if check.state != "same":
@@ -33,7 +33,7 @@ def show(argv: list[str]) -> int:
     if args.verify:
         counts = ", ".join(f"{sum(c.state == state for c in checks)} {state}" for state in STATES)
         print(f"{len(checks)} digests: {counts}.")
-        if (found.get("code") or {}).get("sha256") != code()["sha256"]:
+        if (chain.get("code") or {}).get("sha256") != code_version()["sha256"]:
             print("The run was made by another state of this package's code than is installed now.")
     return int(bool(differing))
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from understudy import resume
-from understudy.cli.flags import Parser, json_object, whole_number
-from understudy.resuming import MOMENTS, ROLLOUTS, START, described
+from understudy.cli.flags import Parser, parse_json_object, whole_number
+from understudy.resuming import OPTIMIZER_FLAG_HINT, ROLLOUTS, START_FLAG, read_run_config
 from understudy.run.config import RequestError
-from understudy.run.paths import short
+from understudy.run.paths import short_path
 from understudy.run.store import process_seconds
 
 
@@ -43,61 +43,72 @@ def resume_run(argv: list[str]) -> int:
         "--fail-if-worse", action="store_true", help="exit code 1 where a language run ended worse than it began"
     )
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
-    args = read(parser, argv)
-    own: dict[str, Any] = {"env": args.env} if args.env else {}
-    own |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
-    own |= {"env_options": json_object("env_options", args.env_options)} if args.env_options is not None else {}
-    own |= {name: x for name in ("reply", "device", "policy") if (x := getattr(args, name))}
-    own |= {"trust_remote_code": True} if args.trust_remote_code else {}
-    world, recipe, _ = described(Path(args.run))
+    args = parse_args(parser, argv)
+    overrides: dict[str, Any] = {"env": args.env} if args.env else {}
+    overrides |= {name: tuple(x) for name in ("wrappers", "reward", "gold") if (x := getattr(args, name))}
+    overrides |= (
+        {"env_options": parse_json_object("env_options", args.env_options)} if args.env_options is not None else {}
+    )
+    overrides |= {name: x for name in ("reply", "device", "policy") if (x := getattr(args, name))}
+    overrides |= {"trust_remote_code": True} if args.trust_remote_code else {}
+    world, recipe, _ = read_run_config(Path(args.run))
     if args.fail_if_worse and (world != "language" or recipe not in ROLLOUTS):
         raise RequestError(
             f"fail_if_worse is given to a run of {world} {recipe}: only language {', '.join(ROLLOUTS)} end better or "
             "worse; leave it out"
         )
-    run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **own)
+    run = resume(args.run, checkpoint=args.checkpoint, steps=args.steps, **overrides)
     if not len(run.metrics):
         raise RequestError(
             f"run is '{args.run}', which has no metrics left to tell what it came to: evaluate it instead"
         )
-    last, code = run.metrics[-1], int(args.fail_if_worse and run.ended_worse is not None)
-    if last["iteration"] <= run.began:
+    last_metrics, code = run.metrics[-1], int(args.fail_if_worse and run.ended_worse is not None)
+    if last_metrics["iteration"] <= run.began:
         print(
             f"understudy: the run was finished: nothing was left to do; --steps M extends it, and other settings take a new "
-            f"run with {START[world]} {args.run}",
+            f"run with {START_FLAG[world]} {args.run}",
             file=sys.stderr,
         )
     if args.json:
         shown = ("episode_return_mean", "score_mean", "loss")
-        line = {"run": short(run.path), "steps": last["steps"], "seconds": process_seconds()}
-        line |= {"train_seconds": last["seconds"], "startup_seconds": run.startup_seconds}
-        line |= {} if run.stopped is None else {"stopped": run.stopped}
+        line = {"run": short_path(run.path), "steps": last_metrics["steps"], "seconds": process_seconds()}
+        line |= {"train_seconds": last_metrics["seconds"], "startup_seconds": run.startup_seconds}
+        line |= {} if run.stop_reason is None else {"stopped": run.stop_reason}
         line |= {} if run.ended_worse is None else {"ended_worse": run.ended_worse}
-        print(json.dumps(line | {name: last[name] for name in shown if name in last} | {"solved_at": run.solved_at}))
+        print(
+            json.dumps(
+                line
+                | {name: last_metrics[name] for name in shown if name in last_metrics}
+                | {"solved_at": run.solved_at}
+            )
+        )
     else:
-        if run.stopped is not None:
-            print(f"Stopped by a constraint: {run.stopped}.")
+        if run.stop_reason is not None:
+            print(f"Stopped by a constraint: {run.stop_reason}.")
         if run.ended_worse is not None:
             print(f"Warning: {run.ended_worse}.")
-        print(f"{last['steps']:,} steps. Run: {short(run.path)}  Next: understudy evaluate {short(run.path)}")
+        print(
+            f"{last_metrics['steps']:,} steps. Run: {short_path(run.path)}  Next: understudy evaluate {short_path(run.path)}"
+        )
     return code
 
 
-def read(parser: Parser, argv: list[str]) -> argparse.Namespace:
+def parse_args(parser: Parser, argv: list[str]) -> argparse.Namespace:
     """The values of the command line.
 
     Raises:
         RequestError: a flag is none, or one of the run's settings, which a resumed run keeps.
     """
-    found, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if not unknown:
-        return found
+        return args
     flag = unknown[0].split("=")[0]
-    world, recipe, fields = described(Path(found.run))
+    world, recipe, fields = read_run_config(Path(args.run))
     name = flag.removeprefix("--").removeprefix("no-").replace("-", "_")
     if flag.startswith("--") and name in fields:
         raise RequestError(
-            f"{flag} cannot change when a run goes on: `understudy {world} {recipe} {START[world]} {found.run} {flag} ...` "
-            f"starts a new run from its policy{MOMENTS[world]}"
+            f"{flag} cannot change when a run goes on: `understudy {world} {recipe} {START_FLAG[world]} "
+            f"{args.run} {flag} ...` "
+            f"starts a new run from its policy{OPTIMIZER_FLAG_HINT[world]}"
         )
-    return parser.read(argv)
+    return parser.parse(argv)

@@ -8,18 +8,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from understudy.cli.control import POLICY_HELP, opened
+from understudy.cli.control import POLICY_HELP, load_run
 from understudy.cli.flags import Parser, whole_number
 from understudy.control.replay import Step, replay
-from understudy.resuming import described
-from understudy.run.checkpoint import Damaged, require_plain
+from understudy.resuming import read_run_config
+from understudy.run.checkpoint import CorruptFileError, require_regular_file
 from understudy.run.config import RequestError
 from understudy.run.redact import printable
 
-LARGEST = 64 * 2**20  # bytes of a file of samples
-ORDER = ("logprob", "value", "advantage", "reward", "kl_reference", "entropy")  # of columns; others follow
-NARROW = {"kl_reference": "KL"}  # headings
-NUMBERS = 6  # of an observation that are shown
+MAX_SAMPLE_BYTES = 64 * 2**20  # bytes of a file of samples
+COLUMN_ORDER = ("logprob", "value", "advantage", "reward", "kl_reference", "entropy")  # of columns; others follow
+SHORT_HEADINGS = {"kl_reference": "KL"}  # headings
+MAX_NUMBERS = 6  # of an observation that are shown
 
 
 def show(argv: list[str]) -> int:
@@ -49,15 +49,15 @@ def show(argv: list[str]) -> int:
     control.add_argument("--env-options", metavar="JSON", help="a JSON object, in place of the run's own")
     control.add_argument("--policy", metavar="FILE.py:NAME", help=POLICY_HELP)
     control.add_argument("--device", help="torch device, where the run's own is not here")
-    args = parser.read(argv)
+    args = parser.parse(argv)
     path = Path(args.run)
-    world, recipe, _ = described(path)
-    wrong = (
+    world, recipe, _ = read_run_config(path)
+    inapplicable = (
         ("best", "worst", "row", "iteration")
         if world == "control"
         else ("episode", "steps", "env", "wrappers", "policy", "device")
     )
-    for name in wrong:
+    for name in inapplicable:
         if getattr(args, name) is not None:
             raise RequestError(f"{name} is {getattr(args, name)}: this is a {world} run, which has no use for it")
     if world == "control":
@@ -66,37 +66,41 @@ def show(argv: list[str]) -> int:
 
 
 def _show_episode(path: Path, args: Any) -> int:
-    policy, config = opened(path, args)
-    number, most = args.episode or 0, 200 if args.steps is None else args.steps
-    if number < 0 or not 1 <= most <= 1_000_000:
-        raise RequestError(f"episode is {number} and steps is {most}: must be 0 or more, and 1 to 1,000,000")
-    steps = replay(policy, config, episode=number, steps=most, sample=args.sample)
+    policy, config = load_run(path, args)
+    number, max_steps = args.episode or 0, 200 if args.steps is None else args.steps
+    if number < 0 or not 1 <= max_steps <= 1_000_000:
+        raise RequestError(f"episode is {number} and steps is {max_steps}: must be 0 or more, and 1 to 1,000,000")
+    steps = replay(policy, config, episode=number, num_steps=max_steps, sample=args.sample)
     if args.json:
         for step in steps:
             print(json.dumps(step._asdict()))
         return 0
-    for line in _aligned([("step", "reward", "value", "action", "observation"), *map(_step, range(len(steps)), steps)]):
+    for line in _align_columns(
+        [("step", "reward", "value", "action", "observation"), *map(_format_step, range(len(steps)), steps)]
+    ):
         print(line)
-    end = steps[-1].end or f"goes on after {most} steps"
+    end = steps[-1].end_reason or f"goes on after {max_steps} steps"
     print(f"Episode {number}: {len(steps)} steps, return {sum(step.reward for step in steps):.2f}, {end}.")
     return 0
 
 
-def _step(number: int, step: Step) -> tuple[str, ...]:
-    seen = "  ".join(("" if name == "obs" else f"{name} ") + _numbers(value) for name, value in step.obs.items())
-    return str(number), f"{step.reward:.3f}", f"{step.value:.3f}", _numbers(step.action), seen
+def _format_step(number: int, step: Step) -> tuple[str, ...]:
+    observation = "  ".join(
+        ("" if name == "obs" else f"{name} ") + _format_numbers(value) for name, value in step.obs.items()
+    )
+    return str(number), f"{step.reward:.3f}", f"{step.value:.3f}", _format_numbers(step.action), observation
 
 
-def _numbers(value: Any) -> str:
-    flat = list(_flat(value))
-    text = " ".join(f"{x:.3g}" for x in flat[:NUMBERS])
-    return text + (f" ... ({len(flat)} numbers)" if len(flat) > NUMBERS else "")
+def _format_numbers(value: Any) -> str:
+    flat = list(_flatten(value))
+    text = " ".join(f"{x:.3g}" for x in flat[:MAX_NUMBERS])
+    return text + (f" ... ({len(flat)} numbers)" if len(flat) > MAX_NUMBERS else "")
 
 
-def _flat(value: Any) -> Iterator[float]:
+def _flatten(value: Any) -> Iterator[float]:
     if isinstance(value, list):
-        for one in value:
-            yield from _flat(one)
+        for item in value:
+            yield from _flatten(item)
     else:
         yield float(value)
 
@@ -112,54 +116,60 @@ def _show_samples(path: Path, recipe: str, args: Any) -> int:
         files = [file for file in files if int(file.stem) == args.iteration]
         if not files:
             raise RequestError(f"iteration is {args.iteration}: no samples of it are under '{path / 'samples'}'")
-    whole = (args.best, args.worst, args.row) != (None, None, None)
-    shown = list(_chosen(_read(files if whole else files[-1:]), args))
-    if not shown:
+    is_selective = (args.best, args.worst, args.row) != (None, None, None)
+    selected = list(_select_samples(_read_samples(files if is_selective else files[-1:]), args))
+    if not selected:
         raise RequestError(
             f"row is {args.row}: no completion of it is among the samples; leave --row out to see others"
         )
-    for iteration, sample in shown:
+    for iteration, sample in selected:
         if args.json:
             print(json.dumps({"iteration": iteration} | sample))
         else:
-            print("\n".join(_sample(iteration, sample)) + "\n")
+            print("\n".join(_format_sample(iteration, sample)) + "\n")
     return 0
 
 
-def _chosen(samples: Iterator[tuple[int, dict[str, Any]]], args: Any) -> Iterable[tuple[int, dict[str, Any]]]:
+def _select_samples(samples: Iterator[tuple[int, dict[str, Any]]], args: Any) -> Iterable[tuple[int, dict[str, Any]]]:
     """Those asked for: by row, or the best and the worst by score; all where nothing is asked for."""
-    found = [one for one in samples if args.row is None or one[1].get("row") == args.row]
+    candidates = [item for item in samples if args.row is None or item[1].get("row") == args.row]
     if args.best is None and args.worst is None:
-        return found
+        return candidates
     for name in ("best", "worst"):
         if (count := getattr(args, name)) is not None and count < 1:
             raise RequestError(f"{name} is {count}: must be 1 or more")
-    scored = sorted((one for one in found if _is_number(one[1].get("score"))), key=lambda one: -one[1]["score"])
+    scored = sorted(
+        (item for item in candidates if _is_number(item[1].get("score"))), key=lambda item: -item[1]["score"]
+    )
     best = scored[: args.best or 0]
     worst = scored[max(len(best), len(scored) - (args.worst or 0)) :]
     return [*best, *worst]
 
 
-def _read(files: list[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_samples(files: list[Path]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Every sample of files that may be anybody's, with its iteration."""
     for file in files:
         try:
-            require_plain(file)
-            if file.stat().st_size > LARGEST:
-                raise Damaged(f"'{file}' has more than {LARGEST / 2**20:g} MiB: not read")
+            require_regular_file(file)
+            if file.stat().st_size > MAX_SAMPLE_BYTES:
+                raise CorruptFileError(f"'{file}' has more than {MAX_SAMPLE_BYTES / 2**20:g} MiB: not read")
             for line in file.read_text(encoding="utf-8").splitlines():
                 sample = json.loads(line)
                 if not isinstance(sample, dict) or not isinstance(sample.get("tokens"), list):
-                    raise Damaged(f"'{file}' has a line that is no sample")
+                    raise CorruptFileError(f"'{file}' has a line that is no sample")
                 yield int(file.stem), sample
         except (OSError, ValueError, RecursionError) as error:
-            said = str(error) if isinstance(error, Damaged) else f"'{file}' cannot be read ({type(error).__name__})"
+            problem = (
+                str(error)
+                if isinstance(error, CorruptFileError)
+                else f"'{file}' cannot be read ({type(error).__name__})"
+            )
             raise RequestError(
-                f"samples of the run are damaged: {said}; remove the file, or name another --iteration"
+                f"samples of the run are damaged: {problem}; remove the file, or name another --iteration"
             ) from error
 
 
-def _sample(iteration: int, sample: dict[str, Any]) -> Iterator[str]:
+def _format_sample(iteration: int, sample: dict[str, Any]) -> Iterator[str]:
     """A completion as lines: where it is from, its prompt, its scores, and a table with a line for each token."""
     numbers = {name: x for name, x in sample.items() if _is_number(x) and name not in ("row", "version")}
     terms = {
@@ -170,32 +180,32 @@ def _sample(iteration: int, sample: dict[str, Any]) -> Iterator[str]:
         if _is_number(x)
     }
     yield printable(f"Iteration {iteration}, row {sample.get('row')}, " + ("ended" if sample.get("stopped") else "cut"))
-    yield f"prompt      {_text(sample.get('prompt'))}"
-    yield f"completion  {_text(sample.get('completion'))}"
+    yield f"prompt      {_format_text(sample.get('prompt'))}"
+    yield f"completion  {_format_text(sample.get('completion'))}"
     if numbers or terms:
         yield printable("  ".join(f"{name} {x:.4g}" for name, x in {**numbers, **terms}.items()))
     tokens = sample["tokens"]
     names = [
         name for name, x in sample.items() if isinstance(x, list) and len(x) == len(tokens) and all(map(_is_number, x))
     ]
-    names = [name for name in (*ORDER, *names) if name in names and name not in ("completion_ids", "prompt_ids")]
+    names = [name for name in (*COLUMN_ORDER, *names) if name in names and name not in ("completion_ids", "prompt_ids")]
     names = list(dict.fromkeys(names))
     chosen = sample.get("chosen")
     rows = [
         (
             *(f"{round(sample[name][t], 4) + 0.0:.4f}" for name in names),
-            _text(token) + ("" if _holds(chosen, t) else "  (not the policy's)"),
+            _format_text(token) + ("" if _is_chosen(chosen, t) else "  (not the policy's)"),
         )
         for t, token in enumerate(tokens)
     ]
-    yield from _aligned([(*(printable(NARROW.get(name, name)) for name in names), "token"), *rows])
+    yield from _align_columns([(*(printable(SHORT_HEADINGS.get(name, name)) for name in names), "token"), *rows])
 
 
-def _holds(chosen: Any, t: int) -> bool:
+def _is_chosen(chosen: Any, t: int) -> bool:
     return not isinstance(chosen, list) or t >= len(chosen) or bool(chosen[t])
 
 
-def _text(value: Any) -> str:
+def _format_text(value: Any) -> str:
     """Text, or a chat, on one line, with what would steer a terminal written out."""
     return printable(json.dumps(value, ensure_ascii=False))
 
@@ -204,7 +214,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _align_columns(rows: list[tuple[str, ...]]) -> Iterator[str]:
     """Rows of a table as lines; every column but the last is as wide as its widest cell, aligned right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     for row in rows:

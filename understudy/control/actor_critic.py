@@ -14,23 +14,23 @@ from understudy.batch import Batch
 from understudy.control import config, stage
 from understudy.control.optimizer import RMSprop, adam
 from understudy.control.policy import Policy
-from understudy.control.sources import Env, resolve
-from understudy.control.stage import Begun, Iterations, Net
+from understudy.control.sources import EnvLike, resolve_env_fields
+from understudy.control.stage import Iterations, OptionalModule, OptionalResumePoint
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
-from understudy.run.config import Count, Unit
+from understudy.run.config import PositiveInt, UnitInterval
 from understudy.run.store import Run
 from understudy.update import update
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(config.Config):
     """One optimizer step an iteration. rollout 1, num_envs 1 and lam 0 is the online form: it learns at every step."""
 
-    rollout: Count = 5
+    rollout: PositiveInt = 5
     """Env calls an iteration; 1 for the online form."""
-    lam: Unit = 1.0
+    lam: UnitInterval = 1.0
     """GAE's lambda: 1 for n-step returns, 0 for the TD error."""
     value_loss: Literal["squared", "huber"] = "squared"
     """The critic's error: half the square, or Huber's."""
@@ -41,32 +41,45 @@ class Config(config.Config):
     optimizer: Literal["adam", "rmsprop"] = "adam"
     """Adam, or RMSprop with a decay of 0.99 (Mnih et al. 2016, sec. 4; SB3), with adam_eps for its epsilon."""
 
-    def idle(self) -> dict[str, str]:
-        return super().idle() | ({} if self.value_coef else {"value_loss": "value_coef is 0"})
+    def fields_without_effect(self) -> dict[str, str]:
+        return super().fields_without_effect() | ({} if self.value_coef else {"value_loss": "value_coef is 0"})
 
 
 def iterate(
-    cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None
+    cfg: Config,
+    *,
+    env: EnvLike = None,
+    evaluation_env: EnvLike = None,
+    policy: OptionalModule = None,
+    resume: OptionalResumePoint = None,
 ) -> Iterations:
     """The loop itself, an iteration at a time."""
-    cfg = resolve(cfg, env)
-    with stage.open_stage(
-        "actor-critic", cfg, env, policy, evaluation_env=evaluation_env, optimizer=optimizer, resume=resume
+    cfg = resolve_env_fields(cfg, env)
+    with stage.open_run(
+        "actor-critic", cfg, env, policy, evaluation_env=evaluation_env, optimizer=make_optimizer, resume=resume
     ) as run:
         objective = partial(
             policy_gradient,
             value_coef=cfg.value_coef,
             entropy_coef=cfg.entropy_coef,
-            value_loss=huber_error if cfg.value_loss == "huber" else squared_error,
+            value_loss_fn=huber_error if cfg.value_loss == "huber" else squared_error,
         )
-        while run.on:
-            rate = run.schedule()
-            traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
-            paid = run.reward(traj)  # 2 score: the environment pays, and constraints charge
-            old, value = estimate(run.policy, traj)  # 3 value
-            ends = traj.terminated, traj.truncated, traj.mask
-            advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)  # 4 advantage
-            batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
+        while run.is_active:
+            learning_rate = run.update_learning_rate()
+            trajectory = run.collector.collect(run.policy, cfg.rollout)  # 1 sample
+            rewards = run.compute_rewards(trajectory)  # 2 score: the environment pays, and constraints charge
+            old_distribution, value = estimate_values(run.policy, trajectory)  # 3 value
+            ends = trajectory.terminated, trajectory.truncated, trajectory.mask
+            advantage = gae(
+                rewards, value, next_value(value, trajectory), *ends, gamma=cfg.gamma, lam=cfg.lam
+            )  # 4 advantage
+            batch = Batch.of(
+                trajectory,
+                value=value,
+                advantage=advantage,
+                target=advantage + value,
+                old_distribution=old_distribution,
+            )
             if cfg.standardize:
                 batch = Batch.of(batch, advantage=standardize(advantage, batch.mask))
             metrics = update(  # 5 update
@@ -74,20 +87,27 @@ def iterate(
                 run.optimizer,
                 batch,
                 objective,
-                epochs=1,
-                minibatches=1,
+                num_epochs=1,
+                num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                guard=run.guard,
-                generator=run.shuffle,
+                on_nonfinite=run.guard,
+                generator=run.shuffle_generator,
             )
-            run.policy.gather(traj)
+            run.policy.update_normalizers(trajectory)
             if cfg.rollout * cfg.num_envs > 1:
                 metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
-            yield from run.report(metrics | {"learning_rate": rate})
+            yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
+def train(
+    cfg: Config,
+    *,
+    env: EnvLike = None,
+    evaluation_env: EnvLike = None,
+    policy: OptionalModule = None,
+    resume: OptionalResumePoint = None,
+) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened.
 
     Args:
@@ -95,10 +115,10 @@ def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: N
         evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
         policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
     """
-    return stage.drain(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
+    return stage.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
-def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
     """One Adam, or one RMSprop, over all parameters."""
     if cfg.optimizer == "adam":
         return adam(policy, cfg)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import gymnasium
 
-from understudy.control.policy import Policy, scaled_shapes
+from understudy.control.policy import Policy, normalized_shapes
 from understudy.control.preflight import Preflight
-from understudy.control.spaces import far_from_unit
+from understudy.control.spaces import is_far_from_unit
 
 
-def notices(policy: Policy, seen: Preflight) -> Iterator[str]:
+def policy_warnings(policy: Policy, seen: Preflight) -> Iterator[str]:
     """What a user should know before the first step, a sentence each.
 
     Args:
@@ -22,30 +22,30 @@ def notices(policy: Policy, seen: Preflight) -> Iterator[str]:
             f"observation {seen.lost_for_good} varies by less than float64 can hold, so the policy cannot see it: let the "
             "environment subtract a constant"
         )
-    elif seen.lost and not policy.exact:
+    elif seen.float32_loss and not policy.keeps_float64:
         yield (
-            f"observation {seen.lost} varies by less than float32 can hold, so the policy cannot see it: "
+            f"observation {seen.float32_loss} varies by less than float32 can hold, so the policy cannot see it: "
             "set normalize_obs, which scales it in float64 first, or let the environment subtract a constant"
         )
-    if policy.squash == "clip" and far_from_unit(policy.action_space):
+    if policy.squash == "clip" and is_far_from_unit(policy.action_space):
         yield (
             f"action_space is {policy.action_space}, most of which is not explored, because squash is 'clip' and "
             "actions begin around 0: set squash to scale, or to auto"
         )
-    if layers := policy.layers_held:
+    if layers := policy.layers_held_in_eval_mode:
         yield (
             f"the network has {', '.join(layers)}: it stays in evaluation mode, in the update too, because the update must "
             "see the policy that acted"
         )
 
 
-def idle_in(policy: Policy) -> dict[str, str]:
+def env_fields_without_effect(policy: Policy) -> dict[str, str]:
     """The fields that have no effect in an environment of a policy's spaces, and why."""
     observation_space, action_space = policy.observation_space, policy.action_space
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     if not isinstance(action_space, gymnasium.spaces.Box):
-        no_box = f"action_space is {action_space}, no Box"
-        found = {"squash": no_box, "log_std": no_box, "scalar_std": no_box}
-    if not scaled_shapes(observation_space):
-        found["normalize_obs"] = f"observation_space is {observation_space}, in which nothing is scaled"
-    return found
+        reason = f"action_space is {action_space}, no Box"
+        reasons = {"squash": reason, "log_std": reason, "scalar_std": reason}
+    if not normalized_shapes(observation_space):
+        reasons["normalize_obs"] = f"observation_space is {observation_space}, in which nothing is scaled"
+    return reasons

@@ -19,17 +19,33 @@ from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
 from understudy.control.environment import SeededResets, autoreset_mode, seeds_rows
-from understudy.control.infos import entry
-from understudy.control.layout import Call, lay_out
-from understudy.control.masks import flat_mask
-from understudy.control.quick import Quick, quick_form
-from understudy.control.spaces import MASK, PLAIN, all_forbidden, arrays, mask_width, reader, tensors
-from understudy.control.standing import FOLD, LONGEST, Trail, Way, put_back, snapshot, waiting
-from understudy.control.supervise import Supervised
+from understudy.control.infos import get_info_value
+from understudy.control.layout import Call, build_trajectory
+from understudy.control.masks import flatten_mask
+from understudy.control.quick import NumpyActor, make_numpy_actor
+from understudy.control.spaces import (
+    MASK_KEY,
+    OBS_KEY,
+    all_forbidden,
+    make_obs_reader,
+    mask_width,
+    to_arrays,
+    to_tensors,
+)
+from understudy.control.standing import (
+    MAX_REPLAY_STEPS,
+    MAX_UNFOLDED_CALLS,
+    ActionLog,
+    RestoreMethod,
+    replay_schedule,
+    restore_snapshot,
+    snapshot,
+)
+from understudy.control.supervise import FaultTolerantVectorEnv
 from understudy.run.config import RequestError
-from understudy.sample import choose
+from understudy.sample import sample_action
 
-SUCCESS = ("success", "is_success")
+SUCCESS_KEYS = ("success", "is_success")
 """Keys of info under which environments say whether an episode succeeded."""
 
 
@@ -47,7 +63,7 @@ class Episode(NamedTuple):
     info: dict[str, float] = {}  # noqa: RUF012  # never written to
 
 
-class Walker:
+class RolloutCollector:
     """Walks a vector env with a policy and remembers where every row stands between records.
 
     Args:
@@ -66,380 +82,450 @@ class Walker:
         *,
         seed_of: Callable[[int, int], int],
         generator: torch.Generator | None = None,
-        hold: int = 1,
+        noise_interval: int = 1,
         device: str = "cpu",
         sample: bool = True,
         log_info: Sequence[str] = (),
-        exact: bool = False,
+        keep_float64: bool = False,
     ) -> None:
-        self.envs, self.seed_of, self.generator, self.hold, self.device = envs, seed_of, generator, hold, device
+        self.envs, self.seed_of, self.generator, self.noise_interval, self.device = (
+            envs,
+            seed_of,
+            generator,
+            noise_interval,
+            device,
+        )
         self.sample, self.log_info = sample, log_info
-        self.rows = envs.num_envs
-        self.mode = autoreset_mode(envs)
-        self.seeds_rows = seeds_rows(envs)
-        self.read = reader(envs.single_observation_space, exact=exact)
-        self.steps = self.calls = 0
-        self.finished: deque[Episode] = deque(maxlen=100_000)
-        self.episode = np.full(self.rows, -1)
-        self.returns, self.lengths = np.zeros(self.rows), np.zeros(self.rows, dtype=np.int64)
-        self.pending = np.zeros(self.rows, dtype=bool)  # NEXT_STEP: the next call resets this row
-        self.supervised = isinstance(envs.unwrapped, Supervised)
-        self.start = torch.zeros(self.rows, 1, dtype=torch.bool, device=device)  # states are zeroed at ends, below
-        self.state: Tensor | None = None
+        self.num_envs = envs.num_envs
+        self.autoreset_mode = autoreset_mode(envs)
+        self.can_seed_rows = seeds_rows(envs)
+        self.read_obs = make_obs_reader(envs.single_observation_space, keep_float64=keep_float64)
+        self.num_steps = self.num_calls = 0
+        self.finished_episodes: deque[Episode] = deque(maxlen=100_000)
+        self.episode = np.full(self.num_envs, -1)
+        self.returns, self.lengths = np.zeros(self.num_envs), np.zeros(self.num_envs, dtype=np.int64)
+        self.needs_reset = np.zeros(self.num_envs, dtype=bool)  # NEXT_STEP: the next call resets this row
+        self.is_fault_tolerant = isinstance(envs.unwrapped, FaultTolerantVectorEnv)
+        self.start = torch.zeros(self.num_envs, 1, dtype=torch.bool, device=device)  # states are zeroed at ends, below
+        self.recurrent_state: Tensor | None = None
         self.noise: Tensor | None = None
-        self.masked: bool | None = None  # whether `info` gives action masks; told by the first reset
-        self.now: Tree = None
-        self.quick: Quick | None = None  # the form in which the policy of this record chooses, where it has one
-        self.unanswered = np.zeros(self.rows, dtype=bool)  # rows whose choice met a fault
-        self.every, self.none = np.ones(self.rows, dtype=bool), np.zeros(self.rows, dtype=bool)  # never written to
-        self.ended = np.zeros(self.rows, dtype=np.int64)  # episodes of this walk
-        self.abandoned = self.none  # rows whose episode from the last record was cut without a step that ended it
+        self.has_action_mask: bool | None = None  # whether `info` gives action masks; told by the first reset
+        self.current_obs: Tree = None
+        self.numpy_actor: NumpyActor | None = (
+            None  # the form in which the policy of this record chooses, where it has one
+        )
+        self.faulted_rows = np.zeros(self.num_envs, dtype=bool)  # rows whose choice met a fault
+        self.all_rows, self.no_rows = (
+            np.ones(self.num_envs, dtype=bool),
+            np.zeros(self.num_envs, dtype=bool),
+        )  # never written to
+        self.num_finished = np.zeros(self.num_envs, dtype=np.int64)  # episodes of this walk
+        self.abandoned_rows = (
+            self.no_rows
+        )  # rows whose episode from the last record was cut without a step that ended it
         self.restart_seeds: dict[
             int, int
         ] = {}  # of open episodes that began with another seed, after a fault in a reset
-        self.made: list[Call] = []  # the calls of this record, or of the last
-        self.trail: Trail | None = None  # what a replay of the open episodes takes, where one is asked for
+        self.calls: list[Call] = []  # the calls of this record, or of the last
+        self.action_log: ActionLog | None = None  # what a replay of the open episodes takes, where one is asked for
 
     def reset(self) -> None:
         """Begin a new episode in every row."""
         # one number for all rows, however many each has played: rows that share their seeds begin from one state
         self.episode[:] = self.episode.max() + 1
-        for sub in getattr(self.envs.unwrapped, "envs", ()):
-            if isinstance(sub, SeededResets):
-                sub.episode = int(self.episode[0]) - 1
+        for sub_env in getattr(self.envs.unwrapped, "envs", ()):
+            if isinstance(sub_env, SeededResets):
+                sub_env.episode = int(self.episode[0]) - 1
         seeds: Any = [self.seed_of(row, int(index)) for row, index in enumerate(self.episode)]
-        if not self.seeds_rows:  # native vector envs share one generator: it is seeded once
-            seeds = seeds[0] if self.now is None else None
+        if not self.can_seed_rows:  # native vector envs share one generator: it is seeded once
+            seeds = seeds[0] if self.current_obs is None else None
         obs, info = self.envs.reset(seed=seeds)
-        self.returns[:], self.lengths[:], self.pending = 0, 0, self.none
-        self.state = None
-        self.masked = MASK in info if self.masked is None else self.masked
-        self.now = self._see(obs, info, choosing=np.ones(self.rows, dtype=bool))
-        if self.trail is not None:
-            self.trail.begin(np.ones(self.rows, dtype=bool))
+        self.returns[:], self.lengths[:], self.needs_reset = 0, 0, self.no_rows
+        self.recurrent_state = None
+        self.has_action_mask = MASK_KEY in info if self.has_action_mask is None else self.has_action_mask
+        self.current_obs = self._process_obs(obs, info, choosing=np.ones(self.num_envs, dtype=bool))
+        if self.action_log is not None:
+            self.action_log.begin_episodes(np.ones(self.num_envs, dtype=bool))
 
     @property
-    def chosen(self) -> list[np.ndarray]:
+    def masks(self) -> list[np.ndarray]:
         """Which rows chose, in each call of the last record."""
-        return [call.chosen for call in self.made]
+        return [call.mask for call in self.calls]
 
-    def collect(self, policy: Any, steps: int) -> Trajectory:
+    def collect(self, policy: Any, num_steps: int) -> Trajectory:
         """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
-        return self._walk(policy, lambda calls: self.every if len(calls) < steps else None)
+        return self._collect(policy, lambda calls: self.all_rows if len(calls) < num_steps else None)
 
-    def collect_episodes(self, policy: Any, episodes: int) -> Trajectory:
+    def collect_episodes(self, policy: Any, num_episodes: int) -> Trajectory:
         """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
         self.reset()
-        return self._walk(policy, lambda _: rows if (rows := self.ended < episodes).any() else None, whole=True)
+        return self._collect(
+            policy, lambda _: rows if (rows := self.num_finished < num_episodes).any() else None, whole_episodes=True
+        )
 
-    def play(self, policy: Any, episodes: int, stop: Callable[[], bool] | None = None) -> list[Episode] | None:
+    def play_episodes(
+        self, policy: Any, num_episodes: int, should_stop: Callable[[], bool] | None = None
+    ) -> list[Episode] | None:
         """Play `episodes` whole, fresh episodes in every row without keeping a record; None where `stop` ended it."""
         self.reset()
-        self.state = policy.initial_state(self.rows)
-        self.quick = quick_form(policy, self)
-        self.ended[:] = 0
-        while (self.ended < episodes).any():
-            self._step(policy, self.ended < episodes)
-            if stop is not None and stop():
+        self.recurrent_state = policy.initial_state(self.num_envs)
+        self.numpy_actor = make_numpy_actor(policy, self)
+        self.num_finished[:] = 0
+        while (self.num_finished < num_episodes).any():
+            self._step(policy, self.num_finished < num_episodes)
+            if should_stop is not None and should_stop():
                 return None
-        played = list(self.finished)
-        self.finished.clear()
-        return played
+        episodes = list(self.finished_episodes)
+        self.finished_episodes.clear()
+        return episodes
 
-    def standing(self, way: Way) -> dict[str, Any]:
+    def state(self, method: RestoreMethod) -> dict[str, Any]:
         """Where this walker and its environments stand, between records; what `stand` takes.
 
         Where they are to be renewed, the open episodes end here, uncounted: so they do where one is too long to replay.
         """
-        if way == "renew" or (way == "replay" and self.lengths.max() > LONGEST):
-            self.forget()
-        found = {name: getattr(self, name) for name in ("steps", "calls", "noise", "masked", "generator", "episode")}
-        if isinstance(envs := self.envs.unwrapped, Supervised):
+        if method == "renew" or (method == "replay" and self.lengths.max() > MAX_REPLAY_STEPS):
+            self.abandon_episodes()
+        state = {
+            name: getattr(self, name)
+            for name in ("num_steps", "num_calls", "noise", "has_action_mask", "generator", "episode")
+        }
+        if isinstance(envs := self.envs.unwrapped, FaultTolerantVectorEnv):
             seeds = enumerate(zip(envs.seeds, self.episode, strict=True))
-            others = {row: seed for row, (seed, index) in seeds if seed not in (None, self.seed_of(row, int(index)))}
-            found |= {"restarted": envs.restarted, "restart_seeds": others}
-        if way == "restart":
-            found["cut"] = self.now is not None
-        elif self.now is not None:
-            found |= {name: getattr(self, name) for name in ("returns", "lengths", "pending", "state")}
-            found["now"] = tensors(self.now)
-            found |= {"envs": snapshot(self.envs)} if way == "snapshot" else {}
-            found |= {} if self.trail is None else {"trail": self.trail.state()}
-        return found
+            restart_seeds = {
+                row: seed for row, (seed, index) in seeds if seed not in (None, self.seed_of(row, int(index)))
+            }
+            state |= {"restarted": envs.num_restarts, "restart_seeds": restart_seeds}
+        if method == "restart":
+            state["had_open_episodes"] = self.current_obs is not None
+        elif self.current_obs is not None:
+            state |= {name: getattr(self, name) for name in ("returns", "lengths", "needs_reset", "recurrent_state")}
+            state["current_obs"] = to_tensors(self.current_obs)
+            state |= {"envs": snapshot(self.envs)} if method == "snapshot" else {}
+            state |= {} if self.action_log is None else {"action_log": self.action_log.state()}
+        return state
 
-    def forget(self) -> None:
+    def abandon_episodes(self) -> None:
         """Leave the open episodes: the next record begins new ones. The last one's rows are bootstrapped, as ever."""
-        self.now = self.state = None
-        self.returns[:], self.lengths[:], self.pending = 0, 0, self.none
+        self.current_obs = self.recurrent_state = None
+        self.returns[:], self.lengths[:], self.needs_reset = 0, 0, self.no_rows
 
-    def stand(self, found: dict[str, Any], policy: Any) -> bool:
+    def load_state(self, state: dict[str, Any], policy: Any) -> bool:
         """Stand where `standing` was asked, in fresh environments; False where they came back otherwise.
 
         Then the rows begin new episodes, and the run goes on without being the one that was interrupted.
         """
-        cut = found.get("cut", False)
-        for name in found.keys() - {"generator", "envs", "trail", "now", "cut", "restarted"}:
-            setattr(self, name, found[name])
-        if isinstance(envs := self.envs.unwrapped, Supervised):
-            envs.restarted = list(found.get("restarted", envs.restarted))
-        self.now = arrays(found["now"]) if "now" in found else None
-        if self.generator is not None and len(found["generator"]) == len(self.generator.get_state()):
-            self.generator.set_state(found["generator"])  # a device of another kind begins its own stream
-        self.state, self.noise = (None if x is None else x.to(self.device) for x in (self.state, self.noise))
-        if self.now is None:
-            return not cut
-        if "envs" in found:
-            put_back(self.envs, found["envs"])
-        elif self.trail is not None and not self._replay(found["trail"], policy):
-            self.forget()
+        had_open_episodes = state.get("had_open_episodes", False)
+        for name in state.keys() - {"generator", "envs", "action_log", "current_obs", "had_open_episodes", "restarted"}:
+            setattr(self, name, state[name])
+        if isinstance(envs := self.envs.unwrapped, FaultTolerantVectorEnv):
+            envs.num_restarts = list(state.get("restarted", envs.num_restarts))
+        self.current_obs = to_arrays(state["current_obs"]) if "current_obs" in state else None
+        if self.generator is not None and len(state["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(state["generator"])  # a device of another kind begins its own stream
+        self.recurrent_state, self.noise = (
+            None if x is None else x.to(self.device) for x in (self.recurrent_state, self.noise)
+        )
+        if self.current_obs is None:
+            return not had_open_episodes
+        if "envs" in state:
+            restore_snapshot(self.envs, state["envs"])
+        elif self.action_log is not None and not self._replay_actions(state["action_log"], policy):
+            self.abandon_episodes()
             return False
         return True
 
-    def _replay(self, trail: dict[str, Any], policy: Any) -> bool:
+    def _replay_actions(self, log_state: dict[str, Any], policy: Any) -> bool:
         """Do every open episode's executed actions again, from its seed; whether all came back as it was.
 
         All rows end together, so that one vector env does it through `reset` and `step` alone: a row that waits is reset
         again and again, and takes its own first action meanwhile, or the policy's where it has none.
         """
-        now, rows = self.now, np.ones(self.rows, dtype=bool)
-        again, actions = Trail(self.rows), trail["actions"]
-        seeds: Any = [self._seed(row) for row in range(self.rows)]
+        saved_obs, all_rows = self.current_obs, np.ones(self.num_envs, dtype=bool)
+        replayed_log, actions = ActionLog(self.num_envs), log_state["actions"]
+        seeds: Any = [self._episode_seed(row) for row in range(self.num_envs)]
         obs, info = self.envs.reset(seed=seeds)
-        self.now = self._see(obs, info, choosing=rows)
-        seen_at = map_tensors(lambda x: x[:, None].to(self.device), tensors(now))
-        spare = choose(policy, seen_at, self.state, self.start, sample=False).action
-        spare = policy.executable(spare.cpu().numpy())
-        before = np.zeros(self.rows, dtype=bool)
-        schedule = waiting([len(done) for done in actions])
-        for call, begun in enumerate(schedule):
-            if call and not before.all():
-                obs, info = self._reset_rows(~before, info)
-                self.now = self._see(obs, info, choosing=rows)
-            if call and (begun & ~before).any():
-                again.begin(begun & ~before)
-            at = [call - (len(schedule) - len(done)) if begun[row] else 0 for row, done in enumerate(actions)]
-            step = np.stack([done[at[row]] if len(done) else spare[row] for row, done in enumerate(actions)])
-            step, seen = step.astype(spare.dtype, copy=False), self.now
-            obs, reward, _, _, info = self.envs.step(step.copy())
-            again.calls.append((step, seen, np.asarray(reward, dtype=np.float64), np.zeros_like(begun)))
-            self.now, before = self._see(obs, info, choosing=begun), begun
-        if schedule and not before.all():
-            obs, info = self._reset_rows(~before, info)
-            again.begin(~before)
-            self.now = self._see(obs, info, choosing=rows)
-        again.fold()
-        self.trail, self.restart_seeds = again, {}
-        came, was = list(_leaves(self.now)), list(_leaves(now))
-        same = len(came) == len(was) and all(map(np.array_equal, came, was))
-        return same and [digest.hexdigest() for digest in again.digests] == trail["digests"]
+        self.current_obs = self._process_obs(obs, info, choosing=all_rows)
+        obs_column = map_tensors(lambda x: x[:, None].to(self.device), to_tensors(saved_obs))
+        filler_action = sample_action(policy, obs_column, self.recurrent_state, self.start, sample=False).action
+        filler_action = policy.to_env_action(filler_action.cpu().numpy())
+        was_started = np.zeros(self.num_envs, dtype=bool)
+        schedule = replay_schedule([len(done) for done in actions])
+        for call_index, is_started in enumerate(schedule):
+            if call_index and not was_started.all():
+                obs, info = self._reset_rows(~was_started, info)
+                self.current_obs = self._process_obs(obs, info, choosing=all_rows)
+            if call_index and (is_started & ~was_started).any():
+                replayed_log.begin_episodes(is_started & ~was_started)
+            positions = [
+                call_index - (len(schedule) - len(done)) if is_started[row] else 0 for row, done in enumerate(actions)
+            ]
+            env_action = np.stack(
+                [done[positions[row]] if len(done) else filler_action[row] for row, done in enumerate(actions)]
+            )
+            env_action, previous_obs = env_action.astype(filler_action.dtype, copy=False), self.current_obs
+            obs, reward, _, _, info = self.envs.step(env_action.copy())
+            replayed_log.calls.append(
+                (env_action, previous_obs, np.asarray(reward, dtype=np.float64), np.zeros_like(is_started))
+            )
+            self.current_obs, was_started = self._process_obs(obs, info, choosing=is_started), is_started
+        if schedule and not was_started.all():
+            obs, info = self._reset_rows(~was_started, info)
+            replayed_log.begin_episodes(~was_started)
+            self.current_obs = self._process_obs(obs, info, choosing=all_rows)
+        replayed_log.fold_calls()
+        self.action_log, self.restart_seeds = replayed_log, {}
+        actual, expected = list(_leaf_arrays(self.current_obs)), list(_leaf_arrays(saved_obs))
+        is_same = len(actual) == len(expected) and all(map(np.array_equal, actual, expected))
+        return is_same and [digest.hexdigest() for digest in replayed_log.digests] == log_state["digests"]
 
-    def _walk(self, policy: Any, wanted: Callable[..., np.ndarray | None], *, whole: bool = False) -> Trajectory:
+    def _collect(
+        self, policy: Any, select_rows: Callable[..., np.ndarray | None], *, whole_episodes: bool = False
+    ) -> Trajectory:
         """Call the env while rows are `wanted`, given the calls made."""
-        self.abandoned = self.none
-        if self.now is None:
+        self.abandoned_rows = self.no_rows
+        if self.current_obs is None:
             self.reset()
-            self.abandoned = self.every
-        self.state = policy.initial_state(self.rows) if self.state is None else self.state
-        before, self.quick, self.made, self.ended[:] = self.state, quick_form(policy, self), (calls := []), 0
-        while (rows := wanted(calls)) is not None:
+            self.abandoned_rows = self.all_rows
+        self.recurrent_state = (
+            policy.initial_state(self.num_envs) if self.recurrent_state is None else self.recurrent_state
+        )
+        initial_state, self.numpy_actor, self.calls, self.num_finished[:] = (
+            self.recurrent_state,
+            make_numpy_actor(policy, self),
+            (calls := []),
+            0,
+        )
+        while (rows := select_rows(calls)) is not None:
             calls.append(self._step(policy, rows))
-            if np.count_nonzero(self.unanswered):
-                before = self._cut(calls, before, whole)
-        if self.trail is not None and len(self.trail.calls) >= FOLD:
-            self.trail.fold()
-        record = lay_out(calls, self.now, before, self.quick)
-        self.steps += int(record.mask.sum())
-        return record if self.device == "cpu" else map_tensors(lambda x: x.to(self.device), record)
+            if np.count_nonzero(self.faulted_rows):
+                initial_state = self._truncate_faulted(calls, initial_state, whole_episodes)
+        if self.action_log is not None and len(self.action_log.calls) >= MAX_UNFOLDED_CALLS:
+            self.action_log.fold_calls()
+        trajectory = build_trajectory(calls, self.current_obs, initial_state, self.numpy_actor)
+        self.num_steps += int(trajectory.mask.sum())
+        return trajectory if self.device == "cpu" else map_tensors(lambda x: x.to(self.device), trajectory)
 
-    def _cut(self, calls: list[Call], before: Tensor | None, whole: bool) -> Tensor | None:
+    def _truncate_faulted(self, calls: list[Call], initial_state: Tensor | None, whole_episodes: bool) -> Tensor | None:
         """Rows whose last choice met a fault: their last answered step is truncated; of a whole episode nothing is left.
 
         So s_t stands masked after step t - 1. At a record's first call it is the last column of the record before, and
         this one begins with the new episode; the recurrent states before this record, so that they fit.
         """
-        for row in np.flatnonzero(self.unanswered) if whole else ():
+        for row in np.flatnonzero(self.faulted_rows) if whole_episodes else ():
             for call in reversed(calls[:-1]):
-                if not call.chosen[row] or call.terminated[row] or call.truncated[row]:
+                if not call.mask[row] or call.terminated[row] or call.truncated[row]:
                     break
-                call.chosen[row] = False
+                call.mask[row] = False
         if len(calls) > 1:
-            last = calls[-2]
-            last.truncated[:] |= self.unanswered & last.chosen & ~last.terminated
-            calls[-2] = last._replace(after=calls[-1].obs if last.after is None else last.after)
-            return before
-        self.abandoned = self.abandoned | self.unanswered
-        if before is not None:
-            before = torch.where(torch.from_numpy(self.unanswered).to(self.device)[:, None], 0.0, before)
-        return before
+            last_call = calls[-2]
+            last_call.truncated[:] |= self.faulted_rows & last_call.mask & ~last_call.terminated
+            calls[-2] = last_call._replace(next_obs=calls[-1].obs if last_call.next_obs is None else last_call.next_obs)
+            return initial_state
+        self.abandoned_rows = self.abandoned_rows | self.faulted_rows
+        if initial_state is not None:
+            initial_state = torch.where(
+                torch.from_numpy(self.faulted_rows).to(self.device)[:, None], 0.0, initial_state
+            )
+        return initial_state
 
-    def _step(self, policy: Any, wanted: np.ndarray) -> Call:
+    def _step(self, policy: Any, mask: np.ndarray) -> Call:
         """One choice for every row, one call of the env, and whatever resets it brings."""
-        action, said = self.quick(self.now) if self.quick else self._choose(policy, self.now)
-        executed = policy.executable(action)
+        action, policy_output = (
+            self.numpy_actor(self.current_obs) if self.numpy_actor else self._sample_actions(policy, self.current_obs)
+        )
+        env_action = policy.to_env_action(action)
         # a copy: an environment may write over the action that it is given
-        found, reward, terminated, truncated, info = self.envs.step(executed.copy() if self.trail else executed)
+        obs, reward, terminated, truncated, info = self.envs.step(env_action.copy() if self.action_log else env_action)
         # a copy: a vector env may write over its own arrays next time
-        call = Call(self.now, None, action, said, wanted, np.array(reward, dtype=np.float64), self.none, self.none)
-        eventful = self.supervised or any(map(np.count_nonzero, (terminated, truncated, self.pending)))
-        call, over = self._heard(call, terminated, truncated, info) if eventful else (call, self.none)
-        if np.count_nonzero(np.isfinite(call.reward)) < self.rows:
-            raise self._no_number("reward", call.reward)
-        self.calls, self.returns = self.calls + 1, self.returns + call.reward
-        self.lengths = self.lengths + ~self.pending
-        if self.trail is not None:
-            self.trail.calls.append((executed, call.obs, call.reward, over))
-        if eventful and np.count_nonzero(over | self.pending):
-            return self._turn(call, over, found, info)
-        self.now = self._see(found, info, choosing=self.every)
+        call = Call(
+            self.current_obs,
+            None,
+            action,
+            policy_output,
+            mask,
+            np.array(reward, dtype=np.float64),
+            self.no_rows,
+            self.no_rows,
+        )
+        has_events = self.is_fault_tolerant or any(map(np.count_nonzero, (terminated, truncated, self.needs_reset)))
+        call, done = self._mask_resets(call, terminated, truncated, info) if has_events else (call, self.no_rows)
+        if np.count_nonzero(np.isfinite(call.reward)) < self.num_envs:
+            raise self._not_finite_error("reward", call.reward)
+        self.num_calls, self.returns = self.num_calls + 1, self.returns + call.reward
+        self.lengths = self.lengths + ~self.needs_reset
+        if self.action_log is not None:
+            self.action_log.calls.append((env_action, call.obs, call.reward, done))
+        if has_events and np.count_nonzero(done | self.needs_reset):
+            return self._finish_episodes(call, done, obs, info)
+        self.current_obs = self._process_obs(obs, info, choosing=self.all_rows)
         return call
 
-    def _heard(self, call: Call, terminated: Any, truncated: Any, info: Any) -> tuple[Call, np.ndarray]:
+    def _mask_resets(self, call: Call, terminated: Any, truncated: Any, info: Any) -> tuple[Call, np.ndarray]:
         """The call as the rows that heard it have it, and which of them are over. A death at the time limit is a death."""
-        heard = ~self.pending
-        terminated, truncated = np.asarray(terminated, dtype=bool) & heard, np.asarray(truncated, dtype=bool) & heard
-        self.unanswered = info.get("_fault", self.none) & heard if self.supervised else self.none
-        chosen, reward = call.chosen & heard & ~self.unanswered, np.where(heard, call.reward, 0.0)
-        died, ended = terminated & chosen, (over := terminated | truncated) & chosen
-        self.ended += ended
-        return Call(*call[:4], chosen, reward, died, ended ^ died), over
+        stepped = ~self.needs_reset
+        terminated, truncated = (
+            np.asarray(terminated, dtype=bool) & stepped,
+            np.asarray(truncated, dtype=bool) & stepped,
+        )
+        self.faulted_rows = info.get("_fault", self.no_rows) & stepped if self.is_fault_tolerant else self.no_rows
+        mask, reward = call.mask & stepped & ~self.faulted_rows, np.where(stepped, call.reward, 0.0)
+        masked_terminated, masked_done = terminated & mask, (done := terminated | truncated) & mask
+        self.num_finished += masked_done
+        return Call(*call[:4], mask, reward, masked_terminated, masked_done ^ masked_terminated), done
 
-    def _choose(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
+    def _sample_actions(self, policy: Any, obs: Tree) -> tuple[np.ndarray, np.ndarray]:
         """What the policy chooses, and its log-prob, [rows, ...]; its state and its noise are kept."""
-        seen, held = map_tensors(lambda x: x[:, None].to(self.device), tensors(obs)), self.calls % self.hold
-        how = {"generator": self.generator, "noise": self.noise if held else None, "sample": self.sample}
-        action, logprob, self.state, self.noise = choose(policy, seen, self.state, self.start, **how)
+        obs_column, is_noise_held = (
+            map_tensors(lambda x: x[:, None].to(self.device), to_tensors(obs)),
+            self.num_calls % self.noise_interval,
+        )
+        options = {"generator": self.generator, "noise": self.noise if is_noise_held else None, "sample": self.sample}
+        action, logprob, self.recurrent_state, self.noise = sample_action(
+            policy, obs_column, self.recurrent_state, self.start, **options
+        )
         return action.cpu().numpy(), logprob.cpu().numpy()
 
-    def _turn(self, call: Call, over: np.ndarray, found: Any, info: Any) -> Call:
+    def _finish_episodes(self, call: Call, done: np.ndarray, obs: Any, info: Any) -> Call:
         """Episodes end or begin: the call with what it led to; and what is seen where the next choices are made."""
         # the true last observations; nothing is chosen there
-        last = self._final_obs(info, over) if self.mode is AutoresetMode.SAME_STEP and over.any() else found
-        call = Call(call.obs, self._see(last, info, choosing=self.none), *call[2:])
-        told: Any = self.returns, self.lengths, np.arange(self.rows), self.episode, call.truncated
-        ended = (over & call.chosen).nonzero()[0].tolist()
-        numbers = [self._numbers(info, row) if info or self.log_info else {} for row in ended]
-        self.finished.extend(
-            Episode(*(x.item(row) for x in told), info=own) for row, own in zip(ended, numbers, strict=True)
+        final_obs = (
+            self._final_obs(info, done) if self.autoreset_mode is AutoresetMode.SAME_STEP and done.any() else obs
         )
-        self.returns[over], self.lengths[over] = 0, 0  # made anew in every call
-        if self.state is not None:
-            self.state = torch.where(torch.from_numpy(over | self.pending).to(self.device)[:, None], 0.0, self.state)
-        self.episode = self.episode + (self.pending if self.mode is AutoresetMode.NEXT_STEP else over)
-        if self.mode is AutoresetMode.DISABLED:
-            found, info = self._reset_rows(over, info)
-        self.pending = over if self.mode is AutoresetMode.NEXT_STEP else self.none
+        call = Call(call.obs, self._process_obs(final_obs, info, choosing=self.no_rows), *call[2:])
+        episode_fields: Any = self.returns, self.lengths, np.arange(self.num_envs), self.episode, call.truncated
+        finished_rows = (done & call.mask).nonzero()[0].tolist()
+        episode_infos = [self._episode_info(info, row) if info or self.log_info else {} for row in finished_rows]
+        self.finished_episodes.extend(
+            Episode(*(x.item(row) for x in episode_fields), info=episode_info)
+            for row, episode_info in zip(finished_rows, episode_infos, strict=True)
+        )
+        self.returns[done], self.lengths[done] = 0, 0  # made anew in every call
+        if self.recurrent_state is not None:
+            self.recurrent_state = torch.where(
+                torch.from_numpy(done | self.needs_reset).to(self.device)[:, None], 0.0, self.recurrent_state
+            )
+        self.episode = self.episode + (self.needs_reset if self.autoreset_mode is AutoresetMode.NEXT_STEP else done)
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            obs, info = self._reset_rows(done, info)
+        self.needs_reset = done if self.autoreset_mode is AutoresetMode.NEXT_STEP else self.no_rows
         # seen already, unless rows were reset since, or who chooses must have a mask
-        seen = self.mode is AutoresetMode.NEXT_STEP and isinstance(call.after, np.ndarray)
-        self.now = call.after if seen else self._see(found, info, choosing=~self.pending)
+        is_obs_read = self.autoreset_mode is AutoresetMode.NEXT_STEP and isinstance(call.next_obs, np.ndarray)
+        self.current_obs = call.next_obs if is_obs_read else self._process_obs(obs, info, choosing=~self.needs_reset)
         return call
 
-    def _numbers(self, info: Any, row: int) -> dict[str, float]:
+    def _episode_info(self, info: Any, row: int) -> dict[str, float]:
         """What the info of an episode's last step holds under `is_success` or `success`, and under the keys asked for.
 
         Raises:
             RequestError: there is no number under a key asked for.
         """
-        last = info.get("final_info", {}) if self.mode is AutoresetMode.SAME_STEP else info
-        numbers = {}
-        for key in SUCCESS:
-            if isinstance(value := entry(last, key, row), bool | int | float | np.number | np.bool_):
-                numbers["success"] = float(value)
+        final_info = info.get("final_info", {}) if self.autoreset_mode is AutoresetMode.SAME_STEP else info
+        values = {}
+        for key in SUCCESS_KEYS:
+            if isinstance(value := get_info_value(final_info, key, row), bool | int | float | np.number | np.bool_):
+                values["success"] = float(value)
         for key in self.log_info:
-            value = entry(last, key, row)
+            value = get_info_value(final_info, key, row)
             try:
-                numbers[key] = float(value)  # pyright: ignore[reportArgumentType]
+                values[key] = float(value)  # pyright: ignore[reportArgumentType]
             except (TypeError, ValueError):
-                has = ", ".join(str(name) for name in last if not str(name).startswith("_")) or "nothing"
+                available = ", ".join(str(name) for name in final_info if not str(name).startswith("_")) or "nothing"
                 raise RequestError(
-                    f"log_info names {key!r}, and info has {value!r} there at the end of an episode; it has {has}: name a "
+                    f"log_info names {key!r}, and info has {value!r} there at the end of an episode; it has "
+                    f"{available}: name a "
                     "number"
                 ) from None
-        return numbers
+        return values
 
-    def _final_obs(self, info: Any, over: np.ndarray) -> Any:
+    def _final_obs(self, info: Any, done: np.ndarray) -> Any:
         """SAME_STEP: the last observations that `info` holds of the rows that are over; any of them in the other rows."""
         if "final_obs" not in info:
             raise ValueError(
                 'info has no "final_obs", though autoreset_mode is SAME_STEP and an episode ended: give it'
             )
         space, finals = self.envs.single_observation_space, list(info["final_obs"])
-        finals = [finals[row if over[row] else np.argmax(over)] for row in range(self.rows)]
-        empty = gymnasium.vector.utils.create_empty_array(space, n=self.rows)
+        finals = [finals[row if done[row] else np.argmax(done)] for row in range(self.num_envs)]
+        empty = gymnasium.vector.utils.create_empty_array(space, n=self.num_envs)
         return gymnasium.vector.utils.concatenate(space, finals, empty)
 
-    def _reset_rows(self, over: np.ndarray, info: Any) -> tuple[Any, Any]:
+    def _reset_rows(self, done: np.ndarray, info: Any) -> tuple[Any, Any]:
         """Begin new episodes in the rows that are over; the rows' observations, and what `info` says of each."""
-        seeds: Any = [self._seed(row) if over[row] else None for row in range(self.rows)]
+        seeds: Any = [self._episode_seed(row) if done[row] else None for row in range(self.num_envs)]
         # a fresh dict every time: SyncVectorEnv pops the key
-        found, told = self.envs.reset(seed=seeds, options={"reset_mask": over.copy()})
-        return found, self._merged(info, told, over) if self.masked else told
+        obs, reset_info = self.envs.reset(seed=seeds, options={"reset_mask": done.copy()})
+        return obs, self._merge_mask_infos(info, reset_info, done) if self.has_action_mask else reset_info
 
-    def _seed(self, row: int) -> int:
+    def _episode_seed(self, row: int) -> int:
         """The seed of a row's episode."""
         return self.restart_seeds.get(row, self.seed_of(row, int(self.episode[row])))
 
-    def _see(self, found: Any, info: Any, *, choosing: np.ndarray) -> Tree:
+    def _process_obs(self, obs: Any, info: Any, *, choosing: np.ndarray) -> Tree:
         """The observations as arrays, with the action mask where `info` gives one; refused where not finite."""
-        tree = self.read(found)
-        if isinstance(tree, dict) or self.masked or MASK in info:
-            tree = self._with_mask(tree, info, choosing)
-        for path, leaf in tree.items() if isinstance(tree, dict) else [(PLAIN, tree)]:
+        tree = self.read_obs(obs)
+        if isinstance(tree, dict) or self.has_action_mask or MASK_KEY in info:
+            tree = self._add_action_mask(tree, info, choosing)
+        for path, leaf in tree.items() if isinstance(tree, dict) else [(OBS_KEY, tree)]:
             if leaf.dtype.kind == "f" and np.count_nonzero(np.isfinite(leaf)) < leaf.size:
-                raise self._no_number(f"observation {path!r}", leaf)
+                raise self._not_finite_error(f"observation {path!r}", leaf)
         return tree
 
-    def _no_number(self, what: str, values: np.ndarray) -> FloatingPointError:
+    def _not_finite_error(self, name: str, values: np.ndarray) -> FloatingPointError:
         """The refusal of observations or rewards [rows, ...], at the first that is not finite."""
-        row, *at = np.argwhere(~np.isfinite(values))[0]
+        row, *index = np.argwhere(~np.isfinite(values))[0]
         return FloatingPointError(
-            f"{what} is {values[row, *at]} in env {row}, after {self.lengths[row]} steps of its episode "
+            f"{name} is {values[row, *index]} in env {row}, after {self.lengths[row]} steps of its episode "
             f"{self.episode[row]} (from 0), which is not finite: mend the environment, or wrap it"
         )
 
-    def _with_mask(self, tree: Tree, info: Any, choosing: np.ndarray) -> Tree:
+    def _add_action_mask(self, tree: Tree, info: Any, choosing: np.ndarray) -> Tree:
         """The observations with the action mask, if any; refused where it leaves a row that chooses nothing to choose."""
-        if self.masked or MASK in info:
-            tree = (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: self._mask_in(info, choosing)}
-        if MASK in tree:
-            empty = all_forbidden(self.envs.single_action_space, torch.from_numpy(tree[MASK])).numpy() & choosing
-            if empty.any():
-                row = int(np.flatnonzero(empty)[0])
+        if self.has_action_mask or MASK_KEY in info:
+            tree = (tree if isinstance(tree, dict) else {OBS_KEY: tree}) | {
+                MASK_KEY: self._read_action_mask(info, choosing)
+            }
+        if MASK_KEY in tree:
+            is_empty = all_forbidden(self.envs.single_action_space, torch.from_numpy(tree[MASK_KEY])).numpy() & choosing
+            if is_empty.any():
+                row = int(np.flatnonzero(is_empty)[0])
                 raise ValueError(
-                    f"{MASK} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
+                    f"{MASK_KEY} allows no action in env {row}, after {self.lengths[row]} steps of its episode "
                     f"{self.episode[row]} (from 0): allow at least one, in every dimension"
                 )
         return tree
 
-    def _mask_in(self, info: Any, choosing: np.ndarray) -> np.ndarray:
+    def _read_action_mask(self, info: Any, choosing: np.ndarray) -> np.ndarray:
         """The action mask of `info`, bool [rows, width]; rows that choose nothing here may do anything."""
-        if not self.masked:
+        if not self.has_action_mask:
             raise ValueError(
-                f'info["{MASK}"] was missing at the first reset: give it at every reset and step, or never'
+                f'info["{MASK_KEY}"] was missing at the first reset: give it at every reset and step, or never'
             )
-        allowed = np.ones((self.rows, mask_width(self.envs.single_action_space)), dtype=bool)
-        given = np.broadcast_to(info.get(f"_{MASK}", MASK in info), self.rows)
+        allowed = np.ones((self.num_envs, mask_width(self.envs.single_action_space)), dtype=bool)
+        is_present = np.broadcast_to(info.get(f"_{MASK_KEY}", MASK_KEY in info), self.num_envs)
         for row in np.flatnonzero(choosing):
-            if not given[row]:
-                raise ValueError(f'info["{MASK}"] is missing in env {row}: give it at every reset and step, or never')
-            flat = flat_mask(info[MASK][row])
+            if not is_present[row]:
+                raise ValueError(
+                    f'info["{MASK_KEY}"] is missing in env {row}: give it at every reset and step, or never'
+                )
+            flat = flatten_mask(info[MASK_KEY][row])
             if len(flat) != allowed.shape[1]:
                 raise ValueError(
-                    f'info["{MASK}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '
+                    f'info["{MASK_KEY}"] has {len(flat)} entries in env {row}, must have {allowed.shape[1]} for '
                     f"{self.envs.single_action_space}"
                 )
             allowed[row] = flat
         return allowed
 
-    def _merged(self, info: Any, told: Any, over: np.ndarray) -> dict[str, Any]:
+    def _merge_mask_infos(self, info: Any, reset_info: Any, done: np.ndarray) -> dict[str, Any]:
         """The action masks of a step and of the resets after it, as one `info`."""
-        masks, given = np.full(self.rows, None, dtype=object), np.zeros(self.rows, dtype=bool)
-        for source, rows in ((info, ~over), (told, over)):
-            there = np.broadcast_to(source.get(f"_{MASK}", MASK in source), self.rows) & rows
-            for row in np.flatnonzero(there):
-                masks[row] = source[MASK][row]
-            given |= there
-        return {MASK: masks, f"_{MASK}": given}
+        masks, is_present = np.full(self.num_envs, None, dtype=object), np.zeros(self.num_envs, dtype=bool)
+        for source, rows in ((info, ~done), (reset_info, done)):
+            source_rows = np.broadcast_to(source.get(f"_{MASK_KEY}", MASK_KEY in source), self.num_envs) & rows
+            for row in np.flatnonzero(source_rows):
+                masks[row] = source[MASK_KEY][row]
+            is_present |= source_rows
+        return {MASK_KEY: masks, f"_{MASK_KEY}": is_present}
 
 
-def _leaves(tree: Tree) -> Iterator[np.ndarray]:
+def _leaf_arrays(tree: Tree) -> Iterator[np.ndarray]:
     yield from tree.values() if isinstance(tree, dict) else [tree]

@@ -7,26 +7,26 @@ from typing import Any, Literal
 
 from understudy.constrain import Constraint
 from understudy.run.config import (
-    Count,
     LearningRate,
-    NonNegative,
-    Positive,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
     RequestError,
     Seconds,
     Size,
     Threads,
-    Unit,
-    Whole,
-    check,
+    UnitInterval,
+    check_fields,
 )
 from understudy.run.device import check_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class NetworkConfig:
     """What an actor-critic is made of, and how it explores; saved with the policy."""
 
-    hidden: tuple[Count, ...] = (64, 64)
+    hidden: tuple[PositiveInt, ...] = (64, 64)
     """Width of each hidden layer."""
     activation: Literal["tanh", "relu", "elu"] = "tanh"
     """Nonlinearity of hidden layers."""
@@ -34,7 +34,7 @@ class Network:
     """One trunk for actor and critic, instead of a network each."""
     memory: Literal["none", "gru", "lstm"] = "none"
     """Recurrent layer after the hidden ones."""
-    memory_size: Count = 64
+    memory_size: PositiveInt = 64
     """Width of the recurrent layer."""
     orthogonal: bool = True
     """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
@@ -46,12 +46,12 @@ class Network:
     """Learn the standard deviation of Box actions itself, at least 1e-6, instead of its logarithm (rsl_rl)."""
     exploration: Literal["independent", "held", "gsde"] = "independent"
     """Noise of Box actions: fresh each step, held for noise_hold steps, or a held function of features (gSDE)."""
-    noise_hold: Count = 4
+    noise_hold: PositiveInt = 4
     """Steps that held noise and gSDE keep their noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Network):
+class Config(NetworkConfig):
     """Fields of every control recipe."""
 
     env: str = ""
@@ -70,9 +70,9 @@ class Config(Network):
     """Make environments that remember across episodes anew at checkpoints, so that resume is exact; off keeps them."""
     num_envs: Size = 8
     """Copies of the environment, one row of the record each."""
-    steps: Count = 100_000
+    steps: PositiveInt = 100_000
     """Chosen steps in all, over all copies; the run ends at the first iteration boundary at or after it."""
-    seed: Whole = 0
+    seed: NonNegativeInt = 0
     """Seed of everything: weights, choices, shuffling, episodes."""
     out: str | None = None
     """Directory of the run; runs/NAME-N by default."""
@@ -87,7 +87,7 @@ class Config(Network):
     threads: Threads = 1
     """Torch threads; tiny tensors are fastest with one."""
 
-    gamma: Unit = 0.99
+    gamma: UnitInterval = 0.99
     """Discount per step."""
     normalize_obs: bool = False
     """Scale float observations by their running mean and deviation, kept in the policy."""
@@ -97,38 +97,38 @@ class Config(Network):
     """Adam's step size at the start."""
     learning_rate_schedule: Literal["constant", "linear"] = "constant"
     """How it goes on: constant, or linear to 0 over the run's steps."""
-    adam_eps: Positive = 1e-5
+    adam_eps: PositiveFloat = 1e-5
     """Adam's epsilon."""
-    max_grad_norm: Positive = 0.5
+    max_grad_norm: PositiveFloat = 0.5
     """Bound on the gradient's norm."""
-    value_coef: NonNegative = 0.5
+    value_coef: NonNegativeFloat = 0.5
     """Weight of the value loss, which is half the squared error."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, per nat."""
 
-    log_every: Count = 1
+    log_every: PositiveInt = 1
     """Iterations a line of metrics sums up."""
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where metrics also go."""
-    checkpoint_every: Whole = 0
+    checkpoint_every: NonNegativeInt = 0
     """Iterations between checkpoints; 0 for five over the run. A run can go on from each to the bit."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: PositiveInt = 3
     """How many of the newest checkpoints stay."""
-    evaluate_every: Whole = 0
+    evaluate_every: NonNegativeInt = 0
     """Iterations between evaluations, own env and generators, best policy kept under best/; 0 for none."""
-    evaluate_episodes: Count = 20
+    evaluate_episodes: PositiveInt = 20
     """Episodes an evaluation takes."""
     num_evaluation_envs: Size = 4
     """Copies of the environment that an evaluation makes; results do not depend on it."""
-    evaluation_max_steps: Count = 27_000
+    evaluation_max_steps: PositiveInt = 27_000
     """Steps after which an episode of an evaluation is ended (Atari's 108,000 frames)."""
     log_info: tuple[str, ...] = ()
     """Numbers in info at an episode's last step, logged as info_KEY: their mean over the last 100 episodes."""
     constraint: tuple[str, ...] = ()
     """Bounds on an episode's mean sum of a number in info: cost<=25, then :hold (default), :warn, :stop or :rollback."""
-    constraint_rate: Positive = 0.1
+    constraint_rate: PositiveFloat = 0.1
     """How fast a held bound's multiplier follows: added an iteration for every unit that the mean is outside."""
-    constraint_rollbacks: Whole = 3
+    constraint_rollbacks: NonNegativeInt = 3
     """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     stop_at_return: float | None = None
     """End as soon as the mean return of the last 100 episodes, as wrappers pay it, reaches this."""
@@ -138,12 +138,12 @@ class Config(Network):
     """Show no progress."""
 
     @property
-    def hold(self) -> int:
+    def noise_interval(self) -> int:
         """Steps that a draw of noise lasts."""
         return 1 if self.exploration == "independent" else self.noise_hold
 
     def __post_init__(self) -> None:
-        check(self)
+        check_fields(self)
         check_device(self.device)
         for text in self.constraint:
             Constraint.parse(text)
@@ -152,7 +152,7 @@ class Config(Network):
                 "exploration is 'gsde' and squash is 'tanh': choose squash 'clip', or exploration 'held'"
             )
 
-    def idle(self) -> dict[str, str]:
+    def fields_without_effect(self) -> dict[str, str]:
         """The fields without effect in this combination, and why."""
         constraints = [Constraint.parse(text).response for text in self.constraint]
         reasons = {
@@ -165,4 +165,4 @@ class Config(Network):
             "constraint_rate": "no constraint is held" if "hold" not in constraints else "",
             "constraint_rollbacks": "no constraint rolls back" if "rollback" not in constraints else "",
         }
-        return {name: why for name, why in reasons.items() if why}
+        return {name: reason for name, reason in reasons.items() if reason}

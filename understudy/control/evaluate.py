@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import torch
 
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.config import Config
 from understudy.control.policy import Policy
-from understudy.control.sources import Source
-from understudy.run.seeds import derive, generator
+from understudy.control.sources import EnvSource
+from understudy.run.seeds import derive_seed, make_generator
 
-SEED = 20_261_121  # of every evaluation, whatever the run's seed
+EVALUATION_SEED = 20_261_121  # of every evaluation, whatever the run's seed
 
 
 class Evaluation(NamedTuple):
@@ -25,7 +25,7 @@ class Evaluation(NamedTuple):
     """Undiscounted returns of the environment's own reward, in the order of the episodes' seeds."""
     success_rate: float | None
     """The share of episodes whose last info says `is_success` or `success`; None where it says neither."""
-    num_cut: int
+    num_truncated: int
     """Episodes that were ended at `evaluation_max_steps`."""
 
     @property
@@ -37,12 +37,12 @@ def evaluate(
     policy: Policy,
     cfg: Config,
     *,
-    episodes: int,
+    num_episodes: int,
     sample: bool = False,
-    seed: int = SEED,
+    seed: int = EVALUATION_SEED,
     video: Path | None = None,
-    source: Source | None = None,
-    stop: Callable[[], bool] | None = None,
+    source: EnvSource | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Play whole episodes; the same seeds at every call, in however many copies.
 
@@ -56,43 +56,45 @@ def evaluate(
         Stopped: `stop` said so.
     """
     if source is None:
-        source = Source(cfg)
+        source = EnvSource(cfg)
         source.check()
-    envs, copies = source.open_evaluation(1 if video else min(episodes, cfg.num_evaluation_envs), video, episodes)
-    rows = envs.num_envs
+    envs, evaluation_envs = source.open_evaluation(
+        1 if video else min(num_episodes, cfg.num_evaluation_envs), video, num_episodes
+    )
+    num_envs = envs.num_envs
 
     def seed_of(row: int, episode: int) -> int:
-        return episode_seed(episode * rows + row, seed)
+        return episode_seed(episode * num_envs + row, seed)
 
     try:
         with torch.no_grad():
-            walker = Walker(
+            collector = RolloutCollector(
                 envs,
                 seed_of=seed_of,
-                generator=generator(seed, "evaluate", cfg.device),
-                hold=cfg.hold,
+                generator=make_generator(seed, "evaluate", cfg.device),
+                noise_interval=cfg.noise_interval,
                 device=cfg.device,
                 sample=sample,
-                exact=policy.exact,
+                keep_float64=policy.keeps_float64,
             )
-            played = walker.play(policy, -(-episodes // rows), stop)
+            finished_episodes = collector.play_episodes(policy, -(-num_episodes // num_envs), should_stop)
     finally:
         source.close_evaluation(envs)
-    if played is None:
-        raise Stopped
-    played = sorted(played, key=lambda e: (e.number, e.row))[:episodes]
-    succeeded = [episode.info["success"] for episode in played if "success" in episode.info]
+    if finished_episodes is None:
+        raise EvaluationInterrupted
+    finished_episodes = sorted(finished_episodes, key=lambda e: (e.number, e.row))[:num_episodes]
+    successes = [episode.info["success"] for episode in finished_episodes if "success" in episode.info]
     return Evaluation(
-        [episode.episode_return for episode in played],
-        statistics.fmean(succeeded) if succeeded else None,
-        sum(episode.number in copies[episode.row].cut for episode in played),
+        [episode.episode_return for episode in finished_episodes],
+        statistics.fmean(successes) if successes else None,
+        sum(episode.number in evaluation_envs[episode.row].truncated_episodes for episode in finished_episodes),
     )
 
 
-def episode_seed(number: int, seed: int = SEED) -> int:
+def episode_seed(number: int, seed: int = EVALUATION_SEED) -> int:
     """The seed of an evaluation's episode, counted from 0; the same in however many copies it is played."""
-    return derive(seed, "evaluate", number % 50, number // 50)
+    return derive_seed(seed, "evaluate", number % 50, number // 50)
 
 
-class Stopped(Exception):
+class EvaluationInterrupted(Exception):
     """An evaluation that a signal ended."""

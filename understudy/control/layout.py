@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from understudy.batch import Trajectory, Tree, map_tensors
-from understudy.control.quick import Quick
-from understudy.control.spaces import stacked
+from understudy.control.quick import NumpyActor
+from understudy.control.spaces import fast_stack
 
 
 class Call(NamedTuple):
@@ -20,16 +20,18 @@ class Call(NamedTuple):
     """
 
     obs: Tree
-    after: Tree
+    next_obs: Tree
     action: np.ndarray
-    said: np.ndarray
-    chosen: np.ndarray
+    policy_output: np.ndarray
+    mask: np.ndarray
     reward: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
 
 
-def lay_out(calls: list[Call], last: Tree, state: Tensor | None, quick: Quick | None) -> Trajectory:
+def build_trajectory(
+    calls: list[Call], last_obs: Tree, state: Tensor | None, numpy_actor: NumpyActor | None
+) -> Trajectory:
     """Lay calls, last observations of episodes, and the observation after it all, out as one record [rows, T].
 
     Every call has two slots, the choice and what it led to; one more holds `last`. Kept are the choices that were made,
@@ -39,24 +41,37 @@ def lay_out(calls: list[Call], last: Tree, state: Tensor | None, quick: Quick | 
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
         quick: what made log-probs out of what was said; None where that is what was said.
     """
-    seen, after, action, said, chosen, reward, died, cut = zip(*calls, strict=True)
-    keep = np.stack([stacked(chosen), stacked(died) | stacked(cut)], axis=1).reshape(-1, len(chosen[0])).T
+    call_obs, next_obs, action, policy_output, mask, reward, terminated, truncated = zip(*calls, strict=True)
+    keep_slot = (
+        np.stack([fast_stack(mask), fast_stack(terminated) | fast_stack(truncated)], axis=1).reshape(-1, len(mask[0])).T
+    )
     # the last slot, unless the one that was kept before it is an end
-    keep = np.column_stack([keep, (keep * np.arange(keep.shape[1])).max(axis=1) % 2 == 0])
-    slot = np.argsort(~keep, axis=1, kind="stable")[:, : keep.sum(axis=1).max()]
-    call, led, row = slot >> 1, slot & 1, np.arange(len(slot))[:, None]
+    keep_slot = np.column_stack([keep_slot, (keep_slot * np.arange(keep_slot.shape[1])).max(axis=1) % 2 == 0])
+    slot = np.argsort(~keep_slot, axis=1, kind="stable")[:, : keep_slot.sum(axis=1).max()]
+    call_index, is_next_obs, row_index = slot >> 1, slot & 1, np.arange(len(slot))[:, None]
 
-    def up(trees: Any, at: np.ndarray) -> Tree:
+    def gather_slots(trees: Any, index: np.ndarray) -> Tree:
         """What stands at a place, counted by trees and rows, of trees [rows, ...] -> [rows, T, ...]."""
         if isinstance(trees[0], dict):
-            return {name: up([tree[name] for tree in trees], at) for name in trees[0]}
-        return torch.from_numpy(np.concatenate([*trees, np.zeros_like(trees[0])]).take(at * len(row) + row, axis=0))
+            return {name: gather_slots([tree[name] for tree in trees], index) for name in trees[0]}
+        return torch.from_numpy(
+            np.concatenate([*trees, np.zeros_like(trees[0])]).take(index * len(row_index) + row_index, axis=0)
+        )
 
     # what a call led to stands behind the observations it was made at; it is read only where an episode ended in it
-    behind = len(calls) + np.cumsum([tree is not None for tree in (*after, None)])
-    obs = up([*seen, last, *(tree for tree in after if tree is not None)], np.where(led, behind[call], call))
-    old, said = (None, said) if quick is None else quick.sampled(said, action)
-    at = np.where(keep[row, slot] > led, call, len(calls))  # behind the calls stand zeros, for what is no choice
-    old = map_tensors(lambda x: up(x.numpy(), at), old)
-    action, said, chosen, reward, died, cut = (up(x, at) for x in (action, said, chosen, reward, died, cut))
-    return Trajectory(obs, action, said, chosen, reward.float(), died, cut, state, old)
+    next_obs_index = len(calls) + np.cumsum([tree is not None for tree in (*next_obs, None)])
+    obs = gather_slots(
+        [*call_obs, last_obs, *(tree for tree in next_obs if tree is not None)],
+        np.where(is_next_obs, next_obs_index[call_index], call_index),
+    )
+    old_distribution, policy_output = (
+        (None, policy_output) if numpy_actor is None else numpy_actor.distribution_and_logprob(policy_output, action)
+    )
+    source_index = np.where(
+        keep_slot[row_index, slot] > is_next_obs, call_index, len(calls)
+    )  # behind the calls stand zeros, for what is no choice
+    old_distribution = map_tensors(lambda x: gather_slots(x.numpy(), source_index), old_distribution)
+    action, policy_output, mask, reward, terminated, truncated = (
+        gather_slots(x, source_index) for x in (action, policy_output, mask, reward, terminated, truncated)
+    )
+    return Trajectory(obs, action, policy_output, mask, reward.float(), terminated, truncated, state, old_distribution)

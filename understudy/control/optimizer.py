@@ -11,11 +11,11 @@ import torch
 
 from understudy.control.config import Config
 from understudy.control.policy import WEIGHTS
-from understudy.run.checkpoint import Damaged, load_state, names, sha256, verify
+from understudy.run.checkpoint import CorruptFileError, list_checkpoints, load_state, sha256, verify
 from understudy.run.config import RequestError
-from understudy.run.store import optimizer_state
+from understudy.run.store import read_optimizer_state
 
-IMPORTING = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+WRAPPED_METHODS = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
 """Methods that torch wraps, so that its compiler leaves them alone: calling one imports that compiler, for 0.6 s."""
 
 
@@ -38,11 +38,15 @@ def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, policy: Path) ->
         RequestError: there is none, or its optimizer is of another kind, or has other parameters.
     """
     try:
-        found = _with_policy(policy)
-        state = _fitting(optimizer, optimizer_state(found), load_state(found)["optimizer"]["param_groups"])
-        learning = sum(len(group["params"]) for group in optimizer.param_groups)
-        alike = len(state) == learning and len({float(entry["step"]) for entry in state.values()}) == 1
-        if not alike and "value_coef" not in cfg.idle():  # REINFORCE without a critic leaves its parameters alone
+        checkpoint = _with_policy(policy)
+        state = _check_state(
+            optimizer, read_optimizer_state(checkpoint), load_state(checkpoint)["optimizer"]["param_groups"]
+        )
+        num_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
+        is_complete = len(state) == num_parameters and len({float(entry["step"]) for entry in state.values()}) == 1
+        if (
+            not is_complete and "value_coef" not in cfg.fields_without_effect()
+        ):  # REINFORCE without a critic leaves its parameters alone
             raise ValueError("its optimizer did not move all parameters that learn here, such as the critic's")
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RequestError(
@@ -50,7 +54,7 @@ def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, policy: Path) ->
             "same network and optimizer, or one of its checkpoints, or leave init_optimizer out"
         ) from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return found
+    return checkpoint
 
 
 def _with_policy(policy: Path) -> Path:
@@ -60,8 +64,8 @@ def _with_policy(policy: Path) -> Path:
         ValueError: none does.
     """
     folder, whole = policy.parent / "checkpoints", []
-    for place in (policy, *(folder / name for name in reversed(names(folder)))):
-        with suppress(Damaged, OSError):  # a run that is going on may drop one meanwhile
+    for place in (policy, *(folder / name for name in reversed(list_checkpoints(folder)))):
+        with suppress(CorruptFileError, OSError):  # a run that is going on may drop one meanwhile
             verify(place)
             whole.append(place)
             if sha256(place / WEIGHTS) == sha256(policy / WEIGHTS):
@@ -73,19 +77,22 @@ def _with_policy(policy: Path) -> Path:
     )
 
 
-def _fitting(optimizer: torch.optim.Optimizer, state: Any, groups: Any) -> Any:
+def _check_state(optimizer: torch.optim.Optimizer, state: Any, groups: Any) -> Any:
     """The state of another optimizer, with its groups.
 
     Raises:
         ValueError: this one could not have that state.
     """
-    sizes, wanted = ([len(group["params"]) for group in x] for x in (groups, optimizer.param_groups))
-    if sizes != wanted:
-        raise ValueError(f"its optimizer has groups of {sizes} parameters, and this run's of {wanted}")
-    parameters, names = [p for group in optimizer.param_groups for p in group["params"]], STATE[type(optimizer)]
+    sizes, expected_sizes = ([len(group["params"]) for group in x] for x in (groups, optimizer.param_groups))
+    if sizes != expected_sizes:
+        raise ValueError(f"its optimizer has groups of {sizes} parameters, and this run's of {expected_sizes}")
+    parameters, expected_keys = (
+        [p for group in optimizer.param_groups for p in group["params"]],
+        STATE_KEYS[type(optimizer)],
+    )
     for number, entry in state.items():
-        if entry.keys() != names:
-            raise ValueError(f"its optimizer keeps {sorted(entry)}, and this run's {sorted(names)}")
+        if entry.keys() != expected_keys:
+            raise ValueError(f"its optimizer keeps {sorted(entry)}, and this run's {sorted(expected_keys)}")
         for name, tensor in entry.items():
             shape = torch.Size() if name == "step" else parameters[number].shape
             if tensor.shape != shape:
@@ -93,12 +100,12 @@ def _fitting(optimizer: torch.optim.Optimizer, state: Any, groups: Any) -> Any:
     return state
 
 
-def _light(kind: Any) -> Any:
+def _without_wrappers(optimizer_class: Any) -> Any:
     """An optimizer of torch's without those wrappers. Its step is the same function."""
-    own = {name: inspect.unwrap(getattr(kind, name)) for name in IMPORTING}
-    return type(kind.__name__, (kind,), own | {"step": torch.no_grad()(own["step"])})
+    methods = {name: inspect.unwrap(getattr(optimizer_class, name)) for name in WRAPPED_METHODS}
+    return type(optimizer_class.__name__, (optimizer_class,), methods | {"step": torch.no_grad()(methods["step"])})
 
 
-Adam, RMSprop = _light(torch.optim.Adam), _light(torch.optim.RMSprop)
-STATE = {Adam: {"step", "exp_avg", "exp_avg_sq"}, RMSprop: {"step", "square_avg"}}
+Adam, RMSprop = _without_wrappers(torch.optim.Adam), _without_wrappers(torch.optim.RMSprop)
+STATE_KEYS = {Adam: {"step", "exp_avg", "exp_avg_sq"}, RMSprop: {"step", "square_avg"}}
 """What each keeps of a parameter."""

@@ -8,16 +8,16 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
-from understudy.control.environment import first_sentence, imported
-from understudy.control.spaces import MASK, mask_sizes
+from understudy.control.environment import imported, one_line_message
+from understudy.control.spaces import MASK_KEY, mask_sizes
 from understudy.distribution import Categorical, MultiCategorical
 from understudy.run.config import RequestError
 from understudy.run.guard import ran_out_of_memory
-from understudy.run.origin import origin
+from understudy.run.origin import user_error_location
 
-NEEDED = ("noise", "at", "mode", "log_prob", "entropy")
-LARGEST_SUM = 1e-3  # of probabilities, by how much it may differ from 1
-SMALLEST = 1e-6  # a probability below this counts as none
+REQUIRED_METHODS = ("noise", "action_from_noise", "mode", "log_prob", "entropy")
+SUM_TOLERANCE = 1e-3  # of probabilities, by how much it may differ from 1
+MIN_PROBABILITY = 1e-6  # a probability below this counts as none
 
 
 def named_network(text: str) -> nn.Module:
@@ -32,14 +32,14 @@ def named_network(text: str) -> nn.Module:
     except Exception as error:
         raise RequestError(
             f"policy is {text!r}, which raises {type(error).__name__} when it is called without arguments: "
-            f"{first_sentence(error)}; name a function that makes the network"
+            f"{one_line_message(error)}; name a function that makes the network"
         ) from error
     if not isinstance(made, nn.Module):
         raise RequestError(f"policy is {text!r}, which makes a {type(made).__name__}: it must make a torch.nn.Module")
     return made
 
 
-def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.Space) -> tuple[Any, bool]:
+def call_and_check(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.Space) -> tuple[Any, bool]:
     """What a network says, if a recipe can learn from it.
 
     Args:
@@ -53,13 +53,13 @@ def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.S
             normalised; it gives probability to an action that the mask forbids.
     """
     obs = given[0]
-    called = f"observations {_described(obs)}"
+    called = f"observations {_describe_shapes(obs)}"
     try:
         found = network(*given)
     except Exception as error:
         if ran_out_of_memory(error):
             raise
-        place = origin(error)
+        place = user_error_location(error)
         raise RequestError(
             f"policy is a network of your own, which raises {type(error).__name__} when it is called with {called}: "
             f"{' '.join(str(error).split())[:200]}{f' ({place})' if place else ''}"
@@ -67,18 +67,18 @@ def answer(network: nn.Module, given: tuple[Any, ...], action_space: gymnasium.S
     parts = 3 if len(given) == 3 else 2
     wanted = "distribution, value, state" if parts == 3 else "distribution, value"
     if not isinstance(found, tuple) or len(found) != parts:
-        raise _refusal(f"returns {type(found).__name__}: must return {wanted}")
+        raise _refusal_error(f"returns {type(found).__name__}: must return {wanted}")
     distribution, value = found[:2]
-    if lacking := [name for name in NEEDED if not hasattr(distribution, name)]:
-        raise _refusal(
+    if lacking := [name for name in REQUIRED_METHODS if not hasattr(distribution, name)]:
+        raise _refusal_error(
             f"returns a {type(distribution).__module__}.{type(distribution).__name__} without {', '.join(lacking)}: "
             "return one of understudy.distribution, as Categorical.of(logits)"
         )
     shape = tuple(next(iter(obs.values())).shape if isinstance(obs, dict) else obs.shape)[:2]
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         has = f"of shape {list(value.shape)}" if isinstance(value, Tensor) else f"that is a {type(value).__name__}"
-        raise _refusal(f"returns a value {has} for {called}: must be a Tensor [B, T], {list(shape)}")
-    allowed = obs.get(MASK) if isinstance(obs, dict) else None
+        raise _refusal_error(f"returns a value {has} for {called}: must be a Tensor [B, T], {list(shape)}")
+    allowed = obs.get(MASK_KEY) if isinstance(obs, dict) else None
     return found, _check_probabilities(distribution, allowed, action_space)
 
 
@@ -92,8 +92,8 @@ def _check_probabilities(distribution: Any, allowed: Tensor | None, action_space
     else:
         return True
     for part in parts:
-        if float((part.logp.logsumexp(dim=-1)).abs().max()) > LARGEST_SUM:
-            raise _refusal(
+        if float((part.logp.logsumexp(dim=-1)).abs().max()) > SUM_TOLERANCE:
+            raise _refusal_error(
                 "returns a Categorical whose probabilities do not sum to 1: make it with Categorical.of(logits), which "
                 "normalises them"
             )
@@ -105,19 +105,19 @@ def _check_probabilities(distribution: Any, allowed: Tensor | None, action_space
     for part, mask in zip(parts, allowed.bool().split(sizes, dim=-1), strict=True):
         chosen = mask.any(dim=-1, keepdim=True)  # elsewhere nothing is chosen
         most = float(part.logp.exp().masked_fill(mask | ~chosen, 0).max())
-        if most > SMALLEST:
-            raise _refusal(
+        if most > MIN_PROBABILITY:
+            raise _refusal_error(
                 f"gives probability {most:.2g} to an action that the mask forbids: make its distribution with "
-                f"Categorical.of(logits, obs[{MASK!r}])"
+                f"Categorical.of(logits, obs[{MASK_KEY!r}])"
             )
     return not bool(allowed.all())
 
 
-def _refusal(problem: str) -> RequestError:
+def _refusal_error(problem: str) -> RequestError:
     return RequestError(f"policy is a network of your own, which {problem}")
 
 
-def _described(obs: Any) -> str:
+def _describe_shapes(obs: Any) -> str:
     """Observations by their shapes."""
     if isinstance(obs, dict):
         return "{" + ", ".join(f"{name!r}: {list(x.shape)}" for name, x in obs.items()) + "}"

@@ -17,31 +17,31 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from understudy.control import own_network
-from understudy.control.config import Network
-from understudy.control.masks import checked_mask
-from understudy.control.networks import ActorCritic
-from understudy.control.normalize import ObsScale, RewardScale
+from understudy.control.config import NetworkConfig
+from understudy.control.masks import validate_mask
+from understudy.control.networks import ActorCriticNetwork
+from understudy.control.normalize import ObsNormalizer, RewardNormalizer
 from understudy.control.spaces import (
-    MASK,
-    add_batch,
+    MASK_KEY,
+    add_batch_dim,
     all_forbidden,
     check_action_space,
     checked_batch,
-    executable,
-    features,
-    from_json,
+    feature_spaces,
     is_image,
-    read,
-    settled_squash,
-    to_json,
+    read_obs,
+    resolve_squash,
+    space_from_json,
+    space_to_json,
+    to_env_action,
 )
-from understudy.run.checkpoint import Damaged, shapes_of, tensors_of
-from understudy.run.config import RequestError, check
-from understudy.run.store import SCHEMA, holds_no_policy, read_schema, recipe_of
-from understudy.sample import choose
+from understudy.run.checkpoint import CorruptFileError, load_tensors, read_shapes
+from understudy.run.config import RequestError, check_fields
+from understudy.run.store import SCHEMA, holds_no_policy, read_versioned_json, recipe_of
+from understudy.sample import sample_action
 
 WEIGHTS = "policy.safetensors"
-LAYERS, WIDEST = 64, 2**20  # of a network that a file describes
+MAX_LAYERS, MAX_WIDTH = 64, 2**20  # of a network that a file describes
 
 
 class Policy(nn.Module):
@@ -73,14 +73,14 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         check_action_space(action_space)
-        self.network, self.squash = network, settled_squash(action_space, squash)
-        self.made_of: dict[str, Any] | None = None
+        self.network, self.squash = network, resolve_squash(action_space, squash)
+        self.network_config: dict[str, Any] | None = None
         self.has_action_mask = self.proved = False
         self.state_size: int = getattr(network, "state_size", 0)
-        self.memory = self.state_size > 0
+        self.needs_whole_rows = self.state_size > 0
         self.observation_space, self.action_space = observation_space, action_space
-        self.obs_scale = ObsScale(scaled_shapes(observation_space)) if scale_obs else None
-        self.reward_scale = None if scale_reward is None else RewardScale(scale_reward)
+        self.obs_scale = ObsNormalizer(normalized_shapes(observation_space)) if scale_obs else None
+        self.reward_scale = None if scale_reward is None else RewardNormalizer(scale_reward)
         self.eval()
 
     @classmethod
@@ -88,19 +88,21 @@ class Policy(nn.Module):
         cls,
         observation_space: gymnasium.Space,
         action_space: gymnasium.Space,
-        made_of: Network,
+        network_config: NetworkConfig,
         *,
         seed: int,
-        **scales: Any,
+        **normalizer_options: Any,
     ) -> Policy:
         """A policy with fresh weights that depend on nothing but `seed`."""
         check_action_space(action_space)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = ActorCritic(observation_space, action_space, made_of)
-        policy = cls(network, observation_space, action_space, squash=made_of.squash, **scales)
-        policy.made_of = {field.name: getattr(made_of, field.name) for field in dataclasses.fields(Network)}
-        policy.made_of["squash"] = policy.squash
+            network = ActorCriticNetwork(observation_space, action_space, network_config)
+        policy = cls(network, observation_space, action_space, squash=network_config.squash, **normalizer_options)
+        policy.network_config = {
+            field.name: getattr(network_config, field.name) for field in dataclasses.fields(NetworkConfig)
+        }
+        policy.network_config["squash"] = policy.squash
         return policy
 
     def train(self, mode: bool = True) -> Policy:
@@ -112,18 +114,18 @@ class Policy(nn.Module):
         return self
 
     @property
-    def layers_held(self) -> list[str]:
+    def layers_held_in_eval_mode(self) -> list[str]:
         """The kinds of layers in the network that would act differently in training mode."""
-        kinds = (_DropoutNd, _NormBase, nn.RNNBase)
-        found = [layer for layer in self.network.modules() if isinstance(layer, kinds)]
-        return sorted({type(layer).__name__ for layer in found if not isinstance(layer, nn.RNNBase) or layer.dropout})
+        layer_types = (_DropoutNd, _NormBase, nn.RNNBase)
+        layers = [layer for layer in self.network.modules() if isinstance(layer, layer_types)]
+        return sorted({type(layer).__name__ for layer in layers if not isinstance(layer, nn.RNNBase) or layer.dropout})
 
-    def initial_state(self, rows: int) -> Tensor | None:
+    def initial_state(self, num_rows: int) -> Tensor | None:
         """The state before an episode, [rows, S]; None without memory."""
-        return torch.zeros(rows, self.state_size, device=self.device) if self.memory else None
+        return torch.zeros(num_rows, self.state_size, device=self.device) if self.needs_whole_rows else None
 
     @property
-    def exact(self) -> bool:
+    def keeps_float64(self) -> bool:
         """Whether observations that float32 cannot hold are to be read as float64: they are scaled before they are cast."""
         return self.obs_scale is not None
 
@@ -138,31 +140,31 @@ class Policy(nn.Module):
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if self.obs_scale is None else self.obs_scale(obs, self.dtype)
-        given = (obs, state, start) if self.memory else (obs,)
-        return self.network(*given) if self.proved or self.made_of is not None else self._examined(*given)
+        given = (obs, state, start) if self.needs_whole_rows else (obs,)
+        return self.network(*given) if self.proved or self.network_config is not None else self._examined(*given)
 
     def _examined(self, *given: Any) -> Any:
         """The answer of a user's own network, looked at until it is known to be what a recipe needs."""
-        found, self.proved = own_network.answer(self.network, given, self.action_space)
+        found, self.proved = own_network.call_and_check(self.network, given, self.action_space)
         return found
 
     def value(self, obs: Any) -> Tensor:
         """V(obs) alone, [B, T]; of a network of ours without memory."""
         network: Any = self.network
-        return network.critique(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))
+        return network.forward_value(obs if self.obs_scale is None else self.obs_scale(obs, self.dtype))
 
-    def reward(self, reward: Tensor) -> Tensor:
+    def normalize_reward(self, reward: Tensor) -> Tensor:
         """Rewards as the critic learns them: scaled where the policy has a scale. [B, T]."""
         return reward if self.reward_scale is None else self.reward_scale(reward)
 
-    def gather(self, record: Any) -> None:
+    def update_normalizers(self, trajectory: Any) -> None:
         """Add a record's chosen steps to the running scales; to be called once a record, after its update."""
-        for scale in filter(None, (self.obs_scale, self.reward_scale)):
-            scale.gather(record)
+        for normalizer in filter(None, (self.obs_scale, self.reward_scale)):
+            normalizer.update(trajectory)
 
-    def executable(self, action: np.ndarray) -> np.ndarray:
+    def to_env_action(self, action: np.ndarray) -> np.ndarray:
         """What the environment receives for actions [B, ...] as the distribution sampled them."""
-        return executable(self.action_space, action, self.squash)
+        return to_env_action(self.action_space, action, self.squash)
 
     def act(
         self,
@@ -196,47 +198,51 @@ class Policy(nn.Module):
                 'info["action_mask"] or what action_masks() returns, or True to allow every action'
             )
         self.eval()  # whatever mode the user's own network was put in meanwhile
-        batched = checked_batch(self.observation_space, obs)
-        obs = obs if batched else add_batch(self.observation_space, obs)
+        has_batch_dim = checked_batch(self.observation_space, obs)
+        obs = obs if has_batch_dim else add_batch_dim(self.observation_space, obs)
         mask = None if action_mask is None or action_mask is True else action_mask
         if mask is not None:
-            mask = np.stack([checked_mask(self.action_space, row) for row in (mask if batched else [mask])])
-        tree = read(self.observation_space, obs, mask, exact=self.exact)
-        rows = len(next(iter(tree.values())) if isinstance(tree, dict) else tree)
-        column = (
+            mask = np.stack([validate_mask(self.action_space, row) for row in (mask if has_batch_dim else [mask])])
+        tree = read_obs(self.observation_space, obs, mask, keep_float64=self.keeps_float64)
+        num_rows = len(next(iter(tree.values())) if isinstance(tree, dict) else tree)
+        obs_column = (
             {k: v[:, None].to(self.device) for k, v in tree.items()}
             if isinstance(tree, dict)
             else tree[:, None].to(self.device)
         )
-        if isinstance(column, dict) and MASK in column and all_forbidden(self.action_space, column[MASK]).any():
+        if (
+            isinstance(obs_column, dict)
+            and MASK_KEY in obs_column
+            and all_forbidden(self.action_space, obs_column[MASK_KEY]).any()
+        ):
             raise ValueError("action_mask allows no action: allow at least one, in every dimension")
-        begin = torch.zeros(rows, 1, dtype=torch.bool, device=self.device)
+        is_start = torch.zeros(num_rows, 1, dtype=torch.bool, device=self.device)
         if start is not None:
-            begin |= torch.as_tensor(start, dtype=torch.bool, device=self.device).reshape(-1, 1)
-        state = self.initial_state(rows) if state is None else state
-        choice = choose(self, column, state, begin, generator=generator, sample=sample)
-        action = self.executable(choice.action.cpu().numpy())
-        action = action if batched else action[0]
-        return (action, choice.state) if self.memory else action
+            is_start |= torch.as_tensor(start, dtype=torch.bool, device=self.device).reshape(-1, 1)
+        state = self.initial_state(num_rows) if state is None else state
+        choice = sample_action(self, obs_column, state, is_start, generator=generator, sample=sample)
+        action = self.to_env_action(choice.action.cpu().numpy())
+        action = action if has_batch_dim else action[0]
+        return (action, choice.state) if self.needs_whole_rows else action
 
     def save(self, path: Path) -> None:
         """Write `policy.json` and `policy.safetensors` into a directory."""
         path.mkdir(parents=True, exist_ok=True)
-        about = {
+        metadata = {
             "schema": SCHEMA,
             "world": "control",
-            "observation_space": to_json(self.observation_space),
-            "action_space": to_json(self.action_space),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
             "squash": self.squash,
             "scale_obs": self.obs_scale is not None,
             "scale_reward": None if self.reward_scale is None else self.reward_scale.gamma,
             "has_action_mask": self.has_action_mask,
-            "network": self.made_of,
+            "network": self.network_config,
         }
         # clones: a network of one's own may share a weight between layers, which safetensors refuses
         weights = {name: x.detach().cpu().contiguous().clone() for name, x in self.state_dict().items()}
         save_file(weights, path / WEIGHTS)
-        (path / "policy.json").write_text(json.dumps(about, indent=2) + "\n")
+        (path / "policy.json").write_text(json.dumps(metadata, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path, network: nn.Module | None = None) -> Policy:
@@ -245,72 +251,78 @@ class Policy(nn.Module):
         Raises:
             RequestError: that network is missing, the weights do not fit, or what is there is no policy.
         """
-        about = read_schema(path / "policy.json", f"policy is '{path}', which holds no readable policy.json")
-        if about.get("network") is None and network is None:
+        metadata = read_versioned_json(path / "policy.json", f"policy is '{path}', which holds no readable policy.json")
+        if metadata.get("network") is None and network is None:
             raise RequestError(
                 f"policy is missing: '{path}' holds weights of a network of your own, which is needed again: "
                 f"understudy.load({str(path)!r}, policy=my_network), or --policy my_net.py:MyNet in a command"
             )
         network = network.network if isinstance(network, Policy) else network
         weights = path / WEIGHTS
-        whose = "its policy.json" if network is None else "the network given"
+        weights_owner = "its policy.json" if network is None else "the network given"
         try:
-            given = {"scale_obs": bool(about["scale_obs"]), "scale_reward": about["scale_reward"]}
-            found = from_json(about["observation_space"]), from_json(about["action_space"])
+            normalizer_options = {"scale_obs": bool(metadata["scale_obs"]), "scale_reward": metadata["scale_reward"]}
+            policy_spaces = space_from_json(metadata["observation_space"]), space_from_json(metadata["action_space"])
             if network is None:
-                made_of = _sizes(about["network"])
+                network_config = _parse_network_config(metadata["network"])
                 with torch.device("meta"):  # no file is believed about sizes that its own weights do not have
-                    same_shapes(shapes_of(weights), cls.build(*found, made_of, seed=0, **given))
-                policy = cls.build(*found, made_of, seed=0, **given)
+                    check_shapes(
+                        read_shapes(weights), cls.build(*policy_spaces, network_config, seed=0, **normalizer_options)
+                    )
+                policy = cls.build(*policy_spaces, network_config, seed=0, **normalizer_options)
             else:
-                policy = cls(network, *found, squash=about["squash"], **given)
-                same_shapes(shapes_of(weights), policy)
-        except Damaged as error:
+                policy = cls(network, *policy_spaces, squash=metadata["squash"], **normalizer_options)
+                check_shapes(read_shapes(weights), policy)
+        except CorruptFileError as error:
             raise RequestError(f"policy is '{path}', and {error}: give the directory of a run") from error
-        except Unfit as error:
-            raise RequestError(f"{weights} does not fit {whose}: {error}; use its own") from error
+        except WeightMismatchError as error:
+            raise RequestError(f"{weights} does not fit {weights_owner}: {error}; use its own") from error
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise RequestError(
                 f"policy is '{path}', whose policy.json describes none ({type(error).__name__}: "
                 f"{' '.join(str(error).split())[:120]}): give the directory of a run"
             ) from error
-        load_weights(policy, tensors_of(weights))
-        policy.has_action_mask = about.get("has_action_mask") is True
+        load_weights(policy, load_tensors(weights))
+        policy.has_action_mask = metadata.get("has_action_mask") is True
         return policy
 
 
-def scaled_shapes(observation_space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
+def normalized_shapes(observation_space: gymnasium.Space) -> dict[str, tuple[int, ...]]:
     """The shapes of the entries that `scale_obs` scales: every Box that is no image."""
-    boxes = {name: leaf for name, leaf in features(observation_space).items() if isinstance(leaf, spaces.Box)}
+    boxes = {name: leaf for name, leaf in feature_spaces(observation_space).items() if isinstance(leaf, spaces.Box)}
     return {name: tuple(leaf.shape) for name, leaf in boxes.items() if not is_image(leaf)}
 
 
-class Unfit(ValueError):
+class WeightMismatchError(ValueError):
     """Weights of other names or shapes than the policy's."""
 
 
-def _sizes(data: dict[str, Any]) -> Network:
+def _parse_network_config(data: dict[str, Any]) -> NetworkConfig:
     """The network that a file describes, its values checked; how many layers it has, too."""
-    if len(data["hidden"]) > LAYERS:
-        raise ValueError(f"hidden has {len(data['hidden']):,} layers: at most {LAYERS} are read")
+    if len(data["hidden"]) > MAX_LAYERS:
+        raise ValueError(f"hidden has {len(data['hidden']):,} layers: at most {MAX_LAYERS} are read")
     fields: dict[str, Any] = data | {"hidden": tuple(data["hidden"])}
-    made_of = Network(**fields)
-    check(made_of)
-    if max((*made_of.hidden, made_of.memory_size)) > WIDEST:
-        raise ValueError(f"hidden is {made_of.hidden}, memory_size {made_of.memory_size}: at most {WIDEST} is read")
-    return made_of
+    network_config = NetworkConfig(**fields)
+    check_fields(network_config)
+    if max((*network_config.hidden, network_config.memory_size)) > MAX_WIDTH:
+        raise ValueError(
+            f"hidden is {network_config.hidden}, memory_size {network_config.memory_size}: at most {MAX_WIDTH} is read"
+        )
+    return network_config
 
 
-def same_shapes(shapes: dict[str, tuple[int, ...]], policy: Policy) -> None:
+def check_shapes(shapes: dict[str, tuple[int, ...]], policy: Policy) -> None:
     """Refuse weights of these names and shapes where the policy's are others.
 
     Raises:
         Unfit: they are.
     """
-    own = {name: tuple(x.shape) for name, x in policy.state_dict().items()}
-    apart = sorted(name for name in shapes.keys() | own.keys() if shapes.get(name) != own.get(name))
-    if apart:
-        raise Unfit(f"{', '.join(apart[:8])} differ")
+    policy_shapes = {name: tuple(x.shape) for name, x in policy.state_dict().items()}
+    mismatched = sorted(
+        name for name in shapes.keys() | policy_shapes.keys() if shapes.get(name) != policy_shapes.get(name)
+    )
+    if mismatched:
+        raise WeightMismatchError(f"{', '.join(mismatched[:8])} differ")
 
 
 def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
@@ -319,7 +331,7 @@ def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
     Raises:
         Unfit: names or shapes differ.
     """
-    same_shapes({name: tuple(x.shape) for name, x in weights.items()}, policy)
+    check_shapes({name: tuple(x.shape) for name, x in weights.items()}, policy)
     policy.load_state_dict(weights)
 
 

@@ -11,20 +11,20 @@ import torch
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
-from understudy.compiled import Compiled, available
+from understudy.compiled import CompiledUpdate, is_compiler_available
 from understudy.control import config, stage
 from understudy.control.optimizer import adam
 from understudy.control.policy import Policy
-from understudy.control.sources import Env, resolve
-from understudy.control.stage import Begun, Iterations, Net, Stage
-from understudy.objective import adapt_kl_coef, ppo, ppo_penalty
+from understudy.control.sources import EnvLike, resolve_env_fields
+from understudy.control.stage import Iterations, OptionalModule, OptionalResumePoint, TrainingRun
+from understudy.objective import adapt_kl_old_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Unit
+from understudy.run.config import NonNegativeFloat, PositiveFloat, PositiveInt, RequestError, UnitInterval
 from understudy.run.store import Run
 from understudy.update import update
-from understudy.value import estimate, next_value
+from understudy.value import estimate_values, next_value
 
-PAYS = 12_000
+MIN_STEPS_TO_COMPILE = 12_000
 """Optimizer steps from which on they are compiled, which takes 12 s without a cache, 2 with one (docs/performance.md)."""
 
 
@@ -32,29 +32,29 @@ PAYS = 12_000
 class Config(config.Config):
     """PPO: every published variant is a field."""
 
-    rollout: Count = 128
+    rollout: PositiveInt = 128
     """Env calls an iteration; num_envs times as many steps, reset rows of self-resetting envs apart."""
-    epochs: Count = 10
+    epochs: PositiveInt = 10
     """Passes over the record."""
-    minibatches: Count = 4
+    minibatches: PositiveInt = 4
     """Optimizer steps a pass."""
-    lam: Unit = 0.95
+    lam: UnitInterval = 0.95
     """GAE's lambda, from 0 (TD error) to 1 (Monte Carlo)."""
     objective: Literal["clip", "penalty"] = "clip"
     """Surrogate: clipped ratio, or ratio minus kl_coef * KL(old, new), exact."""
-    clip: Positive = 0.2
+    clip: PositiveFloat = 0.2
     """How far the ratio may go from 1 before it is clipped."""
     clip_schedule: Literal["constant", "linear"] = "constant"
     """How clip goes on: constant, or linear to 0 over the run's steps."""
-    value_clip: NonNegative = 0.0
+    value_clip: NonNegativeFloat = 0.0
     """How far the value may go from the old one before its loss is clipped; 0 for off."""
-    kl_coef: NonNegative = 1.0
+    kl_coef: NonNegativeFloat = 1.0
     """Coefficient of the KL penalty, initial where it adapts."""
-    adaptive_kl_target: NonNegative = 0.0
+    adaptive_kl_target: NonNegativeFloat = 0.0
     """KL(old, new) in nats an adaptive coefficient aims at, by doubling and halving; 0 for a fixed one."""
-    target_kl: NonNegative = 0.0
+    target_kl: NonNegativeFloat = 0.0
     """End the update before a minibatch whose mean KL(old, new) is above this, in nats; 0 for off."""
-    adapt_learning_rate: NonNegative = 0.0
+    adapt_learning_rate: NonNegativeFloat = 0.0
     """KL in nats around which the learning rate is divided or multiplied by 1.5 every minibatch (rsl_rl); 0 for off."""
     standardize: Literal["none", "minibatch", "batch"] = "minibatch"
     """Over what advantages are standardised."""
@@ -75,56 +75,75 @@ class Config(config.Config):
                 "steps, and a minibatch needs at least one"
             )
 
-    def idle(self) -> dict[str, str]:
-        unused = ["clip", "clip_schedule"] if self.objective == "penalty" else ["kl_coef", "adaptive_kl_target"]
-        found: dict[str, str] = dict.fromkeys(unused, f"objective is {self.objective!r}")
+    def fields_without_effect(self) -> dict[str, str]:
+        field_names = ["clip", "clip_schedule"] if self.objective == "penalty" else ["kl_coef", "adaptive_kl_target"]
+        reasons: dict[str, str] = dict.fromkeys(field_names, f"objective is {self.objective!r}")
         if not self.value_coef:
-            found["value_clip"] = "value_coef is 0"
+            reasons["value_clip"] = "value_coef is 0"
         if self.epochs == 1:
-            found |= {"refresh": "epochs is 1", "reshuffle": "epochs is 1"}
-        return super().idle() | found
+            reasons |= {"refresh": "epochs is 1", "reshuffle": "epochs is 1"}
+        return super().fields_without_effect() | reasons
 
 
 def iterate(
-    cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None
+    cfg: Config,
+    *,
+    env: EnvLike = None,
+    evaluation_env: EnvLike = None,
+    policy: OptionalModule = None,
+    resume: OptionalResumePoint = None,
 ) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
-    cfg, learn = settled(resolve(cfg, env), own=policy is not None)
-    with stage.open_stage(
-        "ppo", cfg, env, policy, evaluation_env=evaluation_env, optimizer=optimizer, resume=resume
+    cfg, update_function = resolve_compile(resolve_env_fields(cfg, env), is_user_policy=policy is not None)
+    with stage.open_run(
+        "ppo", cfg, env, policy, evaluation_env=evaluation_env, optimizer=make_optimizer, resume=resume
     ) as run:
-        while run.on:
-            kl_coef = run.kept.setdefault("kl_coef", cfg.kl_coef)
-            rate, clip = run.schedule(), cfg.clip * (run.left if cfg.clip_schedule == "linear" else 1)
-            surrogate = partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_coef=kl_coef)
-            traj = run.walker.collect(run.policy, cfg.rollout)  # 1 sample
-            paid = run.reward(traj)  # 2 score: the environment pays, and constraints charge
-            old, value = estimate(run.policy, traj)  # 3 value
-            batch = weigh_up(traj, paid, value, old, cfg)  # 4 advantage
-            metrics = learn(  # 5 update
+        while run.is_active:
+            kl_coef = run.recipe_state.setdefault("kl_coef", cfg.kl_coef)
+            learning_rate, clip = (
+                run.update_learning_rate(),
+                cfg.clip * (run.progress_remaining if cfg.clip_schedule == "linear" else 1),
+            )
+            surrogate = (
+                partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_old_coef=kl_coef)
+            )
+            trajectory = run.collector.collect(run.policy, cfg.rollout)  # 1 sample
+            rewards = run.compute_rewards(trajectory)  # 2 score: the environment pays, and constraints charge
+            old_distribution, value = estimate_values(run.policy, trajectory)  # 3 value
+            batch = compute_advantages(trajectory, rewards, value, old_distribution, cfg)  # 4 advantage
+            metrics = update_function(  # 5 update
                 run.policy,
                 run.optimizer,
                 batch,
                 partial(surrogate, value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef, value_clip=cfg.value_clip),
-                epochs=cfg.epochs,
-                minibatches=cfg.minibatches,
+                num_epochs=cfg.epochs,
+                num_minibatches=cfg.minibatches,
                 max_grad_norm=cfg.max_grad_norm,
-                refresh=partial(reconsider, run.policy, paid, cfg) if cfg.refresh else None,
-                prepare=standardized if cfg.standardize == "minibatch" else None,
-                steer=partial(steer, run.optimizer, cfg) if cfg.target_kl or cfg.adapt_learning_rate else None,
+                recompute=partial(recompute_advantages, run.policy, rewards, cfg) if cfg.refresh else None,
+                transform_minibatch=standardize_advantages if cfg.standardize == "minibatch" else None,
+                on_minibatch=partial(on_minibatch, run.optimizer, cfg)
+                if cfg.target_kl or cfg.adapt_learning_rate
+                else None,
                 reshuffle=cfg.reshuffle,
-                guard=run.guard,
-                generator=run.shuffle,
+                on_nonfinite=run.guard,
+                generator=run.shuffle_generator,
             )
             if cfg.objective == "penalty":
-                metrics |= adapt_penalty(run, batch, cfg, skipped="updates_skipped" in metrics)
-            run.policy.gather(traj)
+                metrics |= adapt_kl_penalty(run, batch, cfg, was_skipped="updates_skipped" in metrics)
+            run.policy.update_normalizers(trajectory)
             metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
-            yield from run.report(metrics | {"learning_rate": rate, "clip": clip})
+            yield from run.finish_iteration(metrics | {"learning_rate": learning_rate, "clip": clip})
         return run.run
 
 
-def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: Net = None, resume: Begun = None) -> Run:
+def train(
+    cfg: Config,
+    *,
+    env: EnvLike = None,
+    evaluation_env: EnvLike = None,
+    policy: OptionalModule = None,
+    resume: OptionalResumePoint = None,
+) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened.
 
     Args:
@@ -132,10 +151,10 @@ def train(cfg: Config, *, env: Env = None, evaluation_env: Env = None, policy: N
         evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
         policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
     """
-    return stage.drain(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
+    return stage.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
-def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
+def resolve_compile(cfg: Config, *, is_user_policy: bool) -> tuple[Config, Any]:
     """The config with `compile` as on or off, and `update` or its compiled form.
 
     A function of the config, of whether the policy is the user's own, and of whether there is a compiler. On, where the
@@ -144,7 +163,7 @@ def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
     Raises:
         RequestError: on, with what cannot be compiled.
     """
-    cannot = {
+    not_compilable = {
         "memory": cfg.memory != "none",
         "exploration": cfg.exploration == "gsde",
         "refresh": cfg.refresh,
@@ -153,39 +172,48 @@ def settled(cfg: Config, *, own: bool) -> tuple[Config, Any]:
         "clip_grad_apart": cfg.clip_grad_apart,
         "device": not cfg.device.startswith("cpu"),
     }
-    why = next((f"{name} is {getattr(cfg, name)!r}" for name, found in cannot.items() if found), None)
-    if cfg.compile == "on" and (own or why):
+    reason = next((f"{name} is {getattr(cfg, name)!r}" for name, is_set in not_compilable.items() if is_set), None)
+    if cfg.compile == "on" and (is_user_policy or reason):
         raise RequestError(
-            f"compile is 'on', but {why or 'the policy is your own'}, which only runs uncompiled: leave it auto"
+            f"compile is 'on', but {reason or 'the policy is your own'}, which only runs uncompiled: leave it auto"
         )
-    if cfg.compile == "on" and not available():
+    if cfg.compile == "on" and not is_compiler_available():
         raise RequestError("compile is 'on', and there is no C++ compiler: install g++, or start with compile off")
-    optimizer_steps = math.ceil(cfg.steps / (cfg.num_envs * cfg.rollout)) * cfg.epochs * cfg.minibatches
-    pays = optimizer_steps >= PAYS and not own and why is None and available()
-    if cfg.compile == "on" or (cfg.compile == "auto" and pays):
-        return replace(cfg, compile="on"), Compiled(cfg.rollout, varying=("clip", "kl_coef")).update
+    num_optimizer_steps = math.ceil(cfg.steps / (cfg.num_envs * cfg.rollout)) * cfg.epochs * cfg.minibatches
+    is_worthwhile = (
+        num_optimizer_steps >= MIN_STEPS_TO_COMPILE
+        and not is_user_policy
+        and reason is None
+        and is_compiler_available()
+    )
+    if cfg.compile == "on" or (cfg.compile == "auto" and is_worthwhile):
+        return replace(cfg, compile="on"), CompiledUpdate(cfg.rollout, varying=("clip", "kl_old_coef")).update
     return replace(cfg, compile="off"), update
 
 
-def weigh_up(traj: Trajectory, paid: torch.Tensor, value: torch.Tensor, old: Any, cfg: Config) -> Batch:
+def compute_advantages(
+    trajectory: Trajectory, rewards: torch.Tensor, value: torch.Tensor, old_distribution: Any, cfg: Config
+) -> Batch:
     """The record with GAE's advantages and the critic's targets A + V; standardised where that is over the batch."""
-    ends = traj.terminated, traj.truncated, traj.mask
-    advantage = gae(paid, value, next_value(value, traj), *ends, gamma=cfg.gamma, lam=cfg.lam)
-    batch = Batch.of(traj, value=value, advantage=advantage, target=advantage + value, old=old)
-    return standardized(batch) if cfg.standardize == "batch" else batch
+    ends = trajectory.terminated, trajectory.truncated, trajectory.mask
+    advantage = gae(rewards, value, next_value(value, trajectory), *ends, gamma=cfg.gamma, lam=cfg.lam)
+    batch = Batch.of(
+        trajectory, value=value, advantage=advantage, target=advantage + value, old_distribution=old_distribution
+    )
+    return standardize_advantages(batch) if cfg.standardize == "batch" else batch
 
 
-def reconsider(policy: Policy, paid: torch.Tensor, cfg: Config, batch: Batch) -> Batch:
+def recompute_advantages(policy: Policy, rewards: torch.Tensor, cfg: Config, batch: Batch) -> Batch:
     """The record as the critic sees it now; what the actor is held against stays (Andrychowicz et al. 2021, sec. 3.5)."""
-    _, value = estimate(policy, batch)
-    return weigh_up(batch, paid, value, batch.old, cfg)
+    _, value = estimate_values(policy, batch)
+    return compute_advantages(batch, rewards, value, batch.old_distribution, cfg)
 
 
-def standardized(batch: Batch) -> Batch:
+def standardize_advantages(batch: Batch) -> Batch:
     return Batch.of(batch, advantage=standardize(batch.advantage, batch.mask))
 
 
-def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, float]) -> bool:
+def on_minibatch(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, float]) -> bool:
     """Before an optimizer step: let the KL set the learning rate, or end the update, where the config says so."""
     kl = metrics["kl_old"]
     if cfg.adapt_learning_rate:
@@ -197,33 +225,33 @@ def steer(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, floa
     return 0 < cfg.target_kl < kl
 
 
-def adapt_penalty(run: Stage, batch: Batch, cfg: Config, *, skipped: bool) -> dict[str, float]:
+def adapt_kl_penalty(run: TrainingRun, batch: Batch, cfg: Config, *, was_skipped: bool) -> dict[str, float]:
     """The penalty's coefficient and the KL it led to; with a target, another coefficient for the next iteration.
 
     The KL is that of the policy that acted: it is measured before the observations' scale moves. A skipped update has led to
     none, and leaves the coefficient.
     """
-    coef, kl = run.kept["kl_coef"], kl_since(run.policy, batch)
-    if cfg.adaptive_kl_target and not skipped:
-        run.kept["kl_coef"] = adapt_kl_coef(coef, kl, target=cfg.adaptive_kl_target)
+    coef, kl = run.recipe_state["kl_coef"], measure_kl_old(run.policy, batch)
+    if cfg.adaptive_kl_target and not was_skipped:
+        run.recipe_state["kl_coef"] = adapt_kl_old_coef(coef, kl, target=cfg.adaptive_kl_target)
     return {"kl_coef": coef, "kl_old": kl}
 
 
 @torch.no_grad()
-def kl_since(policy: Policy, batch: Batch) -> float:
+def measure_kl_old(policy: Policy, batch: Batch) -> float:
     """Mean KL(old, new) over the record, after the update."""
-    now, _ = estimate(policy, batch)
-    return float(masked_mean(batch.old.kl(now), batch.mask))
+    distribution, _ = estimate_values(policy, batch)
+    return float(masked_mean(batch.old_distribution.kl(distribution), batch.mask))
 
 
-def optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:
     """One Adam; with clip_grad_apart, actor and critic as groups with a bound each."""
-    made = adam(policy, cfg)
+    optimizer = adam(policy, cfg)
     if cfg.clip_grad_apart:
         critic = [p for name, p in policy.named_parameters() if name.startswith(("network.critic", "network.value"))]
-        own = {id(p) for p in critic}
-        actor = [p for p in policy.parameters() if id(p) not in own]
-        made.param_groups.clear()
+        critic_ids = {id(p) for p in critic}
+        actor = [p for p in policy.parameters() if id(p) not in critic_ids]
+        optimizer.param_groups.clear()
         for group in (actor, critic):
-            made.add_param_group({"params": group, "max_grad_norm": cfg.max_grad_norm})
-    return made
+            optimizer.add_param_group({"params": group, "max_grad_norm": cfg.max_grad_norm})
+    return optimizer

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from understudy.control.networks import ActorCritic, Body, CategoricalHead, GaussianHead
-from understudy.control.normalize import CLIP, ObsScale
-from understudy.control.spaces import is_wide, stacked
+from understudy.control.networks import ActorCriticNetwork, CategoricalHead, FeatureExtractor, GaussianHead
+from understudy.control.normalize import CLIP, ObsNormalizer
+from understudy.control.spaces import exceeds_float32, fast_stack
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.products import Tanh
 
-PRODUCTS = 2**18
+MAX_NUMPY_PRODUCTS = 2**18
 """Multiplications of a layer up to which NumPy multiplies in one thread, always in the same order."""
-BLOCK = 128
+NOISE_BLOCK_SIZE = 128
 """Choices for which noise is drawn at once."""
 ACTIVATIONS = {
     Tanh: np.tanh,
@@ -27,7 +27,7 @@ ACTIVATIONS = {
 }
 
 
-class Quick:
+class NumpyActor:
     """`quick(obs) -> action, said`: what a policy chooses, as its weights are now, to rounding.
 
     `said` are the numbers that its distribution is made of; `sampled` makes that of those of a whole record at once.
@@ -37,102 +37,134 @@ class Quick:
 
     def __init__(
         self,
-        body: Body,
+        actor: FeatureExtractor,
         head: CategoricalHead | GaussianHead,
-        scale: ObsScale | None,
+        obs_normalizer: ObsNormalizer | None,
         generator: torch.Generator | None,
         *,
-        small: int,
+        num_numpy_rows: int,
         dtype: torch.dtype,
     ) -> None:
-        last = _last(head)
-        self.says = Layers(body, last, scale, small, dtype) if small else partial(_by_modules, body, last, scale)
+        output_layer = _output_layer(head)
+        self.compute_dist_params = (
+            NumpyMLP(actor, output_layer, obs_normalizer, num_numpy_rows, dtype)
+            if num_numpy_rows
+            else partial(_torch_dist_params, actor, output_layer, obs_normalizer)
+        )
         self.log_std = None if isinstance(head, CategoricalHead) else head.log_std.detach().clone()
-        self.width = last.out_features
+        self.num_outputs = output_layer.out_features
         self.generator, self.noise = generator, list[np.ndarray]()
 
     def __call__(self, obs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """obs: [B, D] -> action [B] or [B, K], said [B, K]."""
-        x = self.says(obs)
-        y = x if self.generator is None else x + self._noise(len(x))
-        return (y.argmax(axis=1) if self.log_std is None else y), x
+        dist_params = self.compute_dist_params(obs)
+        perturbed = dist_params if self.generator is None else dist_params + self._next_noise(len(dist_params))
+        return (perturbed.argmax(axis=1) if self.log_std is None else perturbed), dist_params
 
-    def _noise(self, rows: int) -> np.ndarray:
+    def _next_noise(self, num_rows: int) -> np.ndarray:
         """What is added to what is said, [rows, K]: of the very distributions that the policy has."""
         if not self.noise:
-            like = torch.zeros(BLOCK, rows, self.width)
-            drawn = self._of(like).noise(self.generator)
-            self.noise = list((drawn if self.log_std is None else drawn * self.log_std.exp()).numpy()[::-1])
+            zeros = torch.zeros(NOISE_BLOCK_SIZE, num_rows, self.num_outputs)
+            draws = self._distribution(zeros).noise(self.generator)
+            self.noise = list((draws if self.log_std is None else draws * self.log_std.exp()).numpy()[::-1])
         return self.noise.pop()
 
-    def sampled(self, said: Sequence[np.ndarray], action: Sequence[np.ndarray]) -> tuple[Any, np.ndarray]:
+    def distribution_and_logprob(
+        self, dist_params: Sequence[np.ndarray], action: Sequence[np.ndarray]
+    ) -> tuple[Any, np.ndarray]:
         """What calls sampled from, [calls, rows, ...], and the log-probs [calls, rows] of what was chosen in them."""
-        found = self._of(torch.from_numpy(stacked(said)))
-        return found, found.log_prob(torch.from_numpy(stacked(action))).numpy()
+        distribution = self._distribution(torch.from_numpy(fast_stack(dist_params)))
+        return distribution, distribution.log_prob(torch.from_numpy(fast_stack(action))).numpy()
 
-    def _of(self, said: Tensor) -> Categorical | DiagonalGaussian:
+    def _distribution(self, dist_params: Tensor) -> Categorical | DiagonalGaussian:
         if self.log_std is None:
-            return Categorical.of(said)
-        return DiagonalGaussian(said, self.log_std.expand_as(said))
+            return Categorical.of(dist_params)
+        return DiagonalGaussian(dist_params, self.log_std.expand_as(dist_params))
 
 
-class Layers:
+class NumpyMLP:
     """An actor's layers in NumPy, as its weights are now, for `rows` rows of observations of this dtype."""
 
-    def __init__(self, body: Body, last: nn.Linear, scale: ObsScale | None, rows: int, dtype: torch.dtype) -> None:
-        linear = [_numbers(x, rows) for x in (*body.mlp, last) if isinstance(x, nn.Linear)]
-        then = [ACTIVATIONS[type(x)] for x in body.mlp if not isinstance(x, nn.Linear)]
-        self.hidden = [(*numbers, activate) for numbers, activate in zip(linear, then, strict=False)]
-        self.last = linear[-1]
-        self.scale = None if scale is None else tuple(x.numpy() for x in scale.shift_and_width(0, dtype))
+    def __init__(
+        self,
+        actor: FeatureExtractor,
+        output_layer: nn.Linear,
+        obs_normalizer: ObsNormalizer | None,
+        num_rows: int,
+        dtype: torch.dtype,
+    ) -> None:
+        linear_layers = [_layer_arrays(x, num_rows) for x in (*actor.mlp, output_layer) if isinstance(x, nn.Linear)]
+        activations = [ACTIVATIONS[type(x)] for x in actor.mlp if not isinstance(x, nn.Linear)]
+        self.hidden = [(*arrays, activate) for arrays, activate in zip(linear_layers, activations, strict=False)]
+        self.output_layer = linear_layers[-1]
+        self.mean_and_std = (
+            None if obs_normalizer is None else tuple(x.numpy() for x in obs_normalizer.mean_and_std(0, dtype))
+        )
 
     def __call__(self, obs: np.ndarray) -> np.ndarray:
         """obs: [B, D] -> what the last layer says, [B, K]."""
         x = obs
-        if self.scale is not None:
-            x = np.minimum(np.maximum((x - self.scale[0]) / self.scale[1], -CLIP), CLIP).astype(np.float32, copy=False)
+        if self.mean_and_std is not None:
+            x = np.minimum(np.maximum((x - self.mean_and_std[0]) / self.mean_and_std[1], -CLIP), CLIP).astype(
+                np.float32, copy=False
+            )
         for weight, bias, activate in self.hidden:
             x = x.dot(weight)
             x += bias
             x = activate(x)
-        weight, bias = self.last
+        weight, bias = self.output_layer
         return x.dot(weight) + bias
 
 
 @torch.no_grad()
-def _by_modules(body: Body, last: nn.Linear, scale: ObsScale | None, obs: np.ndarray) -> np.ndarray:
+def _torch_dist_params(
+    actor: FeatureExtractor, output_layer: nn.Linear, obs_normalizer: ObsNormalizer | None, obs: np.ndarray
+) -> np.ndarray:
     """The same for many rows: the critic and all log-probs but the action's are left out."""
     x = torch.from_numpy(obs)
-    return last(body.mlp(x if scale is None else scale(x))).numpy()
+    return output_layer(actor.mlp(x if obs_normalizer is None else obs_normalizer(x))).numpy()
 
 
-def quick_form(policy: Any, walker: Any) -> Quick | None:
+def make_numpy_actor(policy: Any, collector: Any) -> NumpyActor | None:
     """How a policy chooses for a walker, in NumPy where that is small; None where it is made of something else.
 
     That is: a vector of floats, an MLP on the CPU; one choice of K, or independent normals; no masks, no noise that is held.
     """
-    if walker.hold > 1 or walker.masked:
+    if collector.noise_interval > 1 or collector.has_action_mask:
         return None
     network = getattr(policy, "network", None)
-    if not isinstance(network, ActorCritic) or policy.memory or policy.device.type != "cpu":
+    if not isinstance(network, ActorCriticNetwork) or policy.needs_whole_rows or policy.device.type != "cpu":
         return None
-    body, head, space = network.actor, network.head, policy.observation_space
-    plain = space.shape is not None and len(space.shape) == 1 and space.dtype.kind == "f"
+    actor, head, space = network.actor, network.head, policy.observation_space
+    is_float_vector = space.shape is not None and len(space.shape) == 1 and space.dtype.kind == "f"
     assert isinstance(head, CategoricalHead | GaussianHead)
-    one = not (head.sizes or head.bits) if isinstance(head, CategoricalHead) else not (head.state_noise or head.squash)
-    weights = [*body.parameters(), *_last(head).parameters()]
-    if not plain or not one or any(x.dtype != torch.float32 for x in weights):
+    has_plain_distribution = (
+        not (head.sizes or head.num_bits)
+        if isinstance(head, CategoricalHead)
+        else not (head.uses_gsde or head.is_squashed)
+    )
+    weights = [*actor.parameters(), *_output_layer(head).parameters()]
+    if not is_float_vector or not has_plain_distribution or any(x.dtype != torch.float32 for x in weights):
         return None
-    small = walker.rows if walker.rows * max(x.numel() for x in weights) <= PRODUCTS else 0
-    dtype = torch.float64 if policy.exact and is_wide(space) else torch.float32
-    return Quick(body, head, policy.obs_scale, walker.generator if walker.sample else None, small=small, dtype=dtype)
+    num_numpy_rows = (
+        collector.num_envs if collector.num_envs * max(x.numel() for x in weights) <= MAX_NUMPY_PRODUCTS else 0
+    )
+    dtype = torch.float64 if policy.keeps_float64 and exceeds_float32(space) else torch.float32
+    return NumpyActor(
+        actor,
+        head,
+        policy.obs_scale,
+        collector.generator if collector.sample else None,
+        num_numpy_rows=num_numpy_rows,
+        dtype=dtype,
+    )
 
 
-def _last(head: CategoricalHead | GaussianHead) -> nn.Linear:
+def _output_layer(head: CategoricalHead | GaussianHead) -> nn.Linear:
     return head.logits if isinstance(head, CategoricalHead) else head.mean
 
 
-def _numbers(layer: nn.Linear, rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _layer_arrays(layer: nn.Linear, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """A layer's weights, [inputs, outputs], and its bias, [rows, outputs]: adding what is as large takes half as long."""
     weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
-    return np.ascontiguousarray(weight.T), np.full((rows, len(bias)), bias)
+    return np.ascontiguousarray(weight.T), np.full((num_rows, len(bias)), bias)

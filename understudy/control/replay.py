@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from understudy.control.collect import Walker
+from understudy.control.collect import RolloutCollector
 from understudy.control.config import Config
-from understudy.control.evaluate import SEED, episode_seed
+from understudy.control.evaluate import EVALUATION_SEED, episode_seed
 from understudy.control.policy import Policy
-from understudy.control.sources import Source
-from understudy.control.spaces import MASK
-from understudy.run.seeds import generator
-from understudy.value import estimate
+from understudy.control.sources import EnvSource
+from understudy.control.spaces import MASK_KEY
+from understudy.run.seeds import make_generator
+from understudy.value import estimate_values
 
 
 class Step(NamedTuple):
@@ -28,43 +28,47 @@ class Step(NamedTuple):
     """In the environment's own units."""
     value: float
     """The critic's estimate before the step, in the units it learns: scaled where rewards are normalised."""
-    end: str
+    end_reason: str
     """"terminated", "truncated" or ""."""
 
 
 @torch.no_grad()
-def replay(policy: Policy, cfg: Config, *, episode: int, steps: int, sample: bool) -> list[Step]:
+def replay(policy: Policy, cfg: Config, *, episode: int, num_steps: int, sample: bool) -> list[Step]:
     """The first `steps` steps of an evaluation episode; the same at every call.
 
     Args:
         episode: its number, from 0: the seeds are those of `evaluate` in any number of copies.
         sample: choose as in training; otherwise the distribution's mode.
     """
-    source = Source(cfg)
+    source = EnvSource(cfg)
     source.check()
     envs, _ = source.open_evaluation(1)
     try:
-        walker = Walker(
+        collector = RolloutCollector(
             envs,
             seed_of=lambda _, number: episode_seed(episode + number),
-            generator=generator(SEED, "evaluate", cfg.device),
-            hold=cfg.hold,
+            generator=make_generator(EVALUATION_SEED, "evaluate", cfg.device),
+            noise_interval=cfg.noise_interval,
             device=cfg.device,
             sample=sample,
-            exact=policy.exact,
+            keep_float64=policy.keeps_float64,
         )
-        record = walker.collect(policy, steps)
+        trajectory = collector.collect(policy, num_steps)
     finally:
         source.close_evaluation(envs)
-    value = estimate(policy, record)[1][0].tolist()
-    seen = record.obs if isinstance(record.obs, dict) else {"obs": record.obs}
-    found: list[Step] = []
-    for t in record.mask[0].nonzero()[:, 0].tolist():
-        obs = {name: column[0, t].tolist() for name, column in seen.items() if name != MASK or not column[0, t].all()}
-        action = policy.executable(record.action[:, t].cpu().numpy())[0]
-        end = "terminated" if record.terminated[0, t] else "truncated" if record.truncated[0, t] else ""
-        plain = action.tolist() if isinstance(action, np.ndarray | np.generic) else action
-        found.append(Step(obs, plain, float(record.reward[0, t]), value[t], end))
-        if end:
+    value = estimate_values(policy, trajectory)[1][0].tolist()
+    obs_entries = trajectory.obs if isinstance(trajectory.obs, dict) else {"obs": trajectory.obs}
+    steps: list[Step] = []
+    for t in trajectory.mask[0].nonzero()[:, 0].tolist():
+        obs = {
+            name: column[0, t].tolist()
+            for name, column in obs_entries.items()
+            if name != MASK_KEY or not column[0, t].all()
+        }
+        action = policy.to_env_action(trajectory.action[:, t].cpu().numpy())[0]
+        end_reason = "terminated" if trajectory.terminated[0, t] else "truncated" if trajectory.truncated[0, t] else ""
+        action_value = action.tolist() if isinstance(action, np.ndarray | np.generic) else action
+        steps.append(Step(obs, action_value, float(trajectory.reward[0, t]), value[t], end_reason))
+        if end_reason:
             break
-    return found
+    return steps

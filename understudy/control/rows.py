@@ -13,38 +13,38 @@ from gymnasium.vector.utils import concatenate
 from understudy.control.infos import ExactInfos
 
 
-class Rows(ExactInfos, SyncVectorEnv):
+class FastSyncVectorEnv(ExactInfos, SyncVectorEnv):
     """Gymnasium's vector env, for `AutoresetMode.DISABLED` alone: the walker resets rows. A step gives what its own gives.
 
     Of an observation space that is no Box, it writes over the observations it gave before.
     """
 
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self.box = isinstance(self.single_observation_space, gymnasium.spaces.Box)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_box = isinstance(self.single_observation_space, gymnasium.spaces.Box)
         self.shape, self.dtype = self.observation_space.shape, self.observation_space.dtype
 
     def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        told = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
-        self._env_obs, rewards, over, cut, infos = map(list, zip(*told, strict=True))
+        results = [env.step(action) for env, action in zip(self.envs, actions, strict=True)]
+        self._env_obs, rewards, terminations, truncations, infos = map(list, zip(*results, strict=True))
         merged: dict[str, Any] = {}
         for row, info in enumerate(infos):
             merged = self._add_info(merged, info, row) if info != {} else merged
         reward = np.fromiter(rewards, np.float64, self.num_envs)
-        terminated = np.fromiter(over, np.bool_, self.num_envs)
-        truncated = np.fromiter(cut, np.bool_, self.num_envs)
-        return self._laid_together(), reward, terminated, truncated, merged
+        terminated = np.fromiter(terminations, np.bool_, self.num_envs)
+        truncated = np.fromiter(truncations, np.bool_, self.num_envs)
+        return self._concatenate_obs(), reward, terminated, truncated, merged
 
-    def _laid_together(self) -> Any:
+    def _concatenate_obs(self) -> Any:
         """Of a Box, one array; any other space, and a wrong shape, is Gymnasium's to lay together or to refuse."""
-        if self.box:
-            found = np.array(self._env_obs)
-            if found.shape == self.shape:
-                return found.astype(self.dtype, casting="same_kind", copy=False)
+        if self.is_box:
+            obs = np.array(self._env_obs)
+            if obs.shape == self.shape:
+                return obs.astype(self.dtype, casting="same_kind", copy=False)
         return concatenate(self.single_observation_space, self._env_obs, self._observations)
 
 
-class Choice(Discrete):
+class FastDiscrete(Discrete):
     """Gymnasium's `Discrete`, the same in all it answers; of an int64 sooner."""
 
     def __init__(self, space: Discrete) -> None:
@@ -55,7 +55,7 @@ class Choice(Discrete):
         return self.first <= int(x) < self.end if type(x) is np.int64 else super().contains(x)
 
 
-class Choices(MultiDiscrete):
+class FastMultiDiscrete(MultiDiscrete):
     """Gymnasium's `MultiDiscrete`, the same in all it answers; of an array of its own type and shape sooner."""
 
     def __init__(self, space: MultiDiscrete) -> None:
@@ -68,10 +68,10 @@ class Choices(MultiDiscrete):
         return super().contains(x)
 
 
-def quicken(env: Any) -> None:
+def use_fast_action_space(env: Any) -> None:
     """Let an environment or a vector env, that asks of each action whether it is in its space, be answered sooner."""
     space = vars(env.unwrapped).get("action_space")
     if type(space) is Discrete and space.dtype == np.int64:
-        env.unwrapped.action_space = Choice(space)
+        env.unwrapped.action_space = FastDiscrete(space)
     elif type(space) is MultiDiscrete:
-        env.unwrapped.action_space = Choices(space)
+        env.unwrapped.action_space = FastMultiDiscrete(space)

@@ -17,17 +17,17 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-MASK = "action_mask"
-PLAIN = "obs"
-LARGEST = 2**24
+MASK_KEY = "action_mask"
+OBS_KEY = "obs"
+MAX_SPACE_ENTRIES = 2**24
 """Entries of a space that is read from a file, all its leaves together: sixteen megapixels."""
-UNBOUNDED = 1e6
+UNBOUNDED_LIMIT = 1e6
 """Bounds of an action beyond this stand for none: actions are not scaled to them."""
-SMALLEST_IMAGE = 8
+MIN_IMAGE_SIZE = 8
 """Height and width from which on bytes are pixels; MiniGrid's 7 x 7 x 3, say, are categories."""
 
 
-def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnasium.Space]]:
+def leaf_spaces(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnasium.Space]]:
     """The plain spaces inside an observation space, by path; a plain space is its own only leaf, called "obs".
 
     Raises:
@@ -38,9 +38,9 @@ def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnas
         for name, inner in items:
             if isinstance(space, spaces.Dict) and not isinstance(name, str):
                 raise ValueError(f"observation_space has the key {name!r}, which is no string: name it {str(name)!r}")
-            yield from leaves(inner, f"{path}.{name}" if path else str(name))
+            yield from leaf_spaces(inner, f"{path}.{name}" if path else str(name))
     elif isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        yield path or PLAIN, space
+        yield path or OBS_KEY, space
     else:
         raise ValueError(
             f"observation_space has {type(space).__name__}{f' at {path!r}' if path else ''}, which is not supported: "
@@ -50,59 +50,62 @@ def leaves(space: gymnasium.Space, path: str = "") -> Iterator[tuple[str, gymnas
 
 def check_observation_space(space: gymnasium.Space) -> None:
     """Raises ValueError, naming the entry, where a policy cannot read observations of this space."""
-    paths = [path for path, _ in leaves(space)]
-    if twice := [path for path in paths if paths.count(path) > 1]:
-        raise ValueError(f"observation_space has two entries that are called {twice[0]!r}: rename one of them")
-    if not any(math.prod(leaf.shape or ()) for path, leaf in leaves(space) if path != MASK):
+    paths = [path for path, _ in leaf_spaces(space)]
+    if duplicates := [path for path in paths if paths.count(path) > 1]:
+        raise ValueError(f"observation_space has two entries that are called {duplicates[0]!r}: rename one of them")
+    if not any(math.prod(leaf.shape or ()) for path, leaf in leaf_spaces(space) if path != MASK_KEY):
         raise ValueError(f"observation_space is {space}, in which a policy sees no number: add an entry")
 
 
-def features(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
+def feature_spaces(space: gymnasium.Space) -> dict[str, gymnasium.Space]:
     """The leaves a network sees: all but the action mask."""
-    return {path: leaf for path, leaf in leaves(space) if path != MASK}
+    return {path: leaf for path, leaf in leaf_spaces(space) if path != MASK_KEY}
 
 
-def read_alike(one: gymnasium.Space, other: gymnasium.Space) -> bool:
+def spaces_match(one: gymnasium.Space, other: gymnasium.Space) -> bool:
     """Whether a policy for one observation space reads observations of the other: bounds may differ."""
     shapes = (
-        [(path, leaf.shape if isinstance(leaf, spaces.Box) else leaf) for path, leaf in leaves(x)] for x in (one, other)
+        [(path, leaf.shape if isinstance(leaf, spaces.Box) else leaf) for path, leaf in leaf_spaces(x)]
+        for x in (one, other)
     )
     return next(shapes) == next(shapes)
 
 
-def reader(space: gymnasium.Space, *, exact: bool = False) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
+def make_obs_reader(
+    space: gymnasium.Space, *, keep_float64: bool = False
+) -> Callable[[Any], np.ndarray | dict[str, np.ndarray]]:
     """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...].
 
     Args:
         exact: numbers that float32 cannot hold are read as float64.
     """
-    casts = {path: _cast(leaf, path, exact) for path, leaf in leaves(space)}
+    converters = {path: _make_converter(leaf, path, keep_float64) for path, leaf in leaf_spaces(space)}
     if not isinstance(space, spaces.Dict | spaces.Tuple):
-        return casts[PLAIN]
-    return lambda obs: {path: casts[path](x) for path, x in zip(casts, _arrays(space, obs), strict=True)}
+        return converters[OBS_KEY]
+    return lambda obs: {path: converters[path](x) for path, x in zip(converters, _leaf_values(space, obs), strict=True)}
 
 
-def read(
-    space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None, *, exact: bool = False
+def read_obs(
+    space: gymnasium.Space, obs: Any, allowed: np.ndarray | None = None, *, keep_float64: bool = False
 ) -> Tensor | dict[str, Tensor]:
     """One batched observation as `reader` reads it; `allowed` [B, width] joins as `action_mask`."""
-    tree = tensors(reader(space, exact=exact)(obs))
+    tree = to_tensors(make_obs_reader(space, keep_float64=keep_float64)(obs))
     if allowed is None:
         return tree
-    return (tree if isinstance(tree, dict) else {PLAIN: tree}) | {MASK: torch.tensor(allowed, dtype=torch.bool)}
+    return (tree if isinstance(tree, dict) else {OBS_KEY: tree}) | {MASK_KEY: torch.tensor(allowed, dtype=torch.bool)}
 
 
-def tensors(tree: Any) -> Any:
+def to_tensors(tree: Any) -> Any:
     """A tree of arrays as Tensors that share their memory."""
     return {name: torch.from_numpy(x) for name, x in tree.items()} if isinstance(tree, dict) else torch.from_numpy(tree)
 
 
-def arrays(tree: Any) -> Any:
+def to_arrays(tree: Any) -> Any:
     """The other way."""
     return {name: x.numpy() for name, x in tree.items()} if isinstance(tree, dict) else tree.numpy()
 
 
-def outside(space: gymnasium.Space, obs: Any, path: str, *, bounds: bool = True) -> str:
+def find_violation(space: gymnasium.Space, obs: Any, path: str, *, check_bounds: bool = True) -> str:
     """What puts an observation outside its space, or an empty text.
 
     Numbers are compared with a Box's bounds in its own dtype: as a float64, 0.1 is below a bound of float32 0.1.
@@ -115,13 +118,25 @@ def outside(space: gymnasium.Space, obs: Any, path: str, *, bounds: bool = True)
             keys = sorted(obs) if isinstance(obs, dict) else type(obs).__name__
             return f"{path} has {keys}, the space {sorted(space.spaces)}"
         return next(
-            (p for k, inner in space.spaces.items() if (p := outside(inner, obs[k], f"{path}.{k}", bounds=bounds))), ""
+            (
+                p
+                for k, inner in space.spaces.items()
+                if (p := find_violation(inner, obs[k], f"{path}.{k}", check_bounds=check_bounds))
+            ),
+            "",
         )
     if isinstance(space, spaces.Tuple):
         if not isinstance(obs, tuple) or len(obs) != len(space.spaces):
             return f"{path} is {type(obs).__name__}, the space a tuple of {len(space.spaces)}"
         parts = enumerate(zip(space.spaces, obs, strict=True))
-        return next((p for i, (inner, part) in parts if (p := outside(inner, part, f"{path}.{i}", bounds=bounds))), "")
+        return next(
+            (
+                p
+                for i, (inner, part) in parts
+                if (p := find_violation(inner, part, f"{path}.{i}", check_bounds=check_bounds))
+            ),
+            "",
+        )
     array = np.asarray(obs)
     if array.dtype.kind not in ("biuf" if np.issubdtype(space.dtype, np.floating) else "biu"):
         return f"{path} is of {array.dtype}, the space of {space.dtype}"
@@ -134,9 +149,9 @@ def outside(space: gymnasium.Space, obs: Any, path: str, *, bounds: bool = True)
             with np.errstate(over="ignore"):
                 array = array.astype(space.dtype)
         below, above = array < space.low, array > space.high
-        if bounds and (below | above).any():
-            at = tuple(int(i) for i in np.argwhere(below | above)[0])
-            return f"{path}{list(at)} is {array[at]:g}, the space allows {space.low[at]:g} to {space.high[at]:g}"
+        if check_bounds and (below | above).any():
+            index = tuple(int(i) for i in np.argwhere(below | above)[0])
+            return f"{path}{list(index)} is {array[index]:g}, the space allows {space.low[index]:g} to {space.high[index]:g}"
         return ""
     return "" if space.contains(array) else f"{path} is {obs!r}, the space {space}"
 
@@ -149,7 +164,7 @@ def is_image(space: gymnasium.Space) -> bool:
     if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) < 2:
         return False
     height, width = image_size(space.shape)
-    return min(height, width) >= SMALLEST_IMAGE and bool((space.low == 0).all() and (space.high == 255).all())
+    return min(height, width) >= MIN_IMAGE_SIZE and bool((space.low == 0).all() and (space.high == 255).all())
 
 
 def channels_last(shape: tuple[int, ...]) -> bool:
@@ -163,7 +178,7 @@ def image_size(shape: tuple[int, ...]) -> tuple[int, int]:
     return height, width
 
 
-def is_wide(space: gymnasium.Space) -> bool:
+def exceeds_float32(space: gymnasium.Space) -> bool:
     """A Box of numbers that float32 cannot hold: float64, and whole numbers of 32 bits or more."""
     return isinstance(space, spaces.Box) and not np.can_cast(space.dtype, np.float32)
 
@@ -173,8 +188,10 @@ def lost_in(dtype: type[np.floating], space: gymnasium.Space, observations: Sequ
 
     That is where the rounding of some observations varies by more than a tenth of what they vary by.
     """
-    for (path, leaf), *values in zip(leaves(space), *(_arrays(space, obs) for obs in observations), strict=True):
-        if path != MASK and is_wide(leaf):
+    for (path, leaf), *values in zip(
+        leaf_spaces(space), *(_leaf_values(space, obs) for obs in observations), strict=True
+    ):
+        if path != MASK_KEY and exceeds_float32(leaf):
             seen = np.array(values).reshape(len(values), -1)
             held = seen.astype(dtype).astype(np.float64)
             if seen.dtype.kind in "iu" and np.abs(held).max(initial=0) >= 2**53:  # as float64 it would not be exact
@@ -188,8 +205,8 @@ def lost_in(dtype: type[np.floating], space: gymnasium.Space, observations: Sequ
 
 def is_batched(space: gymnasium.Space, obs: Any) -> bool:
     """Whether an observation has a batch dimension, told by its first leaf's number of dimensions."""
-    _, leaf = next(leaves(space))
-    return np.ndim(next(_arrays(space, obs))) > len(leaf.shape or ())
+    _, leaf = next(leaf_spaces(space))
+    return np.ndim(next(_leaf_values(space, obs))) > len(leaf.shape or ())
 
 
 def checked_batch(space: gymnasium.Space, obs: Any) -> bool:
@@ -199,13 +216,13 @@ def checked_batch(space: gymnasium.Space, obs: Any) -> bool:
         ValueError: it has another form, shape or kind of numbers than the space.
     """
     try:
-        found = list(zip(leaves(space), map(np.asarray, _arrays(space, obs)), strict=True))
+        found = list(zip(leaf_spaces(space), map(np.asarray, _leaf_values(space, obs)), strict=True))
         batched = is_batched(space, obs)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         has = f"the keys {sorted(map(str, obs))}" if isinstance(obs, dict) else f"a {type(obs).__name__}"
         raise ValueError(f"obs is {has}, which does not fit observation_space {space}") from error
     for (path, leaf), array in found:
-        name, shape = "obs" if path == PLAIN else f"obs of {path!r}", tuple(leaf.shape or ())
+        name, shape = "obs" if path == OBS_KEY else f"obs of {path!r}", tuple(leaf.shape or ())
         if array.shape[batched:] != shape:
             batch = ", or [B, ...] of them" if not batched else f" in each of its {len(array)} rows"
             raise ValueError(f"{name} has shape {list(array.shape)}: must be {list(shape)}{batch}, as in {leaf}")
@@ -214,12 +231,12 @@ def checked_batch(space: gymnasium.Space, obs: Any) -> bool:
     return batched
 
 
-def add_batch(space: gymnasium.Space, obs: Any) -> Any:
+def add_batch_dim(space: gymnasium.Space, obs: Any) -> Any:
     """The same observation as a batch of one."""
     if isinstance(space, spaces.Dict):
-        return {name: add_batch(inner, obs[name]) for name, inner in space.spaces.items()}
+        return {name: add_batch_dim(inner, obs[name]) for name, inner in space.spaces.items()}
     if isinstance(space, spaces.Tuple):
-        return tuple(add_batch(inner, part) for inner, part in zip(space.spaces, obs, strict=True))
+        return tuple(add_batch_dim(inner, part) for inner, part in zip(space.spaces, obs, strict=True))
     return np.asarray(obs)[None]
 
 
@@ -261,7 +278,7 @@ def check_action_space(space: gymnasium.Space) -> None:
         )
 
 
-def far_from_unit(space: gymnasium.Space) -> bool:
+def is_far_from_unit(space: gymnasium.Space) -> bool:
     """Whether a Box has finite bounds that a policy does not explore whose actions begin around 0 with a spread of 1.
 
     That is, in any dimension: half the width is below 0.1 or above 10, or 0 lies outside the bounds.
@@ -272,12 +289,12 @@ def far_from_unit(space: gymnasium.Space) -> bool:
     return bool((bounded & (half > 0) & ((half < 0.1) | (half > 10) | (np.abs(middle) > half))).any())
 
 
-def settled_squash(space: gymnasium.Space, squash: str) -> str:
+def resolve_squash(space: gymnasium.Space, squash: str) -> str:
     """How actions get to their bounds, with "auto" decided: "scale" where these are far from -1 to 1, else "clip"."""
-    return squash if squash != "auto" else "scale" if far_from_unit(space) else "clip"
+    return squash if squash != "auto" else "scale" if is_far_from_unit(space) else "clip"
 
 
-def executable(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.ndarray:
+def to_env_action(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.ndarray:
     """What the environment receives for actions [B, ...] as the distribution sampled them: valid in the space.
 
     Args:
@@ -286,11 +303,11 @@ def executable(space: gymnasium.Space, action: np.ndarray, squash: str) -> np.nd
     """
     choice = action.reshape(-1, *(space.shape or ()))
     if isinstance(space, spaces.Box):
-        return _bounded(space, choice, squash)
+        return _apply_bounds(space, choice, squash)
     return np.add(choice, getattr(space, "start", 0), dtype=space.dtype, casting="unsafe")
 
 
-def stacked(arrays: Sequence[np.ndarray]) -> np.ndarray:
+def fast_stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """np.stack, which takes ten times as long for many small arrays."""
     return np.concatenate(arrays).reshape(len(arrays), *arrays[0].shape)
 
@@ -302,14 +319,14 @@ def half_width(space: spaces.Box) -> Tensor:
     return torch.tensor(np.where(bounded, (np.where(bounded, high, 0) - np.where(bounded, low, 0)) / 2, 0.0)).float()
 
 
-def to_json(space: gymnasium.Space) -> dict[str, Any]:
+def space_to_json(space: gymnasium.Space) -> dict[str, Any]:
     """A space as plain data; bounds as numbers or "inf"/"-inf" strings."""
     if isinstance(space, spaces.Dict):
-        return {"kind": "Dict", "spaces": {name: to_json(inner) for name, inner in space.spaces.items()}}
+        return {"kind": "Dict", "spaces": {name: space_to_json(inner) for name, inner in space.spaces.items()}}
     if isinstance(space, spaces.Tuple):
-        return {"kind": "Tuple", "spaces": [to_json(inner) for inner in space.spaces]}
+        return {"kind": "Tuple", "spaces": [space_to_json(inner) for inner in space.spaces]}
     if isinstance(space, spaces.Box):
-        low, high = (_bounds(x) for x in (space.low, space.high))
+        low, high = (_bounds_to_json(x) for x in (space.low, space.high))
         return {"kind": "Box", "shape": list(space.shape), "dtype": space.dtype.name, "low": low, "high": high}
     if isinstance(space, spaces.Discrete):
         return {"kind": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": space.dtype.name}
@@ -321,23 +338,23 @@ def to_json(space: gymnasium.Space) -> dict[str, Any]:
     raise ValueError(f"a {type(space).__name__} space cannot be saved")
 
 
-def from_json(data: dict[str, Any]) -> gymnasium.Space:
+def space_from_json(data: dict[str, Any]) -> gymnasium.Space:
     """The space that `to_json` wrote.
 
     Raises:
         ValueError: it is none of ours, or too large to be one. Of what is no such data at all, KeyError or TypeError.
     """
-    if (size := _size(data)) > LARGEST:
-        raise ValueError(f"a space of {size:,} entries is more than the {LARGEST:,} that are read")
-    return _from_json(data)
+    if (num_entries := _num_entries(data)) > MAX_SPACE_ENTRIES:
+        raise ValueError(f"a space of {num_entries:,} entries is more than the {MAX_SPACE_ENTRIES:,} that are read")
+    return _space_from_json(data)
 
 
-def _size(data: dict[str, Any]) -> int:
+def _num_entries(data: dict[str, Any]) -> int:
     """How many numbers a space holds, or how wide it is one-hot: told before anything of that size is made."""
     kind = data["kind"]
     if kind in ("Dict", "Tuple"):
         inner = data["spaces"]
-        return len(inner) + sum(map(_size, inner.values() if kind == "Dict" else inner))
+        return len(inner) + sum(map(_num_entries, inner.values() if kind == "Dict" else inner))
     if kind == "Box":
         return math.prod(map(operator.index, data["shape"]))
     if kind == "Discrete":
@@ -348,21 +365,21 @@ def _size(data: dict[str, Any]) -> int:
     return math.prod(sizes) if isinstance(sizes, list) else operator.index(sizes)
 
 
-def _from_json(data: dict[str, Any]) -> gymnasium.Space:
+def _space_from_json(data: dict[str, Any]) -> gymnasium.Space:
     kind = data["kind"]
     if kind == "Dict":
         # pairs, for Dict sorts a dict, and a space may not be sorted: its order is that of the weights
-        return spaces.Dict([(name, _from_json(inner)) for name, inner in data["spaces"].items()])
+        return spaces.Dict([(name, _space_from_json(inner)) for name, inner in data["spaces"].items()])
     if kind == "Tuple":
-        return spaces.Tuple([_from_json(inner) for inner in data["spaces"]])
+        return spaces.Tuple([_space_from_json(inner) for inner in data["spaces"]])
     if kind == "Box":
         dtype = np.dtype(data["dtype"])
         low, high = (np.broadcast_to(np.array(data[bound], dtype), data["shape"]) for bound in ("low", "high"))
         return spaces.Box(low, high, dtype=dtype.type)
     if kind == "Discrete":
         # Gymnasium before 1.2 knows int64 only, and no dtype
-        kept: dict[str, Any] = {} if data["dtype"] == "int64" else {"dtype": np.dtype(data["dtype"]).type}
-        return spaces.Discrete(data["n"], start=data["start"], **kept)
+        dtype_options: dict[str, Any] = {} if data["dtype"] == "int64" else {"dtype": np.dtype(data["dtype"]).type}
+        return spaces.Discrete(data["n"], start=data["start"], **dtype_options)
     if kind == "MultiDiscrete":
         return spaces.MultiDiscrete(data["nvec"], start=data["start"], dtype=np.dtype(data["dtype"]).type)
     if kind == "MultiBinary":
@@ -373,12 +390,14 @@ def _from_json(data: dict[str, Any]) -> gymnasium.Space:
 def _middle_and_half(space: spaces.Box) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The middle and half the width of each action dimension, and whether its bounds are finite and meant as bounds."""
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    bounded = np.isfinite(low) & np.isfinite(high) & (np.abs(low) <= UNBOUNDED) & (np.abs(high) <= UNBOUNDED)
+    bounded = (
+        np.isfinite(low) & np.isfinite(high) & (np.abs(low) <= UNBOUNDED_LIMIT) & (np.abs(high) <= UNBOUNDED_LIMIT)
+    )
     low, high = np.where(bounded, low, 0.0), np.where(bounded, high, 0.0)
     return (low + high) / 2, (high - low) / 2, bounded
 
 
-def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
+def _apply_bounds(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
     if squash == "scale":
         middle, half, bounded = _middle_and_half(space)
         value = np.where(bounded, middle + half * value.astype(np.float64), value)
@@ -391,29 +410,29 @@ def _bounded(space: spaces.Box, value: np.ndarray, squash: str) -> np.ndarray:
     return np.minimum(np.maximum(value, space.low), space.high).astype(space.dtype)
 
 
-def _arrays(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
+def _leaf_values(space: gymnasium.Space, obs: Any) -> Iterator[Any]:
     """The leaves of an observation, in the order of `leaves`."""
     if isinstance(space, spaces.Dict):
         for name, inner in space.spaces.items():
-            yield from _arrays(inner, obs[name])
+            yield from _leaf_values(inner, obs[name])
     elif isinstance(space, spaces.Tuple):
         for inner, part in zip(space.spaces, obs, strict=True):
-            yield from _arrays(inner, part)
+            yield from _leaf_values(inner, part)
     else:
         yield obs
 
 
-def _cast(space: gymnasium.Space, path: str, exact: bool) -> Callable[[Any], np.ndarray]:
+def _make_converter(space: gymnasium.Space, path: str, keep_float64: bool) -> Callable[[Any], np.ndarray]:
     """Makes a leaf's own array: images stay uint8, discrete ones count from 0, whatever the space starts at."""
-    if path == MASK:
+    if path == MASK_KEY:
         return lambda array: np.array(array, dtype=bool).reshape(len(array), -1)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         return lambda array: np.asarray(array, dtype=np.int64) - space.start
-    kind = np.uint8 if is_image(space) else np.float64 if exact and is_wide(space) else np.float32
-    return lambda array: np.array(array, dtype=kind)
+    dtype = np.uint8 if is_image(space) else np.float64 if keep_float64 and exceeds_float32(space) else np.float32
+    return lambda array: np.array(array, dtype=dtype)
 
 
-def _bounds(x: np.ndarray) -> Any:
+def _bounds_to_json(x: np.ndarray) -> Any:
     """One number where all are equal, else a nested list; infinities as strings, which numpy reads back."""
-    listed = np.where(np.isfinite(x), x.astype(object), x.astype(str).astype(object))
-    return listed.reshape(-1).tolist()[0] if x.size and (x == x.reshape(-1)[0]).all() else listed.tolist()
+    values = np.where(np.isfinite(x), x.astype(object), x.astype(str).astype(object))
+    return values.reshape(-1).tolist()[0] if x.size and (x == x.reshape(-1)[0]).all() else values.tolist()

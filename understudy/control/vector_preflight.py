@@ -10,21 +10,21 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, iterate
 
 from understudy.control.environment import autoreset_mode, check_spaces, seeds_rows
-from understudy.control.masks import checked_mask, random_allowed
+from understudy.control.masks import sample_allowed_action, validate_mask
 from understudy.control.preflight import (
-    STEPS,
+    NUM_STEPS,
     Preflight,
     check_info,
     check_observation,
+    check_reset_result,
     check_statistics,
-    explained,
-    five,
-    pair,
+    check_step_result,
+    errors_explained,
 )
-from understudy.control.spaces import MASK, lost_in
+from understudy.control.spaces import MASK_KEY, lost_in
 from understudy.control.standing import to_bytes
 from understudy.run.config import RequestError
-from understudy.run.seeds import derive, shared_generators_kept
+from understudy.run.seeds import derive_seed, preserve_shared_generators
 
 
 def check_envs(name: str, envs: VectorEnv, *, seed: int, keep: bool = False) -> Preflight:
@@ -35,29 +35,29 @@ def check_envs(name: str, envs: VectorEnv, *, seed: int, keep: bool = False) -> 
             it start over. One that ignores its seeds could not be put back to where it stood.
     """
     rng, space = np.random.default_rng(seed), envs.single_observation_space
-    seeds: Any = [derive(seed, "row", row) for row in range(envs.num_envs)] if seeds_rows(envs) else seed
-    with shared_generators_kept(), explained(name, envs, keep=keep):
+    seeds: Any = [derive_seed(seed, "row", row) for row in range(envs.num_envs)] if seeds_rows(envs) else seed
+    with preserve_shared_generators(), errors_explained(name, envs, keep=keep):
         check_spaces(name, space, envs.single_action_space)
         check_statistics(name, envs)
-        obs, info = pair(name, envs.reset(seed=seeds))
-        beyond = _batch(name, "reset", envs, obs)
-        seen, first, steps = _few(envs, obs), to_bytes(obs), STEPS
+        obs, info = check_reset_result(name, envs.reset(seed=seeds))
+        beyond = _check_batch(name, "reset", envs, obs)
+        seen, first, steps = _copy_first_rows(envs, obs), to_bytes(obs), NUM_STEPS
         if keep:
-            obs, info = pair(name, envs.reset(seed=seeds))
-            steps = STEPS if to_bytes(obs) == first else 0
+            obs, info = check_reset_result(name, envs.reset(seed=seeds))
+            steps = NUM_STEPS if to_bytes(obs) == first else 0
         choosing = np.ones(envs.num_envs, dtype=bool)
         for step in range(steps + 1):
             when = f"step {step - 1}" if step else "reset"
             check_info(name, when, info)
-            actions = _actions(name, when, envs, obs, info, choosing, rng)
+            actions = _choose_actions(name, when, envs, obs, info, choosing, rng)
             if step == steps:
                 break
-            obs, reward, terminated, truncated, info = five(name, envs.step(actions))
-            beyond = beyond or _batch(name, f"step {step}", envs, obs)
+            obs, reward, terminated, truncated, info = check_step_result(name, envs.step(actions))
+            beyond = beyond or _check_batch(name, f"step {step}", envs, obs)
             _check_column(name, f"pays rewards at step {step}", reward, envs.num_envs, "biuf", "finite numbers")
             for what, flags in (("terminated", terminated), ("truncated", truncated)):
                 _check_column(name, f"returns {what} at step {step}", flags, envs.num_envs, "b", "bools")
-            seen += _few(envs, obs)
+            seen += _copy_first_rows(envs, obs)
             choosing = ~(np.asarray(terminated) | np.asarray(truncated))
             if not choosing.all() and autoreset_mode(envs) is AutoresetMode.DISABLED:
                 break
@@ -74,7 +74,7 @@ def _check_column(name: str, does: str, values: Any, rows: int, kinds: str, what
         raise RequestError(f"env {name!r} {does} that are {like}: must be {what} of shape ({rows},), one a copy")
 
 
-def _batch(name: str, when: str, envs: VectorEnv, obs: Any) -> str:
+def _check_batch(name: str, when: str, envs: VectorEnv, obs: Any) -> str:
     """What of a batch of observations is beyond the bounds of the space; refused where it is no batch of the space's."""
     space = envs.single_observation_space
     batched = batch_space(space, envs.num_envs)
@@ -85,13 +85,13 @@ def _batch(name: str, when: str, envs: VectorEnv, obs: Any) -> str:
     return beyond
 
 
-def _few(envs: VectorEnv, obs: Any, most: int = 8) -> list[Any]:
+def _copy_first_rows(envs: VectorEnv, obs: Any, max_rows: int = 8) -> list[Any]:
     """The observations of the first copies, which the vector env may write over."""
     rows = iterate(batch_space(envs.single_observation_space, envs.num_envs), obs)
-    return [copy.deepcopy(one) for one, _ in zip(rows, range(most), strict=False)]
+    return [copy.deepcopy(one) for one, _ in zip(rows, range(max_rows), strict=False)]
 
 
-def _actions(
+def _choose_actions(
     name: str,
     when: str,
     envs: VectorEnv,
@@ -104,15 +104,15 @@ def _actions(
     space = copy.deepcopy(envs.single_action_space)  # its own draws are the user's
     space.seed(int(rng.integers(2**31)))
     actions = [space.sample() for _ in choosing]
-    masks = info.get(MASK, obs.get(MASK) if isinstance(obs, dict) else None)
+    masks = info.get(MASK_KEY, obs.get(MASK_KEY) if isinstance(obs, dict) else None)
     if masks is None:
         return np.stack(actions)
-    given = np.broadcast_to(info.get(f"_{MASK}", True), choosing.shape)
+    given = np.broadcast_to(info.get(f"_{MASK_KEY}", True), choosing.shape)
     for row in np.flatnonzero(choosing):
         if not given[row]:
-            raise RequestError(f"env {name!r} gives no {MASK} in copy {row} at {when}: give it always, or never")
+            raise RequestError(f"env {name!r} gives no {MASK_KEY} in copy {row} at {when}: give it always, or never")
         try:
-            actions[row] = random_allowed(space, checked_mask(space, masks[row]), rng)
+            actions[row] = sample_allowed_action(space, validate_mask(space, masks[row]), rng)
         except ValueError as error:
             raise RequestError(f"env {name!r} gives an action mask that does not fit in copy {row}: {error}") from error
     return np.stack(actions)

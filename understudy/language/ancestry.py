@@ -10,72 +10,85 @@ from huggingface_hub import try_to_load_from_cache
 
 from understudy.language.data import Table
 from understudy.language.lora import base_of
-from understudy.language.model import home
+from understudy.language.model import model_dir
 from understudy.language.text import Tokenizer
 from understudy.run import lineage
-from understudy.run.config import RequestError, to_json
-from understudy.run.lineage import FILE, MODEL, changed, digest_of, link, of_data, read_lineage
+from understudy.run.config import RequestError, to_dict
+from understudy.run.lineage import (
+    FILE,
+    MODEL_SUFFIXES,
+    changed_digest,
+    combined_digest,
+    data_digest,
+    make_link,
+    read_lineage,
+)
 
 
-def describe(recipe: str, cfg: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def describe_provenance(recipe: str, cfg: Any, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The lineage.json of a run that begins."""
-    content = {} if tokenizer is None else {"tokenizer": digest(tokenizer), "template": template(tokenizer)}
-    return lineage.describe(f"language {recipe}", to_json(cfg), links(cfg, recipe), **content)
+    content = (
+        {}
+        if tokenizer is None
+        else {"tokenizer": tokenizer_digest(tokenizer), "template": chat_template_digest(tokenizer)}
+    )
+    return lineage.make_lineage(f"language {recipe}", to_dict(cfg), collect_links(cfg, recipe), **content)
 
 
-def links(cfg: Any, recipe: str) -> list[dict[str, Any]]:
+def collect_links(cfg: Any, recipe: str) -> list[dict[str, Any]]:
     """Everything that a config names and that lies in files."""
-    inside = "reward_model" if recipe == "reward-model" and home(cfg.model, "policy") == cfg.model else "policy"
-    found = _models("model", cfg.model, inside)
+    folder = "reward_model" if recipe == "reward-model" and model_dir(cfg.model, "policy") == cfg.model else "policy"
+    links = _model_links("model", cfg.model, folder)
     if reference := getattr(cfg, "reference", None):
-        found += _models("reference", reference, "policy")
+        links += _model_links("reference", reference, "policy")
     for role in ("data", "evaluation_data", "pretraining"):
         source = getattr(cfg, role, None)
         if isinstance(source, Table):  # the run itself holds them
-            found.append({"role": role, "path": f"{role}.jsonl", "files": {f"{role}.jsonl": source.digest}})
+            links.append({"role": role, "path": f"{role}.jsonl", "files": {f"{role}.jsonl": source.digest}})
         elif source:
-            there = Path(source).exists()
-            found.append(link(role, Path(source)) if there else {"role": role, "path": source, "files": {}})
+            exists = Path(source).exists()
+            links.append(make_link(role, Path(source)) if exists else {"role": role, "path": source, "files": {}})
     for role in ("reward", "gold"):
         for spec in map(str, getattr(cfg, role, None) or ()):
-            text = spec if Path(spec).is_dir() else spec.rpartition("*")[0]
-            if text and (Path(text) / "config.json").is_file():
-                found += _models(role, text, "reward_model")
+            unweighted_spec = spec if Path(spec).is_dir() else spec.rpartition("*")[0]
+            if unweighted_spec and (Path(unweighted_spec) / "config.json").is_file():
+                links += _model_links(role, unweighted_spec, "reward_model")
             elif (file := Path(spec.rpartition(":")[0])).suffix == ".py" and file.is_file():
-                found.append(link(role, file))
+                links.append(make_link(role, file))
     if (reply := getattr(cfg, "reply", None)) and (file := Path(str(reply).rpartition(":")[0])).is_file():
-        found.append(link("reply", file))
+        links.append(make_link("reply", file))
     if cfg.template and len(cfg.template) < 1000 and Path(cfg.template).is_file():
-        found.append(link("template", Path(cfg.template)))
-    return found
+        links.append(make_link("template", Path(cfg.template)))
+    return links
 
 
-def as_declared(source: str, tokenizer: Tokenizer) -> None:
+def check_reward_model_provenance(source: str, tokenizer: Tokenizer) -> None:
     """Refuse a reward model that is not what its own run wrote down: another tokenizer, or data that have changed since.
 
     Raises:
         RequestError: with the two digests.
     """
-    run = next((p for p in (Path(source), Path(source).parent) if (p / FILE).is_file()), None)
-    if run is None:
+    run_dir = next((p for p in (Path(source), Path(source).parent) if (p / FILE).is_file()), None)
+    if run_dir is None:
         return
-    about = read_lineage(run)
-    now = {"tokenizer": digest(tokenizer), "template": template(tokenizer)}
+    run_lineage = read_lineage(run_dir)
+    current = {"tokenizer": tokenizer_digest(tokenizer), "template": chat_template_digest(tokenizer)}
     for name in ("tokenizer", "template"):
-        if name in about and about[name] != now[name]:
+        if name in run_lineage and run_lineage[name] != current[name]:
             raise RequestError(
-                f"its {name} has the digest {str(now[name])[:12]}..., '{run}' was trained with {str(about[name])[:12]}...: "
+                f"its {name} has the digest {str(current[name])[:12]}..., '{run_dir}' was trained with "
+                f"{str(run_lineage[name])[:12]}...: "
                 f"put back the {name} it had"
             )
-    for one in about.get("links", []):
-        if one.get("role") == "data" and (other := changed(one, run)):
+    for entry in run_lineage.get("links", []):
+        if entry.get("role") == "data" and (new_digest := changed_digest(entry, run_dir)):
             raise RequestError(
-                f"its data '{one['path']}' have the digest {other[:12]}..., '{run}' was trained on "
-                f"{digest_of(one)[:12]}...: put back the data, or train the reward model again"
+                f"its data '{entry['path']}' have the digest {new_digest[:12]}..., '{run_dir}' was trained on "
+                f"{combined_digest(entry)[:12]}...: put back the data, or train the reward model again"
             )
 
 
-def check_reference(given: str, reference: Any, policy: Any) -> None:
+def check_reference(source: str, reference: Any, policy: Any) -> None:
     """Refuse a reference to whom the ids that a policy says mean other tokens, or none. One without a tokenizer has no say.
 
     Args:
@@ -84,46 +97,57 @@ def check_reference(given: str, reference: Any, policy: Any) -> None:
     Raises:
         RequestError: with the two sizes, or the two digests.
     """
-    size, other = (model.model.get_input_embeddings().num_embeddings for model in (policy, reference))
-    if size != other:
+    policy_vocab_size, reference_vocab_size = (
+        model.model.get_input_embeddings().num_embeddings for model in (policy, reference)
+    )
+    if policy_vocab_size != reference_vocab_size:
         raise RequestError(
-            f"reference is {given!r}, whose vocabulary has {other} tokens, the policy's {size}: name a model of the same"
+            f"reference is {source!r}, whose vocabulary has {reference_vocab_size} tokens, the policy's "
+            f"{policy_vocab_size}: name a model of the same"
         )
     try:
-        there = Tokenizer.load(home(given, "policy"), fixed_length=True)
+        reference_tokenizer = Tokenizer.load(model_dir(source, "policy"), has_fixed_length=True)
     except RequestError:
         return
-    own, theirs = ({i: token for token, i in each.hf.get_vocab().items()} for each in (policy.tokenizer, there))
-    if any(theirs.get(i, token) != token for i, token in own.items()):
+    policy_tokens, reference_tokens = (
+        {i: token for token, i in tokenizer.hf.get_vocab().items()}
+        for tokenizer in (policy.tokenizer, reference_tokenizer)
+    )
+    if any(reference_tokens.get(i, token) != token for i, token in policy_tokens.items()):
         raise RequestError(
-            f"reference is {given!r}, whose tokenizer has the digest {digest(there)[:12]}..., the policy's "
-            f"{digest(policy.tokenizer)[:12]}...: one id means two tokens; name a model with the policy's tokenizer"
+            f"reference is {source!r}, whose tokenizer has the digest "
+            f"{tokenizer_digest(reference_tokenizer)[:12]}..., the policy's "
+            f"{tokenizer_digest(policy.tokenizer)[:12]}...: one id means two tokens; name a model with the "
+            "policy's tokenizer"
         )
 
 
-def digest(tokenizer: Tokenizer) -> str:
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """A tokenizer by what it does: how it splits, its vocabulary and its special tokens; its template apart."""
     hf: Any = tokenizer.hf
-    about: dict[str, Any] = {"vocabulary": hf.get_vocab(), "special": sorted(map(str, hf.all_special_tokens))}
+    content: dict[str, Any] = {"vocabulary": hf.get_vocab(), "special": sorted(map(str, hf.all_special_tokens))}
     if (backend := getattr(hf, "backend_tokenizer", None)) is not None:
-        whole = json.loads(backend.to_str())
-        about["splits"] = {name: whole.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    return of_data(about)
+        backend_state = json.loads(backend.to_str())
+        content["splits"] = {name: backend_state.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
+    return data_digest(content)
 
 
-def template(tokenizer: Tokenizer) -> str | None:
+def chat_template_digest(tokenizer: Tokenizer) -> str | None:
     """The digest of a chat template, None without one."""
-    return of_data(tokenizer.hf.chat_template) if tokenizer.hf.chat_template else None
+    return data_digest(tokenizer.hf.chat_template) if tokenizer.hf.chat_template else None
 
 
-def _models(role: str, source: str, folder: str) -> list[dict[str, Any]]:
+def _model_links(role: str, source: str, folder: str) -> list[dict[str, Any]]:
     """A model as a link; with an adapter's base, where it is one. Of a hub id, the files of its copy here."""
-    place = Path(home(source, folder))
-    if place.is_dir():
-        base = base_of(place)
-        return [link(role, place, endings=MODEL), *([] if base is None else _models(f"{role}'s base", base, "policy"))]
+    model_path = Path(model_dir(source, folder))
+    if model_path.is_dir():
+        base = base_of(model_path)
+        return [
+            make_link(role, model_path, suffixes=MODEL_SUFFIXES),
+            *([] if base is None else _model_links(f"{role}'s base", base, "policy")),
+        ]
     cached = try_to_load_from_cache(source, "config.json")
     if not isinstance(cached, str):
         return [{"role": role, "path": source, "files": {}}]
     snapshot = Path(cached).parent
-    return [link(role, snapshot, endings=MODEL) | {"hub": source, "commit": snapshot.name}]
+    return [make_link(role, snapshot, suffixes=MODEL_SUFFIXES) | {"hub": source, "commit": snapshot.name}]

@@ -7,13 +7,13 @@ import os
 import shutil
 from typing import Any
 
-from understudy.language.stage import Stage
+from understudy.language.stage import TrainingRun
 from understudy.run.store import write_json
 
 FOLDER = "best"
 
 
-def keep_best(run: Stage, found: dict[str, Any], by: str) -> None:
+def save_if_best(run: TrainingRun, evaluation: dict[str, Any], metric: str) -> None:
     """Save the policy where its evaluation is the best yet; a checkpoint holds how good that was.
 
     The directory is written aside and put in place whole: a run that is killed in here evaluates again when it goes on, and
@@ -25,16 +25,18 @@ def keep_best(run: Stage, found: dict[str, Any], by: str) -> None:
     Raises:
         OSError: the disk refuses.
     """
-    if not found[by] > run.kept.get("best", -math.inf):  # nan is no better
+    if not evaluation[metric] > run.recipe_state.get("best", -math.inf):  # nan is no better
         return
     folder = run.run.path / FOLDER
-    aside, old = folder.with_name(f"{FOLDER}.part"), folder.with_name(f"{FOLDER}.old")
-    for left_over in (aside, old):
+    temporary, previous = folder.with_name(f"{FOLDER}.part"), folder.with_name(f"{FOLDER}.old")
+    for left_over in (temporary, previous):
         shutil.rmtree(left_over, ignore_errors=True)
-    run.model.save(aside)
-    write_json(aside / "best.json", {"iteration": run.iteration + 1, "steps": run.steps, by: found[by]})
+    run.model.save(temporary)
+    write_json(
+        temporary / "best.json", {"iteration": run.iteration + 1, "steps": run.steps, metric: evaluation[metric]}
+    )
     if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-    run.kept["best"] = found[by]
+        os.replace(folder, previous)
+    os.replace(temporary, folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    run.recipe_state["best"] = evaluation[metric]

@@ -11,23 +11,23 @@ from typing import Any
 import torch
 
 from understudy.batch import Trajectory, map_tensors
-from understudy.language.generate import Completion, Ends, Engine, cut_at_end, generate, lay_out
-from understudy.language.judge import Sampled
+from understudy.language.generate import Completion, Engine, StopCondition, build_trajectory, generate, trim_at_stop
+from understudy.language.judge import ScoringInput
 from understudy.language.model import Policy
 from understudy.language.text import Prompt, Tokenizer
-from understudy.language.turns import Reply, converse
-from understudy.run.seeds import derive
+from understudy.language.turns import ReplyFunction, run_dialogue
+from understudy.run.seeds import derive_seed
 
 
 @dataclass(frozen=True)
-class Said:
+class Rollout:
     """What a policy said to some prompts: B rows, every field in the same order."""
 
     prompts: list[Prompt]
     completions: list[Completion]
-    record: Trajectory
-    judged: Sampled
-    rows: Sequence[int] = ()
+    trajectory: Trajectory
+    scoring_input: ScoringInput
+    row_numbers: Sequence[int] = ()
     """Each one's number in the run; none where it is of no run."""
 
 
@@ -48,73 +48,111 @@ class Sampler:
         tokenizer: Tokenizer,
         *,
         limit: int,
-        endless: bool,
+        has_fixed_length: bool,
         seed: int,
-        slots: int,
-        reply: Reply | None = None,
-        turns: int = 1,
+        max_num_seqs: int,
+        reply_function: ReplyFunction | None = None,
+        max_turns: int = 1,
         engine: Engine | None = None,
     ) -> None:
-        self.prompts, self.tokenizer, self.limit, self.endless = prompts, tokenizer, limit, endless
-        self.seed, self.slots, self.reply, self.turns, self.engine = seed, slots, reply, turns, engine
+        self.prompts, self.tokenizer, self.limit, self.has_fixed_length = prompts, tokenizer, limit, has_fixed_length
+        self.seed, self.max_num_seqs, self.reply_function, self.max_turns, self.engine = (
+            seed,
+            max_num_seqs,
+            reply_function,
+            max_turns,
+            engine,
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def collect(self, policy: Policy, which: Sequence[int], *, first: int) -> Said:
+    def collect(self, policy: Policy, prompt_indices: Sequence[int], *, first_row: int) -> Rollout:
         """Answers to the prompts of these numbers. `first` is the first row's number in the run; the others follow it."""
-        rows = range(first, first + len(which))
-        seeds = [derive(self.seed, "sample", row) for row in rows]
-        return replace(self.answer(policy, which, seeds, engine=self.engine), rows=rows)
+        row_numbers = range(first_row, first_row + len(prompt_indices))
+        seeds = [derive_seed(self.seed, "sample", row) for row in row_numbers]
+        return replace(self.sample(policy, prompt_indices, seeds, engine=self.engine), row_numbers=row_numbers)
 
-    def answer(
-        self, policy: Policy, which: Sequence[int], seeds: Sequence[int], *, engine: Engine | None = None
-    ) -> Said:
+    def sample(
+        self, policy: Policy, prompt_indices: Sequence[int], seeds: Sequence[int], *, engine: Engine | None = None
+    ) -> Rollout:
         """Answers to the prompts of these numbers, each from a seed; by our own generation where no engine is given."""
-        prompts = [self.prompts[i] for i in which]
-        stops = frozenset() if self.endless else self.tokenizer.stops
-        ends = self.tokenizer.at_stop_string if self.tokenizer.stop_strings and not self.endless else None
-        own = partial(generate, slots=self.slots, ends=ends) if engine is None else partial(_checked, engine, ends)
-        speak = partial(own, policy, limit=self.limit, stops=stops)
-        if self.reply is None:
-            completions = speak([prompt.ids for prompt in prompts], seeds=seeds, starts=[0] * len(prompts))
+        prompts = [self.prompts[i] for i in prompt_indices]
+        stops = frozenset() if self.has_fixed_length else self.tokenizer.stops
+        stop_condition = (
+            self.tokenizer.ends_with_stop_string if self.tokenizer.stop_strings and not self.has_fixed_length else None
+        )
+        run_engine = (
+            partial(generate, max_num_seqs=self.max_num_seqs, stop_condition=stop_condition)
+            if engine is None
+            else partial(_call_engine, engine, stop_condition)
+        )
+        continue_prompts = partial(run_engine, policy, limit=self.limit, stops=stops)
+        if self.reply_function is None:
+            completions = continue_prompts([prompt.ids for prompt in prompts], seeds=seeds, starts=[0] * len(prompts))
         else:
-            told = {"limit": self.limit, "turns": self.turns}
-            completions = converse(speak, self.reply, self.judged, self.tokenizer, prompts, seeds, **told)
-        return self.written_down(prompts, completions, policy.device)
+            options = {"limit": self.limit, "max_turns": self.max_turns}
+            completions = run_dialogue(
+                continue_prompts,
+                self.reply_function,
+                self.build_scoring_input,
+                self.tokenizer,
+                prompts,
+                seeds,
+                **options,
+            )
+        return self.build_rollout(prompts, completions, policy.device)
 
-    def written_down(self, prompts: list[Prompt], completions: list[Completion], device: torch.device) -> Said:
+    def build_rollout(self, prompts: list[Prompt], completions: list[Completion], device: torch.device) -> Rollout:
         """Prompts and completions as a record and as text."""
-        record = lay_out([prompt.ids for prompt in prompts], completions, endless=self.endless)
-        return Said(
-            prompts, completions, map_tensors(lambda x: x.to(device), record), self.judged(prompts, completions)
+        trajectory = build_trajectory(
+            [prompt.ids for prompt in prompts], completions, has_fixed_length=self.has_fixed_length
+        )
+        return Rollout(
+            prompts,
+            completions,
+            map_tensors(lambda x: x.to(device), trajectory),
+            self.build_scoring_input(prompts, completions),
         )
 
-    def judged(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> Sampled:
+    def build_scoring_input(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> ScoringInput:
         """The same as text: chat is answered in chat."""
-        said: list[Any] = []
+        answers: list[Any] = []
         for prompt, completion in zip(prompts, completions, strict=True):
-            text = self.tokenizer.continued(prompt.ids, completion.ids, turn=completion.turn)
+            text = self.tokenizer.decode_continuation(prompt.ids, completion.ids, turn_start=completion.last_turn_start)
             chat = completion.messages or [{"role": "assistant", "content": text}]
-            said.append(text if isinstance(prompt.text, str) else chat)
-        shown: list[Any] = [prompt.text for prompt in prompts]
-        names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
-        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
-        cut = [not (completion.stopped or self.endless) for completion in completions]
-        return Sampled(shown, said, [completion.ids for completion in completions], cut, columns)
+            answers.append(text if isinstance(prompt.text, str) else chat)
+        questions: list[Any] = [prompt.text for prompt in prompts]
+        column_names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+        columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in column_names}
+        truncated = [not (completion.stopped or self.has_fixed_length) for completion in completions]
+        return ScoringInput(questions, answers, [completion.ids for completion in completions], truncated, columns)
 
 
-def _checked(
-    engine: Engine, ends: Ends | None, policy: Policy, prompts: Sequence[Sequence[int]], **told: Any
+def _call_engine(
+    engine: Engine,
+    stop_condition: StopCondition | None,
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    **options: Any,
 ) -> list[Completion]:
     """What another's engine says, if it is what an engine says; up to where it ends, which an engine need not know."""
-    found = engine(policy, prompts, **told)
-    if len(found) != len(prompts):
-        raise ValueError(f"the engine gave {len(found)} completions to {len(prompts)} prompts: must be one each")
-    for row, said in enumerate(found):
-        if not said.ids or len(said.ids) != len(said.logprob) or not all(map(math.isfinite, said.logprob)):
+    completions = engine(policy, prompts, **options)
+    if len(completions) != len(prompts):
+        raise ValueError(f"the engine gave {len(completions)} completions to {len(prompts)} prompts: must be one each")
+    for row, completion in enumerate(completions):
+        if (
+            not completion.ids
+            or len(completion.ids) != len(completion.logprob)
+            or not all(map(math.isfinite, completion.logprob))
+        ):
             raise ValueError(
-                f"completion {row} of the engine has {len(said.ids)} tokens and log-probs {said.logprob[:3]}...: "
+                f"completion {row} of the engine has {len(completion.ids)} tokens and log-probs "
+                f"{completion.logprob[:3]}...: "
                 "must have at least one token, and a finite log-prob for each"
             )
-    return found if ends is None else [cut_at_end(c, prompt, ends) for c, prompt in zip(found, prompts, strict=True)]
+    return (
+        completions
+        if stop_condition is None
+        else [trim_at_stop(c, prompt, stop_condition) for c, prompt in zip(completions, prompts, strict=True)]
+    )

@@ -21,9 +21,9 @@ from types import ModuleType
 from typing import IO, Any
 
 from understudy.language import bounded
-from understudy.run.config import RequestError, is_deep, nearest, shown
+from understudy.run.config import RequestError, did_you_mean, format_value, is_deep
 
-FUNCTIONS_OWN = ("prompts", "completions", "completion_ids", "truncated")
+RESERVED_COLUMN_NAMES = ("prompts", "completions", "completion_ids", "truncated")
 """Arguments of reward functions and replies that are no columns of the data."""
 Row = dict[str, Any]
 """A row by column. Cells keep the type the file gives them; a CSV's are all strings."""
@@ -43,7 +43,7 @@ class Table(str):
         return self
 
     @classmethod
-    def of(cls, given: Any) -> Table:
+    def of(cls, source: Any) -> Table:
         """A list of mappings, or anything like it that has a length, such as a `datasets.Dataset`.
 
         Values become what JSON has for them, so that a resumed run reads the same rows: NumPy's and torch's numbers and
@@ -52,43 +52,49 @@ class Table(str):
         Raises:
             RequestError: it is something else.
         """
-        if isinstance(given, Mapping):
-            splits = ", ".join(map(str, given))
-            raise RequestError(f"data is a {type(given).__name__} of {splits}: give one of them, as in data[...]")
-        if not (isinstance(given, Iterable) and isinstance(given, Sized)):
+        if isinstance(source, Mapping):
+            splits = ", ".join(map(str, source))
+            raise RequestError(f"data is a {type(source).__name__} of {splits}: give one of them, as in data[...]")
+        if not (isinstance(source, Iterable) and isinstance(source, Sized)):
             raise RequestError(
-                f"data is a {type(given).__name__}: must be a file's name, or a list of rows, each a dict"
+                f"data is a {type(source).__name__}: must be a file's name, or a list of rows, each a dict"
             )
         rows: list[Row] = []
-        for number, row in enumerate(given, 1):
+        for number, row in enumerate(source, 1):
             if not isinstance(row, Mapping):
-                raise RequestError(f"row {number} of data is {shown(row)[:40]}: must be a dict with named columns")
+                raise RequestError(
+                    f"row {number} of data is {format_value(row)[:40]}: must be a dict with named columns"
+                )
             try:
-                rows.append(json.loads(cls._lines([dict(row)])))
+                rows.append(json.loads(cls._to_jsonl([dict(row)])))
             except (ValueError, TypeError, RecursionError) as error:
-                raise RequestError(f"row {number} of data cannot be written as JSON: {_why(error)}") from None
-        digest = hashlib.sha256(cls._lines(rows).encode(errors="surrogatepass")).hexdigest()
-        made = cls(f"{len(rows)} rows in memory, digest {digest[:12]}")
-        made.rows, made.digest = rows, digest
-        return made
+                raise RequestError(
+                    f"row {number} of data cannot be written as JSON: {_describe_json_error(error)}"
+                ) from None
+        digest = hashlib.sha256(cls._to_jsonl(rows).encode(errors="surrogatepass")).hexdigest()
+        table = cls(f"{len(rows)} rows in memory, digest {digest[:12]}")
+        table.rows, table.digest = rows, digest
+        return table
 
     @classmethod
-    def restored(cls, text: str, file: Path) -> Table:
+    def restore(cls, description: str, file: Path) -> Table:
         """The rows that a run wrote down at its start.
 
         Raises:
             RequestError: they are not the ones it began with.
         """
-        if (made := cls.of(_read_jsonl(file))) != text:
-            raise RequestError(f"data is {text!r}, and '{file}' holds {made}: give the rows that the run began with")
-        return made
+        if (table := cls.of(_read_jsonl(file))) != description:
+            raise RequestError(
+                f"data is {description!r}, and '{file}' holds {table}: give the rows that the run began with"
+            )
+        return table
 
     def write(self, file: Path) -> None:
         """Write the rows as JSONL, from which `restored` makes the same again."""
-        file.write_text(self._lines(self.rows), encoding="utf-8", errors="surrogatepass")
+        file.write_text(self._to_jsonl(self.rows), encoding="utf-8", errors="surrogatepass")
 
     @staticmethod
-    def _lines(rows: list[Row]) -> str:
+    def _to_jsonl(rows: list[Row]) -> str:
         return "".join(json.dumps(row, default=plain_value) + "\n" for row in rows)
 
 
@@ -97,7 +103,7 @@ def plain_value(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-def read(
+def read_rows(
     source: str | Path,
     *,
     columns: Mapping[str, str] | None = None,
@@ -128,41 +134,45 @@ def read(
     elif path.name.endswith(tuple(READERS)) or path.is_absolute() or str(source).startswith("."):
         raise RequestError(f"data is {str(source)!r}: there is no such file")
     else:
-        rows = _published(str(source), config, split)
+        rows = _load_published(str(source), config, split)
     if not rows:
         raise RequestError(f"data is {str(source)!r}: it has no rows; name a file with at least one")
     for number, row in enumerate(rows, 1):
-        if (length := _length(row)) > LONGEST:
-            raise RequestError(f"row {number} of {str(source)!r} has {length:,} {TOO_LONG}")
+        if (length := _num_characters(row)) > LONGEST:
+            raise RequestError(f"row {number} of {str(source)!r} has {length:,} {TOO_LONG_MESSAGE}")
         if is_deep(row):
             raise RequestError(f"row {number} of {str(source)!r} is nested too deeply: leave it out")
-    return _renamed(rows, columns or {})
+    return _rename_columns(rows, columns or {})
 
 
-def each_row(
-    rows: Sequence[Row], one: Callable[[Row, int], Any], *, texts: tuple[str, ...], others: tuple[str, ...] = ()
+def convert_rows(
+    rows: Sequence[Row],
+    convert: Callable[[Row, int], Any],
+    *,
+    text_columns: tuple[str, ...],
+    other_columns: tuple[str, ...] = (),
 ) -> list[Any]:
     """`one` of every row and its number, once its cells are there; all of `texts` chat, or all of them text."""
-    _check_columns(rows, (*texts, *others))
-    made, chat = [], bool(texts) and isinstance(rows[0].get(texts[0]), list)
+    _check_columns(rows, (*text_columns, *other_columns))
+    records, is_chat = [], bool(text_columns) and isinstance(rows[0].get(text_columns[0]), list)
     for number, row in enumerate(rows, 1):
-        with at_row(number):
-            for name in texts:
-                _check_text(name, row.get(name), chat)
-            for name in others:
+        with errors_at_row(number):
+            for name in text_columns:
+                _check_text(name, row.get(name), is_chat)
+            for name in other_columns:
                 if row.get(name) in (None, ""):
                     raise RequestError(f"{name} is empty: fill it or leave the row out")
-            made.append(one(row, number))
-    return made
+            records.append(convert(row, number))
+    return records
 
 
-def finite(name: str, cell: Any) -> float:
+def parse_finite(name: str, cell: Any) -> float:
     """A finite number; true is 1 and false 0, also as words."""
     with suppress(TypeError, ValueError, OverflowError):
-        word = {"true": 1.0, "false": 0.0}.get(str(cell).strip().lower())
-        if math.isfinite(number := float(cell) if word is None else word):
+        boolean = {"true": 1.0, "false": 0.0}.get(str(cell).strip().lower())
+        if math.isfinite(number := float(cell) if boolean is None else boolean):
             return number
-    raise RequestError(f"{name} is {shown(cell)}: must be a finite number")
+    raise RequestError(f"{name} is {format_value(cell)}: must be a finite number")
 
 
 def column_names(rows: Iterable[Row]) -> list[str]:
@@ -170,7 +180,7 @@ def column_names(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
-def _length(row: Row) -> int:
+def _num_characters(row: Row) -> int:
     """Characters of the cells of a row."""
     length, cells = 0, list(row.values())
     while cells:
@@ -182,37 +192,47 @@ def _length(row: Row) -> int:
 
 def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
     """Refuse data that lack one of our columns, with the columns that are most likely meant."""
-    there = column_names(rows)
-    missing = [name for name in names if name not in there]
+    available = column_names(rows)
+    missing = [name for name in names if name not in available]
     if not missing:
         return
-    free, mapping = [column for column in there if column not in names], []
-    texts = [column for column in free if isinstance(rows[0].get(column), str | list)]
+    unassigned, mapping = [column for column in available if column not in names], []
+    text_columns = [column for column in unassigned if isinstance(rows[0].get(column), str | list)]
     for name in missing:
-        usual = [column for word in USUAL.get(name, ()) for column in free if column.lower() == word]
-        likely = next((column for column in (*usual, *texts, *free) if column not in mapping), "COLUMN")
-        mapping += [likely]
-    pairs = " ".join(f"{ours}={theirs}" for ours, theirs in zip(missing, mapping, strict=True))
-    lacking = " and ".join(map(repr, missing))
-    known = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in there)
-    fix = f"map yours with --columns {pairs}" + (INSTEAD if "prompt" in missing else "")
-    if any(len(name) > 40 or re.fullmatch(r"[-+.\d]+", name) for name in there):
+        common_names = [
+            column for word in COMMON_COLUMN_NAMES.get(name, ()) for column in unassigned if column.lower() == word
+        ]
+        guess = next(
+            (column for column in (*common_names, *text_columns, *unassigned) if column not in mapping), "COLUMN"
+        )
+        mapping += [guess]
+    pairs = " ".join(f"{our_name}={data_name}" for our_name, data_name in zip(missing, mapping, strict=True))
+    missing_names = " and ".join(map(repr, missing))
+    known = ", ".join(name if len(name) <= 40 else f"{name[:40]}..." for name in available)
+    fix = f"map yours with --columns {pairs}" + (NO_PROMPT_HINT if "prompt" in missing else "")
+    if any(len(name) > 40 or re.fullmatch(r"[-+.\d]+", name) for name in available):
         fix = f"put a header above them, whose cells name the columns, if this is the first row of a CSV, or {fix}"
-    raise RequestError(f"the data have no column {lacking} but {known}: {fix}")
+    raise RequestError(f"the data have no column {missing_names} but {known}: {fix}")
 
 
-def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: str | None = None) -> None:
+def check_prompt_not_dropped(rows: Sequence[Row], names: Sequence[str], completion: str | None = None) -> None:
     """Refuse data whose whole texts lack the prompt that another column seems to hold.
 
     Args:
         names: the columns of whole texts.  completion: our name for the first of them where it follows a prompt.
     """
-    there = column_names(rows)
-    if not {*names} <= {*there}:
+    available = column_names(rows)
+    if not {*names} <= {*available}:
         return  # which is refused for what is missing
-    for column in (name for name in ("prompt", *USUAL["prompt"]) if name in there and name not in names):
+    for column in (
+        name for name in ("prompt", *COMMON_COLUMN_NAMES["prompt"]) if name in available and name not in names
+    ):
         cell = rows[0].get(column)
-        if isinstance(cell, str) and cell.strip() and not any(cell.strip() in _plain(rows[0].get(n)) for n in names):
+        if (
+            isinstance(cell, str)
+            and cell.strip()
+            and not any(cell.strip() in _cell_text(rows[0].get(n)) for n in names)
+        ):
             mapping = [] if column == "prompt" else [f"prompt={column}"]
             mapping += [] if completion is None else [f"{completion}={names[0]}"]
             raise RequestError(
@@ -221,18 +241,18 @@ def no_prompt_left_out(rows: Sequence[Row], names: Sequence[str], completion: st
             )
 
 
-def _plain(cell: Any) -> str:
+def _cell_text(cell: Any) -> str:
     """The words of text or of a chat."""
     return "\n".join(str(m.get("content")) for m in cell) if isinstance(cell, list) else str(cell)
 
 
-def _check_text(name: str, cell: Any, chat: bool) -> None:
-    whole = name in ("prompt", "text")  # an answer may be a space
-    blank = isinstance(cell, str) and not (cell.strip() if whole else cell)
-    if cell is None or blank or cell == []:
+def _check_text(name: str, cell: Any, is_chat: bool) -> None:
+    is_input = name in ("prompt", "text")  # an answer may be a space
+    is_blank = isinstance(cell, str) and not (cell.strip() if is_input else cell)
+    if cell is None or is_blank or cell == []:
         raise RequestError(f"{name} is empty: fill it or leave the row out")
     if not isinstance(cell, str | list):
-        raise RequestError(f"{name} is {shown(cell)}: must be text, or a list of messages")
+        raise RequestError(f"{name} is {format_value(cell)}: must be text, or a list of messages")
     if isinstance(cell, list) and not all(isinstance(m, dict) and {"role", "content"} <= {*m} for m in cell):
         raise RequestError(f"{name} is {str(cell)[:60]}: each message must be an object with a role and a content")
     if isinstance(cell, list) and not any(str(m["content"] or "").strip() or m.get("tool_calls") for m in cell):
@@ -241,13 +261,13 @@ def _check_text(name: str, cell: Any, chat: bool) -> None:
         "".join([cell] if isinstance(cell, str) else [str(m["content"]) for m in cell]).encode()
     except UnicodeEncodeError:
         raise RequestError(f"{name} has half of a surrogate pair, which is no text: fix its encoding") from None
-    if isinstance(cell, list) is not chat:
-        here, first = ("text", "chat") if chat else ("chat", "text")
-        raise RequestError(f"{name} is {here} where the data began with {first}: keep to one in a file")
+    if isinstance(cell, list) is not is_chat:
+        kind, expected_kind = ("text", "chat") if is_chat else ("chat", "text")
+        raise RequestError(f"{name} is {kind} where the data began with {expected_kind}: keep to one in a file")
 
 
 @contextmanager
-def at_row(number: int) -> Iterator[None]:
+def errors_at_row(number: int) -> Iterator[None]:
     """Put the number of the row before what is refused within."""
     try:
         yield
@@ -261,19 +281,19 @@ def _read_directory(folder: Path, config: str | None, split: str) -> list[Row]:
             raise RequestError(f"data_config is {config!r}: '{folder}' has no such directory")
         folder = folder / config
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        return _saved(folder, split)
-    return [row for path in _files_of(folder, split) for row in _read_file(path)]
+        return _read_saved_dataset(folder, split)
+    return [row for path in _split_files(folder, split) for row in _read_file(path)]
 
 
-def _saved(folder: Path, split: str) -> list[Row]:
+def _read_saved_dataset(folder: Path, split: str) -> list[Row]:
     """What `save_to_disk` of `datasets` has written."""
-    datasets = _extra("datasets", f"reading {str(folder)!r}, which `datasets` has saved,")
+    datasets = _import_optional("datasets", f"reading {str(folder)!r}, which `datasets` has saved,")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    with _no_bomb(folder, size):
-        return list(_split_on_disk(datasets.load_from_disk(str(folder)), folder, split))
+    with _refuse_decompression_bomb(folder, size):
+        return list(_select_split(datasets.load_from_disk(str(folder)), folder, split))
 
 
-def _split_on_disk(found: Any, folder: Path, split: str) -> Any:
+def _select_split(found: Any, folder: Path, split: str) -> Any:
     if isinstance(found, Mapping):
         if split not in found:
             raise RequestError(f"data_split is {split!r}: {str(folder)!r} has {', '.join(found)}")
@@ -283,16 +303,16 @@ def _split_on_disk(found: Any, folder: Path, split: str) -> Any:
     return found
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
+def _split_files(folder: Path, split: str) -> list[Path]:
     """A directory's only file of a split, or its shards in order; also in a folder `data`, or one named as the split."""
-    places = [folder, folder / "data", folder / split]
-    files = sorted(path for place in places if place.is_dir() for path in place.iterdir())
+    directories = [folder, folder / "data", folder / split]
+    files = sorted(path for place in directories if place.is_dir() for path in place.iterdir())
     files = [path for path in files if path.name.endswith(tuple(READERS))]
     named = [path for path in files if path.parent == folder / split or _split_of(path) == split]
     chosen = named or ([] if split != "train" else files)
-    shards = [found for path in chosen if (found := SHARD.fullmatch(path.name.split(".")[0]))]
+    shards = [match for path in chosen if (match := SHARD_NAME.fullmatch(path.name.split(".")[0]))]
     if len(chosen) > 1 and len(shards) == len(chosen):
-        counts = {int(found[3]) for found in shards}
+        counts = {int(shard[3]) for shard in shards}
         if counts != {len(chosen)}:
             raise RequestError(
                 f"data is {str(folder)!r}, which has {len(chosen)} of the {max(counts)} shards of {split!r}: add the others"
@@ -300,15 +320,15 @@ def _files_of(folder: Path, split: str) -> list[Path]:
         return chosen
     if len(chosen) == 1:
         return chosen
-    found = f"has {', '.join(path.name for path in chosen)}" if chosen else f"has no {', '.join(READERS)}"
-    found += "" if chosen or split == "train" else f" of the split {split!r}"
-    raise RequestError(f"data is {str(folder)!r}, which {found}: name one file, or call it {split}.*")
+    match = f"has {', '.join(path.name for path in chosen)}" if chosen else f"has no {', '.join(READERS)}"
+    match += "" if chosen or split == "train" else f" of the split {split!r}"
+    raise RequestError(f"data is {str(folder)!r}, which {match}: name one file, or call it {split}.*")
 
 
 def _split_of(path: Path) -> str:
     """The split that a file's name says it is of: `train` of train.jsonl and of train-00000-of-00002.parquet."""
     stem = path.name.split(".")[0]
-    shard = SHARD.fullmatch(stem)
+    shard = SHARD_NAME.fullmatch(stem)
     return stem if shard is None else shard[1]
 
 
@@ -324,85 +344,90 @@ def _read_file(path: Path) -> list[Row]:
         raise RequestError(f"data is {str(path)!r}: it cannot be read ({error})") from None
 
 
-class _Unpacked(gzip.GzipFile):
+class _BoundedGzipFile(gzip.GzipFile):
     """A packed file that is refused where it is a bomb: a few bytes that unpack to more than any text does."""
 
     def read1(self, size: int = -1) -> bytes:
         text = super().read1(size)
-        if self.tell() > _most(os.path.getsize(self.name)):
-            raise _bomb(self.name)
+        if self.tell() > _max_unpacked_bytes(os.path.getsize(self.name)):
+            raise _decompression_bomb_error(self.name)
         return text
 
 
-def _most(size: int) -> int:
+def _max_unpacked_bytes(size: int) -> int:
     """Bytes that a file of this size may unpack to."""
-    return max(LEAST_BOMB, MOST_PACKED * size)
+    return max(MIN_BOMB_BYTES, MAX_EXPANSION_RATIO * size)
 
 
-def _bomb(path: Any) -> RequestError:
+def _decompression_bomb_error(path: Any) -> RequestError:
     return RequestError(
-        f"data is {str(path)!r}, which unpacks to more than {MOST_PACKED} times its size: give it as plain JSONL or CSV if "
+        f"data is {str(path)!r}, which unpacks to more than {MAX_EXPANSION_RATIO} times its size: give it as "
+        "plain JSONL or CSV if "
         "that is what it should hold"
     )
 
 
 @contextmanager
-def _no_bomb(path: Path, size: int) -> Iterator[None]:
+def _refuse_decompression_bomb(path: Path, size: int) -> Iterator[None]:
     """Refuse what takes more memory than a file of this size may, on Linux: how long its values are is in no footer."""
     try:
-        with bounded.within_memory(max(bounded.BYTES, _most(size))):
+        with bounded.bounded_memory(max(bounded.MAX_BYTES, _max_unpacked_bytes(size))):
             yield
     except MemoryError:
-        raise _bomb(path) from None
+        raise _decompression_bomb_error(path) from None
 
 
-def _opened(path: Path) -> IO[str]:
+def _open_text(path: Path) -> IO[str]:
     """The file's text, unpacked; a byte-order mark, which spreadsheets write, is no part of it."""
-    unpack: Any = _Unpacked if path.suffix == ".gz" else open
-    return io.TextIOWrapper(unpack(path, "rb"), encoding="utf-8-sig", newline="")
+    open_binary: Any = _BoundedGzipFile if path.suffix == ".gz" else open
+    return io.TextIOWrapper(open_binary(path, "rb"), encoding="utf-8-sig", newline="")
 
 
 def _read_jsonl(path: Path) -> list[Row]:
     lines: list[str] = []
-    with _opened(path) as file:
+    with _open_text(path) as file:
         while line := file.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
-                raise RequestError(f"row {len(lines) + 1} of {str(path)!r} has more than {LONGEST_LINE:,} {TOO_LONG}")
+                raise RequestError(
+                    f"row {len(lines) + 1} of {str(path)!r} has more than {LONGEST_LINE:,} {TOO_LONG_MESSAGE}"
+                )
             lines += [line] if line.strip() else []
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line, object_pairs_hook=_each_once))
+            rows.append(json.loads(line, object_pairs_hook=_dict_of_unique_names))
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"row {number} of {str(path)!r} is not JSON ({_why(error)}): {line[:40]!r}") from None
-    return _objects(rows, path)
+            raise RequestError(
+                f"row {number} of {str(path)!r} is not JSON ({_describe_json_error(error)}): {line[:40]!r}"
+            ) from None
+    return _check_objects(rows, path)
 
 
 def _read_json(path: Path) -> list[Row]:
-    with _opened(path) as file:
+    with _open_text(path) as file:
         try:
-            rows = json.load(file, object_pairs_hook=_each_once)
+            rows = json.load(file, object_pairs_hook=_dict_of_unique_names)
         except json.JSONDecodeError as error:
             raise RequestError(f"data is {str(path)!r}: not JSON in line {error.lineno} ({error.msg})") from None
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            raise RequestError(f"data is {str(path)!r}: not JSON ({_why(error)})") from None
+            raise RequestError(f"data is {str(path)!r}: not JSON ({_describe_json_error(error)})") from None
     if not isinstance(rows, list):
         raise RequestError(f"data is {str(path)!r}: it must be a list of objects, or JSONL with one on each line")
-    return _objects(rows, path)
+    return _check_objects(rows, path)
 
 
-def _objects(rows: list[Any], path: Path) -> list[Row]:
+def _check_objects(rows: list[Any], path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise RequestError(
-                f"row {number} of {str(path)!r} is {shown(row)[:40]}: must be an object with named columns"
+                f"row {number} of {str(path)!r} is {format_value(row)[:40]}: must be an object with named columns"
             )
     return rows
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> Row:
+def _dict_of_unique_names(pairs: list[tuple[str, Any]]) -> Row:
     """An object of JSON whose names are all different: of two with one name, all but the last would be lost."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -411,7 +436,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> Row:
     return made
 
 
-def _why(error: Exception) -> str:
+def _describe_json_error(error: Exception) -> str:
     """What is wrong with something that JSON cannot read or write."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
@@ -429,7 +454,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
             )
 
 
-def _without_nul(cells: list[str], path: Path) -> list[str]:
+def _check_no_nul(cells: list[str], path: Path) -> list[str]:
     if any("\0" in cell for cell in cells):
         raise RequestError(f"data is {str(path)!r}, which has NUL bytes: convert it to UTF-8, or repair it")
     return cells
@@ -438,15 +463,15 @@ def _without_nul(cells: list[str], path: Path) -> list[str]:
 def _read_csv(path: Path) -> list[Row]:
     rows: list[Row] = []
     before = csv.field_size_limit(LONGEST)
-    with _opened(path) as file:
+    with _open_text(path) as file:
         try:
-            filled = (_without_nul(cells, path) for cells in csv.reader(file) if cells)
-            header = next(filled, [])
+            nonblank_rows = (_check_no_nul(cells, path) for cells in csv.reader(file) if cells)
+            header = next(nonblank_rows, [])
             _check_names(header, path)
-            for cells in filled:
+            for cells in nonblank_rows:
                 if len(cells) != len(header):
-                    got = f"row {len(rows) + 1} of {str(path)!r} has {len(cells)} cells"
-                    raise RequestError(f"{got}, the header {len(header)}: quote cells that hold a comma")
+                    problem = f"row {len(rows) + 1} of {str(path)!r} has {len(cells)} cells"
+                    raise RequestError(f"{problem}, the header {len(header)}: quote cells that hold a comma")
                 rows.append(dict(zip(header, cells, strict=True)))
         except csv.Error as error:
             raise RequestError(f"row {len(rows) + 1} of {str(path)!r} is not CSV: {error}") from None
@@ -456,15 +481,15 @@ def _read_csv(path: Path) -> list[Row]:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    parquet = _extra("pyarrow.parquet", f"reading {path.name!r}")
+    parquet = _import_optional("pyarrow.parquet", f"reading {path.name!r}")
     size = path.stat().st_size
     try:
         about = parquet.read_metadata(path)
         groups = map(about.row_group, range(about.num_row_groups))
         chunks = [group.column(i) for group in groups for i in range(about.num_columns)]
-        if sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks) > _most(size):
-            raise _bomb(path)
-        with _no_bomb(path, size):
+        if sum(chunk.total_uncompressed_size + 8 * chunk.num_values for chunk in chunks) > _max_unpacked_bytes(size):
+            raise _decompression_bomb_error(path)
+        with _refuse_decompression_bomb(path, size):
             table = parquet.read_table(path)
             _check_names(table.column_names, path)
             return table.to_pylist()
@@ -474,12 +499,12 @@ def _read_parquet(path: Path) -> list[Row]:
         raise RequestError(f"data is {str(path)!r}: not Parquet ({str(error).splitlines()[0]})") from None
 
 
-def _published(name: str, config: str | None, split: str) -> list[Row]:
-    if IN_MEMORY.fullmatch(name):
+def _load_published(name: str, config: str | None, split: str) -> list[Row]:
+    if IN_MEMORY_DESCRIPTION.fullmatch(name):
         raise RequestError(
             f"data is {name!r}, of a process that is gone: give the rows again, as in resume(RUN, data=rows)"
         )
-    datasets = _extra("datasets", f"data is {name!r}, which is no file here: reading a published set")
+    datasets = _import_optional("datasets", f"data is {name!r}, which is no file here: reading a published set")
     try:
         return list(datasets.load_dataset(name, config, split=split))
     except (OSError, ValueError) as error:  # no such set, no network, no split of that name
@@ -488,7 +513,7 @@ def _published(name: str, config: str | None, split: str) -> list[Row]:
         ) from None
 
 
-def _extra(module: str, purpose: str) -> ModuleType:
+def _import_optional(module: str, purpose: str) -> ModuleType:
     """A package that the plain installation does without."""
     try:
         return importlib.import_module(module)
@@ -501,33 +526,36 @@ OURS = ("prompt", "completion", "messages", "chosen", "rejected")
 """Columns of which a name that differs by a letter is taken for a mistake; others may be a reward function's."""
 
 
-def _renamed(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
-    there = column_names(rows)
-    for ours, theirs in columns.items():
-        if theirs not in there:
-            known = f"the columns are {', '.join(there)}"
-            raise RequestError(f"columns says {ours}={theirs}: {known}{nearest(theirs, there)}")
-        absent = [name for name in OURS if name not in {*there, *columns}]
-        if ours not in OURS and (close := difflib.get_close_matches(ours, absent, n=1, cutoff=0.8)):
+def _rename_columns(rows: list[Row], columns: Mapping[str, str]) -> list[Row]:
+    available = column_names(rows)
+    for our_name, data_name in columns.items():
+        if data_name not in available:
+            known_columns = f"the columns are {', '.join(available)}"
             raise RequestError(
-                f"columns says {ours}={theirs}, and {ours!r} is none of our names: write --columns {close[0]}={theirs}"
+                f"columns says {our_name}={data_name}: {known_columns}{did_you_mean(data_name, available)}"
             )
-    taken = {*columns, *columns.values()}
+        absent = [name for name in OURS if name not in {*available, *columns}]
+        if our_name not in OURS and (close := difflib.get_close_matches(our_name, absent, n=1, cutoff=0.8)):
+            raise RequestError(
+                f"columns says {our_name}={data_name}, and {our_name!r} is none of our names: write --columns "
+                f"{close[0]}={data_name}"
+            )
+    replaced = {*columns, *columns.values()}
     return [
-        {name: cell for name, cell in row.items() if name not in taken}
-        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        {name: cell for name, cell in row.items() if name not in replaced}
+        | {our_name: row[data_name] for our_name, data_name in columns.items() if data_name in row}
         for row in rows
     ]
 
 
-LEAST_BOMB, MOST_PACKED = 64 * 2**20, 100
+MIN_BOMB_BYTES, MAX_EXPANSION_RATIO = 64 * 2**20, 100
 """A packed file may unpack to this many bytes, or to this many times its size; ordinary text packs to a tenth or more."""
 LONGEST, LONGEST_LINE = 16 * 2**20, 64 * 2**20
 """Characters that the cells of a row may have together, and a line of JSONL; the longest novels have ten million."""
-TOO_LONG = "characters, more than a text has: split it, or leave it out"
-SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
-IN_MEMORY = re.compile(r"\d+ rows in memory, digest [0-9a-f]+")
-USUAL = {
+TOO_LONG_MESSAGE = "characters, more than a text has: split it, or leave it out"
+SHARD_NAME = re.compile(r"(.+)-(\d+)-of-(\d+)")
+IN_MEMORY_DESCRIPTION = re.compile(r"\d+ rows in memory, digest [0-9a-f]+")
+COMMON_COLUMN_NAMES = {
     "prompt": ("prompts", "question", "instruction", "problem", "query", "input", "user", "context", "messages"),
     "completion": ("completions", "answer", "response", "output", "solution", "target", "assistant"),
     "text": ("texts", "content", "sentence", "document", "review"),
@@ -536,7 +564,7 @@ USUAL = {
     "label": ("labels", "score", "rating", "class"),
 }
 """Names under which published data have a column of ours, the likeliest first."""
-INSTEAD = "; data without prompts are the column 'text' in sft, and --unconditional where a policy samples"
+NO_PROMPT_HINT = "; data without prompts are the column 'text' in sft, and --unconditional where a policy samples"
 """What else may be done where there is no column `prompt`."""
 
 READERS: dict[str, Callable[[Path], list[Row]]] = {

@@ -10,39 +10,48 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from understudy.batch import Pairs, Text
+from understudy.batch import PreferencePairs, TokenBatch
 from understudy.language import config, stage
 from understudy.language.ancestry import check_reference
-from understudy.language.model import Policy, digest, home
-from understudy.language.reading import check_reading
-from understudy.language.sft import limit_learning, load_policy
+from understudy.language.model import Policy, model_dir, module_digest
+from understudy.language.reading import check_forward_consistency
+from understudy.language.sft import load_policy, select_trainable_parameters
 from understudy.language.stage import Iterations
-from understudy.language.text import Limit, Preference, Row, check_ids, common, pad, preferences, read
-from understudy.objective import Losses, dpo
-from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, LearningRate, Positive, Unit, check_effects
+from understudy.language.text import (
+    Limit,
+    Preference,
+    Row,
+    check_ids,
+    common_prefix_length,
+    make_preferences,
+    pad_sequences,
+    read_rows,
+)
+from understudy.objective import Losses, dpo_loss
+from understudy.reduce import cluster_ids, fraction_interval
+from understudy.run.config import LearningRate, PositiveFloat, PositiveInt, UnitInterval, check_effects
 from understudy.run.seeds import seed_shared_generators
-from understudy.run.store import Resume, Run, write_json
+from understudy.run.store import ResumePoint, Run, write_json
 from understudy.update import update
 
-PIECE = 32  # pairs a pass without gradient reads at a time
+EVALUATION_BATCH_SIZE = 32  # pairs a pass without gradient reads at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Tuning):
+class Config(config.FineTuningConfig):
     """Pairs `chosen` and `rejected`, with or without a `prompt`."""
 
     learning_rate: LearningRate = 1e-5
     """AdamW's step size after the warm-up."""
-    epochs: Count = 1
+    epochs: PositiveInt = 1
     """Passes over the data."""
-    minibatch_rows: Count = 16
+    minibatch_rows: PositiveInt = 16
     """Pairs an optimizer step sees; the last of an epoch may have fewer."""
     form: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss: DPO's own, or IPO's squared one."""
-    kl_reference_coef: Positive = 0.1
+    kl_reference_coef: PositiveFloat = 0.1
     """How dear it is to leave the reference (DPO's beta)."""
-    smoothing: Unit = 0.0
+    smoothing: UnitInterval = 0.0
     """Share of labels taken to be wrong (cDPO); for sigmoid."""
     reference: str | None = None
     """Directory of the frozen reference; by default the policy as it starts."""
@@ -60,134 +69,157 @@ class Config(config.Tuning):
         ]
 
 
-def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
+def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
-    learned, kept = split(policy, cfg)
-    check_reading(policy, [pair.chosen for pair in learned])
-    referred, began = ask_reference(policy, {"learned": learned, "kept": kept}, cfg)
-    limit_learning(policy, cfg)
-    objective = loss(cfg)
-    total = cfg.epochs * sum(map(size, learned))
-    optimizer = stage.adamw(cfg, stage.all_of(policy))
-    with stage.open_stage("dpo", cfg, policy, optimizer, total=cfg.steps or total, resume=resume) as run:
-        stage.same_reference(run.run, began)
-        while run.on:
-            rate = run.schedule()
-            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
-            pairs = gather([learned[i] for i in some], referred["learned"][some]).to(cfg.device)
-            run.steps += sum(size(learned[i]) for i in some)
+    train_pairs, held_out_pairs = load_preferences(policy, cfg)
+    check_forward_consistency(policy, [pair.chosen for pair in train_pairs])
+    reference_logprobs, reference_digest = compute_reference_logprobs(
+        policy, {"train": train_pairs, "held_out": held_out_pairs}, cfg
+    )
+    select_trainable_parameters(policy, cfg)
+    objective = make_objective(cfg)
+    total_tokens = cfg.epochs * sum(map(num_tokens, train_pairs))
+    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
+    with stage.open_run("dpo", cfg, policy, optimizer, total_steps=cfg.steps or total_tokens, resume=resume) as run:
+        stage.check_reference_digest(run.run, reference_digest)
+        while run.is_active:
+            learning_rate = run.update_learning_rate()
+            indices = run.next_minibatch(len(train_pairs), cfg.minibatch_rows)
+            pairs = collate([train_pairs[i] for i in indices], reference_logprobs["train"][indices]).to(cfg.device)
+            run.steps += sum(num_tokens(train_pairs[i]) for i in indices)
             metrics = update(  # 5 update
                 policy,
                 optimizer,
                 pairs,
                 objective,
-                epochs=1,
-                minibatches=1,
+                num_epochs=1,
+                num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro=cfg.micro or None,
-                guard=run.guard,
-                generator=run.shuffle,
+                micro_batch_size=cfg.micro or None,
+                on_nonfinite=run.guard,
+                generator=run.shuffle_generator,
             )
-            if kept and (not run.on or run.due(cfg.evaluate_every)):
-                found = examine(policy, kept, referred["kept"], objective)
-                write_json(run.run.path / "evaluation.json", found)
-                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
-            yield from run.report(metrics | {"learning_rate": rate})
+            if held_out_pairs and (not run.is_active or run.is_due(cfg.evaluate_every)):
+                evaluation = evaluate_preferences(policy, held_out_pairs, reference_logprobs["held_out"], objective)
+                write_json(run.run.path / "evaluation.json", evaluation)
+                metrics |= {f"evaluation_{name}": x for name, x in evaluation.items() if isinstance(x, int | float)}
+            yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
 
 
-def train(cfg: Config, *, resume: Resume | None = None) -> Run:
+def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, evaluation.json how often it prefers what people did."""
-    return stage.drain(iterate(cfg, resume=resume))
+    return stage.run_to_end(iterate(cfg, resume=resume))
 
 
-def loss(cfg: Config) -> Callable[[Any, Pairs], Losses]:
+def make_objective(cfg: Config) -> Callable[[Any, PreferencePairs], Losses]:
     """The objective that the config describes."""
-    return partial(dpo, coef=cfg.kl_reference_coef, smoothing=cfg.smoothing, form=cfg.form)
+    return partial(dpo_loss, beta=cfg.kl_reference_coef, label_smoothing=cfg.smoothing, loss_type=cfg.form)
 
 
-def split(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
+def load_preferences(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
     """The pairs to learn from, and those kept for evaluation; those of one prompt are on one side."""
     limit = Limit.of(policy.model, cfg.max_length)
 
-    def make(rows: Sequence[Row], source: str) -> Sequence[Preference]:
-        data = preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
+    def make_pairs(rows: Sequence[Row], source: str) -> Sequence[Preference]:
+        data = make_preferences(rows, policy.tokenizer, max_length=limit, too_long=cfg.too_long)
         check_ids(data, policy.model)
-        policy.remarks += data.remark(source)
+        policy.warnings += data.make_warnings(source)
         return data
 
-    learned, kept, said = stage.divide(read(cfg.data, **cfg.reading), make, cfg, stage.asked)
-    policy.remarks += said
-    return learned, kept
+    train_pairs, held_out_pairs, warnings = stage.split_data(
+        read_rows(cfg.data, **cfg.reading_options), make_pairs, cfg, stage.preference_split_key
+    )
+    policy.warnings += warnings
+    return train_pairs, held_out_pairs
 
 
-def ask_reference(policy: Policy, data: dict[str, list[Preference]], cfg: Config) -> tuple[dict[str, Tensor], str]:
+def compute_reference_logprobs(
+    policy: Policy, data: dict[str, list[Preference]], cfg: Config
+) -> tuple[dict[str, Tensor], str]:
     """What the reference says of the data, and its digest. It is asked once, before anything learns, and not kept: where it
     is the policy as it starts, there is no copy of that.
     """
-    given = cfg.reference
-    trust = cfg.trust_remote_code
-    other = None if given is None else Policy.from_pretrained(home(given, "policy"), trust_remote_code=trust)
-    if given is not None:
-        check_reference(given, other, policy)
-    reference = policy if other is None else other.to(cfg.device)
+    source = cfg.reference
+    trust_remote_code = cfg.trust_remote_code
+    loaded_policy = (
+        None
+        if source is None
+        else Policy.from_pretrained(model_dir(source, "policy"), trust_remote_code=trust_remote_code)
+    )
+    if source is not None:
+        check_reference(source, loaded_policy, policy)
+    reference = policy if loaded_policy is None else loaded_policy.to(cfg.device)
     if reference is not policy:
-        check_reading(reference, [pair.chosen for pair in data["learned"]])
-    return {name: refer(reference, some) for name, some in data.items()}, digest(reference.model)
+        check_forward_consistency(reference, [pair.chosen for pair in data["train"]])
+    return {name: compute_pair_logprobs(reference, pairs) for name, pairs in data.items()}, module_digest(
+        reference.model
+    )
 
 
-def size(pair: Preference) -> int:
+def num_tokens(pair: Preference) -> int:
     """Tokens of a pair."""
     return len(pair.chosen) + len(pair.rejected)
 
 
-def shared(pair: Preference) -> int:
+def shared_prefix_length(pair: Preference) -> int:
     """How many tokens both sides begin with: the prompt, or as much of it as cannot matter."""
-    return max(1, common(pair.chosen, pair.rejected))
+    return max(1, common_prefix_length(pair.chosen, pair.rejected))
 
 
-def gather(pairs: Sequence[Preference], reference: Tensor | None = None) -> Pairs:
+def collate(pairs: Sequence[Preference], reference: Tensor | None = None) -> PreferencePairs:
     """Pairs as one padded record. What both sides begin with has the same log-prob in both, and is left out of the sums."""
-    starts = [shared(pair) for pair in pairs]
-    chosen, rejected = pad([pair.chosen for pair in pairs], starts), pad([pair.rejected for pair in pairs], starts)
-    return Pairs(chosen, rejected, torch.tensor([[pair.margin] for pair in pairs]), reference)
+    starts = [shared_prefix_length(pair) for pair in pairs]
+    chosen, rejected = (
+        pad_sequences([pair.chosen for pair in pairs], starts),
+        pad_sequences([pair.rejected for pair in pairs], starts),
+    )
+    return PreferencePairs(chosen, rejected, torch.tensor([[pair.margin] for pair in pairs]), reference)
 
 
 @torch.no_grad()
-def refer(policy: Policy, data: Sequence[Preference], *, micro: int = PIECE) -> Tensor:
+def compute_pair_logprobs(
+    policy: Policy, data: Sequence[Preference], *, micro_batch_size: int = EVALUATION_BATCH_SIZE
+) -> Tensor:
     """A policy's log-probs of both sides, summed over the tokens that tell them apart, [N, 2]; on the CPU."""
-    found = [torch.zeros(0, 2)]
-    for at in range(0, len(data), micro):
-        pairs = gather(data[at : at + micro]).to(policy.device)
-        found.append(torch.stack([_summed(policy, text) for text in (pairs.chosen, pairs.rejected)], dim=1).cpu())
-    return torch.cat(found)
+    logprobs = [torch.zeros(0, 2)]
+    for start in range(0, len(data), micro_batch_size):
+        pairs = collate(data[start : start + micro_batch_size]).to(policy.device)
+        logprobs.append(
+            torch.stack([_sum_logprobs(policy, text) for text in (pairs.chosen, pairs.rejected)], dim=1).cpu()
+        )
+    return torch.cat(logprobs)
 
 
-def _summed(policy: Policy, text: Text) -> Tensor:
+def _sum_logprobs(policy: Policy, text: TokenBatch) -> Tensor:
     return torch.where(text.mask, policy(text)[0].log_prob(text.action), 0.0).sum(dim=1)
 
 
 @torch.no_grad()
-def examine(policy: Policy, data: Sequence[Preference], referred: Tensor, objective: Any) -> dict[str, Any]:
+def evaluate_preferences(
+    policy: Policy, data: Sequence[Preference], reference_logprobs: Tensor, objective: Any
+) -> dict[str, Any]:
     """On pairs it did not learn from: how often the chosen side gained more than the rejected, with its 95 % interval,
     in which the pairs of a prompt count as a cluster.
     """
-    found: list[dict[str, Tensor]] = []
-    for at in range(0, len(data), PIECE):
-        pairs = gather(data[at : at + PIECE], referred[at : at + PIECE])
-        found.append(objective(policy, pairs.to(policy.device))[1])
-    metrics = {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
-    cluster = clusters(list(map(stage.asked, data)))
-    accuracy, low, high = share_interval(metrics["accuracy"][:, 0].cpu(), cluster)
+    batch_metrics: list[dict[str, Tensor]] = []
+    for start in range(0, len(data), EVALUATION_BATCH_SIZE):
+        pairs = collate(
+            data[start : start + EVALUATION_BATCH_SIZE], reference_logprobs[start : start + EVALUATION_BATCH_SIZE]
+        )
+        batch_metrics.append(objective(policy, pairs.to(policy.device))[1])
+    metrics = {name: torch.cat([values[name] for values in batch_metrics]) for name in batch_metrics[0]}
+    cluster = cluster_ids(list(map(stage.preference_split_key, data)))
+    accuracy, low, high = fraction_interval(metrics["accuracy"][:, 0].cpu(), cluster)
     names = ("loss", "margin", "chosen_gain", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}
-    longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
-    baseline = sum(longer) / len(longer)
+    chosen_is_longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
+    baseline = sum(chosen_is_longer) / len(chosen_is_longer)
     return {
         "rows": len(data),
         "prompts": len(cluster.unique()),

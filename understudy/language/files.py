@@ -11,17 +11,20 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig
 
-from understudy.language.lora import base_of, merge
-from understudy.run.checkpoint import Damaged, read_json
+from understudy.language.lora import base_of, merge_adapter
+from understudy.run.checkpoint import CorruptFileError, read_json
 from understudy.run.config import RequestError
 from understudy.run.store import holds_no_policy, recipe_of
 
-CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
-INDEX = "model.safetensors.index.json"
-PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
-LARGEST_CONFIG, LARGEST = 16 * 2**20, 128 * 2**20  # bytes of a config, and of any other JSON, such as a vocabulary
+CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json")
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
+MAX_CONFIG_BYTES, MAX_JSON_BYTES = (
+    16 * 2**20,
+    128 * 2**20,
+)  # bytes of a config, and of any other JSON, such as a vocabulary
 # the largest published causal LMs are within a quarter of each
-BOUNDS = {
+MAX_MODEL_SIZES = {
     "hidden_size": 2**17,
     "intermediate_size": 2**20,
     "num_hidden_layers": 2**10,
@@ -31,10 +34,10 @@ BOUNDS = {
 }
 
 
-def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def load_model(model_class: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """A model of a directory or hub id, none of whose weights is missing; see `load_reported`."""
-    model, loading = load_reported(kind, source, dtype=dtype, trust_remote_code=trust_remote_code)
-    if missing := sorted(loading["missing_keys"]):
+    model, report = load_model_with_report(model_class, source, dtype=dtype, trust_remote_code=trust_remote_code)
+    if missing := sorted(report["missing_keys"]):
         raise RequestError(
             f"model is '{source}', which holds no weights for {', '.join(missing[:3])}{' ...' if missing[3:] else ''} of a "
             f"{type(model).__name__}: give a causal language model with its head"
@@ -42,8 +45,8 @@ def load_model(kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remot
     return model
 
 
-def load_reported(
-    kind: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any
+def load_model_with_report(
+    model_class: Any, source: str | Path, *, dtype: torch.dtype, trust_remote_code: bool = False, **options: Any
 ) -> tuple[Any, dict[str, Any]]:
     """A model of a directory or hub id, and transformers' report of missing and mismatched weights.
 
@@ -61,15 +64,17 @@ def load_reported(
             raise RequestError(
                 f"model is '{source}', an adapter whose base '{base}' is an adapter too: merge that first"
             )
-        model, loading = load_reported(kind, base, dtype=dtype, trust_remote_code=trust_remote_code, **options)
-        return merge(model, source), loading
+        model, report = load_model_with_report(
+            model_class, base, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+        return merge_adapter(model, source), report
     check_pickles(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         check_sizes(config, source)
         check_decoder(config, source)
         options |= {"dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
-        load = partial(kind.from_pretrained, source, output_loading_info=True, **options)
+        load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)
         # torch's fused attention knows no soft-cap inside (Gemma 2)
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
             return load(attn_implementation="eager")
@@ -84,7 +89,8 @@ def load_reported(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         if "Unrecognized configuration class" in str(error):
             raise RequestError(
-                f"model is '{source}', whose architecture transformers does not load by {kind.__name__}: give a model of "
+                f"model is '{source}', whose architecture transformers does not load by {model_class.__name__}: "
+                "give a model of "
                 "another one"
             ) from error
         if not Path(source).exists() and isinstance(error, OSError | ValueError):
@@ -98,12 +104,12 @@ def load_reported(
         ) from error
 
 
-def attention_remark(model: Any) -> str:
+def attention_warning(model: Any) -> str:
     """A sentence where transformers has no fused attention for a model; empty where it has."""
     config = model.config
-    about = config.get_text_config()
-    capped = getattr(about, "attn_logit_softcapping", None) is not None
-    if model._supports_sdpa or capped or not hasattr(about, "num_attention_heads"):
+    text_config = config.get_text_config()
+    is_softcapped = getattr(text_config, "attn_logit_softcapping", None) is not None
+    if model._supports_sdpa or is_softcapped or not hasattr(text_config, "num_attention_heads"):
         return ""
     return (
         f"model is '{config._name_or_path}', a {type(model).__name__}, for which transformers has no fused attention "
@@ -126,14 +132,14 @@ def check_files(source: str | Path, *, trust_remote_code: bool) -> None:
     try:
         for file in path.iterdir():
             if file.exists() and not file.is_file() and not file.is_dir():  # a pipe would be waited for
-                raise Damaged(f"'{file}' is no plain file")
-            if file.suffix == ".json" and file.is_file() and file.stat().st_size > LARGEST:
-                raise Damaged(f"'{file}' has more than {LARGEST >> 20} MiB")
-        for file in filter(Path.is_file, (path / name for name in CONFIGS)):
-            _check_config(read_json(file, most=LARGEST_CONFIG, links=True), file, trust_remote_code)
-        if (index := path / INDEX).is_file():
-            _check_index(read_json(index, most=LARGEST_CONFIG, links=True), index)
-    except Damaged as error:
+                raise CorruptFileError(f"'{file}' is no plain file")
+            if file.suffix == ".json" and file.is_file() and file.stat().st_size > MAX_JSON_BYTES:
+                raise CorruptFileError(f"'{file}' has more than {MAX_JSON_BYTES >> 20} MiB")
+        for file in filter(Path.is_file, (path / name for name in CONFIG_FILES)):
+            _check_config(read_json(file, max_bytes=MAX_CONFIG_BYTES, allow_links=True), file, trust_remote_code)
+        if (index := path / INDEX_FILE).is_file():
+            _check_index(read_json(index, max_bytes=MAX_CONFIG_BYTES, allow_links=True), index)
+    except CorruptFileError as error:
         raise RequestError(f"model is '{source}', and {error}: give a directory in Hugging Face layout") from error
 
 
@@ -157,7 +163,7 @@ def check_pickles(source: str | Path) -> None:
     path = Path(source)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         for file in sorted(path.iterdir()):
-            if file.suffix in PICKLED:
+            if file.suffix in PICKLE_SUFFIXES:
                 raise RequestError(
                     f"model is '{source}', whose weights are in '{file.name}', which is not read (a pickle runs code): "
                     "convert it to safetensors"
@@ -166,11 +172,11 @@ def check_pickles(source: str | Path) -> None:
 
 def check_sizes(config: Any, source: str | Path) -> None:
     """Refuse a model that is larger than any there is, before it is made."""
-    about = config.get_text_config()
-    for name, most in BOUNDS.items():
-        for one in x if isinstance(x := getattr(about, name, None), list | tuple) else [x]:
-            if isinstance(one, int) and one > most:
-                raise RequestError(f"model is '{source}', whose {name} is {one}: at most {most} is read")
+    text_config = config.get_text_config()
+    for name, maximum in MAX_MODEL_SIZES.items():
+        for value in x if isinstance(x := getattr(text_config, name, None), list | tuple) else [x]:
+            if isinstance(value, int) and value > maximum:
+                raise RequestError(f"model is '{source}', whose {name} is {value}: at most {maximum} is read")
 
 
 def check_decoder(config: Any, source: str | Path) -> None:
@@ -182,22 +188,22 @@ def check_decoder(config: Any, source: str | Path) -> None:
         )
 
 
-def _check_config(about: Any, file: Path, trust_remote_code: bool) -> None:
-    if not isinstance(about, dict):
-        raise Damaged(f"'{file}' is no JSON object")
-    if about.get("auto_map") and not trust_remote_code:
+def _check_config(document: Any, file: Path, trust_remote_code: bool) -> None:
+    if not isinstance(document, dict):
+        raise CorruptFileError(f"'{file}' is no JSON object")
+    if document.get("auto_map") and not trust_remote_code:
         raise RequestError(
             f"model is '{file.parent}', whose {file.name} names code of its own to be run (auto_map): read that code, then "
             "set trust_remote_code; or take auto_map out, where transformers knows the model itself"
         )
-    if about.get("megatron_config"):
-        raise Damaged(f"'{file}' names a module to be imported (megatron_core)")
+    if document.get("megatron_config"):
+        raise CorruptFileError(f"'{file}' names a module to be imported (megatron_core)")
 
 
-def _check_index(about: Any, file: Path) -> None:
-    names = about.get("weight_map") if isinstance(about, dict) else None
+def _check_index(document: Any, file: Path) -> None:
+    names = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(names, dict):
-        raise Damaged(f"'{file}' has no weight_map")
+        raise CorruptFileError(f"'{file}' has no weight_map")
     for name in set(map(str, names.values())):
         if not name.endswith(".safetensors") or Path(name).name != name:
-            raise Damaged(f"'{file}' names {name!r}, which is no safetensors file beside it")
+            raise CorruptFileError(f"'{file}' names {name!r}, which is no safetensors file beside it")

@@ -8,13 +8,13 @@ from fractions import Fraction
 
 # a sign counts where nothing stands before it that it could subtract from; commas stand between thousands
 SIGN = r"(?:(?<![\w)])(?P<sign>[-\u2212+]))?"
-PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-LATEX = r"\\[dt]?frac\s*\{\s*(?P<over>[0-9]+)\s*\}\s*\{\s*(?P<under>[0-9]+)\s*\}"
+DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+LATEX_FRACTION = r"\\[dt]?frac\s*\{\s*(?P<over>[0-9]+)\s*\}\s*\{\s*(?P<under>[0-9]+)\s*\}"
 NUMBER = re.compile(
-    rf"{SIGN}\$?(?:{LATEX}|(?P<plain>{PLAIN})(?:[eE](?P<power>[-+]?[0-9]{{1,3}})(?![0-9.])|\s?/\s?(?P<by>[0-9]+)(?![0-9./]))?)"
+    rf"{SIGN}\$?(?:{LATEX_FRACTION}|(?P<plain>{DECIMAL})(?:[eE](?P<power>[-+]?[0-9]{{1,3}})(?![0-9.])|\s?/\s?(?P<by>[0-9]+)(?![0-9./]))?)"
 )
-SPACING = re.compile(r"\\[,!;: ]|(?<=[0-9])\{,\}(?=[0-9])")  # LaTeX's, within a number: 1\,000 or 1{,}000
-SHORT = re.compile(r"(\\[dt]?frac)\s*([0-9])\s*([0-9])")  # \\frac12 is \\frac{1}{2}
+LATEX_SPACING = re.compile(r"\\[,!;: ]|(?<=[0-9])\{,\}(?=[0-9])")  # LaTeX's, within a number: 1\,000 or 1{,}000
+SHORT_LATEX_FRACTION = re.compile(r"(\\[dt]?frac)\s*([0-9])\s*([0-9])")  # \\frac12 is \\frac{1}{2}
 BOXED = "\\boxed{"
 
 
@@ -26,34 +26,34 @@ def final_number(text: str) -> Fraction | None:
     """
     _, mark, after = text.rpartition("####")
     if mark:
-        found = NUMBER.search(_plain(after))
-        return None if found is None else _value(found)
-    text = _boxed(text) if BOXED in text else text
-    found = [*NUMBER.finditer(_plain(text))]
-    return _value(found[-1]) if found else None
+        matches = NUMBER.search(_normalize_latex(after))
+        return None if matches is None else _to_fraction(matches)
+    text = _boxed_content(text) if BOXED in text else text
+    matches = [*NUMBER.finditer(_normalize_latex(text))]
+    return _to_fraction(matches[-1]) if matches else None
 
 
-def _plain(text: str) -> str:
-    return SHORT.sub(r"\1{\2}{\3}", SPACING.sub("", text))
+def _normalize_latex(text: str) -> str:
+    return SHORT_LATEX_FRACTION.sub(r"\1{\2}{\3}", LATEX_SPACING.sub("", text))
 
 
-def _boxed(text: str) -> str:
+def _boxed_content(text: str) -> str:
     """What the last box holds, its own braces included; all that follows where it is not closed."""
-    inside, depth = text.rpartition(BOXED)[2], 1
-    for at, letter in enumerate(inside):
-        depth += (letter == "{") - (letter == "}")
+    content, depth = text.rpartition(BOXED)[2], 1
+    for index, character in enumerate(content):
+        depth += (character == "{") - (character == "}")
         if depth == 0:
-            return inside[:at]
-    return inside
+            return content[:index]
+    return content
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    over, under = found["over"] or found["plain"].replace(",", ""), found["under"] or found["by"] or "1"
+def _to_fraction(match: re.Match[str]) -> Fraction | None:
+    numerator, denominator = match["over"] or match["plain"].replace(",", ""), match["under"] or match["by"] or "1"
     number, divisor = (
-        Fraction(Decimal(over)),
-        Fraction(Decimal(under)),
+        Fraction(Decimal(numerator)),
+        Fraction(Decimal(denominator)),
     )  # integers from text have a limit, Decimals none
     if divisor == 0:
         return None
-    number = number / divisor * Fraction(10) ** int(found["power"] or 0)
-    return number if found["sign"] in (None, "+") else -number
+    number = number / divisor * Fraction(10) ** int(match["power"] or 0)
+    return number if match["sign"] in (None, "+") else -number

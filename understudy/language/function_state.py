@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from understudy.language.worker import Fault
+from understudy.language.worker import FunctionFault
 from understudy.run.config import RequestError
 
 
-def not_saved(cast: Any) -> list[str]:
+def unsaved_state_warnings(cast: Any) -> list[str]:
     """What resume does not bring back, a sentence; none where every function says what it remembers."""
-    specs = dict.fromkeys(str(one.spec) for one in cast.functions.values() if not one.asked.wants["has_state"])
+    specs = dict.fromkeys(str(one.spec) for one in cast.functions.values() if not one.asked.parameters["has_state"])
     what = "what a function remembers between its calls is saved only where it has get_state and set_state"
     return [f"resume is exact only if {', '.join(specs)} remembers nothing: {what}"] if specs else []
 
@@ -27,10 +27,10 @@ def get_states(cast: Any) -> dict[str, Any]:
     """
     found = {}
     for name, function in cast.functions.items():
-        if function.asked.wants["has_state"]:
+        if function.asked.parameters["has_state"]:
             try:
                 found[name] = function.asked.get_state()
-            except Fault as fault:
+            except FunctionFault as fault:
                 raise RequestError(
                     f"{name.split()[0]} is '{function.spec}', whose state cannot be saved ({fault.message}): let get_state "
                     "give plain JSON, or take it out"
@@ -48,7 +48,7 @@ def set_states(cast: Any, states: dict[str, Any]) -> None:
         function = cast.functions[name]
         try:
             function.asked.set_state(state)
-        except Fault as fault:
+        except FunctionFault as fault:
             raise RequestError(
                 f"{name.split()[0]} is '{function.spec}', whose set_state does not take what its get_state gave "
                 f"({fault.message}): mend it"
@@ -67,7 +67,7 @@ def save(cast: Any) -> dict[str, Any]:
 
 def restore(cast: Any, states: dict[str, Any]) -> None:
     """Put back the states of the checkpoint that a run goes on from; say which functions begin anew."""
-    having = {name for name, function in cast.functions.items() if function.asked.wants["has_state"]}
+    having = {name for name, function in cast.functions.items() if function.asked.parameters["has_state"]}
     set_states(cast, {name: state for name, state in states.items() if name in having})
     if missing := sorted(having ^ states.keys()):
         cast.run.run.expected.clear()

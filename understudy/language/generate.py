@@ -16,18 +16,18 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from understudy.batch import Text, Trajectory
-from understudy.language.cache import Grid
+from understudy.batch import TokenBatch, Trajectory
+from understudy.language.cache import KVCache
 from understudy.language.reading import TOLERANCE, distance, ran_out_of_memory
-from understudy.language.tokens import pick, truncate
+from understudy.language.tokens import apply_top_k_top_p, sample_inverse_cdf
 from understudy.run.config import RequestError
 
 if TYPE_CHECKING:
     from understudy.language.model import Policy
 
-Ends = Callable[[Sequence[int], Sequence[int]], bool]
+StopCondition = Callable[[Sequence[int], Sequence[int]], bool]
 """Whether a completion is at its end with its last token: (prompt, ids so far) -> bool."""
-STEP = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
+SLOT_MULTIPLE = 8  # slots are left in steps of so many: oneDNN makes a kernel for each number of rows
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,24 @@ class Completion:
     """It ended by a stop id or a stop string; otherwise the limit cut it."""
     version: int
     """Of the policy that sampled it."""
-    chosen: list[bool] | None = None
+    mask: list[bool] | None = None
     """Which of them the policy chose, the first and the last always; None for all."""
     messages: list[dict[str, Any]] | None = None
     """The same as chat where others spoke in it too; None for one answer."""
 
     @property
-    def turn(self) -> int:
+    def last_turn_start(self) -> int:
         """Where the policy's last turn begins."""
-        return 0 if self.chosen is None else len(self.chosen) - self.chosen[::-1].index(False)
+        return 0 if self.mask is None else len(self.mask) - self.mask[::-1].index(False)
 
     @property
-    def own(self) -> list[int]:
+    def policy_ids(self) -> list[int]:
         """The tokens that the policy chose."""
-        return self.ids if self.chosen is None else [i for i, own in zip(self.ids, self.chosen, strict=True) if own]
+        return (
+            self.ids
+            if self.mask is None
+            else [i for i, is_chosen in zip(self.ids, self.mask, strict=True) if is_chosen]
+        )
 
 
 class Engine(Protocol):
@@ -86,9 +90,9 @@ def generate(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int] | None = None,
-    ends: Ends | None = None,
+    stop_condition: StopCondition | None = None,
     sample: bool = True,
-    slots: int = 64,
+    max_num_seqs: int = 64,
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Completion]:
@@ -115,20 +119,32 @@ def generate(
         return []
     if max(starts) >= limit:
         raise ValueError(f"a prompt holds {max(starts)} tokens of {limit} already: there is nothing left to say")
-    training = policy.training
+    was_training = policy.training
     policy.eval()  # in training mode, a model that recomputes activations keeps no cache
     try:
-        if policy.cached is None:
-            settle_sampling(policy, prompts)
-        if policy.cached:
-            kept = partial(truncate, top_k=top_k, top_p=top_p)
+        if policy.uses_own_kv_cache is None:
+            resolve_sampling_path(policy, prompts)
+        if policy.uses_own_kv_cache:
+            truncate_probabilities = partial(apply_top_k_top_p, top_k=top_k, top_p=top_p)
             return _generate_in_slots(
-                policy, prompts, limit, stops, seeds, starts, ends, kept if sample else None, slots
+                policy,
+                prompts,
+                limit,
+                stops,
+                seeds,
+                starts,
+                stop_condition,
+                truncate_probabilities if sample else None,
+                max_num_seqs,
             )
-        drawn = {"do_sample": True, "temperature": policy.temperature, "top_k": top_k, "top_p": top_p} if sample else {}
-        return list(_generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, ends, drawn))
+        sampling_options = (
+            {"do_sample": True, "temperature": policy.temperature, "top_k": top_k, "top_p": top_p} if sample else {}
+        )
+        return list(
+            _generate_by_hugging_face(policy, prompts, limit, stops, seeds, starts, stop_condition, sampling_options)
+        )
     finally:
-        policy.train(training)
+        policy.train(was_training)
 
 
 def _generate_in_slots(
@@ -138,63 +154,79 @@ def _generate_in_slots(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int],
-    ends: Ends | None,
-    truncated: Callable[[Tensor], Tensor] | None,
-    slots: int,
+    stop_condition: StopCondition | None,
+    truncate_probabilities: Callable[[Tensor], Tensor] | None,
+    num_slots: int,
 ) -> list[Completion]:
     noise = [torch.rand(limit, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     noise = torch.stack([*noise, torch.zeros(limit)]).to(policy.device)
-    desk = _Desk(policy, noise, stops, starts, limit, truncated, None if ends is None else _Ended(ends, prompts))
-    idle = slots = min(slots, len(prompts))
+    token_sampler = _TokenSampler(
+        policy,
+        noise,
+        stops,
+        starts,
+        limit,
+        truncate_probabilities,
+        None if stop_condition is None else _StopTracker(stop_condition, prompts),
+    )
+    num_idle = num_slots = min(num_slots, len(prompts))
     capacity = max(len(p) - start for p, start in zip(prompts, starts, strict=True)) + limit
-    grid = Grid(policy, slots, capacity, max(map(len, prompts)))
-    owner = torch.full((slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
-    tokens = torch.zeros(slots, dtype=torch.long, device=policy.device)
-    waiting = deque(range(len(prompts)))
-    while waiting or idle < len(owner):
-        if waiting and idle >= max(1, len(owner) // 4):  # some prompts together are cheaper than one by one
-            working = (owner < 0).nonzero()[: len(waiting), 0]
-            whose = torch.tensor([waiting.popleft() for _ in working], device=owner.device)
-            hidden = grid.read(working.tolist(), [prompts[row] for row in whose.tolist()])
-            owner, idle = owner.index_copy(0, working, whose), idle - len(working)
+    kv_cache = KVCache(policy, num_slots, capacity, max(map(len, prompts)))
+    row_of_slot = torch.full((num_slots,), -1, device=policy.device)  # the row each slot works on; -1 for none
+    tokens = torch.zeros(num_slots, dtype=torch.long, device=policy.device)
+    pending_rows = deque(range(len(prompts)))
+    while pending_rows or num_idle < len(row_of_slot):
+        if pending_rows and num_idle >= max(
+            1, len(row_of_slot) // 4
+        ):  # some prompts together are cheaper than one by one
+            filled_slots = (row_of_slot < 0).nonzero()[: len(pending_rows), 0]
+            rows = torch.tensor([pending_rows.popleft() for _ in filled_slots], device=row_of_slot.device)
+            hidden = kv_cache.prefill(filled_slots.tolist(), [prompts[row] for row in rows.tolist()])
+            row_of_slot, num_idle = row_of_slot.index_copy(0, filled_slots, rows), num_idle - len(filled_slots)
         else:
-            count = -(-(len(owner) - idle) // STEP) * STEP
-            if not waiting and count < len(owner):
-                moved = (owner[count:] >= 0).nonzero()[:, 0] + count
-                into = (owner[:count] < 0).nonzero()[: len(moved), 0]
-                grid.close_up(moved, into, count)
-                owner, tokens = (part.index_copy(0, into, part[moved])[:count] for part in (owner, tokens))
-                idle -= slots - count
-                slots = count
-            working, whose, hidden = None, owner, grid.step(tokens)
-        said, ended = desk.choose(whose, hidden)
-        tokens = said if working is None else tokens.index_copy(0, working, said)
-        if ended is not None and bool(ended.any()):
-            left = whose.masked_fill(ended, -1)
-            owner, idle = left if working is None else owner.index_copy(0, working, left), idle + int(ended.sum())
-            grid.length.masked_fill_(owner < 0, 0)
-    return desk.completions()
+            num_remaining = -(-(len(row_of_slot) - num_idle) // SLOT_MULTIPLE) * SLOT_MULTIPLE
+            if not pending_rows and num_remaining < len(row_of_slot):
+                source_slots = (row_of_slot[num_remaining:] >= 0).nonzero()[:, 0] + num_remaining
+                target_slots = (row_of_slot[:num_remaining] < 0).nonzero()[: len(source_slots), 0]
+                kv_cache.compact(source_slots, target_slots, num_remaining)
+                row_of_slot, tokens = (
+                    tensor.index_copy(0, target_slots, tensor[source_slots])[:num_remaining]
+                    for tensor in (row_of_slot, tokens)
+                )
+                num_idle -= num_slots - num_remaining
+                num_slots = num_remaining
+            filled_slots, rows, hidden = None, row_of_slot, kv_cache.decode_step(tokens)
+        sampled_tokens, is_finished = token_sampler.sample(rows, hidden)
+        tokens = sampled_tokens if filled_slots is None else tokens.index_copy(0, filled_slots, sampled_tokens)
+        if is_finished is not None and bool(is_finished.any()):
+            remaining_rows = rows.masked_fill(is_finished, -1)
+            row_of_slot, num_idle = (
+                remaining_rows if filled_slots is None else row_of_slot.index_copy(0, filled_slots, remaining_rows),
+                num_idle + int(is_finished.sum()),
+            )
+            kv_cache.length.masked_fill_(row_of_slot < 0, 0)
+    return token_sampler.build_completions()
 
 
-class _Ended:
+class _StopTracker:
     """Which rows are at the end of their text."""
 
-    def __init__(self, ends: Ends, prompts: Sequence[Sequence[int]]) -> None:
-        self.ends, self.prompts = ends, prompts
+    def __init__(self, stop_condition: StopCondition, prompts: Sequence[Sequence[int]]) -> None:
+        self.stop_condition, self.prompts = stop_condition, prompts
         self.ids: list[list[int]] = [[] for _ in prompts]
-        self.rows: set[int] = set()
+        self.finished_rows: set[int] = set()
 
     def __call__(self, rows: Tensor, token: Tensor) -> Tensor:
         """The rows that say one token more, [n] -> whether it is their last, bool [n]."""
-        for row, said in zip(rows.tolist(), token.tolist(), strict=True):
+        for row, token_id in zip(rows.tolist(), token.tolist(), strict=True):
             if row >= 0:
-                self.ids[row].append(said)
-                if self.ends(self.prompts[row], self.ids[row]):
-                    self.rows.add(row)
-        return torch.tensor([row in self.rows for row in rows.tolist()], device=rows.device)
+                self.ids[row].append(token_id)
+                if self.stop_condition(self.prompts[row], self.ids[row]):
+                    self.finished_rows.add(row)
+        return torch.tensor([row in self.finished_rows for row in rows.tolist()], device=rows.device)
 
 
-class _Desk:
+class _TokenSampler:
     """Chooses the next token of some rows and writes it down. Row -1, the last one, is nobody's."""
 
     def __init__(
@@ -204,62 +236,69 @@ class _Desk:
         stops: frozenset[int],
         starts: Sequence[int],
         limit: int,
-        truncated: Callable[[Tensor], Tensor] | None,  # probabilities [n, V] -> those to draw from; None for no draw
-        ended: _Ended | None,
+        truncate_probabilities: Callable[[Tensor], Tensor]
+        | None,  # probabilities [n, V] -> those to draw from; None for no draw
+        stop_tracker: _StopTracker | None,
     ) -> None:
         self.head, self.noise, self.limit, self.version = policy.head, noise, limit, policy.version
-        self.truncated = truncated
-        self.stops, self.starts, self.ended = stops, [*starts, 0], ended
+        self.truncate_probabilities = truncate_probabilities
+        self.stops, self.starts, self.stop_tracker = stops, [*starts, 0], stop_tracker
         self.stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=noise.device)
-        self.count = torch.tensor(self.starts, device=noise.device)
-        self.rows = self.at = torch.zeros(0, dtype=torch.long, device=noise.device)  # who spoke last, and where
-        self.left = 0  # tokens that the longest of them may still say
-        self.said: list[tuple[Tensor, ...]] = []  # rows, places, tokens and their log-probs
+        self.num_tokens = torch.tensor(self.starts, device=noise.device)
+        self.last_rows = self.last_positions = torch.zeros(
+            0, dtype=torch.long, device=noise.device
+        )  # who spoke last, and where
+        self.num_tokens_left = 0  # tokens that the longest of them may still say
+        self.sampled_steps: list[tuple[Tensor, ...]] = []  # rows, places, tokens and their log-probs
 
     @torch.inference_mode()
-    def choose(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    def sample(self, rows: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """rows [n], hidden [n, H] -> the tokens [n], and whether each was its row's last, bool [n]; None for nobody's.
 
         The same rows go on one place further without being looked up.
         """
-        if rows is self.rows:
-            at = self.at + 1
+        if rows is self.last_rows:
+            positions = self.last_positions + 1
         else:
-            self.count[self.rows] = self.at + 1
-            self.count[-1] = 0
-            at = self.count[rows]
-            self.left = self.limit - int(at.max())
-        self.rows, self.at, self.left = rows, at, self.left - 1
+            self.num_tokens[self.last_rows] = self.last_positions + 1
+            self.num_tokens[-1] = 0
+            positions = self.num_tokens[rows]
+            self.num_tokens_left = self.limit - int(positions.max())
+        self.last_rows, self.last_positions, self.num_tokens_left = rows, positions, self.num_tokens_left - 1
         logit = self.head(hidden)
-        p = logit.softmax(dim=-1)
-        if self.truncated is None:
+        probabilities = logit.softmax(dim=-1)
+        if self.truncate_probabilities is None:
             token = logit.argmax(dim=-1)
         else:
-            p = self.truncated(p)
-            token = pick(p, self.noise[rows, at])
-        self.said.append((rows, at, token, p.gather(-1, token[:, None])[:, 0].log()))
-        last = at + 1 == self.limit if self.left == 0 else None
+            probabilities = self.truncate_probabilities(probabilities)
+            token = sample_inverse_cdf(probabilities, self.noise[rows, positions])
+        self.sampled_steps.append((rows, positions, token, probabilities.gather(-1, token[:, None])[:, 0].log()))
+        is_last = positions + 1 == self.limit if self.num_tokens_left == 0 else None
         if self.stops:
-            stopped = (token[:, None] == self.stop_ids).any(dim=1)
-            last = stopped if last is None else last | stopped
-        if self.ended is not None:
-            stopped = self.ended(rows, token)
-            last = stopped if last is None else last | stopped
-        return token, None if last is None else last & (rows >= 0)
+            is_stop = (token[:, None] == self.stop_ids).any(dim=1)
+            is_last = is_stop if is_last is None else is_last | is_stop
+        if self.stop_tracker is not None:
+            is_stop = self.stop_tracker(rows, token)
+            is_last = is_stop if is_last is None else is_last | is_stop
+        return token, None if is_last is None else is_last & (rows >= 0)
 
-    def completions(self) -> list[Completion]:
-        rows, at, token, logprob = (torch.cat(parts).cpu() for parts in zip(*self.said, strict=True))
+    def build_completions(self) -> list[Completion]:
+        rows, positions, token, logprob = (
+            torch.cat(tensors).cpu() for tensors in zip(*self.sampled_steps, strict=True)
+        )
         if logprob.isnan().any():
             raise FloatingPointError(
                 "the policy's probabilities are no numbers: its weights are ruined; lower learning_rate"
             )
-        ids = torch.zeros(self.noise.shape, dtype=torch.long).index_put((rows, at), token).tolist()
-        logprobs = torch.zeros(self.noise.shape).index_put((rows, at), logprob).tolist()
-        end = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()
-        texts = set() if self.ended is None else self.ended.rows
+        ids = torch.zeros(self.noise.shape, dtype=torch.long).index_put((rows, positions), token).tolist()
+        logprobs = torch.zeros(self.noise.shape).index_put((rows, positions), logprob).tolist()
+        ends = torch.tensor(self.starts).index_put((rows,), torch.ones_like(rows), accumulate=True).tolist()
+        stopped_rows = set() if self.stop_tracker is None else self.stop_tracker.finished_rows
         return [
-            Completion(ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops or row in texts, self.version)
-            for row, (a, b) in enumerate(zip(self.starts[:-1], end[:-1], strict=True))
+            Completion(
+                ids[row][a:b], logprobs[row][a:b], ids[row][b - 1] in self.stops or row in stopped_rows, self.version
+            )
+            for row, (a, b) in enumerate(zip(self.starts[:-1], ends[:-1], strict=True))
         ]
 
 
@@ -270,8 +309,8 @@ def _generate_by_hugging_face(
     stops: frozenset[int],
     seeds: Sequence[int],
     starts: Sequence[int],
-    ends: Ends | None,
-    drawn: dict[str, Any],
+    stop_condition: StopCondition | None,
+    sampling_options: dict[str, Any],
 ) -> Iterator[Completion]:
     """Row by row through `model.generate`, for a model whose cache we do not know.
 
@@ -279,14 +318,16 @@ def _generate_by_hugging_face(
     log-probs are those of the distribution that was sampled from, so that any setting left would be noticed.
     """
     model = policy.model
-    own, model.generation_config = model.generation_config, GenerationConfig()
+    previous_config, model.generation_config = model.generation_config, GenerationConfig()
     try:
         for prompt, seed, start in zip(prompts, seeds, starts, strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(hash((seed, start)) if start else seed)  # a turn must not repeat how it began
                 ids = torch.tensor([list(prompt)], device=policy.device)
-                criteria = None if ends is None else [partial(_at_end, ends, len(prompt))]
-                out = model.generate(
+                criteria = (
+                    None if stop_condition is None else [partial(_stopping_criterion, stop_condition, len(prompt))]
+                )
+                output = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),  # a pad id in a prompt is a token like any other
                     max_new_tokens=limit - start,
@@ -295,33 +336,33 @@ def _generate_by_hugging_face(
                     output_scores=True,
                     return_dict_in_generate=True,
                     stopping_criteria=criteria,
-                    **drawn,
+                    **sampling_options,
                 )
-            ids = out.sequences[0, len(prompt) :]
-            score = torch.stack(out.scores)[:, 0].float() / (1.0 if drawn else policy.temperature)
-            chosen = score.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
-            said = Completion(ids.tolist(), chosen.tolist(), int(ids[-1]) in stops, policy.version)
-            yield said if ends is None else cut_at_end(said, prompt, ends)
+            ids = output.sequences[0, len(prompt) :]
+            logits = torch.stack(output.scores)[:, 0].float() / (1.0 if sampling_options else policy.temperature)
+            logprob = logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0]
+            completion = Completion(ids.tolist(), logprob.tolist(), int(ids[-1]) in stops, policy.version)
+            yield completion if stop_condition is None else trim_at_stop(completion, prompt, stop_condition)
     finally:
-        model.generation_config = own
+        model.generation_config = previous_config
 
 
-def _at_end(ends: Ends, start: int, ids: Tensor, _: Any, **__: Any) -> Tensor:
+def _stopping_criterion(stop_condition: StopCondition, prompt_length: int, ids: Tensor, _: Any, **__: Any) -> Tensor:
     """`ends` as one of Hugging Face's stopping criteria, of one row whose prompt has `start` tokens."""
     row = ids[0].tolist()
-    return torch.tensor([ends(row[:start], row[start:])], device=ids.device)
+    return torch.tensor([stop_condition(row[:prompt_length], row[prompt_length:])], device=ids.device)
 
 
-def cut_at_end(said: Completion, prompt: Sequence[int], ends: Ends) -> Completion:
+def trim_at_stop(completion: Completion, prompt: Sequence[int], stop_condition: StopCondition) -> Completion:
     """A completion up to where it ends; what was said behind that was never to be sampled."""
-    for end in range(1, len(said.ids) + 1):
-        if ends(prompt, said.ids[:end]):
-            return replace(said, ids=said.ids[:end], logprob=said.logprob[:end], stopped=True)
-    return said
+    for end in range(1, len(completion.ids) + 1):
+        if stop_condition(prompt, completion.ids[:end]):
+            return replace(completion, ids=completion.ids[:end], logprob=completion.logprob[:end], stopped=True)
+    return completion
 
 
-def lay_out(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], *, endless: bool = False
+def build_trajectory(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Completion], *, has_fixed_length: bool = False
 ) -> Trajectory:
     """Prompts and what followed as one right-padded record; rewards are zeros until `score`.
 
@@ -331,43 +372,43 @@ def lay_out(
     Args:
         endless: the task has no end but the limit, so reaching it terminates.
     """
-    length = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
-    shape = len(length), max(length)
+    lengths = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
+    shape = len(lengths), max(lengths)
     ids, logprob = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
     mask, terminated, truncated = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
-    for row, (prompt, said) in enumerate(zip(prompts, completions, strict=True)):
-        first, end = len(prompt) - 1, length[row] - 1
-        ids[row, : end + 1] = torch.tensor([*prompt, *said.ids])
-        logprob[row, first:end] = torch.tensor(said.logprob)
-        mask[row, first:end] = True if said.chosen is None else torch.tensor(said.chosen)
-        (terminated if said.stopped or endless else truncated)[row, end - 1] = True
-    text = Text(ids, mask)
-    return Trajectory(text, text.action, logprob, mask, torch.zeros(shape), terminated, truncated)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        first, end = len(prompt) - 1, lengths[row] - 1
+        ids[row, : end + 1] = torch.tensor([*prompt, *completion.ids])
+        logprob[row, first:end] = torch.tensor(completion.logprob)
+        mask[row, first:end] = True if completion.mask is None else torch.tensor(completion.mask)
+        (terminated if completion.stopped or has_fixed_length else truncated)[row, end - 1] = True
+    tokens = TokenBatch(ids, mask)
+    return Trajectory(tokens, tokens.action, logprob, mask, torch.zeros(shape), terminated, truncated)
 
 
-def settle_sampling(policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
+def resolve_sampling_path(policy: Policy, prompts: Sequence[Sequence[int]]) -> None:
     """Sample from our cache only where it gives the log-probs of a pass without it; a remark where it does not.
 
     Raises:
         RequestError: Hugging Face's `generate` does not give them either.
     """
-    if policy.fast:
-        policy.cached = True
-        if not (problem := sampling_problem(policy, prompts)):
+    if policy.is_head_separable:
+        policy.uses_own_kv_cache = True
+        if not (problem := find_sampling_problem(policy, prompts)):
             return
-        policy.remarks.append(f"the key-value cache {problem}: Hugging Face's generate samples instead, row by row")
-    policy.cached = False
-    if problem := sampling_problem(policy, prompts):
-        raise not_sampled(policy, problem)
+        policy.warnings.append(f"the key-value cache {problem}: Hugging Face's generate samples instead, row by row")
+    policy.uses_own_kv_cache = False
+    if problem := find_sampling_problem(policy, prompts):
+        raise unsupported_model_error(policy, problem)
 
 
-def _short_and_long(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+def _shortest_and_longest(prompts: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """Three of the prompts: the shortest between two of the longest."""
     ordered = sorted(prompts, key=len)
     return [ordered[-1], ordered[0], ordered[-1]]
 
 
-def not_sampled(policy: Policy, problem: str) -> RequestError:
+def unsupported_model_error(policy: Policy, problem: str) -> RequestError:
     """The refusal of a model that no way of sampling suits."""
     return RequestError(
         f"model is a {type(policy.model).__name__}, which cannot be sampled from (Hugging Face's generate {problem}): give "
@@ -375,16 +416,16 @@ def not_sampled(policy: Policy, problem: str) -> RequestError:
     )
 
 
-def sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
+def find_sampling_problem(policy: Policy, prompts: Sequence[Sequence[int]]) -> str:
     """What is wrong with sampling on the policy's path, as the end of a sentence; empty where nothing is."""
     try:
-        gap = check_cache(policy, _short_and_long(prompts))
+        gap = measure_cache_error(policy, _shortest_and_longest(prompts))
     except Exception as error:  # whatever a model raises that is handed a cache it does not expect
-        return failing(error)
+        return describe_failure(error)
     return "" if gap <= 4 * TOLERANCE[policy.model.dtype] else f"is {gap:.2g} nats from a pass without it"
 
 
-def failing(error: Exception) -> str:
+def describe_failure(error: Exception) -> str:
     """An exception as the end of a sentence. That memory ran out says nothing about the model, and is raised on."""
     if ran_out_of_memory(error):
         raise error
@@ -392,12 +433,16 @@ def failing(error: Exception) -> str:
 
 
 @torch.no_grad()
-def check_cache(policy: Policy, prompts: Sequence[Sequence[int]], *, steps: int = 4) -> float:
+def measure_cache_error(policy: Policy, prompts: Sequence[Sequence[int]], *, num_tokens: int = 4) -> float:
     """The distance in nats between the log-probs of our cache and those of an uncached pass, on real prompts.
 
     They take turns in one slot, so that the ring comes round: some models count columns where they should count places.
     """
-    said = generate(policy, prompts, limit=steps, stops=frozenset(), seeds=range(len(prompts)), slots=1)
-    record = lay_out(prompts, said)
-    distribution, _ = policy(record.obs)
-    return distance(distribution.log_prob(record.action)[record.mask], record.logprob[record.mask])
+    completions = generate(
+        policy, prompts, limit=num_tokens, stops=frozenset(), seeds=range(len(prompts)), max_num_seqs=1
+    )
+    trajectory = build_trajectory(prompts, completions)
+    distribution, _ = policy(trajectory.obs)
+    return distance(
+        distribution.log_prob(trajectory.action)[trajectory.mask], trajectory.behavior_logprob[trajectory.mask]
+    )

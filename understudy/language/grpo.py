@@ -12,28 +12,35 @@ from torch import Tensor
 from understudy.advantage import group_relative
 from understudy.batch import Batch
 from understudy.language import config, stage
-from understudy.language.cast import Cast, next_reference_coef, open_cast, pay, reference_charge, reweigh
-from understudy.language.collect import Said
+from understudy.language.cast import (
+    RLHFModels,
+    compute_rewards,
+    next_reference_coef,
+    off_policy_weights,
+    open_rlhf_run,
+    reference_kl_penalty,
+)
+from understudy.language.collect import Rollout
 from understudy.language.generate import Engine
-from understudy.language.judge import Verdict
-from understudy.language.stage import Iterations, Stage
+from understudy.language.judge import Scores
+from understudy.language.stage import Iterations, TrainingRun
 from understudy.language.tokens import SampledTokens
-from understudy.language.trust_region import stop_early, verify
+from understudy.language.trust_region import make_kl_early_stopping, make_trust_region_check
 from understudy.objective import cispo, grpo, gspo, with_pretraining
 from understudy.reduce import per_budget, per_row, per_step
-from understudy.run.config import Count, NonNegative, Positive, RequestError, Whole
-from understudy.run.store import Resume, Run
-from understudy.score import episode_score, overlong
+from understudy.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RequestError
+from understudy.run.store import ResumePoint, Run
+from understudy.score import episode_score, overlong_penalty
 from understudy.update import update
 
 OBJECTIVES = {"grpo": grpo, "gspo": gspo, "cispo": cispo}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Rollouts):
+class Config(config.RolloutConfig):
     """GRPO on prompts. Dr. GRPO: scale off, aggregate budget. DAPO: clip_high 0.28, aggregate step, resample, overlong."""
 
-    group: Count = 8
+    group: PositiveInt = 8
     """Answers to each prompt; rows / group prompts an iteration."""
     scale: bool = True
     """Divide by the group's standard deviation; off for Dr. GRPO."""
@@ -41,25 +48,25 @@ class Config(config.Rollouts):
     """What weighs the same: every row (GRPO), every token (DAPO), or a token as one of limit (Dr. GRPO)."""
     objective: Literal["grpo", "gspo", "cispo"] = "grpo"
     """Ratio a token, clipped; ratio a row, clipped (GSPO); clipped weight on every token (CISPO)."""
-    clip: Positive = 0.2
+    clip: PositiveFloat = 0.2
     """How far the ratio may go below 1 before it is clipped."""
-    clip_high: NonNegative = 0.0
+    clip_high: NonNegativeFloat = 0.0
     """How far it may go above 1; 0 for the same as clip (DAPO: 0.28)."""
-    epochs: Count = 1
+    epochs: PositiveInt = 1
     """Passes over the record."""
-    minibatches: Count = 1
+    minibatches: PositiveInt = 1
     """Optimizer steps a pass."""
-    target_kl: NonNegative = 0.0
+    target_kl: NonNegativeFloat = 0.0
     """End the update before a minibatch whose KL(old, new) is above this, in nats a token; 0 for off."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus."""
-    resample: Whole = 0
+    resample: NonNegativeInt = 0
     """How often prompts whose answers all score the same are replaced by others (DAPO's dynamic sampling)."""
-    overlong: Whole = 0
+    overlong: NonNegativeInt = 0
     """Tokens before the limit over which a completion is charged, up to 1 at the limit (DAPO); 0 for off."""
     kl_reference: Literal["reward", "k2", "k3", "exact"] = "k3"
     """KL to the reference: paid token by token (k1), or in the loss: k2, ratio-weighted k3, or exact."""
-    kl_reference_coef: NonNegative = 0.0
+    kl_reference_coef: NonNegativeFloat = 0.0
     """Its coefficient, initial where it adapts."""
 
     def __post_init__(self) -> None:
@@ -92,133 +99,152 @@ class Config(config.Rollouts):
         ]
 
 
-def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
+def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
-    weigh = {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
-    with open_cast("grpo", cfg, engine, resume=resume) as (run, cast):
-        policy, kept = cast.policy, run.kept
-        kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
-        while run.on:
-            reference_coef = kept["kl_reference_coef"]
-            rate = run.schedule()
-            said, verdict, equal = sample_groups(run, cast, cfg)  # 1 sample, and judge
-            said, weight, weights = reweigh(policy, said, cfg)
-            score = cast.constrain(verdict) + charge_for_length(said, cfg)
-            record, reward, referred = pay(said, score, cast.reference, reference_coef, cfg)  # 2 score
-            members = torch.arange(cfg.rows, device=policy.device) // cfg.group  # 3 value: what the group scores
-            advantage = compare(episode_score(reward, record.mask), members, record.mask.any(dim=1), scale=cfg.scale)
+    loss_weights = {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
+    with open_rlhf_run("grpo", cfg, engine, resume=resume) as (run, models):
+        policy, recipe_state = models.policy, run.recipe_state
+        recipe_state.setdefault("kl_reference_coef", cfg.kl_reference_coef)
+        while run.is_active:
+            reference_coef = recipe_state["kl_reference_coef"]
+            learning_rate = run.update_learning_rate()
+            rollout, scores, groups_without_signal = sample_groups(run, models, cfg)  # 1 sample, and judge
+            rollout, importance_weight, off_policy_metrics = off_policy_weights(policy, rollout, cfg)
+            score = models.apply_constraints(scores) + length_penalty(rollout, cfg)
+            trajectory, reward, reference_distribution = compute_rewards(
+                rollout, score, models.reference, reference_coef, cfg
+            )  # 2 score
+            group_index = torch.arange(cfg.rows, device=policy.device) // cfg.group  # 3 value: what the group scores
+            advantage = group_advantage(
+                episode_score(reward, trajectory.mask), group_index, trajectory.mask.any(dim=1), scale_by_std=cfg.scale
+            )
             batch = Batch.of(  # 4 advantage: better or worse than the others of the group
-                record,
+                trajectory,
                 value=torch.zeros_like(reward),
-                advantage=weight * advantage[:, None] * record.mask,
+                advantage=importance_weight * advantage[:, None] * trajectory.mask,
                 target=torch.zeros_like(reward),
-                old=SampledTokens(record.action, record.logprob),
-                reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
-                mix=cast.pretraining(cfg.rows),
+                old_distribution=SampledTokens(trajectory.action, trajectory.behavior_logprob),
+                reference=reference_distribution
+                if cfg.kl_reference == "exact"
+                else reference_distribution.log_prob(trajectory.action),
+                pretraining_text=models.next_pretraining_text(cfg.rows),
             )
             metrics = update(  # 5 update
                 policy,
-                cast.optimizer,
+                models.optimizer,
                 batch,
-                surrogate(cfg, reference_coef),
-                epochs=cfg.epochs,
-                minibatches=cfg.minibatches,
+                make_objective(cfg, reference_coef),
+                num_epochs=cfg.epochs,
+                num_minibatches=cfg.minibatches,
                 max_grad_norm=cfg.max_grad_norm,
-                micro=cfg.micro or None,
-                weigh=weigh,
-                steer=stop_early(cfg.target_kl),
-                guard=run.guard,
-                verify=verify(policy, batch, cfg),
-                generator=run.shuffle,
+                micro_batch_size=cfg.micro or None,
+                loss_weights=loss_weights,
+                on_minibatch=make_kl_early_stopping(cfg.target_kl),
+                on_nonfinite=run.guard,
+                verify=make_trust_region_check(policy, batch, cfg),
+                generator=run.shuffle_generator,
             )
             policy.version += int(metrics["optimizer_steps"])
-            metrics |= cast.observe(said, verdict, batch, reward, referred)
-            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "groups_equal": equal} | weights
+            metrics |= models.log_rollout(rollout, scores, batch, reward, reference_distribution)
+            metrics |= {
+                "kl_reference_coef": reference_coef,
+                "learning_rate": learning_rate,
+                "groups_equal": groups_without_signal,
+            } | off_policy_metrics
             if metrics["optimizer_steps"]:
-                kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
-            if not run.on or run.due(cfg.evaluate_every):
-                metrics |= cast.evaluate()
-            yield from run.report(metrics)
+                recipe_state["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
+            if not run.is_active or run.is_due(cfg.evaluate_every):
+                metrics |= models.evaluate()
+            yield from run.finish_iteration(metrics)
         return run.run
 
 
-def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, engine=engine, resume=resume))
+    return stage.run_to_end(iterate(cfg, engine=engine, resume=resume))
 
 
-def sample_groups(run: Stage, cast: Cast, cfg: Config) -> tuple[Said, Verdict, float]:
+def sample_groups(run: TrainingRun, models: RLHFModels, cfg: Config) -> tuple[Rollout, Scores, float]:
     """`group` answers to each of rows / group prompts, judged; and the share of groups whose scores were all the same.
 
     With `resample`, such groups are replaced, at most that many times; what is then still missing is filled with them.
     Rows and tokens of all rounds are counted, also of groups that are not learned from.
     """
-    wanted, kept, dull = cfg.rows // cfg.group, [], []
-    asked = 0
+    num_groups, informative_groups, uninformative_groups = cfg.rows // cfg.group, [], []
+    num_sampled = 0
     for _ in range(cfg.resample + 1):
-        first, count = run.rows, wanted - len(kept)
-        which = run.next_rows(len(cast.sampler), count, each=cfg.group)
-        said = cast.sampler.collect(cast.policy, which, first=first)
-        run.steps += int(said.record.mask.sum())
-        verdict = cast.judged(said)
-        paid = cast.paid(verdict)
-        asked += count
-        for place in range(count):
-            rows = slice(place * cfg.group, (place + 1) * cfg.group)
-            score = paid[rows]
-            found = score[~score.isnan()]
-            same = len(found) < 2 or bool((found == found[0]).all())
-            (dull if same else kept).append((said, verdict, rows))
+        first_row, num_missing = run.rows, num_groups - len(informative_groups)
+        prompt_indices = run.next_rows(len(models.sampler), num_missing, num_repeats=cfg.group)
+        rollout = models.sampler.collect(models.policy, prompt_indices, first_row=first_row)
+        run.steps += int(rollout.trajectory.mask.sum())
+        scores = models.score_completions(rollout)
+        constrained_score = models.subtract_constraint_costs(scores)
+        num_sampled += num_missing
+        for group_number in range(num_missing):
+            rows = slice(group_number * cfg.group, (group_number + 1) * cfg.group)
+            group_score = constrained_score[rows]
+            valid_score = group_score[~group_score.isnan()]
+            is_uninformative = len(valid_score) < 2 or bool((valid_score == valid_score[0]).all())
+            (uninformative_groups if is_uninformative else informative_groups).append((rollout, scores, rows))
         if not cfg.resample:
-            return said, verdict, len(dull) / asked
-        if len(kept) == wanted:
+            return rollout, scores, len(uninformative_groups) / num_sampled
+        if len(informative_groups) == num_groups:
             break
-    return *_gathered((kept + dull)[:wanted], cast), len(dull) / asked
+    return *_concatenate_groups((informative_groups + uninformative_groups)[:num_groups], models), len(
+        uninformative_groups
+    ) / num_sampled
 
 
-def _gathered(groups: list[tuple[Said, Verdict, slice]], cast: Cast) -> tuple[Said, Verdict]:
+def _concatenate_groups(groups: list[tuple[Rollout, Scores, slice]], models: RLHFModels) -> tuple[Rollout, Scores]:
     """Groups of several rounds as one."""
-    prompts = [prompt for said, _, rows in groups for prompt in said.prompts[rows]]
+    prompts = [prompt for rollout, _, rows in groups for prompt in rollout.prompts[rows]]
     completions = [completion for said, _, rows in groups for completion in said.completions[rows]]
-    verdict = _one_verdict([(verdict, rows) for _, verdict, rows in groups])
-    said = cast.sampler.written_down(prompts, completions, cast.policy.device)
-    return replace(said, rows=[row for said, _, rows in groups for row in said.rows[rows]]), verdict
+    scores = _concatenate_scores([(verdict, rows) for _, verdict, rows in groups])
+    said = models.sampler.build_rollout(prompts, completions, models.policy.device)
+    return replace(said, row_numbers=[row for said, _, rows in groups for row in said.row_numbers[rows]]), scores
 
 
-def _one_verdict(found: list[tuple[Verdict, slice]]) -> Verdict:
+def _concatenate_scores(score_slices: list[tuple[Scores, slice]]) -> Scores:
     """Rows of several verdicts as one."""
-    parts = {name: torch.cat([verdict.parts[name][rows] for verdict, rows in found]) for name in found[0][0].parts}
-    golds = [(verdict.gold, rows) for verdict, rows in found if verdict.gold is not None]
-    return Verdict(torch.cat([v.score[rows] for v, rows in found]), parts, _one_verdict(golds) if golds else None)
+    terms = {
+        name: torch.cat([scores.terms[name][rows] for scores, rows in score_slices])
+        for name in score_slices[0][0].terms
+    }
+    gold_slices = [(verdict.gold, rows) for verdict, rows in score_slices if verdict.gold is not None]
+    return Scores(
+        torch.cat([scores.score[rows] for scores, rows in score_slices]),
+        terms,
+        _concatenate_scores(gold_slices) if gold_slices else None,
+    )
 
 
-def charge_for_length(said: Said, cfg: Config) -> Tensor:
+def length_penalty(rollout: Rollout, cfg: Config) -> Tensor:
     """What DAPO's overlong shaping takes off each score, [B]."""
-    length = torch.tensor([float(len(completion.ids)) for completion in said.completions])
-    return overlong(length, limit=cfg.limit, margin=cfg.overlong) if cfg.overlong else torch.zeros_like(length)
+    length = torch.tensor([float(len(completion.ids)) for completion in rollout.completions])
+    return overlong_penalty(length, limit=cfg.limit, margin=cfg.overlong) if cfg.overlong else torch.zeros_like(length)
 
 
-def compare(score: Tensor, group: Tensor, there: Tensor, *, scale: bool) -> Tensor:
+def group_advantage(score: Tensor, group_index: Tensor, row_mask: Tensor, *, scale_by_std: bool) -> Tensor:
     """`group_relative` among the rows that are there; 0 for the others. All [B]."""
     advantage = torch.zeros_like(score)
-    if there.any():
-        advantage[there] = group_relative(score[there], group[there], scale=scale)
+    if row_mask.any():
+        advantage[row_mask] = group_relative(score[row_mask], group_index[row_mask], scale_by_std=scale_by_std)
     return advantage
 
 
-def surrogate(cfg: Config, reference_coef: float) -> Any:
+def make_objective(cfg: Config, reference_coef: float) -> Any:
     """The objective that the config describes."""
     objective = partial(
         OBJECTIVES[cfg.objective],
         low=cfg.clip,
         high=cfg.clip_high or cfg.clip,
         entropy_coef=cfg.entropy_coef,
-        charge=reference_charge(reference_coef, cfg),
+        kl_penalty=reference_kl_penalty(reference_coef, cfg),
     )
-    return with_pretrained(objective, cfg)
+    return add_pretraining_loss(objective, cfg)
 
 
-def with_pretrained(objective: Any, cfg: config.Rollouts) -> Any:
+def add_pretraining_loss(objective: Any, cfg: config.RolloutConfig) -> Any:
     if cfg.pretraining is None:
         return objective
     return partial(with_pretraining, objective=objective, coef=cfg.pretraining_coef)

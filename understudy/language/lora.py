@@ -14,17 +14,17 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from understudy.language.reading import trunk_of
-from understudy.run.checkpoint import Damaged, read_json
-from understudy.run.config import RequestError, nearest
+from understudy.run.checkpoint import CorruptFileError, read_json
+from understudy.run.config import RequestError, did_you_mean
 from understudy.run.guard import ran_out_of_memory
 from understudy.run.installation import install_hint
 
 ADAPTER = "adapter"
 """The folder an adapter is saved in, inside a checkpoint and beside a run's merged model."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # peft's own names
-BY_KERNEL = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
-KERNELS = {"out_proj"}  # their fast kernels take this weight itself: peft refuses to adapt it
-NAME = "default"  # peft's own, for an adapter that was given none
+MODELS_WITH_KERNELS = {"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"}
+KERNEL_WEIGHTS = {"out_proj"}  # their fast kernels take this weight itself: peft refuses to adapt it
+ADAPTER_NAME = "default"  # peft's own, for an adapter that was given none
 
 
 class Adapter:
@@ -49,24 +49,26 @@ class Adapter:
         Raises:
             RequestError: peft is not installed, or a target is no linear layer of the trunk.
         """
-        need_peft("lora", rank)
+        require_peft("lora", rank)
         from peft import LoraConfig, inject_adapter_in_model
 
         self.model, trunk = model, trunk_of(model)
         linear, stacked = linear_layers(trunk), stacked_weights(trunk)
-        called = _called(model, {*linear, *(name.rpartition(".")[0] for name in stacked)})
-        names = {_last(name) for name in linear if name in called}
-        names |= {_last(name) for name in stacked if name.rpartition(".")[0] in called}
-        chosen = _chosen(targets, names - (KERNELS if model.config.model_type in BY_KERNEL else set()))
-        matrices = _matrices(trunk)
-        reached = {name for name in matrices if _last(name.removesuffix(".weight")) in chosen}
-        self.share = sum(matrices[name] for name in reached) / sum(matrices.values())
-        self.others = sorted({_last(name.removesuffix(".weight")) for name in matrices.keys() - reached})
+        called = _called_modules(model, {*linear, *(name.rpartition(".")[0] for name in stacked)})
+        names = {_last_names(name) for name in linear if name in called}
+        names |= {_last_names(name) for name in stacked if name.rpartition(".")[0] in called}
+        chosen = _resolve_targets(
+            targets, names - (KERNEL_WEIGHTS if model.config.model_type in MODELS_WITH_KERNELS else set())
+        )
+        matrices = _matrix_sizes(trunk)
+        adapted = {name for name in matrices if _last_names(name.removesuffix(".weight")) in chosen}
+        self.adapted_fraction = sum(matrices[name] for name in adapted) / sum(matrices.values())
+        self.unadapted_names = sorted({_last_names(name.removesuffix(".weight")) for name in matrices.keys() - adapted})
         self.config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (peft divides by rank, and takes any number)
-            target_modules=sorted(chosen & {_last(name) for name in linear}),
-            target_parameters=sorted({_last(name, 2) for name in stacked if _last(name) in chosen}) or None,
+            target_modules=sorted(chosen & {_last_names(name) for name in linear}),
+            target_parameters=sorted({_last_names(name, 2) for name in stacked if _last_names(name) in chosen}) or None,
             fan_in_fan_out=any(isinstance(part, Conv1D) for part in linear.values()),
             base_model_name_or_path=model.config._name_or_path,
             task_type="CAUSAL_LM",
@@ -89,13 +91,13 @@ class Adapter:
         from peft import get_peft_model_state_dict
 
         path.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self.model, adapter_name=NAME, save_embedding_layers=False)
+        state = get_peft_model_state_dict(self.model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
         tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in state.items()}
         save_file(tensors, path / WEIGHTS, metadata={"format": "pt"})
         self.config.save_pretrained(str(path))
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
+    def merged_state_dict(self) -> dict[str, Tensor]:
         """The model's state with the adapter added to its weights, under the names of a model without one.
 
         The model itself stays as it is. Adapted weights are new tensors, in main memory.
@@ -104,12 +106,12 @@ class Adapter:
         for name, tensor in self.model.state_dict().items():
             if ".lora_" not in name:
                 state[name.replace(".base_layer", "")] = tensor
-        for name, part in self.model.named_modules():
-            if hasattr(part, "get_delta_weight"):
-                own = getattr(part, "parameter_name", "weight")
-                weight = getattr(part.get_base_layer(), own)
-                plain = f"{name.replace('.base_layer', '')}.{own}"
-                state[plain] = (weight + part.get_delta_weight(NAME)).to(weight.dtype).cpu()
+        for name, module in self.model.named_modules():
+            if hasattr(module, "get_delta_weight"):
+                parameter_name = getattr(module, "parameter_name", "weight")
+                weight = getattr(module.get_base_layer(), parameter_name)
+                merged_name = f"{name.replace('.base_layer', '')}.{parameter_name}"
+                state[merged_name] = (weight + module.get_delta_weight(ADAPTER_NAME)).to(weight.dtype).cpu()
         return state
 
 
@@ -121,44 +123,44 @@ def linear_layers(trunk: nn.Module) -> dict[str, nn.Module]:
 def stacked_weights(trunk: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that hold a matrix for each expert, [experts, ...], by their full names."""
     return {
-        f"{name}.{own}": weight
+        f"{name}.{parameter_name}": weight
         for name, part in trunk.named_modules()
         if not isinstance(part, _ConvNd)
-        for own, weight in part.named_parameters(recurse=False)
+        for parameter_name, weight in part.named_parameters(recurse=False)
         if weight.ndim == 3 and min(weight.shape) > 1
     }
 
 
 @torch.no_grad()
-def _called(model: Any, names: set[str]) -> set[str]:
+def _called_modules(model: Any, names: set[str]) -> set[str]:
     """Those of a trunk's modules whose last name belongs to some module that is called when the trunk reads a row.
 
     The others' weights are used without their forward (Jamba's `dt_proj`): an adapter there would not be heard.
     """
-    trunk, found = trunk_of(model), set()
-    modules = {trunk.get_submodule(name): _last(name) for name in names}
-    hooks = [module.register_forward_hook(lambda module, *_: found.add(modules[module])) for module in modules]
+    trunk, called = trunk_of(model), set()
+    modules = {trunk.get_submodule(name): _last_names(name) for name in names}
+    hooks = [module.register_forward_hook(lambda module, *_: called.add(modules[module])) for module in modules]
     try:
         trunk(input_ids=torch.arange(8, device=model.device)[None], use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    return {name for name in names if _last(name) in found}
+    return {name for name in names if _last_names(name) in called}
 
 
-def _matrices(trunk: nn.Module) -> dict[str, int]:
+def _matrix_sizes(trunk: nn.Module) -> dict[str, int]:
     """The entries of each matrix of a trunk, embeddings aside, by the names of the parameters."""
     return {
-        f"{name}.{own}": weight.numel()
+        f"{name}.{parameter_name}": weight.numel()
         for name, part in trunk.named_modules()
         if not isinstance(part, nn.Embedding)
-        for own, weight in part.named_parameters(recurse=False)
-        if weight.ndim > 1 and "bias" not in own
+        for parameter_name, weight in part.named_parameters(recurse=False)
+        if weight.ndim > 1 and "bias" not in parameter_name
     }
 
 
-def _last(name: str, count: int = 1) -> str:
-    return ".".join(name.split(".")[-count:])
+def _last_names(name: str, num_names: int = 1) -> str:
+    return ".".join(name.split(".")[-num_names:])
 
 
 def base_of(source: str | Path) -> str | None:
@@ -171,32 +173,32 @@ def base_of(source: str | Path) -> str | None:
     if not file.is_file():
         return None
     try:
-        about = read_json(file, links=True)
-    except Damaged as error:
+        adapter_config = read_json(file, allow_links=True)
+    except CorruptFileError as error:
         raise RequestError(f"model is '{source}', and {error}: give an adapter in peft's layout") from error
-    if not isinstance(about, dict) or not (Path(source) / WEIGHTS).is_file():
+    if not isinstance(adapter_config, dict) or not (Path(source) / WEIGHTS).is_file():
         raise RequestError(f"model is '{source}', an adapter without {WEIGHTS}, the one form that is read: convert it")
-    if about.get("task_type") == "SEQ_CLS":
+    if adapter_config.get("task_type") == "SEQ_CLS":
         raise RequestError(f"model is '{source}', an adapter of a classifier: name the merged model instead")
-    base = about.get("base_model_name_or_path")
+    base = adapter_config.get("base_model_name_or_path")
     if not base:
         raise RequestError(f"model is '{source}', an adapter that names no base model: write its path into {CONFIG}")
     return base
 
 
-def tokenizer_of(source: str | Path) -> str | Path:
+def tokenizer_source(source: str | Path) -> str | Path:
     """Where a model's tokenizer is: in its directory, or with the base of the adapter that lies there."""
     base = base_of(source)
     return source if base is None or (Path(source) / "tokenizer_config.json").is_file() else base
 
 
-def merge(model: Any, source: str | Path) -> Any:
+def merge_adapter(model: Any, source: str | Path) -> Any:
     """A base model with the adapter of a directory added to its weights.
 
     Raises:
         RequestError: peft is not installed, or the adapter does not fit the model.
     """
-    need_peft("model", source)
+    require_peft("model", source)
     from peft import PeftConfig, PeftModel
 
     try:
@@ -215,18 +217,18 @@ def merge(model: Any, source: str | Path) -> Any:
     return merged.requires_grad_(True)
 
 
-def need_peft(field: str, value: object) -> None:
+def require_peft(field: str, value: object) -> None:
     """Raise `RequestError` where peft is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise RequestError(f"{field} is {str(value)!r}, for which the package peft is missing: {install_hint('lora')}")
 
 
-def _chosen(targets: tuple[str, ...], names: set[str]) -> set[str]:
+def _resolve_targets(targets: tuple[str, ...], names: set[str]) -> set[str]:
     """The last names to adapt, every one of them there."""
     for target in targets:
         if target not in names:
             raise RequestError(
                 f"lora_targets is {target!r}: the model's linear layers are {', '.join(sorted(names))}"
-                f"{nearest(target, names)}"
+                f"{did_you_mean(target, names)}"
             )
     return set(targets) or names

@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from understudy.batch import Text
-from understudy.language.completions import completions
-from understudy.language.files import attention_remark, load_model
+from understudy.batch import TokenBatch
+from understudy.language.completions import complete_prompts
+from understudy.language.files import attention_warning, load_model
 from understudy.language.lora import ADAPTER, Adapter, base_of
 from understudy.language.reading import (
     TOLERANCE,
     check_causal,
-    keep_from_training_mode,
+    compute_hidden_states,
+    disable_dropout,
+    force_eval_mode,
     ran_out_of_memory,
-    read,
-    silence_dropout,
     trunk_of,
 )
 from understudy.language.text import Tokenizer
 from understudy.language.tokens import Head, TokenDistribution
-from understudy.language.top import Top, below, make_top
-from understudy.run.checkpoint import Damaged, tensors_of
+from understudy.language.top import TopLayers, frozen_parameter_names, make_top_layers
+from understudy.run.checkpoint import CorruptFileError, load_tensors
 from understudy.run.config import RequestError
-from understudy.run.store import SCHEMA, read_schema, write_json
+from understudy.run.store import SCHEMA, read_versioned_json, write_json
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # a fresh score head is no news
@@ -45,15 +45,15 @@ CriticKind = Literal["none", "shared", "separate", "top"]
 class Critic(nn.Module):
     """V at every token: one linear output on the policy's own trunk, on a trunk of its own, or on a `Top` of its own."""
 
-    def __init__(self, width: int, trunk: nn.Module | None, *, init: Literal["zero", "normal"] = "zero") -> None:
+    def __init__(self, hidden_size: int, trunk: nn.Module | None, *, init: Literal["zero", "normal"] = "zero") -> None:
         super().__init__()
         self.trunk = trunk
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.head.bias)
         if init == "zero":
             nn.init.zeros_(self.head.weight)  # Ziegler et al. 2019, policy's value head
         else:
-            nn.init.normal_(self.head.weight, std=(width + 1) ** -0.5)  # Ziegler et al. 2019, reward head
+            nn.init.normal_(self.head.weight, std=(hidden_size + 1) ** -0.5)  # Ziegler et al. 2019, reward head
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, T, H] -> [B, T]."""
@@ -76,7 +76,7 @@ class Policy(nn.Module):
         frozen: names of the model's parameters that do not learn.
     """
 
-    memory = True  # rows are read whole
+    needs_whole_rows = True  # rows are read whole
 
     def __init__(
         self, model: Any, critic: Critic | None = None, *, temperature: float = 1.0, packing: bool = False
@@ -85,13 +85,13 @@ class Policy(nn.Module):
         self.model, self.critic, self.packing = model, critic, packing
         self.temperature = temperature
         self.version = 0
-        self.fast = True
-        self.cached: bool | None = None
+        self.is_head_separable = True
+        self.uses_own_kv_cache: bool | None = None
         self.tokenizer: Any = None
-        self.remarks: list[str] = []
+        self.warnings: list[str] = []
         self.adapter: Adapter | None = None
-        self.frozen: frozenset[str] = frozenset()
-        silence_dropout(self)
+        self.frozen_parameter_names: frozenset[str] = frozenset()
+        disable_dropout(self)
         self.train()
 
     @classmethod
@@ -105,7 +105,7 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         packing: bool = False,
         dtype: torch.dtype = torch.float32,
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Policy:
         """The causal LM of a directory or a hub id. Where the directory holds an adapter, it is merged into its base.
@@ -122,19 +122,23 @@ class Policy(nn.Module):
             RequestError: there is no causal LM there.
         """
         model = load_model(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code)
-        if checkpointing:
-            recompute_activations(model)
-        trunk = None
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        critic_trunk = None
         if critic in ("separate", "top"):
-            trunk = copy.deepcopy(trunk_of(model)) if critic == "separate" else make_top(model, critic_layers)
-        made = None if critic == "none" else Critic(width_of(model), trunk, init=critic_init)
-        policy = cls(model, made, temperature=temperature, packing=packing)
+            critic_trunk = (
+                copy.deepcopy(trunk_of(model)) if critic == "separate" else make_top_layers(model, critic_layers)
+            )
+        critic_module = None if critic == "none" else Critic(hidden_size_of(model), critic_trunk, init=critic_init)
+        policy = cls(model, critic_module, temperature=temperature, packing=packing)
         if base := base_of(source):
-            policy.remarks.append(f"model '{source}' is an adapter on '{base}': it is merged into its weights")
-        if remark := attention_remark(model):
-            policy.remarks.append(remark)
+            policy.warnings.append(f"model '{source}' is an adapter on '{base}': it is merged into its weights")
+        if warning := attention_warning(model):
+            policy.warnings.append(warning)
         vocabulary = model.get_input_embeddings().num_embeddings
-        policy.settle([torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()])
+        policy.verify_separable_head(
+            [torch.randint(vocabulary, (9,), generator=torch.Generator().manual_seed(0)).tolist()]
+        )
         check_causal(policy)
         return policy
 
@@ -145,23 +149,25 @@ class Policy(nn.Module):
         Raises:
             RequestError: what is there is none of it.
         """
-        said = f"policy is '{path}', which holds no readable understudy.json"
-        about = read_schema(path / "understudy.json", said)
-        temperature, critic = about.get("temperature"), str(about.get("critic"))
+        problem = f"policy is '{path}', which holds no readable understudy.json"
+        settings = read_versioned_json(path / "understudy.json", problem)
+        temperature, critic = settings.get("temperature"), str(settings.get("critic"))
         if not isinstance(temperature, int | float) or critic not in get_args(CriticKind):
-            raise RequestError(f"{said}: its temperature is {temperature!r}, its critic {critic!r}; give another")
+            raise RequestError(f"{problem}: its temperature is {temperature!r}, its critic {critic!r}; give another")
         policy = cls.from_pretrained(path, temperature=temperature)
         try:
-            policy.critic = _load_critic(policy.model, critic, about.get("critic_layers", 1), path / "critic")
-        except (Damaged, TypeError, ValueError, RuntimeError) as error:
+            policy.critic = _load_critic(policy.model, critic, settings.get("critic_layers", 1), path / "critic")
+        except (CorruptFileError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, RequestError) or ran_out_of_memory(error):
                 raise
             raise RequestError(
                 f"policy is '{path}', whose critic does not fit it ({' '.join(str(error).split())[:160]}): give another"
             ) from error
         if (path / "tokenizer_config.json").is_file():
-            own = policy.model.generation_config
-            policy.tokenizer = Tokenizer.load(path, fixed_length=own.eos_token_id is None and not own.stop_strings)
+            generation_defaults = policy.model.generation_config
+            policy.tokenizer = Tokenizer.load(
+                path, has_fixed_length=generation_defaults.eos_token_id is None and not generation_defaults.stop_strings
+            )
         return policy
 
     def save(self, path: Path) -> None:
@@ -170,13 +176,15 @@ class Policy(nn.Module):
         Where the policy learns by an adapter, the model is saved with it merged, and the adapter as it is in `adapter/`.
         """
         path.mkdir(parents=True, exist_ok=True)
-        stops, strings = ((), ()) if self.tokenizer is None else (self.tokenizer.stops, self.tokenizer.stop_strings)
-        self.model.generation_config = generation_config(self.model, self.temperature, stops, strings)
+        stops, stop_strings = (
+            ((), ()) if self.tokenizer is None else (self.tokenizer.stops, self.tokenizer.stop_strings)
+        )
+        self.model.generation_config = make_generation_config(self.model, self.temperature, stops, stop_strings)
         save_model(self.model, self.adapter, path)
         if self.tokenizer is not None:
             self.tokenizer.save(path)
         shutil.rmtree(path / "critic", ignore_errors=True)
-        about: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "schema": SCHEMA,
             "world": "language",
             "temperature": self.temperature,
@@ -184,31 +192,33 @@ class Policy(nn.Module):
         }
         if self.critic is not None:
             (path / "critic").mkdir()
-            about["critic"] = "shared"
-            if isinstance(trunk := self.critic.trunk, Top):
-                about |= {"critic": "top", "critic_layers": len(trunk.layers)}
+            settings["critic"] = "shared"
+            if isinstance(trunk := self.critic.trunk, TopLayers):
+                settings |= {"critic": "top", "critic_layers": len(trunk.layers)}
                 save_file(trunk.state_dict(), path / "critic" / "top.safetensors")
             elif trunk is not None:
-                about["critic"] = "separate"
+                settings["critic"] = "separate"
                 trunk.save_pretrained(path / "critic")  # pyright: ignore[reportCallIssue]
             save_file(self.critic.head.state_dict(), path / "critic" / "head.safetensors")
-        write_json(path / "understudy.json", about)
+        write_json(path / "understudy.json", settings)
 
-    def adapt(self, *, rank: int, alpha: float, targets: tuple[str, ...] = (), seed: int = 0) -> None:
+    def add_lora_adapter(self, *, rank: int, alpha: float, targets: tuple[str, ...] = (), seed: int = 0) -> None:
         """Learn by a fresh LoRA adapter from here on; see `Adapter`."""
         self.adapter = Adapter(self.model, rank=rank, alpha=alpha, targets=targets, seed=seed)
-        self.frozen = frozenset(name for name, _ in self.model.named_parameters() if ".lora_" not in name)
-        if not targets and self.adapter.others:
-            self.remarks.append(
-                f"lora adapts {self.adapter.share:.1%} of the entries of the model's matrices: all but "
-                f"{', '.join(self.adapter.others)}, which are no linear layers"
+        self.frozen_parameter_names = frozenset(
+            name for name, _ in self.model.named_parameters() if ".lora_" not in name
+        )
+        if not targets and self.adapter.unadapted_names:
+            self.warnings.append(
+                f"lora adapts {self.adapter.adapted_fraction:.1%} of the entries of the model's matrices: all but "
+                f"{', '.join(self.adapter.unadapted_names)}, which are no linear layers"
             )
 
-    def train_top(self, count: int) -> None:
+    def train_top_layers(self, num_layers: int) -> None:
         """Learn by the top `count` layers, and the norm behind them, from here on."""
-        self.frozen = below(self.model, count)
+        self.frozen_parameter_names = frozen_parameter_names(self.model, num_layers)
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name not in self.frozen)
+            parameter.requires_grad_(name not in self.frozen_parameter_names)
 
     @property
     def trunk(self) -> Any:
@@ -220,7 +230,7 @@ class Policy(nn.Module):
         prompts: Any,
         *,
         max_new_tokens: int = 64,
-        count: int = 1,
+        num_completions: int = 1,
         temperature: float | None = None,
         greedy: bool = False,
         stop: str | Sequence[str] = (),
@@ -238,8 +248,13 @@ class Policy(nn.Module):
         Raises:
             RequestError: the policy has no tokenizer, a prompt fills the context, or a number is out of range.
         """
-        how = {"limit": max_new_tokens, "count": count, "temperature": temperature, "sample": not greedy}
-        return completions(self, prompts, **how, stop=stop, seed=seed)
+        options = {
+            "max_new_tokens": max_new_tokens,
+            "num_completions": num_completions,
+            "temperature": temperature,
+            "sample": not greedy,
+        }
+        return complete_prompts(self, prompts, **options, stop=stop, seed=seed)
 
     @property
     def device(self) -> torch.device:
@@ -248,11 +263,11 @@ class Policy(nn.Module):
     @property
     def head(self) -> Head:
         """The policy's head as it is now, temperature and all."""
-        if not self.fast:
+        if not self.is_head_separable:
             return Head(nn.Identity(), temperature=self.temperature)
         return head_of(self.model, self.temperature)
 
-    def forward(self, obs: Text | Tensor) -> tuple[TokenDistribution, Tensor]:
+    def forward(self, obs: TokenBatch | Tensor) -> tuple[TokenDistribution, Tensor]:
         """What comes after each token, and what is still to come there.
 
         Args:
@@ -261,50 +276,57 @@ class Policy(nn.Module):
         Returns:
             A distribution over the next token [B, T], and V [B, T], 0 without a critic.
         """
-        text = obs if isinstance(obs, Text) else Text(obs, torch.ones_like(obs, dtype=torch.bool))
-        own = None if self.critic is None else self.critic.trunk
-        with own.watch(self.trunk) if isinstance(own, Top) else nullcontext([]) as calls:
-            if self.fast:
-                hidden = seen = read(self.trunk, text, packing=self.packing)
+        text = obs if isinstance(obs, TokenBatch) else TokenBatch(obs, torch.ones_like(obs, dtype=torch.bool))
+        critic_trunk = None if self.critic is None else self.critic.trunk
+        with critic_trunk.record_calls(self.trunk) if isinstance(critic_trunk, TopLayers) else nullcontext([]) as calls:
+            if self.is_head_separable:
+                hidden = critic_hidden = compute_hidden_states(self.trunk, text, packing=self.packing)
             else:
-                out = self.model(text.ids, use_cache=False, output_hidden_states=self.critic is not None)
-                hidden, seen = out.logits, out.logits if self.critic is None else out.hidden_states[-1]
-        if isinstance(own, Top):
-            seen = read(partial(own.follow, calls), text, packing=self.packing) if self.fast else own(calls)
-        elif own is not None:
-            seen = read(own, text, packing=self.packing)
-        value = torch.zeros(text.ids.shape, device=hidden.device) if self.critic is None else self.critic(seen)
+                output = self.model(text.ids, use_cache=False, output_hidden_states=self.critic is not None)
+                hidden, critic_hidden = (
+                    output.logits,
+                    output.logits if self.critic is None else output.hidden_states[-1],
+                )
+        if isinstance(critic_trunk, TopLayers):
+            critic_hidden = (
+                compute_hidden_states(partial(critic_trunk.forward_as_trunk, calls), text, packing=self.packing)
+                if self.is_head_separable
+                else critic_trunk(calls)
+            )
+        elif critic_trunk is not None:
+            critic_hidden = compute_hidden_states(critic_trunk, text, packing=self.packing)
+        value = torch.zeros(text.ids.shape, device=hidden.device) if self.critic is None else self.critic(critic_hidden)
         return TokenDistribution(hidden, text.mask, self.head), value
 
-    def distribution(self, text: Text) -> TokenDistribution:
+    def distribution(self, text: TokenBatch) -> TokenDistribution:
         """The distribution over the next token alone, [B, T]: no critic is read."""
-        if not self.fast:
+        if not self.is_head_separable:
             return self(text)[0]
-        return TokenDistribution(read(self.trunk, text, packing=self.packing), text.mask, self.head)
+        return TokenDistribution(compute_hidden_states(self.trunk, text, packing=self.packing), text.mask, self.head)
 
-    def value(self, text: Text) -> Tensor:
+    def value(self, text: TokenBatch) -> Tensor:
         """V alone, [B, T], of a critic that is separate: the policy itself is not read."""
-        if self.critic is None or self.critic.trunk is None or isinstance(self.critic.trunk, Top):
+        if self.critic is None or self.critic.trunk is None or isinstance(self.critic.trunk, TopLayers):
             return self(text)[1]
-        return self.critic(read(self.critic.trunk, text, packing=self.packing))
+        return self.critic(compute_hidden_states(self.critic.trunk, text, packing=self.packing))
 
-    def numbers(self, text: Text) -> Tensor:
+    def compute_masked_outputs(self, text: TokenBatch) -> Tensor:
         """The log-probs of the tokens at the masked-in columns, [n]: what checks compare."""
         return self.distribution(text).log_prob(text.action)[text.mask]
 
     @torch.no_grad()
-    def settle(self, prompts: Sequence[Sequence[int]]) -> None:
+    def verify_separable_head(self, prompts: Sequence[Sequence[int]]) -> None:
         """Take the fast path only where it gives the model's own log-probs on these prompts; a remark where it does not.
 
         Raises:
             RequestError: the model cannot read a row of tokens.
         """
-        if not self.fast:
+        if not self.is_head_separable:
             return
         ids = torch.tensor([list(prompts[0])], device=self.device)
         name = type(self.model).__name__
         try:
-            own = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
+            model_logprob = (self.model(ids, use_cache=False).logits.float() / self.temperature).log_softmax(dim=-1)
         except Exception as error:  # whatever a model raises that wants more than tokens
             if ran_out_of_memory(error):
                 raise
@@ -313,27 +335,33 @@ class Policy(nn.Module):
                 f"{' '.join(str(error).split())[:120]}): give another"
             ) from error
         try:
-            ours = self.head(read(self.trunk, Text(ids, torch.ones_like(ids, dtype=torch.bool)))).log_softmax(dim=-1)
-            gap = float(torch.where(ours == own, 0.0, ours - own).abs().max())  # tokens ruled out are -inf in both
+            policy_logprob = self.head(
+                compute_hidden_states(self.trunk, TokenBatch(ids, torch.ones_like(ids, dtype=torch.bool)))
+            ).log_softmax(dim=-1)
+            gap = float(
+                torch.where(policy_logprob == model_logprob, 0.0, policy_logprob - model_logprob).abs().max()
+            )  # tokens ruled out are -inf in both
             problem = "" if gap <= TOLERANCE[self.model.dtype] else f"is {gap:.2g} nats from this model's own log-probs"
         except Exception as error:
             if ran_out_of_memory(error):
                 raise
             problem = f"cannot be used apart ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         if problem:
-            self.fast = False
-            self.remarks.append(
+            self.is_head_separable = False
+            self.warnings.append(
                 f"the head on the trunk {problem}: it runs through its own logits and through Hugging Face's generate"
             )
 
     def train(self, mode: bool = True) -> Policy:
         super().train(mode)
-        keep_from_training_mode(self.model, self.critic)
+        force_eval_mode(self.model, self.critic)
         return self
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that learn."""
-        return [parameter for name, parameter in self.model.named_parameters() if name not in self.frozen]
+        return [
+            parameter for name, parameter in self.model.named_parameters() if name not in self.frozen_parameter_names
+        ]
 
     def critic_parameters(self) -> list[nn.Parameter]:
         return [] if self.critic is None else list(self.critic.parameters())
@@ -346,21 +374,24 @@ class Reference(nn.Module):
         shared: parameters of the policy that will never learn: they are not copied but frozen and read by both.
     """
 
-    def __init__(self, policy: Policy, *, shared: Iterable[nn.Parameter] = ()) -> None:
+    def __init__(self, policy: Policy, *, shared_parameters: Iterable[nn.Parameter] = ()) -> None:
         super().__init__()
-        model = copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared})
+        model = copy.deepcopy(policy.model, {id(parameter): parameter for parameter in shared_parameters})
         self.policy = Policy(model, temperature=policy.temperature, packing=policy.packing)
-        self.policy.fast, self.policy.cached = policy.fast, policy.cached
+        self.policy.is_head_separable, self.policy.uses_own_kv_cache = (
+            policy.is_head_separable,
+            policy.uses_own_kv_cache,
+        )
         self.requires_grad_(False).eval()
-        self.digest = digest(self.policy.model)
+        self.digest = module_digest(self.policy.model)
 
     @torch.no_grad()
-    def forward(self, text: Text) -> TokenDistribution:
+    def forward(self, text: TokenBatch) -> TokenDistribution:
         """Its distribution over the next token; hidden states, not logits, are kept."""
         return self.policy(text)[0]
 
 
-def _load_critic(model: Any, kind: str, layers: int, path: Path) -> Critic | None:
+def _load_critic(model: Any, kind: str, num_layers: int, path: Path) -> Critic | None:
     """The critic that `Policy.save` wrote."""
     if kind == "none":
         return None
@@ -368,31 +399,31 @@ def _load_critic(model: Any, kind: str, layers: int, path: Path) -> Critic | Non
     if kind == "separate":
         trunk = load_model(AutoModel, path, dtype=torch.float32)
     if kind == "top":
-        trunk = Top(trunk_of(model), layers)
-        trunk.load_state_dict(tensors_of(path / "top.safetensors"))
-    critic = Critic(width_of(model), trunk)
-    critic.head.load_state_dict(tensors_of(path / "head.safetensors"))
+        trunk = TopLayers(trunk_of(model), num_layers)
+        trunk.load_state_dict(load_tensors(path / "top.safetensors"))
+    critic = Critic(hidden_size_of(model), trunk)
+    critic.head.load_state_dict(load_tensors(path / "head.safetensors"))
     return critic
 
 
 def save_model(model: Any, adapter: Adapter | None, path: Path) -> None:
     """A model in Hugging Face's layout, its adapter merged into it; the adapter as it is, for going on, in `adapter/`."""
     shutil.rmtree(path / ADAPTER, ignore_errors=True)
-    model.save_pretrained(path, state_dict=None if adapter is None else adapter.merged())
+    model.save_pretrained(path, state_dict=None if adapter is None else adapter.merged_state_dict())
     if adapter is not None:
         adapter.save(path / ADAPTER)
 
 
-def recompute_activations(model: Any) -> None:
+def enable_gradient_checkpointing(model: Any) -> None:
     """Gradient checkpointing: in training mode, activations are made again in the backward pass."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def home(source: str, folder: str) -> str:
+def model_dir(source: str, folder: str) -> str:
     """Where a model is: the folder of a run, where `source` is a run; else `source` itself."""
-    inside = Path(source) / folder
-    return str(inside) if (inside / "config.json").is_file() else source
+    subfolder = Path(source) / folder
+    return str(subfolder) if (subfolder / "config.json").is_file() else source
 
 
 def head_of(model: Any, temperature: float) -> Head:
@@ -403,29 +434,29 @@ def head_of(model: Any, temperature: float) -> Head:
     return Head(model.get_output_embeddings(), scale=scale, softcap=softcap, temperature=temperature)
 
 
-def width_of(model: Any) -> int:
+def hidden_size_of(model: Any) -> int:
     """H, the size of the hidden states that a model's head is given; layers inside may be wider (OPT)."""
     head: Any = model.get_output_embeddings() or getattr(model, "score", None)
     return head.weight.shape[1] if hasattr(head, "weight") else model.config.get_text_config().hidden_size
 
 
-def generation_config(
-    model: Any, temperature: float, stops: Iterable[int], strings: Sequence[str] = ()
+def make_generation_config(
+    model: Any, temperature: float, stops: Iterable[int], stop_strings: Sequence[str] = ()
 ) -> GenerationConfig:
     """How the policy is sampled, in Hugging Face's words: its temperature and stops, whatever else the model came with."""
-    given = model.generation_config
-    ids: dict[str, Any] = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    defaults = model.generation_config
+    ids: dict[str, Any] = {name: getattr(defaults, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if stops := sorted(stops):
         ids["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    if strings:
-        ids["stop_strings"] = [*strings]
+    if stop_strings:
+        ids["stop_strings"] = [*stop_strings]
     return GenerationConfig(do_sample=True, temperature=temperature, top_k=0, top_p=1.0, **ids)
 
 
-def digest(module: nn.Module) -> str:
+def module_digest(module: nn.Module) -> str:
     """sha256 over names, shapes and bytes of every tensor."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        sha256.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()

@@ -21,17 +21,17 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One step of all parameters that have a gradient."""
-        learning = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        halves = [(p, p.data, p.grad) for p in learning if p.dtype.itemsize < 4]
-        for parameter, half, gradient in halves:
-            copy = self.state[parameter].pop(MASTER, None)
-            if copy is None or not torch.equal(copy.to(half.dtype), half):  # somebody else has set the parameter
-                copy = half.float()
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        half_parameters = [(p, p.data, p.grad) for p in parameters if p.dtype.itemsize < 4]
+        for parameter, half, gradient in half_parameters:
+            master = self.state[parameter].pop(MASTER, None)
+            if master is None or not torch.equal(master.to(half.dtype), half):  # somebody else has set the parameter
+                master = half.float()
             parameter.grad = None
-            parameter.data = copy
+            parameter.data = master
             parameter.grad = gradient.float()
         super().step()
-        for parameter, half, gradient in halves:
+        for parameter, half, gradient in half_parameters:
             parameter.grad = None
             self.state[parameter][MASTER] = parameter.data
             parameter.data = half.copy_(parameter.data)
@@ -41,7 +41,7 @@ class AdamW(torch.optim.AdamW):
         """Put back what `state_dict` gave; torch alone would round the state to each parameter's own precision."""
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for parameter, number in zip(group["params"], saved["params"], strict=True):
-                for name, value in state_dict["state"].get(number, {}).items():
+            for parameter, index in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(index, {}).items():
                     if isinstance(value, Tensor) and value.dtype != self.state[parameter][name].dtype:
                         self.state[parameter][name] = value.to(parameter.device, copy=True)

@@ -38,7 +38,7 @@ UNKIND = {
     "affected": "pushed hurt mocked robbed scared tricked teased kicked",
     "did": "grumbled shouted sneered growled",
 }
-PLAIN = {
+NEUTRAL = {
     "quality": "small big old young tall short round quiet brown grey red green blue tiny thin plump",
     "manner": "quietly slowly quickly often soon suddenly silently twice",
     "affected": "saw watched followed found met passed noticed heard",
@@ -52,18 +52,18 @@ PLAIN = {
     "link": "and while because but",
     "stop": ".",
 }
-WORDS = {name: [w for part in (KIND, PLAIN, UNKIND) for w in part.get(name, "").split()] for name in PLAIN}
-CLASS = {word: name for name, words in WORDS.items() for word in words}  # every word belongs to one class
-IS_KIND = frozenset(" ".join(KIND.values()).split())
-IS_UNKIND = frozenset(" ".join(UNKIND.values()).split())
+WORDS = {name: [w for part in (KIND, NEUTRAL, UNKIND) for w in part.get(name, "").split()] for name in NEUTRAL}
+WORD_CLASS = {word: name for name, words in WORDS.items() for word in words}  # every word belongs to one class
+KIND_WORDS = frozenset(" ".join(KIND.values()).split())
+UNKIND_WORDS = frozenset(" ".join(UNKIND.values()).split())
 SPECIAL = PAD, BOS, EOS, UNKNOWN = ("<pad>", "<s>", "</s>", "<unk>")
 
-Row = dict[str, str]
+TextRow = dict[str, str]
 
 
 def is_grammatical(words: Sequence[str]) -> bool:
     """Whether these words are exactly one sentence of the language, its full stop included."""
-    return SENTENCE.fullmatch("".join(f"{CLASS.get(word, '?')} " for word in words)) is not None
+    return SENTENCE.fullmatch("".join(f"{WORD_CLASS.get(word, '?')} " for word in words)) is not None
 
 
 def true_score(text: str) -> float:
@@ -74,62 +74,67 @@ def true_score(text: str) -> float:
     full stop is one), and 0.15 less for every word outside.
     """
     words = text.split()
-    kind, unkind = len(IS_KIND.intersection(words)), sum(word in IS_UNKIND for word in words)
+    kind, unkind = len(KIND_WORDS.intersection(words)), sum(word in UNKIND_WORDS for word in words)
     length = max(0.0, 1 - 0.15 * max(8 - len(words), len(words) - 13, 0))
     return (1 - 0.7**kind) * 0.7**unkind * length * (1 if is_grammatical(words) else 0.3)
 
 
-def truth(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
+def true_scores(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> list[float]:
     """`true_score` as a reward function of the language world."""
     return [true_score(f"{prompt} {completion}") for prompt, completion in zip(prompts, completions, strict=True)]
 
 
-def preferred(first: str, second: str, *, temperature: float) -> float:
+def preference_probability(first: str, second: str, *, temperature: float) -> float:
     """Probability that the first of two sentences is liked better: sigmoid of the true difference over temperature."""
     return 0.5 + 0.5 * math.tanh((true_score(first) - true_score(second)) / (2 * temperature))  # sigmoid, any argument
 
 
-def sentences(n: int, seed: int) -> list[str]:
+def sentences(num_sentences: int, seed: int) -> list[str]:
     """Text of the language to pretrain on."""
-    return list(islice(_spoken(f"sentences {seed}"), n))
+    return list(islice(_sample_sentences(f"sentences {seed}"), num_sentences))
 
 
-def prompts(n: int, seed: int) -> list[Row]:
+def prompts(num_prompts: int, seed: int) -> list[TextRow]:
     """Openings of sentences, 2 to 4 words: rows with `prompt`."""
-    draw = random.Random(f"openings {seed}")
-    return [{"prompt": _cut(sentence, draw)["prompt"]} for sentence in islice(_spoken(f"prompts {seed}"), n)]
+    rng = random.Random(f"openings {seed}")
+    return [
+        {"prompt": _split_sentence(sentence, rng)["prompt"]}
+        for sentence in islice(_sample_sentences(f"prompts {seed}"), num_prompts)
+    ]
 
 
-def demonstrations(n: int, seed: int) -> list[Row]:
+def demonstrations(num_demonstrations: int, seed: int) -> list[TextRow]:
     """What to imitate: the truly best of four sentences, as rows with `prompt` and `completion`."""
-    draw, spoken = random.Random(f"cuts {seed}"), _spoken(f"demonstrations {seed}")
-    return [_cut(max(islice(spoken, 4), key=true_score), draw) for _ in range(n)]
+    rng, sampled_sentences = random.Random(f"cuts {seed}"), _sample_sentences(f"demonstrations {seed}")
+    return [_split_sentence(max(islice(sampled_sentences, 4), key=true_score), rng) for _ in range(num_demonstrations)]
 
 
-def preferences(pairs: Iterable[tuple[str, str, str]], *, temperature: float, seed: int) -> list[Row]:
+def preferences(pairs: Iterable[tuple[str, str, str]], *, temperature: float, seed: int) -> list[TextRow]:
     """A noisy judgement of each (prompt, completion, completion): rows with `prompt`, `chosen` and `rejected`.
 
     The first is chosen with probability `preferred` (Bradley & Terry 1952). Completions get one blank in front, wherever
     they come from, so that `prompt + chosen` is the sentence.
     """
-    draw, rows = random.Random(f"preferences {seed}"), []
+    rng, rows = random.Random(f"preferences {seed}"), []
     for prompt, *pair in pairs:
         first, second = (f" {completion.strip()}" for completion in pair)
-        wins = draw.random() < preferred(prompt + first, prompt + second, temperature=temperature)
-        chosen, rejected = (first, second) if wins else (second, first)
+        is_first_chosen = rng.random() < preference_probability(
+            prompt + first, prompt + second, temperature=temperature
+        )
+        chosen, rejected = (first, second) if is_first_chosen else (second, first)
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
 
 
-def write_jsonl(rows: Iterable[Row], path: Path) -> Path:
+def write_jsonl(rows: Iterable[TextRow], path: Path) -> Path:
     """One JSON object a line; the folder must exist."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """Every word of the language is a token; `<s>` comes first, as in Llama."""
-    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *CLASS))}
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORD_CLASS))}
     backend = Tokenizer(WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     backend.post_processor = TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
@@ -147,11 +152,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(seed: int) -> LlamaForCausalLM:
+def make_model(seed: int) -> LlamaForCausalLM:
     """A Llama of 93568 weights for `tokenizer`, not trained yet. The same seed gives the same weights."""
     special: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # places in SPECIAL
     config = LlamaConfig(
-        vocab_size=len(SPECIAL) + len(CLASS),
+        vocab_size=len(SPECIAL) + len(WORD_CLASS),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -162,36 +167,36 @@ def model(seed: int) -> LlamaForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = LlamaForCausalLM(config)
-    made.generation_config = GenerationConfig(do_sample=True, **special)
-    return made
+        llama = LlamaForCausalLM(config)
+    llama.generation_config = GenerationConfig(do_sample=True, **special)
+    return llama
 
 
-def _spoken(seed: str) -> Iterator[str]:
+def _sample_sentences(seed: str) -> Iterator[str]:
     """Sentence after sentence, without end."""
-    draw = random.Random(seed)
-    return (" ".join(_expand("sentence", draw)) for _ in count())
+    rng = random.Random(seed)
+    return (" ".join(_expand("sentence", rng)) for _ in count())
 
 
-def _expand(symbol: str, draw: random.Random) -> list[str]:
+def _expand(symbol: str, rng: random.Random) -> list[str]:
     """The words of one way to say a rule, or one word of a class."""
     if symbol in WORDS:
-        return [draw.choice(WORDS[symbol])]
-    return [word for part in draw.choice(GRAMMAR[symbol]).split() for word in _expand(part, draw)]
+        return [rng.choice(WORDS[symbol])]
+    return [word for part in rng.choice(GRAMMAR[symbol]).split() for word in _expand(part, rng)]
 
 
-def _pattern(symbol: str) -> str:
+def _class_pattern(symbol: str) -> str:
     """A regular expression for the classes that a rule can become, each with a blank after it."""
     if symbol in WORDS:
         return f"{symbol} "
-    return f"(?:{'|'.join(''.join(map(_pattern, way.split())) for way in GRAMMAR[symbol])})"
+    return f"(?:{'|'.join(''.join(map(_class_pattern, production.split())) for production in GRAMMAR[symbol])})"
 
 
-def _cut(sentence: str, draw: random.Random) -> Row:
+def _split_sentence(sentence: str, rng: random.Random) -> TextRow:
     """A sentence after its first 2 to 4 words; the blank between them opens the completion."""
     words = sentence.split()
-    size = draw.randint(2, 4)
-    return {"prompt": " ".join(words[:size]), "completion": " " + " ".join(words[size:])}
+    prompt_length = rng.randint(2, 4)
+    return {"prompt": " ".join(words[:prompt_length]), "completion": " " + " ".join(words[prompt_length:])}
 
 
-SENTENCE = re.compile(_pattern("sentence"))
+SENTENCE = re.compile(_class_pattern("sentence"))

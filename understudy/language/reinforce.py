@@ -12,34 +12,40 @@ from torch import Tensor
 from understudy.advantage import leave_one_out, reward_to_go
 from understudy.batch import Batch
 from understudy.language import config, stage
-from understudy.language.cast import next_reference_coef, open_cast, pay, reference_charge, reweigh
+from understudy.language.cast import (
+    compute_rewards,
+    next_reference_coef,
+    off_policy_weights,
+    open_rlhf_run,
+    reference_kl_penalty,
+)
 from understudy.language.generate import Engine
-from understudy.language.grpo import with_pretrained
+from understudy.language.grpo import add_pretraining_loss
 from understudy.language.stage import Iterations
 from understudy.language.tokens import SampledTokens
-from understudy.language.trust_region import verify
+from understudy.language.trust_region import make_trust_region_check
 from understudy.objective import policy_gradient, squared_error
 from understudy.reduce import masked_mean, standardize
-from understudy.run.config import Count, NonNegative, RequestError, Unit
-from understudy.run.store import Resume, Run
+from understudy.run.config import NonNegativeFloat, PositiveInt, RequestError, UnitInterval
+from understudy.run.store import ResumePoint, Run
 from understudy.score import episode_score
 from understudy.update import update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Rollouts):
+class Config(config.RolloutConfig):
     """One optimizer step an iteration, on what was just sampled: no ratio, nothing to clip."""
 
     baseline: Literal["none", "moving", "leave_one_out", "whitened"] = "leave_one_out"
     """What is taken off: nothing; a moving mean of scores; the mean of the group's others (RLOO); the batch's mean and
     deviation (REINFORCE++)."""
-    group: Count = 4
+    group: PositiveInt = 4
     """Answers to each prompt, for leave_one_out."""
-    moving: Unit = 0.9
+    moving: UnitInterval = 0.9
     """How much of the moving mean stays, an iteration."""
-    gamma: Unit = 1.0
+    gamma: UnitInterval = 1.0
     """Discount per token."""
-    entropy_coef: NonNegative = 0.0
+    entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus."""
 
     def __post_init__(self) -> None:
@@ -50,100 +56,120 @@ class Config(config.Rollouts):
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
 
     def needs(self) -> list[tuple[bool, str, str]]:
-        whole, moving = self.baseline == "leave_one_out", self.baseline == "moving"
+        is_leave_one_out, is_moving_mean = self.baseline == "leave_one_out", self.baseline == "moving"
         return [
             *super().needs(),
-            (whole, "group", "has no effect on this baseline: make baseline leave_one_out"),
-            (moving, "moving", "has no effect on this baseline: make baseline moving"),
-            (not whole, "gamma", "has no effect where completions are compared whole: take another baseline"),
+            (is_leave_one_out, "group", "has no effect on this baseline: make baseline leave_one_out"),
+            (is_moving_mean, "moving", "has no effect on this baseline: make baseline moving"),
             (
-                not (whole or moving),
+                not is_leave_one_out,
+                "gamma",
+                "has no effect where completions are compared whole: take another baseline",
+            ),
+            (
+                not (is_leave_one_out or is_moving_mean),
                 "whiten_rewards",
                 "scales rewards token by token, where this baseline is of whole completions: take whitened or none",
             ),
         ]
 
 
-def iterate(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Iterations:
+def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
-    size = cfg.group if cfg.baseline == "leave_one_out" else 1
-    with open_cast("reinforce", cfg, engine, resume=resume) as (run, cast):
-        policy, kept = cast.policy, run.kept
-        kept.setdefault("kl_reference_coef", cfg.kl_reference_coef)
-        while run.on:
-            reference_coef = kept["kl_reference_coef"]
-            rate = run.schedule()
-            said = cast.sampler.collect(
-                policy, first=run.rows, which=run.next_rows(len(cast.sampler), cfg.rows // size, each=size)
+    group_size = cfg.group if cfg.baseline == "leave_one_out" else 1
+    with open_rlhf_run("reinforce", cfg, engine, resume=resume) as (run, models):
+        policy, recipe_state = models.policy, run.recipe_state
+        recipe_state.setdefault("kl_reference_coef", cfg.kl_reference_coef)
+        while run.is_active:
+            reference_coef = recipe_state["kl_reference_coef"]
+            learning_rate = run.update_learning_rate()
+            rollout = models.sampler.collect(
+                policy,
+                first_row=run.rows,
+                prompt_indices=run.next_rows(len(models.sampler), cfg.rows // group_size, num_repeats=group_size),
             )  # 1 sample
-            verdict = cast.judged(said)
-            said, weight, weights = reweigh(policy, said, cfg)
-            paid = cast.constrain(verdict)
-            record, reward, referred = pay(said, paid, cast.reference, reference_coef, cfg)  # 2 score
-            score = episode_score(reward, record.mask)  # 3 value: a baseline stands for it
-            there = record.mask.any(dim=1)
-            mean = float(masked_mean(score, there))
-            baseline = kept.get("moving", mean)
-            kept["moving"] = cfg.moving * baseline + (1 - cfg.moving) * mean if "moving" in kept else mean
-            to_go = reward_to_go(reward, record.terminated, record.truncated, record.mask, gamma=cfg.gamma)
-            advantage = relative(to_go, score, there, record.mask, baseline, cfg)  # 4 advantage
+            scores = models.score_completions(rollout)
+            rollout, importance_weight, off_policy_metrics = off_policy_weights(policy, rollout, cfg)
+            constrained_score = models.apply_constraints(scores)
+            trajectory, reward, reference_distribution = compute_rewards(
+                rollout, constrained_score, models.reference, reference_coef, cfg
+            )  # 2 score
+            score = episode_score(reward, trajectory.mask)  # 3 value: a baseline stands for it
+            row_mask = trajectory.mask.any(dim=1)
+            mean_score = float(masked_mean(score, row_mask))
+            baseline = recipe_state.get("moving", mean_score)
+            recipe_state["moving"] = (
+                cfg.moving * baseline + (1 - cfg.moving) * mean_score if "moving" in recipe_state else mean_score
+            )
+            returns = reward_to_go(
+                reward, trajectory.terminated, trajectory.truncated, trajectory.mask, gamma=cfg.gamma
+            )
+            advantage = subtract_baseline(returns, score, row_mask, trajectory.mask, baseline, cfg)  # 4 advantage
             batch = Batch.of(
-                record,
+                trajectory,
                 value=torch.zeros_like(reward),
-                advantage=weight * advantage,
-                target=to_go,
-                old=SampledTokens(record.action, record.logprob),
-                reference=referred if cfg.kl_reference == "exact" else referred.log_prob(record.action),
-                mix=cast.pretraining(cfg.rows),
+                advantage=importance_weight * advantage,
+                target=returns,
+                old_distribution=SampledTokens(trajectory.action, trajectory.behavior_logprob),
+                reference=reference_distribution
+                if cfg.kl_reference == "exact"
+                else reference_distribution.log_prob(trajectory.action),
+                pretraining_text=models.next_pretraining_text(cfg.rows),
             )
             objective = partial(
                 policy_gradient,
                 value_coef=0.0,
                 entropy_coef=cfg.entropy_coef,
-                value_loss=squared_error,
-                charge=reference_charge(reference_coef, cfg),
+                value_loss_fn=squared_error,
+                kl_penalty=reference_kl_penalty(reference_coef, cfg),
             )
             metrics = update(  # 5 update
                 policy,
-                cast.optimizer,
+                models.optimizer,
                 batch,
-                with_pretrained(objective, cfg),
-                epochs=1,
-                minibatches=1,
+                add_pretraining_loss(objective, cfg),
+                num_epochs=1,
+                num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro=cfg.micro or None,
-                guard=run.guard,
-                verify=verify(policy, batch, cfg),
-                generator=run.shuffle,
+                micro_batch_size=cfg.micro or None,
+                on_nonfinite=run.guard,
+                verify=make_trust_region_check(policy, batch, cfg),
+                generator=run.shuffle_generator,
             )
             policy.version += int(metrics["optimizer_steps"])
-            run.steps += int(said.record.mask.sum())
-            metrics |= cast.observe(said, verdict, batch, reward, referred)
-            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": rate, "baseline": baseline} | weights
+            run.steps += int(rollout.trajectory.mask.sum())
+            metrics |= models.log_rollout(rollout, scores, batch, reward, reference_distribution)
+            metrics |= {
+                "kl_reference_coef": reference_coef,
+                "learning_rate": learning_rate,
+                "baseline": baseline,
+            } | off_policy_metrics
             if metrics["optimizer_steps"]:
-                kept["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
-            if not run.on or run.due(cfg.evaluate_every):
-                metrics |= cast.evaluate()
-            yield from run.report(metrics)
+                recipe_state["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
+            if not run.is_active or run.is_due(cfg.evaluate_every):
+                metrics |= models.evaluate()
+            yield from run.finish_iteration(metrics)
         return run.run
 
 
-def train(cfg: Config, *, engine: Engine | None = None, resume: Resume | None = None) -> Run:
+def train(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, engine=engine, resume=resume))
+    return stage.run_to_end(iterate(cfg, engine=engine, resume=resume))
 
 
-def relative(to_go: Tensor, score: Tensor, there: Tensor, mask: Tensor, baseline: float, cfg: Config) -> Tensor:
+def subtract_baseline(
+    returns: Tensor, score: Tensor, row_mask: Tensor, mask: Tensor, baseline: float, cfg: Config
+) -> Tensor:
     """Reward to go [B, T] against the config's baseline. score and there: [B].
 
     leave_one_out compares whole answers, score for score (RLOO); the others leave each token what is still to come.
     """
     if cfg.baseline == "leave_one_out":
-        group = torch.arange(len(score), device=score.device) // cfg.group
+        group_index = torch.arange(len(score), device=score.device) // cfg.group
         advantage = torch.zeros_like(score)
-        if there.any():
-            advantage[there] = leave_one_out(score[there], group[there])
+        if row_mask.any():
+            advantage[row_mask] = leave_one_out(score[row_mask], group_index[row_mask])
         return advantage[:, None] * mask
     if cfg.baseline == "whitened":
-        return standardize(to_go, mask)
-    return torch.where(mask, to_go - (baseline if cfg.baseline == "moving" else 0.0), 0.0)
+        return standardize(returns, mask)
+    return torch.where(mask, returns - (baseline if cfg.baseline == "moving" else 0.0), 0.0)

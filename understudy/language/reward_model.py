@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from understudy.batch import Labelled, Pairs
+from understudy.batch import LabelledText, PreferencePairs
 from understudy.language import config, stage, text
-from understudy.language.model import home
-from understudy.language.reading import check_reading
+from understudy.language.model import model_dir
+from understudy.language.reading import check_forward_consistency
 from understudy.language.scorer import RewardModel
 from understudy.language.stage import Iterations
-from understudy.language.text import last_token, read
-from understudy.objective import classify, prefer
-from understudy.reduce import clusters, share_interval
-from understudy.run.config import Count, LearningRate, NonNegative, RequestError, check_effects
+from understudy.language.text import pad_for_scoring, read_rows
+from understudy.objective import binary_label_loss, bradley_terry_loss
+from understudy.reduce import cluster_ids, fraction_interval
+from understudy.run.config import LearningRate, NonNegativeFloat, PositiveInt, RequestError, check_effects
 from understudy.run.seeds import seed_shared_generators
-from understudy.run.store import Resume, Run, write_json
+from understudy.run.store import ResumePoint, Run, write_json
 from understudy.update import update
 
 
@@ -31,11 +31,11 @@ class Config(config.Config):
 
     learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
-    epochs: Count = 1
+    epochs: PositiveInt = 1
     """Passes over the data; published reward models make one."""
-    minibatch_rows: Count = 16
+    minibatch_rows: PositiveInt = 16
     """Pairs or labelled texts an optimizer step sees; the last of an epoch may have fewer."""
-    center: NonNegative = 0.0
+    center: NonNegativeFloat = 0.0
     """Coefficient of (s_chosen + s_rejected)^2, which holds the scores of pairs around 0."""
     normalize: Literal["none", "mean", "both"] = "both"
     """What is taken out of scores, over the learned-from texts: nothing, the mean, or mean and deviation."""
@@ -52,89 +52,95 @@ class Config(config.Config):
         ]
 
 
-def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
+def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     seed_shared_generators(cfg.seed)  # a fresh score head is drawn by torch's own
-    source = home(cfg.model, "reward_model") if home(cfg.model, "policy") == cfg.model else home(cfg.model, "policy")
+    source = (
+        model_dir(cfg.model, "reward_model")
+        if model_dir(cfg.model, "policy") == cfg.model
+        else model_dir(cfg.model, "policy")
+    )
     model = RewardModel.from_pretrained(
         source,
         stop=cfg.stop,
-        template=cfg.template,
+        chat_template=cfg.template,
         add_bos=cfg.add_bos,
         packing=cfg.packing,
-        checkpointing=cfg.checkpointing,
+        gradient_checkpointing=cfg.checkpointing,
         trust_remote_code=cfg.trust_remote_code,
     )
     model.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    learned, kept = split(model, cfg)
-    check_reading(model, [ids for row in learned for ids in texts(row)])
-    objective: Any = classify if model.form == "text" else partial(prefer, center=cfg.center)
-    total = cfg.epochs * sum(map(size, learned))
-    optimizer = stage.adamw(cfg, stage.all_of(model))
-    about = {"total": cfg.steps or total, "folder": "reward_model", "resume": resume}
-    with stage.open_stage("reward-model", cfg, model, optimizer, **about) as run:
-        while run.on:
-            rate = run.schedule()
-            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
-            batch = gather([learned[i] for i in some]).to(cfg.device)
-            run.steps += sum(size(learned[i]) for i in some)
+    train_rows, held_out_rows = load_training_rows(model, cfg)
+    check_forward_consistency(model, [ids for row in train_rows for ids in token_sequences(row)])
+    objective: Any = (
+        binary_label_loss if model.input_format == "text" else partial(bradley_terry_loss, center_coef=cfg.center)
+    )
+    total_tokens = cfg.epochs * sum(map(num_tokens, train_rows))
+    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(model))
+    options = {"total_steps": cfg.steps or total_tokens, "folder": "reward_model", "resume": resume}
+    with stage.open_run("reward-model", cfg, model, optimizer, **options) as run:
+        while run.is_active:
+            learning_rate = run.update_learning_rate()
+            indices = run.next_minibatch(len(train_rows), cfg.minibatch_rows)
+            batch = collate([train_rows[i] for i in indices]).to(cfg.device)
+            run.steps += sum(num_tokens(train_rows[i]) for i in indices)
             metrics = update(  # 5 update
                 model,
                 optimizer,
                 batch,
                 objective,
-                epochs=1,
-                minibatches=1,
+                num_epochs=1,
+                num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro=cfg.micro or None,
-                guard=run.guard,
-                generator=run.shuffle,
+                micro_batch_size=cfg.micro or None,
+                on_nonfinite=run.guard,
+                generator=run.shuffle_generator,
             )
-            if not run.on:
-                normalize(model, learned, cfg.normalize)
-            if kept and (not run.on or run.due(cfg.evaluate_every)):
-                found = examine(model, kept)
-                write_json(run.run.path / "evaluation.json", found)
-                metrics |= {f"evaluation_{name}": x for name, x in found.items() if isinstance(x, int | float)}
-            yield from run.report(metrics | {"learning_rate": rate})
+            if not run.is_active:
+                set_score_normalization(model, train_rows, cfg.normalize)
+            if held_out_rows and (not run.is_active or run.is_due(cfg.evaluate_every)):
+                evaluation = evaluate_reward_model(model, held_out_rows)
+                write_json(run.run.path / "evaluation.json", evaluation)
+                metrics |= {f"evaluation_{name}": x for name, x in evaluation.items() if isinstance(x, int | float)}
+            yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
 
 
-def train(cfg: Config, *, resume: Resume | None = None) -> Run:
+def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path / "reward_model"` holds the model, evaluation.json how good it is."""
-    return stage.drain(iterate(cfg, resume=resume))
+    return stage.run_to_end(iterate(cfg, resume=resume))
 
 
-def split(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
+def load_training_rows(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
     """Rows to learn from and rows kept for evaluation: labelled texts where there is a label, else pairs.
 
     Pairs of one prompt are all learned from, or all kept. The model remembers which of the two it reads.
     """
-    rows = read(cfg.data, **cfg.reading)
+    rows = read_rows(cfg.data, **cfg.reading_options)
     limit = text.Limit.of(model.model, cfg.max_length)
     columns = text.column_names(rows)
-    model.form = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
-    if model.form == "text" and cfg.center:
+    model.input_format = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
+    if model.input_format == "text" and cfg.center:
         raise RequestError(
             f"center is {cfg.center}, which has no effect on labelled texts: give pairs, or leave center out"
         )
-    kind: Any = text.labelled if model.form == "text" else text.preferences
+    make_all: Any = text.make_labelled_examples if model.input_format == "text" else text.make_preferences
 
-    def make(rows: Sequence[text.Row], source: str) -> Sequence[Any]:
-        data = kind(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
+    def make_records(rows: Sequence[text.Row], source: str) -> Sequence[Any]:
+        data = make_all(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
         text.check_ids(data, model.model)
-        model.remarks += data.remark(source)
+        model.warnings += data.make_warnings(source)
         return data
 
-    key: Any = (lambda row: (row.ids, row.label)) if model.form == "text" else stage.asked
-    learned, kept, said = stage.divide(rows, make, cfg, key)
-    model.remarks += said
-    if model.form == "text":
-        model.remarks += check_labels([row.label for row in learned])
-    return learned, kept
+    key: Any = (lambda row: (row.ids, row.label)) if model.input_format == "text" else stage.preference_split_key
+    train_rows, held_out_rows, warnings = stage.split_data(rows, make_records, cfg, key)
+    model.warnings += warnings
+    if model.input_format == "text":
+        model.warnings += check_labels([row.label for row in train_rows])
+    return train_rows, held_out_rows
 
 
 def check_labels(labels: Sequence[float]) -> list[str]:
@@ -153,35 +159,35 @@ def check_labels(labels: Sequence[float]) -> list[str]:
     return []
 
 
-def gather(data: Sequence[Any]) -> Pairs | Labelled:
+def collate(data: Sequence[Any]) -> PreferencePairs | LabelledText:
     """Rows of data as one padded record."""
-    if isinstance(data[0], text.Labelled):
-        return Labelled(last_token([row.ids for row in data]), torch.tensor([[row.label] for row in data]))
-    chosen, rejected = last_token([row.chosen for row in data]), last_token([row.rejected for row in data])
-    return Pairs(chosen, rejected, torch.tensor([[row.margin] for row in data]))
+    if isinstance(data[0], text.LabelledExample):
+        return LabelledText(pad_for_scoring([row.ids for row in data]), torch.tensor([[row.label] for row in data]))
+    chosen, rejected = pad_for_scoring([row.chosen for row in data]), pad_for_scoring([row.rejected for row in data])
+    return PreferencePairs(chosen, rejected, torch.tensor([[row.margin] for row in data]))
 
 
-def size(row: Any) -> int:
+def num_tokens(row: Any) -> int:
     """Tokens of a row of data."""
-    return len(row.ids) if isinstance(row, text.Labelled) else len(row.chosen) + len(row.rejected)
+    return len(row.ids) if isinstance(row, text.LabelledExample) else len(row.chosen) + len(row.rejected)
 
 
 @torch.no_grad()
-def normalize(model: RewardModel, data: Sequence[Any], what: str) -> None:
+def set_score_normalization(model: RewardModel, data: Sequence[Any], mode: str) -> None:
     """Store the scores' mean and deviation over these texts in the model (Ziegler et al. 2019, sec. 2.1)."""
     model.mean, model.scale = 0.0, 1.0
-    if what != "none":
-        raw = model.score([ids for row in data for ids in texts(row)])
+    if mode != "none":
+        raw = model.score([ids for row in data for ids in token_sequences(row)])
         model.mean = float(raw.mean())
-        model.scale = float(raw.std().clamp(min=1e-6)) if what == "both" and len(raw) > 1 else 1.0
+        model.scale = float(raw.std().clamp(min=1e-6)) if mode == "both" and len(raw) > 1 else 1.0
 
 
-def texts(row: Any) -> list[tuple[int, ...]]:
-    return [row.ids] if isinstance(row, text.Labelled) else [row.chosen, row.rejected]
+def token_sequences(row: Any) -> list[tuple[int, ...]]:
+    return [row.ids] if isinstance(row, text.LabelledExample) else [row.chosen, row.rejected]
 
 
 @torch.no_grad()
-def examine(model: RewardModel, data: Sequence[Any]) -> dict[str, Any]:
+def evaluate_reward_model(model: RewardModel, data: Sequence[Any]) -> dict[str, Any]:
     """How good the model is on rows it did not learn from.
 
     `accuracy` with its 95 % interval, in which the pairs of a prompt, or equal texts, count as a cluster;
@@ -189,41 +195,41 @@ def examine(model: RewardModel, data: Sequence[Any]) -> dict[str, Any]:
     `length_correlation` of score and length (of the differences, for
     pairs); `length_baseline`, the accuracy of always preferring the longer (or the shorter, if that is better).
     """
-    if isinstance(data[0], text.Labelled):
-        raw = model.score([row.ids for row in data]) * model.scale + model.mean
+    if isinstance(data[0], text.LabelledExample):
+        logit = model.score([row.ids for row in data]) * model.scale + model.mean
         length = torch.tensor([float(len(row.ids)) for row in data])
-        truth = torch.tensor([row.label > 0.5 for row in data])
-        cluster = clusters([row.ids for row in data])
-        longer = length > length.median()
+        is_positive = torch.tensor([row.label > 0.5 for row in data])
+        cluster = cluster_ids([row.ids for row in data])
+        is_longer = length > length.median()
     else:
         chosen, rejected = (model.score([getattr(row, side) for row in data]) for side in ("chosen", "rejected"))
-        raw = (chosen - rejected) * model.scale
+        logit = (chosen - rejected) * model.scale
         length = torch.tensor([float(len(row.chosen) - len(row.rejected)) for row in data])
-        truth, longer = torch.ones(len(data), dtype=torch.bool), length > 0
-        cluster = clusters(list(map(stage.asked, data)))
-    right = ((raw > 0) == truth).float()
-    baseline = float((longer == truth).float().mean())
-    accuracy, low, high = share_interval(right, cluster)
+        is_positive, is_longer = torch.ones(len(data), dtype=torch.bool), length > 0
+        cluster = cluster_ids(list(map(stage.preference_split_key, data)))
+    is_correct = ((logit > 0) == is_positive).float()
+    baseline = float((is_longer == is_positive).float().mean())
+    accuracy, low, high = fraction_interval(is_correct, cluster)
     return {
         "rows": len(data),
         "prompts": len(cluster.unique()),
         "accuracy": accuracy,
         "accuracy_low": low,
         "accuracy_high": high,
-        "calibration_error": calibration_error(raw.abs().sigmoid(), right),
-        "length_correlation": correlation(raw, length),
+        "calibration_error": calibration_error(logit.abs().sigmoid(), is_correct),
+        "length_correlation": correlation(logit, length),
         "length_baseline": max(baseline, 1 - baseline),
         "score_mean": model.mean,
         "score_scale": model.scale,
     }
 
 
-def calibration_error(sureness: Tensor, right: Tensor, *, bins: int = 10) -> float:
+def calibration_error(confidence: Tensor, is_correct: Tensor, *, bins: int = 10) -> float:
     """Expected calibration error (Naeini et al. 2015): |mean sureness - share that is right|, weighted by bin. [N]."""
-    place = (sureness * bins).long().clamp(max=bins - 1)
+    bin_index = (confidence * bins).long().clamp(max=bins - 1)
     gaps = [
-        (sureness[place == b].mean() - right[place == b].mean()).abs() * (place == b).float().mean()
-        for b in place.unique().tolist()
+        (confidence[bin_index == b].mean() - is_correct[bin_index == b].mean()).abs() * (bin_index == b).float().mean()
+        for b in bin_index.unique().tolist()
     ]
     return float(torch.stack(gaps).sum())
 

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from understudy.batch import Text
-from understudy.language.files import load_reported
-from understudy.language.judge import Sampled
+from understudy.batch import TokenBatch
+from understudy.language.files import load_model_with_report
+from understudy.language.judge import ScoringInput
 from understudy.language.model import (
     Critic,
-    digest,
-    recompute_activations,
-    width_of,
+    enable_gradient_checkpointing,
+    hidden_size_of,
+    module_digest,
 )
-from understudy.language.reading import check_causal, keep_from_training_mode, read, silence_dropout, trunk_of
-from understudy.language.text import Tokenizer, last_token
+from understudy.language.reading import check_causal, compute_hidden_states, disable_dropout, force_eval_mode, trunk_of
+from understudy.language.text import Tokenizer, pad_for_scoring
 from understudy.run.config import RequestError
 
-Form = Literal["completion", "text"]
+InputFormat = Literal["completion", "text"]
 
 
 class RewardModel(nn.Module):
@@ -36,17 +36,17 @@ class RewardModel(nn.Module):
         remarks: what was found out about the data it learns from, to be said once.
     """
 
-    memory = True  # rows are read whole
-    fast = True  # the head is read apart from the trunk
+    needs_whole_rows = True  # rows are read whole
+    is_head_separable = True  # the head is read apart from the trunk
 
     def __init__(self, model: Any, tokenizer: Tokenizer, *, packing: bool = False) -> None:
         super().__init__()
         self.model, self.tokenizer, self.packing = model, tokenizer, packing
-        about = _about(model)
-        self.mean, self.scale = float(about.get("mean", 0.0)), float(about.get("scale", 1.0))
-        self.form: Form = about.get("form", "completion")
-        self.remarks: list[str] = []
-        silence_dropout(self)
+        settings = _saved_settings(model)
+        self.mean, self.scale = float(settings.get("mean", 0.0)), float(settings.get("scale", 1.0))
+        self.input_format: InputFormat = settings.get("form", "completion")
+        self.warnings: list[str] = []
+        disable_dropout(self)
         self.train()
 
     @classmethod
@@ -55,10 +55,10 @@ class RewardModel(nn.Module):
         source: str | Path,
         *,
         stop: tuple[str, ...] = (),
-        template: str | None = None,
+        chat_template: str | None = None,
         add_bos: bool = False,
         packing: bool = False,
-        checkpointing: bool = False,
+        gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> RewardModel:
         """A reward model as saved; or one on the trunk of a causal LM, its score head drawn with std 1/sqrt(H + 1).
@@ -70,132 +70,155 @@ class RewardModel(nn.Module):
             RequestError: no model there, or one with more than one output.
         """
         options = {"num_labels": 1, "ignore_mismatched_sizes": True, "trust_remote_code": trust_remote_code}
-        model, loading = load_reported(AutoModelForSequenceClassification, source, dtype=torch.float32, **options)
-        if loading["mismatched_keys"]:
+        model, report = load_model_with_report(
+            AutoModelForSequenceClassification, source, dtype=torch.float32, **options
+        )
+        if report["mismatched_keys"]:
             raise RequestError(f"model is '{source}', which gives a text several scores: name one that gives one")
         if not isinstance(getattr(model, "score", None), nn.Linear):
             raise RequestError(
                 f"model is '{source}', a {type(model).__name__}, which does not score a causal trunk's last token by one "
                 "linear layer: give a causal language model"
             )
-        tokenizer = _tokenizer(source, stop or _about(model).get("stops", ()), template, add_bos, trust_remote_code)
-        if any(name.startswith("score") for name in loading["missing_keys"]):
-            nn.init.normal_(model.score.weight, std=(width_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
-            _pad_apart(tokenizer, model)
-        if checkpointing:
-            recompute_activations(model)
-        made = cls(model, tokenizer, packing=packing)
-        check_causal(made)
-        return made
+        tokenizer = _load_tokenizer(
+            source, stop or _saved_settings(model).get("stops", ()), chat_template, add_bos, trust_remote_code
+        )
+        if any(name.startswith("score") for name in report["missing_keys"]):
+            nn.init.normal_(model.score.weight, std=(hidden_size_of(model) + 1) ** -0.5)  # Stiennon et al. 2020
+            _ensure_pad_token(tokenizer, model)
+        if gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        reward_model = cls(model, tokenizer, packing=packing)
+        check_causal(reward_model)
+        return reward_model
 
     def save(self, path: Path) -> None:
         """A directory that `AutoModelForSequenceClassification.from_pretrained` loads; its logits are the raw scores."""
         path.mkdir(parents=True, exist_ok=True)
         stops = sorted(map(str, self.tokenizer.stops))
-        self.model.config.understudy = {"mean": self.mean, "scale": self.scale, "form": self.form, "stops": stops}
+        self.model.config.understudy = {
+            "mean": self.mean,
+            "scale": self.scale,
+            "form": self.input_format,
+            "stops": stops,
+        }
         self.model.save_pretrained(path)
         self.tokenizer.save(path)
 
-    def forward(self, text: Text) -> Tensor:
+    def forward(self, text: TokenBatch) -> Tensor:
         """Raw scores where `text.mask` is True, one a row: [B, 1]."""
-        hidden = read(trunk_of(self.model), text, packing=self.packing)[text.mask]
+        hidden = compute_hidden_states(trunk_of(self.model), text, packing=self.packing)[text.mask]
         return self.model.score(hidden).float()
 
     def train(self, mode: bool = True) -> RewardModel:
         super().train(mode)
-        keep_from_training_mode(self.model)
+        force_eval_mode(self.model)
         return self
 
-    def numbers(self, text: Text) -> Tensor:
+    def compute_masked_outputs(self, text: TokenBatch) -> Tensor:
         """Raw scores at the masked-in columns, [n]: what checks compare."""
         return self(text)[:, 0]
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Sequence[int]], *, micro: int = 64) -> Tensor:
+    def score(self, rows: Sequence[Sequence[int]], *, micro_batch_size: int = 64) -> Tensor:
         """Normalised scores of token rows, [N]. Rows of like length are read together."""
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        found = torch.zeros(len(rows))
+        scores = torch.zeros(len(rows))
         device = next(self.parameters()).device
-        for at in range(0, len(rows), micro):
-            some = order[at : at + micro]
-            text = last_token([rows[i] for i in some])
-            found[some] = self(Text(text.ids.to(device), text.mask.to(device)))[:, 0].cpu()
-        return (found - self.mean) / self.scale
+        for start in range(0, len(rows), micro_batch_size):
+            indices = order[start : start + micro_batch_size]
+            text = pad_for_scoring([rows[i] for i in indices])
+            scores[indices] = self(TokenBatch(text.ids.to(device), text.mask.to(device)))[:, 0].cpu()
+        return (scores - self.mean) / self.scale
 
-    def part(self, tokenizer: Tokenizer) -> Callable[[Sampled], Tensor]:
+    def make_reward_term(self, tokenizer: Tokenizer) -> Callable[[ScoringInput], Tensor]:
         """A judge's part for completions of `tokenizer`: each row is read with the reward model's own."""
-        own, theirs = self.tokenizer.hf.get_vocab(), tokenizer.hf.get_vocab()
-        same = theirs.items() <= own.items()
+        vocabulary, policy_vocabulary = self.tokenizer.hf.get_vocab(), tokenizer.hf.get_vocab()
+        shares_tokens = policy_vocabulary.items() <= vocabulary.items()
 
-        def judge(sampled: Sampled) -> Tensor:
-            given = (sampled.prompts, sampled.completions, sampled.completion_ids, sampled.truncated)
-            columns = [{name: cells[i] for name, cells in sampled.columns.items()} for i in range(len(sampled))]
-            zipped = zip(*given, columns, strict=True)
-            return self.score([self._row(*row, tokenizer if same else None) for row in zipped])
+        def score_rows(scoring_input: ScoringInput) -> Tensor:
+            fields = (
+                scoring_input.prompts,
+                scoring_input.completions,
+                scoring_input.completion_ids,
+                scoring_input.truncated,
+            )
+            columns = [
+                {name: cells[i] for name, cells in scoring_input.columns.items()} for i in range(len(scoring_input))
+            ]
+            rows = zip(*fields, columns, strict=True)
+            return self.score([self._token_row(*row, tokenizer if shares_tokens else None) for row in rows])
 
-        return judge
+        return score_rows
 
-    def critic(self, *, weight: float = 1.0) -> Critic:
+    def make_critic(self, *, weight: float = 1.0) -> Critic:
         """A critic that begins by expecting this model's score, times `weight`, at every token."""
-        made = Critic(width_of(self.model), copy.deepcopy(trunk_of(self.model)))
+        critic = Critic(hidden_size_of(self.model), copy.deepcopy(trunk_of(self.model)))
         with torch.no_grad():
-            made.head.weight.copy_(self.model.score.weight * (weight / self.scale))
+            critic.head.weight.copy_(self.model.score.weight * (weight / self.scale))
             bias = 0.0 if self.model.score.bias is None else self.model.score.bias
-            made.head.bias.copy_(torch.as_tensor((bias - self.mean) * (weight / self.scale)))
-        return made.requires_grad_(True)
+            critic.head.bias.copy_(torch.as_tensor((bias - self.mean) * (weight / self.scale)))
+        return critic.requires_grad_(True)
 
     @property
     def digest(self) -> str:
-        return digest(self.model)
+        return module_digest(self.model)
 
-    def _row(
+    def _token_row(
         self,
         prompt: Any,
         completion: Any,
         ids: list[int],
         truncated: bool,
         columns: dict[str, Any],
-        policys: Tokenizer | None,
+        policy_tokenizer: Tokenizer | None,
     ) -> list[int]:
         """What a completion is to this model; `policys` is the policy's tokenizer where both speak the same tokens.
 
         What ended by a stop string is read from its text, which has none, and ends as the texts that it learned from.
         """
-        tokenizer = self.tokenizer if isinstance(prompt, str) else self.tokenizer.for_row(columns)
-        ended = policys is not None and bool(ids) and ids[-1] in policys.stops
-        if policys is not None and (ended or truncated or not policys.stop_strings):
-            said = ids[:-1] if self.form == "text" and not truncated and ended else ids
-            return [*tokenizer.encode_prompt(prompt), *said]
-        if self.form == "text" and isinstance(prompt, str):
+        tokenizer = self.tokenizer if isinstance(prompt, str) else self.tokenizer.with_template_arguments(columns)
+        ended = policy_tokenizer is not None and bool(ids) and ids[-1] in policy_tokenizer.stops
+        if policy_tokenizer is not None and (ended or truncated or not policy_tokenizer.stop_strings):
+            completion_ids = ids[:-1] if self.input_format == "text" and not truncated and ended else ids
+            return [*tokenizer.encode_prompt(prompt), *completion_ids]
+        if self.input_format == "text" and isinstance(prompt, str):
             return tokenizer.encode_prompt(prompt + completion)
-        said = tokenizer.encode_completion(completion, prompt)
-        if truncated and said and said[-1] in tokenizer.stops:
-            said = said[:-1]
-        return [*tokenizer.encode_prompt(prompt), *said]
+        completion_ids = tokenizer.encode_completion(completion, prompt)
+        if truncated and completion_ids and completion_ids[-1] in tokenizer.stops:
+            completion_ids = completion_ids[:-1]
+        return [*tokenizer.encode_prompt(prompt), *completion_ids]
 
 
-def _about(model: Any) -> dict[str, Any]:
+def _saved_settings(model: Any) -> dict[str, Any]:
     """What `save` wrote beside the weights."""
     return getattr(model.config, "understudy", None) or {}
 
 
-def _tokenizer(source: str | Path, stop: Sequence[str], template: str | None, add_bos: bool, trust: bool) -> Tokenizer:
+def _load_tokenizer(
+    source: str | Path, stop: Sequence[str], chat_template: str | None, add_bos: bool, trust_remote_code: bool
+) -> Tokenizer:
     """The tokenizer with these stop ids, or the model's own; with none where it names none, for plain text needs none."""
-    options: dict[str, Any] = {"template": template, "add_bos": add_bos, "trust_remote_code": trust}
+    options: dict[str, Any] = {
+        "chat_template": chat_template,
+        "add_bos": add_bos,
+        "trust_remote_code": trust_remote_code,
+    }
     try:
-        found = Tokenizer.load(source, stop=tuple(stop), **options)
+        tokenizer = Tokenizer.load(source, stop=tuple(stop), **options)
     except RequestError:
         if stop:
             raise
-        return Tokenizer.load(source, fixed_length=True, **options)
-    if stop and found.stop_strings:
+        return Tokenizer.load(source, has_fixed_length=True, **options)
+    if stop and tokenizer.stop_strings:
         raise RequestError(
-            f"stop is {found.stop_strings[0]!r}, which is several tokens: a reward model reads texts to a stop id; give one"
+            f"stop is {tokenizer.stop_strings[0]!r}, which is several tokens: a reward model reads texts to a "
+            "stop id; give one"
         )
-    return found
+    return tokenizer
 
 
-def _pad_apart(tokenizer: Tokenizer, model: Any) -> None:
+def _ensure_pad_token(tokenizer: Tokenizer, model: Any) -> None:
     hf: Any = tokenizer.hf
     if hf.pad_token_id is None or hf.pad_token_id in {hf.eos_token_id, hf.bos_token_id, *tokenizer.stops}:
         hf.add_special_tokens({"pad_token": "<|pad|>"})

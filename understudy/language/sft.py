@@ -9,19 +9,29 @@ from dataclasses import dataclass
 import torch
 
 from understudy.language import config, stage
-from understudy.language.model import Policy, home
-from understudy.language.reading import check_reading
+from understudy.language.model import Policy, model_dir
+from understudy.language.reading import check_forward_consistency
 from understudy.language.stage import Iterations
-from understudy.language.text import Example, Limit, Row, Tokenizer, TrainOn, check_ids, examples, pad, read
-from understudy.objective import imitate
-from understudy.run.config import Count, LearningRate, check_effects
-from understudy.run.seeds import derive, seed_shared_generators
-from understudy.run.store import Resume, Run
+from understudy.language.text import (
+    Example,
+    Limit,
+    Row,
+    Tokenizer,
+    TrainOn,
+    check_ids,
+    make_examples,
+    pad_sequences,
+    read_rows,
+)
+from understudy.objective import sft_loss
+from understudy.run.config import LearningRate, PositiveInt, check_effects
+from understudy.run.seeds import derive_seed, seed_shared_generators
+from understudy.run.store import ResumePoint, Run
 from understudy.update import update
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(config.Tuning):
+class Config(config.FineTuningConfig):
     """Rows of prompt and completion, text, or chat."""
 
     train_on: TrainOn = "last"
@@ -29,9 +39,9 @@ class Config(config.Tuning):
 
     learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
-    epochs: Count = 1
+    epochs: PositiveInt = 1
     """Passes over the data."""
-    minibatch_rows: Count = 16
+    minibatch_rows: PositiveInt = 16
     """Rows an optimizer step sees; the last of an epoch may have fewer."""
 
     def needs(self) -> list[tuple[bool, str, str]]:
@@ -46,79 +56,81 @@ class Config(config.Tuning):
         ]
 
 
-def iterate(cfg: Config, *, resume: Resume | None = None) -> Iterations:
+def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
     torch.set_num_threads(cfg.threads)
     seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
-    limit_learning(policy, cfg)
-    learned, kept = split(policy, cfg)
-    check_reading(policy, [example.ids for example in learned])
-    tokens = cfg.epochs * sum(example.learned for example in learned)
-    optimizer = stage.adamw(cfg, stage.all_of(policy))
-    with stage.open_stage("sft", cfg, policy, optimizer, total=cfg.steps or tokens, resume=resume) as run:
-        while run.on:
-            rate = run.schedule()
-            some = run.next_minibatch(len(learned), cfg.minibatch_rows)
-            text = pad_examples([learned[i] for i in some]).to(cfg.device)
+    select_trainable_parameters(policy, cfg)
+    train_examples, held_out_examples = load_examples(policy, cfg)
+    check_forward_consistency(policy, [example.ids for example in train_examples])
+    total_tokens = cfg.epochs * sum(example.num_target_tokens for example in train_examples)
+    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
+    with stage.open_run("sft", cfg, policy, optimizer, total_steps=cfg.steps or total_tokens, resume=resume) as run:
+        while run.is_active:
+            learning_rate = run.update_learning_rate()
+            indices = run.next_minibatch(len(train_examples), cfg.minibatch_rows)
+            text = collate_examples([train_examples[i] for i in indices]).to(cfg.device)
             run.steps += int(text.mask.sum())
             metrics = update(  # 5 update
                 policy,
                 optimizer,
                 text,
-                imitate,
-                epochs=1,
-                minibatches=1,
+                sft_loss,
+                num_epochs=1,
+                num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro=cfg.micro or None,
-                guard=run.guard,
-                generator=run.shuffle,
+                micro_batch_size=cfg.micro or None,
+                on_nonfinite=run.guard,
+                generator=run.shuffle_generator,
             )
-            if kept and (not run.on or run.due(cfg.evaluate_every)):
-                loss = mean_loss(policy, kept)
+            if held_out_examples and (not run.is_active or run.is_due(cfg.evaluate_every)):
+                loss = mean_loss(policy, held_out_examples)
                 metrics |= {"evaluation_loss": loss, "evaluation_perplexity": math.exp(min(loss, 50.0))}
-            yield from run.report(metrics | {"learning_rate": rate})
+            yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
 
 
-def train(cfg: Config, *, resume: Resume | None = None) -> Run:
+def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.drain(iterate(cfg, resume=resume))
+    return stage.run_to_end(iterate(cfg, resume=resume))
 
 
-def split(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
+def load_examples(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
     """The data to learn from, and that kept for evaluation."""
     fields = {"max_length": Limit.of(policy.model, cfg.max_length), "too_long": cfg.too_long, "train_on": cfg.train_on}
 
-    def make(rows: Sequence[Row], source: str) -> Sequence[Example]:
-        data = examples(rows, policy.tokenizer, **fields)
+    def make_records(rows: Sequence[Row], source: str) -> Sequence[Example]:
+        data = make_examples(rows, policy.tokenizer, **fields)
         check_ids(data, policy.model)
-        policy.remarks += data.remark(source)
+        policy.warnings += data.make_warnings(source)
         return data
 
-    learned, kept, said = stage.divide(read(cfg.data, **cfg.reading), make, cfg, lambda example: example.ids)
-    policy.remarks += said
-    return learned, kept
+    train_examples, held_out_examples, warnings = stage.split_data(
+        read_rows(cfg.data, **cfg.reading_options), make_records, cfg, lambda example: example.ids
+    )
+    policy.warnings += warnings
+    return train_examples, held_out_examples
 
 
-def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Policy:
+def load_policy(cfg: config.Config, *, has_fixed_length: bool = False, **options) -> Policy:
     """The policy a config names, with its tokenizer; `endless` where its completions have no stop."""
-    source = home(cfg.model, "policy")
+    source = model_dir(cfg.model, "policy")
     policy = Policy.from_pretrained(
         source,
         packing=cfg.packing,
         dtype=getattr(torch, cfg.dtype),
-        checkpointing=cfg.checkpointing,
+        gradient_checkpointing=cfg.checkpointing,
         trust_remote_code=cfg.trust_remote_code,
         **options,
     )
     policy.tokenizer = Tokenizer.load(
         source,
         stop=cfg.stop,
-        fixed_length=endless,
-        template=cfg.template,
+        has_fixed_length=has_fixed_length,
+        chat_template=cfg.template,
         add_bos=cfg.add_bos,
         keep_special_tokens=getattr(cfg, "keep_special_tokens", False),
         trust_remote_code=cfg.trust_remote_code,
@@ -126,27 +138,27 @@ def load_policy(cfg: config.Config, *, endless: bool = False, **options) -> Poli
     return policy.to(cfg.device)
 
 
-def limit_learning(policy: Policy, cfg: config.Tuning) -> None:
+def select_trainable_parameters(policy: Policy, cfg: config.FineTuningConfig) -> None:
     """From here on, what learns is what the config says: a fresh adapter, the top layers, or everything."""
     if cfg.lora:
-        seed = derive(cfg.seed, "lora")
-        policy.adapt(rank=cfg.lora, alpha=cfg.lora_alpha, targets=cfg.lora_targets, seed=seed)
+        seed = derive_seed(cfg.seed, "lora")
+        policy.add_lora_adapter(rank=cfg.lora, alpha=cfg.lora_alpha, targets=cfg.lora_targets, seed=seed)
     if cfg.train_layers:
-        policy.train_top(cfg.train_layers)
+        policy.train_top_layers(cfg.train_layers)
 
 
-def pad_examples(some: Sequence[Example]):
-    starts, unlearned = [example.start for example in some], [example.unlearned for example in some]
-    return pad([example.ids for example in some], starts, unlearned)
+def collate_examples(examples: Sequence[Example]):
+    starts, ignored_spans = [example.start for example in examples], [example.ignored_spans for example in examples]
+    return pad_sequences([example.ids for example in examples], starts, ignored_spans)
 
 
 @torch.no_grad()
-def mean_loss(policy: Policy, data: Sequence[Example], *, micro: int = 32) -> float:
+def mean_loss(policy: Policy, data: Sequence[Example], *, micro_batch_size: int = 32) -> float:
     """Mean -log pi in nats over the tokens that examples teach."""
-    total = count = 0.0
-    for at in range(0, len(data), micro):
-        text = pad_examples(data[at : at + micro]).to(policy.device)
-        loss, _ = imitate(policy, text)
+    total = num_tokens = 0.0
+    for start in range(0, len(data), micro_batch_size):
+        text = collate_examples(data[start : start + micro_batch_size]).to(policy.device)
+        loss, _ = sft_loss(policy, text)
         total += float((loss * text.mask).sum())
-        count += float(text.mask.sum())
-    return total / max(count, 1.0)
+        num_tokens += float(text.mask.sum())
+    return total / max(num_tokens, 1.0)

@@ -9,10 +9,17 @@ from typing import Any, Literal
 
 import torch
 
-from understudy.batch import Text
-from understudy.language.data import FUNCTIONS_OWN, Row, column_names, each_row, finite, no_prompt_left_out
-from understudy.language.data import read as read
-from understudy.language.fitting import Fitted, Limit, Room, TooLong, without_beginning
+from understudy.batch import TokenBatch
+from understudy.language.data import (
+    RESERVED_COLUMN_NAMES,
+    Row,
+    check_prompt_not_dropped,
+    column_names,
+    convert_rows,
+    parse_finite,
+)
+from understudy.language.data import read_rows as read_rows
+from understudy.language.fitting import FilteredRecords, Limit, RecordBuilder, TooLong, cut_beginning
 from understudy.language.tokenizer import Messages
 from understudy.language.tokenizer import Tokenizer as Tokenizer
 from understudy.run.config import RequestError
@@ -20,7 +27,7 @@ from understudy.run.config import RequestError
 TrainOn = Literal["last", "all"]
 """Which of the assistant's turns are learned from."""
 
-ANSWER = "\n\nAssistant:"
+ANSWER_MARKER = "\n\nAssistant:"
 """What stands before each answer in a published transcript."""
 
 
@@ -44,13 +51,13 @@ class Example:
     ids: tuple[int, ...]
     start: int
     row: int
-    unlearned: tuple[tuple[int, int], ...] = ()
+    ignored_spans: tuple[tuple[int, int], ...] = ()
     """Spans after `start`, from a token up to another, which are only read too: what others say between two turns."""
 
     @property
-    def learned(self) -> int:
+    def num_target_tokens(self) -> int:
         """How many of its tokens are imitated."""
-        return len(self.ids) - self.start - sum(end - begin for begin, end in self.unlearned)
+        return len(self.ids) - self.start - sum(end - begin for begin, end in self.ignored_spans)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ class Preference:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledExample:
     """A text and how good it is, from 0 to 1. No stop is put behind it: the data do not say that it ends there."""
 
     ids: tuple[int, ...]
@@ -74,152 +81,165 @@ class Labelled:
     row: int
 
 
-def prompts(
+def make_prompts(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     *,
     max_length: int | Limit,
     too_long: TooLong = "refuse",
     unconditional: bool = False,
-) -> Fitted[Prompt]:
+) -> FilteredRecords[Prompt]:
     """Column `prompt`, text or chat. A prompt is never cut: one that is too long is left out.
 
     Args:
         unconditional: every row starts from BOS alone; the data then have no column `prompt`.
     """
-    room = Room.of(tokenizer, max_length, too_long)
-    rows = room.read(room.arranged(rows, conversations=None), ("prompt",))
+    builder = RecordBuilder.of(tokenizer, max_length, too_long)
+    rows = builder.normalize_cells(builder.convert_layout(rows, conversation_column=None), ("prompt",))
     if unconditional and "prompt" in column_names(rows):
         raise RequestError(
             "unconditional is True, but the data have a column 'prompt': remove the column, or leave out --unconditional"
         )
 
-    room.notes += [
+    builder.notes += [
         f"the column {name!r} does not reach functions of {'--reply' if name == 'stop' else '--reward and --reply'}, whose "
         f"argument {name!r} is the run's own: give it another name with --columns NAME={name}"
         for name in column_names(rows)
-        if name in (*FUNCTIONS_OWN, "stop")
+        if name in (*RESERVED_COLUMN_NAMES, "stop")
     ]
 
-    def one(row: Row, number: int) -> Prompt | None:
-        text, others = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}
-        ids = room.tokenizer_of(row, text).encode_prompt(text)
-        room.continued += isinstance(text, list) and text[-1]["role"] == "assistant"
-        return None if room.excess("prompt", ids, 0) is None else Prompt(tuple(ids), text, others, number)
+    def make_prompt(row: Row, number: int) -> Prompt | None:
+        text, columns = row.get("prompt", ""), {name: cell for name, cell in row.items() if name != "prompt"}
+        ids = builder.tokenizer_for(row, text).encode_prompt(text)
+        builder.num_continued += isinstance(text, list) and text[-1]["role"] == "assistant"
+        return (
+            None if builder.count_tokens_to_cut("prompt", ids, 0) is None else Prompt(tuple(ids), text, columns, number)
+        )
 
-    return room.those_of(each_row(rows, one, texts=() if unconditional else ("prompt",)))
+    return builder.collect_records(convert_rows(rows, make_prompt, text_columns=() if unconditional else ("prompt",)))
 
 
-def examples(
+def make_examples(
     rows: Sequence[Row],
     tokenizer: Tokenizer,
     *,
     max_length: int | Limit,
     too_long: TooLong = "refuse",
     train_on: TrainOn = "last",
-) -> Fitted[Example]:
+) -> FilteredRecords[Example]:
     """`completion` after `prompt`, else the last turn of `messages`, else the whole of `text`.
 
     Chat in any of them is learned from in the last turn of the assistant, or in all that follow the prompt. Published
     transcripts in `text` are plain text.
     Cut is what comes before that which is learned; where this is not enough, the row is left out.
     """
-    room = Room.of(tokenizer, max_length, too_long)
-    rows = room.arranged(rows)
-    there = {*column_names(rows)}
-    whole = [name for name in ("messages", "text") if name in there]
-    pair = {"prompt", "completion"} <= there or (not whole and len(there) > 1)
-    prompt, name = (("prompt",), "completion") if pair else ((), (*whole, "text")[0])
-    rows = room.read(rows, (*prompt, name))
-    if not prompt:
-        no_prompt_left_out(rows, (name,), "completion")
+    builder = RecordBuilder.of(tokenizer, max_length, too_long)
+    rows = builder.convert_layout(rows)
+    available = {*column_names(rows)}
+    text_columns = [name for name in ("messages", "text") if name in available]
+    has_completion = {"prompt", "completion"} <= available or (not text_columns and len(available) > 1)
+    prompt_columns, target_column = (("prompt",), "completion") if has_completion else ((), (*text_columns, "text")[0])
+    rows = builder.normalize_cells(rows, (*prompt_columns, target_column))
+    if not prompt_columns:
+        check_prompt_not_dropped(rows, (target_column,), "completion")
 
-    def one(row: Row, number: int) -> Example | None:
-        cell, before = row[name], row["prompt"] if prompt else None
+    def make_example(row: Row, number: int) -> Example | None:
+        cell, prompt_cell = row[target_column], row["prompt"] if prompt_columns else None
         if isinstance(cell, list):
-            ids, start, unlearned = _turns(room.tokenizer_of(row, cell), cell, before, train_on)
+            ids, start, ignored_spans = _encode_turns(builder.tokenizer_for(row, cell), cell, prompt_cell, train_on)
         elif train_on == "all":
             raise RequestError("train_on is 'all', but the data are text, which has no turns: leave it out")
         else:
-            (ids, start), unlearned = _whole(tokenizer, cell, before), []
-        if (excess := room.excess(name, ids, start - 1)) is None:
+            (ids, start), ignored_spans = _encode_whole_text(tokenizer, cell, prompt_cell), []
+        if (excess := builder.count_tokens_to_cut(target_column, ids, start - 1)) is None:
             return None
-        shifted = tuple((begin - excess, end - excess) for begin, end in unlearned)
-        return Example(without_beginning(ids, excess, tokenizer), start - excess, number, shifted)
+        shifted_spans = tuple((begin - excess, end - excess) for begin, end in ignored_spans)
+        return Example(cut_beginning(ids, excess, tokenizer), start - excess, number, shifted_spans)
 
-    return room.those_of(each_row(rows, one, texts=(*prompt, name)))
+    return builder.collect_records(convert_rows(rows, make_example, text_columns=(*prompt_columns, target_column)))
 
 
-def preferences(
+def make_preferences(
     rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | Limit, too_long: TooLong = "refuse"
-) -> Fitted[Preference]:
+) -> FilteredRecords[Preference]:
     """`chosen` and `rejected`: completions of `prompt` where there is one, else whole texts; `margin` where given.
 
     Rows whose two sides are the same say nothing and are left out. Cut is what both sides begin with, by as many tokens on
     both; where this is not enough, the row is left out.
     """
-    room = Room.of(tokenizer, max_length, too_long)
-    rows = room.arranged(rows, conversations="prompt")
-    there = {*column_names(rows)}
-    if {"completion", "label"} <= there and not there & {"chosen", "rejected"}:
+    builder = RecordBuilder.of(tokenizer, max_length, too_long)
+    rows = builder.convert_layout(rows, conversation_column="prompt")
+    available = {*column_names(rows)}
+    if {"completion", "label"} <= available and not available & {"chosen", "rejected"}:
         raise RequestError(
             "the data have single completions with a label (the layout of KTO), not the columns chosen and rejected: give "
             "pairs, or learn from the labels with `understudy language reward-model`"
         )
-    prompt = ("prompt",) if "prompt" in there else ()
-    rows = room.read(rows, (*prompt, "chosen", "rejected"))
-    if not prompt:
-        no_prompt_left_out(rows, ("chosen", "rejected"))
+    prompt_columns = ("prompt",) if "prompt" in available else ()
+    rows = builder.normalize_cells(rows, (*prompt_columns, "chosen", "rejected"))
+    if not prompt_columns:
+        check_prompt_not_dropped(rows, ("chosen", "rejected"))
 
-    def one(row: Row, number: int) -> Preference | None:
-        before, own = row["prompt"] if prompt else None, room.tokenizer_of(row, row["chosen"])
-        sides = {side: _whole(own, row[side], before)[0] for side in ("chosen", "rejected")}
+    def make_preference(row: Row, number: int) -> Preference | None:
+        prompt_cell, row_tokenizer = (
+            row["prompt"] if prompt_columns else None,
+            builder.tokenizer_for(row, row["chosen"]),
+        )
+        sides = {side: _encode_whole_text(row_tokenizer, row[side], prompt_cell)[0] for side in ("chosen", "rejected")}
         if sides["chosen"] == sides["rejected"]:
-            room.equal += 1
+            builder.num_equal += 1
             return None
-        longer = max(sides, key=lambda side: len(sides[side]))
-        excess = room.excess(longer, sides[longer], common(*sides.values()) - 1)
-        margin = finite("margin", 0.0 if row.get("margin") is None else row["margin"])
+        longer_side = max(sides, key=lambda side: len(sides[side]))
+        excess = builder.count_tokens_to_cut(longer_side, sides[longer_side], common_prefix_length(*sides.values()) - 1)
+        margin = parse_finite("margin", 0.0 if row.get("margin") is None else row["margin"])
         if excess is None:
             return None
-        chosen, rejected = (without_beginning(ids, excess, tokenizer) for ids in sides.values())
-        asked = _asked(row["chosen"], row["rejected"]) if before is None else before
-        asked = asked if isinstance(asked, str) else json.dumps(asked or "")
-        return Preference(chosen, rejected, margin, number, asked)
+        chosen, rejected = (cut_beginning(ids, excess, tokenizer) for ids in sides.values())
+        prompt_text = _common_prompt(row["chosen"], row["rejected"]) if prompt_cell is None else prompt_cell
+        prompt_text = prompt_text if isinstance(prompt_text, str) else json.dumps(prompt_text or "")
+        return Preference(chosen, rejected, margin, number, prompt_text)
 
-    pairs = room.those_of(each_row(rows, one, texts=(*prompt, "chosen", "rejected")))
-    if room.equal == len(rows):
+    pairs = builder.collect_records(
+        convert_rows(rows, make_preference, text_columns=(*prompt_columns, "chosen", "rejected"))
+    )
+    if builder.num_equal == len(rows):
         raise RequestError(f"chosen equals rejected in each of {len(rows)} rows: give pairs that differ")
     return pairs
 
 
-def labelled(
+def make_labelled_examples(
     rows: Sequence[Row], tokenizer: Tokenizer, *, max_length: int | Limit, too_long: TooLong = "refuse"
-) -> Fitted[Labelled]:
+) -> FilteredRecords[LabelledExample]:
     """`text`, or `prompt` and `completion`, and `label`: from 0 to 1, or true or false. Cut is the beginning of the text."""
-    room = Room.of(tokenizer, max_length, too_long)
-    there = {*column_names(rows)}
-    if "text" not in there and {"prompt", "completion"} <= there:
-        rows = room.read(rows, ("prompt", "completion"))
-        each_row(rows, lambda row, number: None, texts=("prompt", "completion"))
+    builder = RecordBuilder.of(tokenizer, max_length, too_long)
+    available = {*column_names(rows)}
+    if "text" not in available and {"prompt", "completion"} <= available:
+        rows = builder.normalize_cells(rows, ("prompt", "completion"))
+        convert_rows(rows, lambda row, number: None, text_columns=("prompt", "completion"))
         rows = [{**row, "text": row["prompt"] + row["completion"]} for row in rows]
-        room.notes.append("'prompt' and 'completion' (KTO) are read as one text")
-    rows = room.read(rows, ("text",))
+        builder.notes.append("'prompt' and 'completion' (KTO) are read as one text")
+    rows = builder.normalize_cells(rows, ("text",))
 
-    def one(row: Row, number: int) -> Labelled | None:
+    def make_labelled_example(row: Row, number: int) -> LabelledExample | None:
         text = row["text"]
-        own = room.tokenizer_of(row, text)
-        ids = own.encode_prompt(text) if isinstance(text, str) else _whole(own, text, None)[0]
-        label = finite("label", row["label"])
+        row_tokenizer = builder.tokenizer_for(row, text)
+        ids = (
+            row_tokenizer.encode_prompt(text)
+            if isinstance(text, str)
+            else _encode_whole_text(row_tokenizer, text, None)[0]
+        )
+        label = parse_finite("label", row["label"])
         if not 0 <= label <= 1:
             raise RequestError(f"label is {row['label']!r}: must be from 0 (bad) to 1 (good)")
-        excess = room.excess("text", ids, len(ids) - 2)
-        return None if excess is None else Labelled(without_beginning(ids, excess, tokenizer), label, number)
+        excess = builder.count_tokens_to_cut("text", ids, len(ids) - 2)
+        return None if excess is None else LabelledExample(cut_beginning(ids, excess, tokenizer), label, number)
 
-    return room.those_of(each_row(rows, one, texts=("text",), others=("label",)))
+    return builder.collect_records(
+        convert_rows(rows, make_labelled_example, text_columns=("text",), other_columns=("label",))
+    )
 
 
-def check_ids(data: Sequence[Prompt | Example | Preference | Labelled], model: Any) -> None:
+def check_ids(data: Sequence[Prompt | Example | Preference | LabelledExample], model: Any) -> None:
     """Refuse rows with an id that a model has no embedding for: its tokenizer is not the one it was trained with."""
     vocabulary = model.get_input_embeddings().num_embeddings
     for record in data:
@@ -231,71 +251,73 @@ def check_ids(data: Sequence[Prompt | Example | Preference | Labelled], model: A
             )
 
 
-def common(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_prefix_length(first: Sequence[Any], second: Sequence[Any]) -> int:
     """How many tokens, letters or messages both begin with."""
-    matches = (a == b for a, b in zip(one, other, strict=False))
-    return next((i for i, match in enumerate(matches) if not match), min(len(one), len(other)))
+    matches = (a == b for a, b in zip(first, second, strict=False))
+    return next((i for i, match in enumerate(matches) if not match), min(len(first), len(second)))
 
 
-def pad(
+def pad_sequences(
     sequences: Sequence[Sequence[int]],
     starts: Sequence[int] | None = None,
-    unlearned: Sequence[Sequence[tuple[int, int]]] = (),
+    ignored_spans: Sequence[Sequence[tuple[int, int]]] = (),
     *,
     fill: int = 0,
-) -> Text:
+) -> TokenBatch:
     """Rows padded on the right; the mask is True at t where token t+1 is there, not before the row's start and in no span of
     `unlearned`.
     """
-    ids, length = _padded(sequences, fill)
-    first = torch.tensor([0] * len(sequences) if starts is None else list(starts))
-    following = torch.arange(1, ids.shape[1] + 1)[None, :]
-    mask = (following < length[:, None]) & (following >= first[:, None])
-    for row, spans in zip(mask, unlearned, strict=False):
+    ids, length = _pad_ids(sequences, fill)
+    first_position = torch.tensor([0] * len(sequences) if starts is None else list(starts))
+    next_position = torch.arange(1, ids.shape[1] + 1)[None, :]
+    mask = (next_position < length[:, None]) & (next_position >= first_position[:, None])
+    for row, spans in zip(mask, ignored_spans, strict=False):
         for begin, end in spans:
             row[begin - 1 : end - 1] = False
-    return Text(ids, mask)
+    return TokenBatch(ids, mask)
 
 
-def last_token(sequences: Sequence[Sequence[int]], *, fill: int = 0) -> Text:
+def pad_for_scoring(sequences: Sequence[Sequence[int]], *, fill: int = 0) -> TokenBatch:
     """Rows padded on the right; the mask is True at each row's last token, where a text is scored."""
-    ids, length = _padded(sequences, fill)
-    return Text(ids, torch.arange(ids.shape[1])[None, :] == length[:, None] - 1)
+    ids, length = _pad_ids(sequences, fill)
+    return TokenBatch(ids, torch.arange(ids.shape[1])[None, :] == length[:, None] - 1)
 
 
-def _padded(sequences: Sequence[Sequence[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_ids(sequences: Sequence[Sequence[int]], fill: int) -> tuple[torch.Tensor, torch.Tensor]:
     length = torch.tensor([len(row) for row in sequences])
-    widest = int(length.max())
-    return torch.tensor([[*row, *[fill] * (widest - len(row))] for row in sequences]), length
+    max_length = int(length.max())
+    return torch.tensor([[*row, *[fill] * (max_length - len(row))] for row in sequences]), length
 
 
-def _whole(tokenizer: Tokenizer, cell: str | Messages, prompt: str | Messages | None) -> tuple[list[int], int]:
+def _encode_whole_text(
+    tokenizer: Tokenizer, cell: str | Messages, prompt: str | Messages | None
+) -> tuple[list[int], int]:
     """The ids of a prompt and what follows it, and where that begins. Without a prompt: BOS, or the turns before."""
     if prompt is None and not isinstance(cell, str):
-        at = _answers(cell)[-1][0]
-        prompt, cell = cell[:at], cell[at:]
+        answer_start = _assistant_turns(cell)[-1][0]
+        prompt, cell = cell[:answer_start], cell[answer_start:]
     if prompt is None:
-        return [*tokenizer.front, *tokenizer.encode_completion(cell)], 1
-    before = tokenizer.encode_prompt(prompt)
-    return [*before, *tokenizer.encode_completion(cell, prompt)], len(before)
+        return [*tokenizer.prefix_ids, *tokenizer.encode_completion(cell)], 1
+    prompt_ids = tokenizer.encode_prompt(prompt)
+    return [*prompt_ids, *tokenizer.encode_completion(cell, prompt)], len(prompt_ids)
 
 
-def _answers(messages: Messages, after: int = 1) -> list[tuple[int, int]]:
+def _assistant_turns(messages: Messages, first_message: int = 1) -> list[tuple[int, int]]:
     """The assistant's turns from a message on, each as the first of its messages and the one behind its last.
 
     Raises:
         RequestError: there is none at the end.
     """
-    if len(messages) <= after or messages[-1]["role"] != "assistant":
+    if len(messages) <= first_message or messages[-1]["role"] != "assistant":
         roles = ", ".join(str(m["role"]) for m in messages)
         raise RequestError(f"the messages are of roles {roles}: the last of two or more must be the assistant's")
-    spoken = [at >= after and m["role"] == "assistant" for at, m in enumerate(messages)]
-    begins = [at for at, here in enumerate(spoken) if here and not spoken[at - 1]]
-    ends = [at + 1 for at, here in enumerate(spoken) if here and not any(spoken[at + 1 : at + 2])]
+    is_assistant = [i >= first_message and m["role"] == "assistant" for i, m in enumerate(messages)]
+    begins = [i for i, is_turn in enumerate(is_assistant) if is_turn and not is_assistant[i - 1]]
+    ends = [i + 1 for i, is_turn in enumerate(is_assistant) if is_turn and not any(is_assistant[i + 1 : i + 2])]
     return list(zip(begins, ends, strict=True))
 
 
-def _turns(
+def _encode_turns(
     tokenizer: Tokenizer, cell: Messages, prompt: str | Messages | None, train_on: TrainOn
 ) -> tuple[list[int], int, list[tuple[int, int]]]:
     """The ids of a chat, where the first turn begins that is learned, and the spans behind it that are only read.
@@ -305,20 +327,24 @@ def _turns(
     if isinstance(prompt, str):
         raise RequestError("the completion is chat and its prompt is text: give both as text or both as chat")
     messages = [*(prompt or []), *cell]
-    first, *others = _answers(messages, len(prompt or []) or 1)[-1 if train_on == "last" else 0 :]
-    ids = tokenizer.encode_prompt(messages[: first[0]])
-    start, unlearned, last = len(ids), [], first[0]
-    for begin, end in (first, *others):
-        if begin != first[0]:
-            between = tokenizer.encode_turn(messages[:last], messages[last + 1 : begin])
-            unlearned.append((len(ids), len(ids) + len(between)))
-            ids = [*ids, *between]
+    first_turn, *later_turns = _assistant_turns(messages, len(prompt or []) or 1)[-1 if train_on == "last" else 0 :]
+    ids = tokenizer.encode_prompt(messages[: first_turn[0]])
+    start, ignored_spans, last_message = len(ids), [], first_turn[0]
+    for begin, end in (first_turn, *later_turns):
+        if begin != first_turn[0]:
+            reply_ids = tokenizer.encode_turn(messages[:last_message], messages[last_message + 1 : begin])
+            ignored_spans.append((len(ids), len(ids) + len(reply_ids)))
+            ids = [*ids, *reply_ids]
         ids = [*ids, *tokenizer.encode_completion(messages[begin:end], messages[:begin])]
-        last = end - 1
-    return ids, start, unlearned
+        last_message = end - 1
+    return ids, start, ignored_spans
 
 
-def _asked(chosen: str | Messages, rejected: str | Messages) -> str | Messages:
+def _common_prompt(chosen: str | Messages, rejected: str | Messages) -> str | Messages:
     """The prompt of whole texts: what two transcripts or chats have in common before the last answer that both give."""
-    shared: Any = chosen[: common(chosen, rejected)]
-    return shared.rpartition(ANSWER)[0] if isinstance(shared, str) else shared[: len(chosen) - 1]
+    shared_prefix: Any = chosen[: common_prefix_length(chosen, rejected)]
+    return (
+        shared_prefix.rpartition(ANSWER_MARKER)[0]
+        if isinstance(shared_prefix, str)
+        else shared_prefix[: len(chosen) - 1]
+    )

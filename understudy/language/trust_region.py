@@ -9,24 +9,24 @@ from dataclasses import replace
 import torch
 
 from understudy.batch import Batch
-from understudy.language.config import Rollouts
+from understudy.language.config import RolloutConfig
 from understudy.language.model import Policy
 from understudy.language.tokens import TokenDistribution
 from understudy.reduce import masked_mean
 from understudy.update import UpdateRejected
 
-LEAST = 8
+MIN_ROWS = 8
 """Rows that are measured at least, where there are so many."""
-PIECE = 64
+MEASURE_BATCH_SIZE = 64
 """Rows that are read at a time."""
 
 
-def verify(policy: Policy, batch: Batch, cfg: Rollouts) -> Callable[[], dict[str, float]]:
+def make_trust_region_check(policy: Policy, batch: Batch, cfg: RolloutConfig) -> Callable[[], dict[str, float]]:
     """What `update` is to verify: a `TrustRegion` around the policy as it now is; nothing where `trust_region_kl` is 0."""
     return TrustRegion(policy, batch, cfg) if cfg.trust_region_kl else dict
 
 
-def stop_early(target_kl: float) -> Callable[[dict[str, float]], bool] | None:
+def make_kl_early_stopping(target_kl: float) -> Callable[[dict[str, float]], bool] | None:
     """What `update` is steered by: end it before a minibatch whose `kl_old` is above the bound; None where that is 0."""
     return (lambda metrics: metrics["kl_old"] > target_kl) if target_kl else None
 
@@ -43,14 +43,14 @@ class TrustRegion:
         cfg: `trust_region_kl` is the bound, in nats a token; `trust_region_fraction` of the rows are measured, at least 8.
     """
 
-    def __init__(self, policy: Policy, batch: Batch, cfg: Rollouts) -> None:
+    def __init__(self, policy: Policy, batch: Batch, cfg: RolloutConfig) -> None:
         learned = batch.mask.any(dim=1).nonzero()[:, 0]  # a row may have been dropped, or have no score
-        count = min(len(learned), max(LEAST, math.ceil(cfg.trust_region_fraction * len(learned))))
-        rows = learned[torch.arange(count, device=learned.device) * len(learned) // max(count, 1)]
-        self.policy, self.max_kl, self.size = policy, cfg.trust_region_kl, cfg.micro or PIECE
-        self.text, self.mask = batch.obs[rows], batch.mask[rows]
+        num_rows = min(len(learned), max(MIN_ROWS, math.ceil(cfg.trust_region_fraction * len(learned))))
+        rows = learned[torch.arange(num_rows, device=learned.device) * len(learned) // max(num_rows, 1)]
+        self.policy, self.max_kl, self.micro_batch_size = policy, cfg.trust_region_kl, cfg.micro or MEASURE_BATCH_SIZE
+        self.tokens, self.mask = batch.obs[rows], batch.mask[rows]
         head = policy.head.frozen()
-        self.old = [replace(distribution, head=head) for distribution in self._read()]
+        self.old_distributions = [replace(distribution, head=head) for distribution in self._forward()]
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ class TrustRegion:
         """
         if not len(self.mask):
             return {}
-        pairs = zip(self.old, self._read(), strict=True)
+        pairs = zip(self.old_distributions, self._forward(), strict=True)
         kl = torch.cat([old.kl(new) for old, new in pairs])
         metrics = {"kl_update": float(masked_mean(kl, self.mask))}
         if not metrics["kl_update"] <= self.max_kl:
@@ -75,5 +75,8 @@ class TrustRegion:
         return metrics
 
     @torch.no_grad()
-    def _read(self) -> list[TokenDistribution]:
-        return [self.policy.distribution(self.text[at : at + self.size]) for at in range(0, len(self.text), self.size)]
+    def _forward(self) -> list[TokenDistribution]:
+        return [
+            self.policy.distribution(self.tokens[start : start + self.micro_batch_size])
+            for start in range(0, len(self.tokens), self.micro_batch_size)
+        ]

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from understudy.language.generate import Completion
-from understudy.language.judge import Sampled, columns_of, taken
+from understudy.language.judge import ScoringInput, all_columns, select_columns
 from understudy.language.text import Messages, Prompt, Tokenizer
-from understudy.language.worker import Fault, InProcess, Worker
+from understudy.language.worker import FunctionFault, InProcess, Worker
 from understudy.run.config import RequestError
 from understudy.run.origin import listed
 
-Speak = Callable[..., list[Completion]]
+GenerateFunction = Callable[..., list[Completion]]
 """Continues ids: (prompts, seeds=..., starts=...) -> completions, as `generate` does."""
 
 
-class Reply:
+class ReplyFunction:
     """What others say after a turn of the policy: a function of the user's, in process or in a worker.
 
     It is given what a judge is given, of the rows as they stand, and `stop`: the text of the token, or the stop string, that
@@ -36,7 +36,7 @@ class Reply:
         self.spec = spec
         call = getattr(spec, "call", spec)
         if callable(call):
-            self.asked: InProcess | Worker = InProcess(call, says="replies")
+            self.asked: InProcess | Worker = InProcess(call, output_kind="replies")
             return
         file, _, function = str(spec).rpartition(":")
         if not (file.endswith(".py") and os.path.isfile(file) and function):
@@ -45,28 +45,30 @@ class Reply:
                 f"reply is {spec!r}: must be file.py:function of a file that exists, or a Python function{known}"
             )
         try:
-            self.asked = Worker(file, function, timeout=timeout, says="replies")
-        except Fault as fault:
+            self.asked = Worker(file, function, timeout=timeout, output_kind="replies")
+        except FunctionFault as fault:
             raise RequestError(f"reply is {spec!r}: it cannot be imported ({fault.message}); mend the file") from fault
 
-    def __call__(self, sampled: Sampled, stops: list[str]) -> list[Any]:
+    def __call__(self, scoring_input: ScoringInput, stop_texts: list[str]) -> list[Any]:
         """One reply a row.
 
         Raises:
             RequestError: the function failed, or said something else. A tool that may fail says so in its reply.
         """
         try:
-            said = self.asked.ask(taken(self.asked.wants, {**columns_of(sampled), "stop": stops}))
+            replies = self.asked.call(
+                select_columns(self.asked.parameters, {**all_columns(scoring_input), "stop": stop_texts})
+            )
         except RequestError as error:
             raise RequestError(f"reply is {self.spec!r}: {error}") from None
-        except Fault as fault:
-            what = f"{fault.message}; let it answer with the error instead"
-            raise RequestError(f"reply is {self.spec!r}: {what}") from fault
-        if len(said) != len(sampled):
+        except FunctionFault as fault:
+            reason = f"{fault.message}; let it answer with the error instead"
+            raise RequestError(f"reply is {self.spec!r}: {reason}") from fault
+        if len(replies) != len(scoring_input):
             raise RequestError(
-                f"reply is {self.spec!r}: it gave {len(said)} replies to {len(sampled)} rows; give one each"
+                f"reply is {self.spec!r}: it gave {len(replies)} replies to {len(scoring_input)} rows; give one each"
             )
-        return said
+        return replies
 
     def close(self) -> None:
         """End the worker."""
@@ -74,77 +76,83 @@ class Reply:
 
 
 @dataclass
-class _Row:
+class _Dialogue:
     """A completion in the making."""
 
     prompt: Prompt
     seed: int
     ids: list[int] = field(default_factory=list)
     logprob: list[float] = field(default_factory=list)
-    chosen: list[bool] = field(default_factory=list)
+    mask: list[bool] = field(default_factory=list)
     messages: Messages = field(default_factory=list)
     stopped: bool = False
     version: int = 0
 
-    def take(self, said: Completion, tokenizer: Tokenizer) -> None:
+    def append_turn(self, completion: Completion, tokenizer: Tokenizer) -> None:
         """A turn of the policy's."""
-        self.messages.append({"role": "assistant", "content": self._text(said.ids, tokenizer)})
-        self.ids, self.logprob = [*self.ids, *said.ids], [*self.logprob, *said.logprob]
-        self.chosen += [True] * len(said.ids)
-        self.stopped, self.version = said.stopped, said.version
+        self.messages.append({"role": "assistant", "content": self._decode(completion.ids, tokenizer)})
+        self.ids, self.logprob = [*self.ids, *completion.ids], [*self.logprob, *completion.logprob]
+        self.mask += [True] * len(completion.ids)
+        self.stopped, self.version = completion.stopped, completion.version
 
-    def hear(self, answer: Any, tokenizer: Tokenizer, reply: Reply, limit: int) -> bool:
+    def append_reply(self, reply: Any, tokenizer: Tokenizer, reply_function: ReplyFunction, limit: int) -> bool:
         """A turn of another's; False where it leaves the policy no room, and the row is cut."""
-        ids, messages = self._written(answer, tokenizer, reply)
+        ids, messages = self._encode_reply(reply, tokenizer, reply_function)
         if len(self.ids) + len(ids) >= limit:
             self.stopped = False
             return False
         self.ids, self.logprob = [*self.ids, *ids], [*self.logprob, *[0.0] * len(ids)]
-        self.chosen += [False] * len(ids)
+        self.mask += [False] * len(ids)
         self.messages += messages
         return True
 
-    def _written(self, answer: Any, tokenizer: Tokenizer, reply: Reply) -> tuple[list[int], Messages]:
+    def _encode_reply(
+        self, reply: Any, tokenizer: Tokenizer, reply_function: ReplyFunction
+    ) -> tuple[list[int], Messages]:
         """What another said, as ids and as messages."""
-        several: list[Any] = answer if isinstance(answer, list) else [answer]
-        if isinstance(answer, str):
-            return tokenizer.encode_text(answer), [{"role": "tool", "content": answer}]
-        if all(type(one) is int for one in several):
-            return several, [{"role": "tool", "content": self._text(several, tokenizer)}]
-        if not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in several):
-            raise RequestError(f"reply is {reply.spec!r}: it gave {answer!r}; give text, ids, messages or None")
+        items: list[Any] = reply if isinstance(reply, list) else [reply]
+        if isinstance(reply, str):
+            return tokenizer.encode_text(reply), [{"role": "tool", "content": reply}]
+        if all(type(item) is int for item in items):
+            return items, [{"role": "tool", "content": self._decode(items, tokenizer)}]
+        if not all(isinstance(one, dict) and {"role", "content"} <= one.keys() for one in items):
+            raise RequestError(f"reply is {reply_function.spec!r}: it gave {reply!r}; give text, ids, messages or None")
         if isinstance(self.prompt.text, str):
-            raise RequestError(f"reply is {reply.spec!r}: it gave a message to a prompt of text; give text or ids")
-        before = [*self.prompt.text, *self.messages[:-1]]
-        closed = self.ids[-1] in tokenizer.stops
-        return tokenizer.for_row(self.prompt.columns).encode_turn(before, several, closed=closed), several
+            raise RequestError(
+                f"reply is {reply_function.spec!r}: it gave a message to a prompt of text; give text or ids"
+            )
+        previous_messages = [*self.prompt.text, *self.messages[:-1]]
+        is_closed = self.ids[-1] in tokenizer.stops
+        return tokenizer.with_template_arguments(self.prompt.columns).encode_turn(
+            previous_messages, items, is_closed=is_closed
+        ), items
 
-    def stop(self, tokenizer: Tokenizer) -> str:
+    def stop_text(self, tokenizer: Tokenizer) -> str:
         """What ended the policy's last turn, as text."""
-        turn, [token] = self.done().turn, tokenizer.decode_tokens(self.ids[-1:])
-        string, _ = tokenizer.stop_string([*self.prompt.ids, *self.ids[:turn]], self.ids[turn:])
-        return string or token.strip() or token
+        turn_start, [token] = self.to_completion().last_turn_start, tokenizer.decode_tokens(self.ids[-1:])
+        stop_string, _ = tokenizer.find_stop_string([*self.prompt.ids, *self.ids[:turn_start]], self.ids[turn_start:])
+        return stop_string or token.strip() or token
 
-    def done(self) -> Completion:
+    def to_completion(self) -> Completion:
         """The row as it stands."""
-        chat = None if isinstance(self.prompt.text, str) or len(self.messages) == 1 else [*self.messages]
-        chosen = None if all(self.chosen) else [*self.chosen]
-        return Completion(self.ids, self.logprob, self.stopped, self.version, chosen, chat)
+        messages = None if isinstance(self.prompt.text, str) or len(self.messages) == 1 else [*self.messages]
+        mask = None if all(self.mask) else [*self.mask]
+        return Completion(self.ids, self.logprob, self.stopped, self.version, mask, messages)
 
-    def _text(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
-        return tokenizer.continued(self.prompt.ids, ids)
+    def _decode(self, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+        return tokenizer.decode_continuation(self.prompt.ids, ids)
 
 
-def converse(
-    speak: Speak,
-    reply: Reply,
-    show: Callable[[list[Prompt], list[Completion]], Sampled],
+def run_dialogue(
+    generate: GenerateFunction,
+    reply_function: ReplyFunction,
+    build_scoring_input: Callable[[list[Prompt], list[Completion]], ScoringInput],
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     seeds: Sequence[int],
     *,
     limit: int,
-    turns: int,
+    max_turns: int,
 ) -> list[Completion]:
     """What the policy and others say after prompts, in turn. A stop ends a turn; the last turn's stop ends the row.
 
@@ -158,22 +166,26 @@ def converse(
             word of the policy's is not put there: the limit has cut the row.
         turns: of the policy, at most; after the last one nobody is asked.
     """
-    rows = [_Row(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    going = rows
-    for turn in range(turns):
-        if not going:
+    rows = [_Dialogue(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    active = rows
+    for turn in range(max_turns):
+        if not active:
             break
-        said = speak(
-            [[*row.prompt.ids, *row.ids] for row in going],
-            seeds=[row.seed for row in going],
-            starts=[len(row.ids) for row in going],
+        completions = generate(
+            [[*row.prompt.ids, *row.ids] for row in active],
+            seeds=[row.seed for row in active],
+            starts=[len(row.ids) for row in active],
         )
-        for row, completion in zip(going, said, strict=True):
-            row.take(completion, tokenizer)
-        going = [row for row in going if row.stopped] if turn < turns - 1 else []
-        if not going:
+        for row, completion in zip(active, completions, strict=True):
+            row.append_turn(completion, tokenizer)
+        active = [row for row in active if row.stopped] if turn < max_turns - 1 else []
+        if not active:
             break
-        shown = show([row.prompt for row in going], [row.done() for row in going])
-        answers = zip(going, reply(shown, [row.stop(tokenizer) for row in going]), strict=True)
-        going = [row for row, answer in answers if answer is not None and row.hear(answer, tokenizer, reply, limit)]
-    return [row.done() for row in rows]
+        scoring_input = build_scoring_input([row.prompt for row in active], [row.to_completion() for row in active])
+        replies = zip(active, reply_function(scoring_input, [row.stop_text(tokenizer) for row in active]), strict=True)
+        active = [
+            row
+            for row, reply in replies
+            if reply is not None and row.append_reply(reply, tokenizer, reply_function, limit)
+        ]
+    return [row.to_completion() for row in rows]

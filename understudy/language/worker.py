@@ -28,18 +28,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-IMPORT_SECONDS = 60.0
+IMPORT_TIMEOUT_SECONDS = 60.0
 """How long the import of a user's file may take."""
-HEAD = struct.Struct("<4sQQ")
-MARK = b"\x93und"
-LARGEST_ANSWER = 64 * 2**20
+HEADER = struct.Struct("<4sQQ")
+MAGIC = b"\x93und"
+MAX_ANSWER_BYTES = 64 * 2**20
 """Bytes of an answer, or of a state."""
-LONGEST_ERROR = 2000
+MAX_ERROR_CHARACTERS = 2000
 """Characters of what a function says of its failure."""
-_loop: Any = None  # runs the coroutines of a process, in a thread of its own, so that clients live from batch to batch
+_event_loop: Any = (
+    None  # runs the coroutines of a process, in a thread of its own, so that clients live from batch to batch
+)
 
 
-class Fault(Exception):
+class FunctionFault(Exception):
     """Why rows have no score: `kind` is a key of `Judge.failures`, `message` says it to a person."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -47,7 +49,7 @@ class Fault(Exception):
         self.kind, self.message = kind, message
 
 
-class Unreadable(Exception):
+class InvalidMessageError(Exception):
     """What came is no message of ours."""
 
 
@@ -63,22 +65,25 @@ class InProcess:
             say what it remembers.
     """
 
-    def __init__(self, function: Callable[..., Any], *, says: str = "scores", module: Any = None) -> None:
-        self._function, self._answer = function, answer if says == "scores" else reply
+    def __init__(self, function: Callable[..., Any], *, output_kind: str = "scores", module: Any = None) -> None:
+        self._function, self._answer = (
+            function,
+            call_reward_function if output_kind == "scores" else call_reply_function,
+        )
         self._state: Any = next(filter(_has_state, (function, getattr(function, "__self__", None), module)), None)
-        self.wants: dict[str, Any] = wants(function) | {"has_state": self._state is not None}
+        self.parameters: dict[str, Any] = describe_parameters(function) | {"has_state": self._state is not None}
 
-    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[Any]:
+    def call(self, columns: dict[str, list[Any]], timeout_fraction: float = 1.0) -> list[Any]:
         """What the function says to `given`; raises `Fault`."""
-        return _spoken(lambda: self._answer(self._function, given))
+        return _call_user_code(lambda: self._answer(self._function, columns))
 
     def get_state(self) -> Any:
         """What the function remembers, as plain JSON; raises `Fault` where it is none."""
-        return _spoken(lambda: _as_json(self._state.get_state()))
+        return _call_user_code(lambda: _as_json(self._state.get_state()))
 
     def set_state(self, state: Any) -> None:
         """Let the function remember what `get_state` gave; raises `Fault`."""
-        _spoken(lambda: self._state.set_state(state))
+        _call_user_code(lambda: self._state.set_state(state))
 
     def close(self) -> None:
         """Nothing is open."""
@@ -87,34 +92,34 @@ class InProcess:
 class Worker:
     """`function` of `file`, asked in a process that is ended when it is late and started again when it is next asked."""
 
-    def __init__(self, file: str, function: str, *, timeout: float, says: str = "scores") -> None:
+    def __init__(self, file: str, function: str, *, timeout: float, output_kind: str = "scores") -> None:
         """Import the function; `Fault` says why that is impossible.
 
         Args:
             timeout: seconds a batch may take.  says: "scores", which come back as floats, or "replies", as they are.
         """
-        self.timeout, self._says, self._number = timeout, says, 0
-        self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid()), says]
+        self.timeout, self._output_kind, self._request_number = timeout, output_kind, 0
+        self._command = [sys.executable, __file__, str(Path(file).resolve()), function, str(os.getpid()), output_kind]
         self._process: subprocess.Popen[bytes] | None = None
         self._states: list[Any] = []  # the last one that it gave or was given
-        self.wants: dict[str, Any] = self._start()
+        self.parameters: dict[str, Any] = self._start()
 
-    def ask(self, given: dict[str, list[Any]], share: float = 1.0) -> list[Any]:
+    def call(self, columns: dict[str, list[Any]], timeout_fraction: float = 1.0) -> list[Any]:
         """What the function says to `given`, within `share` of the time limit.
 
         What is not plain data arrives as its `tolist()`, else as text; tuples arrive as lists. Raises `Fault`.
         """
-        return self._asked("ask", given, self._says, share)
+        return self._request("call", columns, self._output_kind, timeout_fraction)
 
     def get_state(self) -> Any:
         """What the function remembers, as plain JSON; raises `Fault` where it is none."""
-        self._states = [self._asked("get_state", None, "state")]
+        self._states = [self._request("get_state", None, "state")]
         return self._states[0]
 
     def set_state(self, state: Any) -> None:
         """Let the function remember what `get_state` gave; raises `Fault`."""
         self._states = [state]
-        self._asked("set_state", state, "state")
+        self._request("set_state", state, "state")
 
     def close(self) -> None:
         """End the process and what it started."""
@@ -133,60 +138,62 @@ class Worker:
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
         try:
-            wanted = self._exchange(None, IMPORT_SECONDS, "wants")
+            wanted = self._exchange(None, IMPORT_TIMEOUT_SECONDS, "wants")
             for state in self._states:
                 self._exchange({"set_state": state}, self.timeout, "state")
             return wanted
-        except Fault:
+        except FunctionFault:
             self.close()
             raise
 
-    def _asked(self, what: str, given: Any, kind: str, share: float = 1.0) -> Any:
+    def _request(self, request: str, content: Any, kind: str, timeout_fraction: float = 1.0) -> Any:
         """The answer to a request, of a process that is started again where it has ended."""
         if self._process is None or self._process.poll() is not None:
             self._start()
-        return self._exchange({what: given}, self.timeout * share, kind)
+        return self._exchange({request: content}, self.timeout * timeout_fraction, kind)
 
-    def _exchange(self, request: Any, limit: float, kind: str) -> Any:
+    def _exchange(self, request: Any, timeout: float, kind: str) -> Any:
         """Send a request, if there is one, and read the answer; a timer ends the process when `limit` is over."""
-        process, late = self._process, threading.Event()
+        process, has_timed_out = self._process, threading.Event()
         assert process and process.stdin and process.stdout
 
-        def end() -> None:
-            late.set()
+        def end_process() -> None:
+            has_timed_out.set()
             self._kill()
 
-        timer = threading.Timer(limit, end)
+        timer = threading.Timer(timeout, end_process)
         timer.daemon = True
         timer.start()
-        reply, unreadable = None, ""
-        self._number = 0 if request is None else self._number + 1
+        response, invalid_message = None, ""
+        self._request_number = 0 if request is None else self._request_number + 1
         try:
             if request is not None:
-                write(process.stdin, request, self._number)
-            if (message := read(process.stdout, most=LARGEST_ANSWER)) is not None:
-                reply = _checked(message, self._number, kind)
+                write_message(process.stdin, request, self._request_number)
+            if (message := read_message(process.stdout, max_bytes=MAX_ANSWER_BYTES)) is not None:
+                response = _validate_response(message, self._request_number, kind)
         except OSError:
             pass  # it ended while being written to
-        except Unreadable as error:
-            unreadable = str(error)
+        except InvalidMessageError as error:
+            invalid_message = str(error)
         except BaseException:
             self.close()  # an answer nobody waits for must not be taken for the next one
             raise
         finally:
             timer.cancel()
             timer.join()
-        if late.is_set() or reply is None:
+        if has_timed_out.is_set() or response is None:
             self.close()
-        if unreadable:
-            raise Fault("garbled", f"its process wrote what is no answer ({unreadable}); it is started again")
-        if reply is None:
-            if late.is_set():
-                raise Fault("timeout", f"no answer within {limit:.3g} s")
-            raise Fault("raised", f"its process ended with exit code {process.returncode}")
-        if "error" in reply:
-            raise Fault("raised", reply["error"])
-        return reply["answer"]
+        if invalid_message:
+            raise FunctionFault(
+                "garbled", f"its process wrote what is no answer ({invalid_message}); it is started again"
+            )
+        if response is None:
+            if has_timed_out.is_set():
+                raise FunctionFault("timeout", f"no answer within {timeout:.3g} s")
+            raise FunctionFault("raised", f"its process ended with exit code {process.returncode}")
+        if "error" in response:
+            raise FunctionFault("raised", response["error"])
+        return response["answer"]
 
     def _kill(self) -> None:
         process = self._process
@@ -198,33 +205,33 @@ class Worker:
         process.kill()
 
 
-def wants(function: Callable[..., Any]) -> dict[str, Any]:
+def describe_parameters(function: Callable[..., Any]) -> dict[str, Any]:
     """`needs`: the names a function must be given; `takes`: those it can be given, None for any."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # written in C
         return {"needs": [], "takes": None}
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    named_parameters = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    accepts_any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
     return {
-        "needs": [p.name for p in named if p.default is p.empty],
-        "takes": None if any_name else [p.name for p in named],
+        "needs": [p.name for p in named_parameters if p.default is p.empty],
+        "takes": None if accepts_any_name else [p.name for p in named_parameters],
     }
 
 
-def answer(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[float | None]:
+def call_reward_function(function: Callable[..., Any], columns: dict[str, list[Any]]) -> list[float | None]:
     """What a function says, as floats: booleans, NumPy scalars and one-element tensors are numbers, text is none."""
-    found = _said(function, given)
+    scores = _call_function(function, columns)
     if isinstance(
-        found, str | bytes | dict | set | frozenset
+        scores, str | bytes | dict | set | frozenset
     ):  # they can be iterated over, and mean no scores in a row
-        raise TypeError(f"the scores are a {type(found).__name__}: must be a list with a number or None a row")
-    return [None if score is None else _number(score) for score in found]
+        raise TypeError(f"the scores are a {type(scores).__name__}: must be a list with a number or None a row")
+    return [None if score is None else _to_float(score) for score in scores]
 
 
-def reply(function: Callable[..., Any], given: dict[str, list[Any]]) -> list[Any]:
+def call_reply_function(function: Callable[..., Any], columns: dict[str, list[Any]]) -> list[Any]:
     """What a function says, as it says it."""
-    return list(_said(function, given))
+    return list(_call_function(function, columns))
 
 
 def _has_state(owner: Any) -> bool:
@@ -238,150 +245,154 @@ def _as_json(state: Any) -> Any:
         TypeError: that is something else.  ValueError: it is too large.
     """
     text = json.dumps(state)
-    if len(text) > LARGEST_ANSWER - 1024:  # less what is written around it
-        raise ValueError(f"get_state gave {len(text)} bytes: must be at most {LARGEST_ANSWER - 1024}")
+    if len(text) > MAX_ANSWER_BYTES - 1024:  # less what is written around it
+        raise ValueError(f"get_state gave {len(text)} bytes: must be at most {MAX_ANSWER_BYTES - 1024}")
     if (plain := json.loads(text)) != state:
         raise TypeError("get_state gave what JSON does not give back (tuples, keys that are no text, nan)")
     return plain
 
 
-def _spoken(call: Callable[[], Any]) -> Any:
+def _call_user_code(call: Callable[[], Any]) -> Any:
     """What a call of the user's gives; `Fault` where it raises."""
     try:
         return call()
     except Exception as error:
-        raise Fault("raised", describe(error)) from error
+        raise FunctionFault("raised", describe_error(error)) from error
 
 
-def _said(function: Callable[..., Any], given: dict[str, list[Any]]) -> Any:
+def _call_function(function: Callable[..., Any], columns: dict[str, list[Any]]) -> Any:
     """What a function says; a coroutine is waited for."""
-    global _loop
-    found = function(**given)
-    if not inspect.isawaitable(found):
-        return found
+    global _event_loop
+    result = function(**columns)
+    if not inspect.isawaitable(result):
+        return result
     asyncio = importlib.import_module("asyncio")  # few functions need it, and a worker is to start in a moment
 
     async def awaited() -> Any:
-        return await found
+        return await result
 
-    if _loop is None:
-        _loop = asyncio.new_event_loop()
-        threading.Thread(target=_loop.run_forever, daemon=True).start()
-    future = asyncio.run_coroutine_threadsafe(awaited(), _loop)
+    if _event_loop is None:
+        _event_loop = asyncio.new_event_loop()
+        threading.Thread(target=_event_loop.run_forever, daemon=True).start()
+    future = asyncio.run_coroutine_threadsafe(awaited(), _event_loop)
     try:
         return future.result()
     finally:
         future.cancel()  # of somebody who interrupts; one that is done does not mind
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An exception in one line, with the place it came from."""
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}"
-    what = " ".join("".join(traceback.format_exception_only(error)).split())[:LONGEST_ERROR]
-    place = _module("understudy_origin", str(Path(__file__).parents[1] / "run/origin.py")).origin(error)
-    return f"{what} ({place})" if place else what
+    description = " ".join("".join(traceback.format_exception_only(error)).split())[:MAX_ERROR_CHARACTERS]
+    place = _import_file("understudy_origin", str(Path(__file__).parents[1] / "run/origin.py")).user_error_location(
+        error
+    )
+    return f"{description} ({place})" if place else description
 
 
-def write(pipe: IO[bytes], message: Any, number: int) -> None:
-    text = json.dumps(message, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)).encode()
-    pipe.write(HEAD.pack(MARK, number, len(text)) + text)
+def write_message(pipe: IO[bytes], message: Any, number: int) -> None:
+    payload = json.dumps(message, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)).encode()
+    pipe.write(HEADER.pack(MAGIC, number, len(payload)) + payload)
     pipe.flush()
 
 
-def read(pipe: IO[bytes], *, most: int | None = None) -> tuple[int, Any] | None:
+def read_message(pipe: IO[bytes], *, max_bytes: int | None = None) -> tuple[int, Any] | None:
     """The next message and its number; None where the other end is gone.
 
     Raises:
         Unreadable: it is none, or longer than `most` bytes.
     """
-    head = pipe.read(HEAD.size)
-    if len(head) < HEAD.size:
+    header = pipe.read(HEADER.size)
+    if len(header) < HEADER.size:
         return None
-    mark, number, size = HEAD.unpack(head)
-    if mark != MARK:
-        raise Unreadable(f"it begins with {head[:8]!r}")
-    if most is not None and size > most:
-        raise Unreadable(f"it has {size} bytes, more than {most}")
-    text = pipe.read(size)
-    if len(text) < size:
+    magic, number, size = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise InvalidMessageError(f"it begins with {header[:8]!r}")
+    if max_bytes is not None and size > max_bytes:
+        raise InvalidMessageError(f"it has {size} bytes, more than {max_bytes}")
+    payload = pipe.read(size)
+    if len(payload) < size:
         return None
     try:
-        return number, json.loads(text)
+        return number, json.loads(payload)
     except (ValueError, RecursionError):
-        raise Unreadable(f"it holds {text[:20]!r}") from None
+        raise InvalidMessageError(f"it holds {payload[:20]!r}") from None
 
 
-def _checked(message: tuple[int, Any], number: int, kind: str) -> dict[str, Any]:
+def _validate_response(message: tuple[int, Any], number: int, kind: str) -> dict[str, Any]:
     """A worker's message, if it is the answer to this request: {"error": text} or {"answer": what was asked for}."""
-    told, reply = message
-    if told != number:
-        raise Unreadable(f"it answers request {told}, not {number}")
-    if not isinstance(reply, dict) or len(reply) != 1:
-        raise Unreadable("it is no object with an answer or an error")
-    if isinstance(error := reply.get("error"), str):
-        return {"error": error[:LONGEST_ERROR]}
-    found = reply.get("answer")
-    good = {
+    response_number, response = message
+    if response_number != number:
+        raise InvalidMessageError(f"it answers request {response_number}, not {number}")
+    if not isinstance(response, dict) or len(response) != 1:
+        raise InvalidMessageError("it is no object with an answer or an error")
+    if isinstance(error := response.get("error"), str):
+        return {"error": error[:MAX_ERROR_CHARACTERS]}
+    content = response.get("answer")
+    validators = {
         "wants": lambda: (
-            isinstance(found, dict)
-            and _are_names(found.get("needs"))
-            and _are_names(found.get("takes") or [])
-            and isinstance(found.get("has_state"), bool)
+            isinstance(content, dict)
+            and _is_name_list(content.get("needs"))
+            and _is_name_list(content.get("takes") or [])
+            and isinstance(content.get("has_state"), bool)
         ),
         "state": lambda: True,
-        "scores": lambda: isinstance(found, list) and all(x is None or type(x) is float for x in found),
-        "replies": lambda: isinstance(found, list),
+        "scores": lambda: isinstance(content, list) and all(x is None or type(x) is float for x in content),
+        "replies": lambda: isinstance(content, list),
     }
-    if not good[kind]():
-        raise Unreadable(f"it has no {kind}")
-    return reply
+    if not validators[kind]():
+        raise InvalidMessageError(f"it has no {kind}")
+    return response
 
 
-def _are_names(found: Any) -> bool:
-    return isinstance(found, list) and all(isinstance(name, str) for name in found)
+def _is_name_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def serve(file: str, name: str, parent: str, says: str) -> None:
+def serve(file: str, name: str, parent: str, output_kind: str) -> None:
     """The other end: import the function, say what it wants, and answer until nobody asks."""
-    children = _module("understudy_children", str(Path(__file__).parents[1] / "run/children.py"))
+    children = _import_file("understudy_children", str(Path(__file__).parents[1] / "run/children.py"))
     children.end_with_parent(int(parent))
-    children.end_group_with_this()
-    own = os.getpid()
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    children.end_group_with_process()
+    worker_pid = os.getpid()
+    requests, responses = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the function prints goes to standard error
     sys.argv, sys.path[0] = [file], str(Path(file).parent)
 
-    def say(message: dict[str, Any], number: int) -> None:
-        if os.getpid() != own:  # a child that the function forked, and that came back from it: its parent answers
+    def send(message: dict[str, Any], number: int) -> None:
+        if (
+            os.getpid() != worker_pid
+        ):  # a child that the function forked, and that came back from it: its parent answers
             os._exit(0)
-        write(replies, message, number)
+        write_message(responses, message, number)
 
     try:
-        function = _load(file, name, says)
-        say({"answer": function.wants}, 0)
+        function = _load_function(file, name, output_kind)
+        send({"answer": function.parameters}, 0)
     except BaseException as error:  # SystemExit too
-        return say({"error": describe(error)}, 0)
-    while (request := read(requests)) is not None:
+        return send({"error": describe_error(error)}, 0)
+    while (request := read_message(requests)) is not None:
         number, asked = request
-        [(what, given)] = asked.items()
+        [(what, columns)] = asked.items()
         try:
-            found = {"answer": function.get_state() if what == "get_state" else getattr(function, what)(given)}
+            response = {"answer": function.get_state() if what == "get_state" else getattr(function, what)(columns)}
         except BaseException as error:
-            found = {"error": error.message if isinstance(error, Fault) else describe(error)}
-        say(found, number)
+            response = {"error": error.message if isinstance(error, FunctionFault) else describe_error(error)}
+        send(response, number)
 
 
-def _load(file: str, name: str, says: str) -> InProcess:
-    module = _module("understudy_reward", file)
+def _load_function(file: str, name: str, output_kind: str) -> InProcess:
+    module = _import_file("understudy_reward", file)
     if not callable(function := getattr(module, name, None)):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise LookupError(f"it has no function {name!r}, only {', '.join(known) or 'none at all'}")
-    return InProcess(function, says=says, module=module)
+        function_names = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise LookupError(f"it has no function {name!r}, only {', '.join(function_names) or 'none at all'}")
+    return InProcess(function, output_kind=output_kind, module=module)
 
 
-def _module(name: str, file: str) -> Any:
+def _import_file(name: str, file: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec and spec.loader
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -389,7 +400,7 @@ def _module(name: str, file: str) -> Any:
     return module
 
 
-def _number(score: Any) -> float:
+def _to_float(score: Any) -> float:
     if isinstance(score, str | bytes):
         raise TypeError(f"a score is the text {score!r}: must be a number or None")
     return float(score)

@@ -25,28 +25,28 @@ from safetensors.torch import load_file, save_file
 
 SCHEMA = 1
 """Of the manifest and of state.json; a reader refuses another one by its number."""
-LARGEST_SPARSE = 2**30
+MAX_SPARSE_BYTES = 2**30
 """Bytes of a file that may be mostly holes; more is refused."""
-LARGEST_JSON = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
 """Bytes of JSON that are read of a checkpoint; more is no state of ours."""
 
 
-class Damaged(ValueError):
+class CorruptFileError(ValueError):
     """A checkpoint that is not what its manifest says: one sentence with the file and what is wrong."""
 
 
-def write(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
+def write_partial(folder: Path, name: str, save: Callable[[Path], None]) -> Path:
     """Put what is to be the checkpoint `folder/name` into a directory beside it: `save` fills the one it is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{name}.part"
-    shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed in here
-    aside.mkdir()
-    with _removed_on_error(aside):
-        save(aside)
-    return aside
+    partial_dir = folder / f".{name}.part"
+    shutil.rmtree(partial_dir, ignore_errors=True)  # of a process that was killed in here
+    partial_dir.mkdir()
+    with _remove_on_error(partial_dir):
+        save(partial_dir)
+    return partial_dir
 
 
-def settle(aside: Path, name: str, *, keep: int) -> None:
+def finalize(partial_dir: Path, name: str, *, keep: int) -> None:
     """Make a checkpoint of what `write` gave, then drop old ones. It is mostly waiting for the disk.
 
     The order is: the files' sync, the manifest, its sync, the directory's sync, the rename, the parent's sync. Killed
@@ -55,34 +55,34 @@ def settle(aside: Path, name: str, *, keep: int) -> None:
     Args:
         keep: how many of the newest stay.
     """
-    folder = aside.parent
-    with _removed_on_error(aside):
-        seal(aside)
-        verify(aside)  # some file systems say that they wrote, and did not
-        os.rename(aside, folder / name)
+    folder = partial_dir.parent
+    with _remove_on_error(partial_dir):
+        write_manifest(partial_dir)
+        verify(partial_dir)  # some file systems say that they wrote, and did not
+        os.rename(partial_dir, folder / name)
     sync(folder)
-    drop(folder, keep=keep)
+    remove_old(folder, keep=keep)
 
 
-def drop(folder: Path, *, keep: int) -> None:
+def remove_old(folder: Path, *, keep: int) -> None:
     """Remove all checkpoints but the newest `keep`."""
-    for old in names(folder)[:-keep]:
+    for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(folder / old, ignore_errors=True)
 
 
 @contextmanager
-def _removed_on_error(aside: Path) -> Iterator[None]:
+def _remove_on_error(partial_dir: Path) -> Iterator[None]:
     """Leave nothing of a directory that could not be filled."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial_dir, ignore_errors=True)
         if isinstance(error, SafetensorError):  # what it says of a full disk
             raise OSError(" ".join(str(error).split())) from error
         raise
 
 
-def seal(path: Path) -> None:
+def write_manifest(path: Path) -> None:
     """Sync every file of a directory and write its manifest."""
     files = {}
     for file in sorted(p for p in path.rglob("*") if p.is_file()):
@@ -103,44 +103,44 @@ def verify(path: Path) -> None:
     """
     manifest = read_json(path / "manifest.json")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise Damaged(f"'{path / 'manifest.json'}' is no manifest: it has no list of files")
+        raise CorruptFileError(f"'{path / 'manifest.json'}' is no manifest: it has no list of files")
     if manifest.get("schema") != SCHEMA:
-        raise Damaged(
+        raise CorruptFileError(
             f"'{path}' has schema {manifest.get('schema')!r}, this version reads {SCHEMA}: use the version that wrote it"
         )
-    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
-    for name in sorted(found ^ (manifest["files"].keys() | {"manifest.json"})):
-        raise Damaged(f"'{path / name}' is {'not in the manifest' if name in found else 'missing'}")
-    for name, about in manifest["files"].items():
+    present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_symlink() or not p.is_dir()}
+    for name in sorted(present ^ (manifest["files"].keys() | {"manifest.json"})):
+        raise CorruptFileError(f"'{path / name}' is {'not in the manifest' if name in present else 'missing'}")
+    for name, entry in manifest["files"].items():
         file = path / name
         if file.is_symlink() or not file.is_file() or not file.resolve().is_relative_to(path.resolve()):
-            raise Damaged(f"'{file}' is no plain file of the checkpoint")
+            raise CorruptFileError(f"'{file}' is no plain file of the checkpoint")
         if (
-            not isinstance(about, dict)
-            or file.stat().st_size != about.get("bytes")
-            or sha256(file) != about.get("sha256")
+            not isinstance(entry, dict)
+            or file.stat().st_size != entry.get("bytes")
+            or sha256(file) != entry.get("sha256")
         ):
-            raise Damaged(f"'{file}' is not the file that was written: its digest differs")
+            raise CorruptFileError(f"'{file}' is not the file that was written: its digest differs")
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
+def find_newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what was found wrong with newer ones.
 
     Damaged ones move to `folder/quarantine`, with the reason beside them.
     """
-    wrong = []
-    for name in reversed(names(folder)):
+    errors = []
+    for name in reversed(list_checkpoints(folder)):
         try:
             verify(folder / name)
-        except Damaged as error:
-            wrong.append(str(error))
+        except CorruptFileError as error:
+            errors.append(str(error))
             _quarantine(folder, name, str(error))
         else:
-            return folder / name, wrong
-    return None, wrong
+            return folder / name, errors
+    return None, errors
 
 
-def names(folder: Path) -> list[str]:
+def list_checkpoints(folder: Path) -> list[str]:
     """The checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
@@ -150,20 +150,20 @@ def names(folder: Path) -> list[str]:
 def set_aside_newer(checkpoint: Path) -> list[str]:
     """Quarantine the checkpoints that are newer than this one, from which its run now goes on another way; their names."""
     folder = checkpoint.parent
-    newer = [name for name in names(folder) if int(name) > int(checkpoint.name)]
+    newer = [name for name in list_checkpoints(folder) if int(name) > int(checkpoint.name)]
     for name in newer:
         _quarantine(folder, name, f"the run went on from {checkpoint.name}")
     return newer
 
 
 def _quarantine(folder: Path, name: str, reason: str) -> None:
-    away = folder / "quarantine"
-    away.mkdir(exist_ok=True)
+    quarantine = folder / "quarantine"
+    quarantine.mkdir(exist_ok=True)
     number = 1
-    while (away / f"{name}-{number}").exists():
+    while (quarantine / f"{name}-{number}").exists():
         number += 1
-    os.rename(folder / name, away / f"{name}-{number}")
-    (away / f"{name}-{number}.reason").write_text(reason + "\n")
+    os.rename(folder / name, quarantine / f"{name}-{number}")
+    (quarantine / f"{name}-{number}.reason").write_text(reason + "\n")
 
 
 def save_state(path: Path, tree: Any) -> None:
@@ -180,18 +180,18 @@ def load_state(path: Path) -> Any:
     Raises:
         Damaged: it is none of ours.
     """
-    found = read_json(path / "state.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        has = found.get("schema") if isinstance(found, dict) else None
-        raise Damaged(f"'{path / 'state.json'}' has schema {has!r}, this version reads {SCHEMA}")
-    tensors = tensors_of(path / "state.safetensors")
+    document = read_json(path / "state.json")
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        schema = document.get("schema") if isinstance(document, dict) else None
+        raise CorruptFileError(f"'{path / 'state.json'}' has schema {schema!r}, this version reads {SCHEMA}")
+    tensors = load_tensors(path / "state.safetensors")
     try:
-        return _unpack(found["state"], tensors)
+        return _unpack(document["state"], tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise Damaged(f"'{path / 'state.json'}' is no state that was written by a run") from error
+        raise CorruptFileError(f"'{path / 'state.json'}' is no state that was written by a run") from error
 
 
-def read_json(path: Path, *, most: int = LARGEST_JSON, links: bool = False) -> Any:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, allow_links: bool = False) -> Any:
     """JSON of a file that may be anybody's.
 
     Args:
@@ -202,47 +202,49 @@ def read_json(path: Path, *, most: int = LARGEST_JSON, links: bool = False) -> A
         Damaged: it is missing, no plain file, too large, too deep or no JSON.
     """
     try:
-        require_plain(path, links=links)
-        if path.stat().st_size > most:
-            raise Damaged(f"'{path}' has more than {most / 2**20:g} MiB: not read")
+        require_regular_file(path, allow_links=allow_links)
+        if path.stat().st_size > max_bytes:
+            raise CorruptFileError(f"'{path}' has more than {max_bytes / 2**20:g} MiB: not read")
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, Damaged):
+        if isinstance(error, CorruptFileError):
             raise
-        raise Damaged(f"'{path}' cannot be read as JSON ({type(error).__name__})") from error
+        raise CorruptFileError(f"'{path}' cannot be read as JSON ({type(error).__name__})") from error
 
 
-def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file that may be anybody's.
 
     Raises:
         Damaged: it is none.
     """
-    with _safetensors(path):
+    with _reading_safetensors(path):
         return load_file(path)
 
 
-def shapes_of(path: Path) -> dict[str, tuple[int, ...]]:
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shapes that the header of a safetensors file names; no tensor is read.
 
     Raises:
         Damaged: it is no such file, or its header does not fit what follows.
     """
-    with _safetensors(path), safe_open(path, framework="pt") as file:
+    with _reading_safetensors(path), safe_open(path, framework="pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
 @contextmanager
-def _safetensors(path: Path) -> Iterator[None]:
+def _reading_safetensors(path: Path) -> Iterator[None]:
     """Refuse what is no plain file; say what is wrong with one that is not safetensors."""
-    require_plain(path)
+    require_regular_file(path)
     try:
         yield
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise Damaged(f"'{path}' cannot be read as safetensors ({' '.join(str(error).split())[:100]})") from error
+        raise CorruptFileError(
+            f"'{path}' cannot be read as safetensors ({' '.join(str(error).split())[:100]})"
+        ) from error
 
 
-def require_plain(path: Path, *, links: bool = False) -> None:
+def require_regular_file(path: Path, *, allow_links: bool = False) -> None:
     """Refuse to read what is no plain file, or a large one that is mostly holes and costs its sender nothing.
 
     Args:
@@ -252,13 +254,15 @@ def require_plain(path: Path, *, links: bool = False) -> None:
         Damaged: it is missing, a link, a directory, a pipe or a device; or sparse.
     """
     try:
-        about = path.stat() if links else path.lstat()
+        status = path.stat() if allow_links else path.lstat()
     except OSError as error:
-        raise Damaged(f"'{path}' is missing or cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(about.st_mode):
-        raise Damaged(f"'{path}' is a link, or is no plain file: not read")
-    if about.st_size > LARGEST_SPARSE and _is_sparse(path, about.st_size):
-        raise Damaged(f"'{path}' has {about.st_size:,} bytes, nearly all of which are a hole in the file: not read")
+        raise CorruptFileError(f"'{path}' is missing or cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptFileError(f"'{path}' is a link, or is no plain file: not read")
+    if status.st_size > MAX_SPARSE_BYTES and _is_sparse(path, status.st_size):
+        raise CorruptFileError(
+            f"'{path}' has {status.st_size:,} bytes, nearly all of which are a hole in the file: not read"
+        )
 
 
 def _is_sparse(path: Path, size: int) -> bool:
@@ -279,17 +283,17 @@ def _is_sparse(path: Path, size: int) -> bool:
     return True
 
 
-def require_plain_files(path: Path, folders: Iterable[str]) -> None:
+def require_regular_files(path: Path, folders: Iterable[str]) -> None:
     """Refuse a directory with a link, a pipe or a device in it, or in these folders of it: it would be written through.
 
     Raises:
         Damaged: there is one.
     """
-    inside = (found for name in folders for found in (path / name).rglob("*"))
-    for found in itertools.chain(path.iterdir(), inside):
-        mode = found.lstat().st_mode
+    nested_files = (entry for name in folders for entry in (path / name).rglob("*"))
+    for entry in itertools.chain(path.iterdir(), nested_files):
+        mode = entry.lstat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise Damaged(f"'{found}' is {'a link' if stat.S_ISLNK(mode) else 'a pipe, a socket or a device'}")
+            raise CorruptFileError(f"'{entry}' is {'a link' if stat.S_ISLNK(mode) else 'a pipe, a socket or a device'}")
 
 
 def sha256(path: Path) -> str:
@@ -298,7 +302,7 @@ def sha256(path: Path) -> str:
     Raises:
         Damaged: it is no plain file, or a large one that is mostly holes.
     """
-    require_plain(path, links=True)
+    require_regular_file(path, allow_links=True)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -313,23 +317,23 @@ def sync(path: Path) -> None:
 
 
 def _pack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    def put(kind: str, tensor: torch.Tensor, **about: Any) -> dict[str, Any]:
+    def store_tensor(kind: str, tensor: torch.Tensor, **fields: Any) -> dict[str, Any]:
         name = str(len(tensors))
         tensors[name] = tensor.detach().cpu().contiguous().clone()
-        return {kind: name, **about}
+        return {kind: name, **fields}
 
     if type(tree) in (int, str, bool) or (type(tree) is float and math.isfinite(tree)):
         return tree  # most are, and the rest takes a while to ask for
     if isinstance(tree, torch.Tensor):
-        return put("$tensor", tree)
+        return store_tensor("$tensor", tree)
     if isinstance(tree, torch.Generator):
-        return put("$tensor", tree.get_state())
+        return store_tensor("$tensor", tree.get_state())
     if isinstance(tree, np.ndarray | np.generic):
         array = np.ascontiguousarray(tree)
         if array.dtype.hasobject:
             raise TypeError(f"an array of {array.dtype} has no bytes of its own")
         data = torch.from_numpy(np.frombuffer(array.tobytes(), dtype=np.uint8).copy())
-        return put("$array", data, dtype=array.dtype.str, shape=list(np.shape(tree)))
+        return store_tensor("$array", data, dtype=array.dtype.str, shape=list(np.shape(tree)))
     if isinstance(tree, np.random.Generator):
         return _pack(tree.bit_generator.state, tensors)
     if isinstance(tree, dict):

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Generator
 
-INTERVAL = 1.0
+POLL_SECONDS = 1.0
 """Seconds between two looks at which processes a command has started."""
 
 
@@ -27,7 +27,7 @@ def end_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
 
-def end_group_with_this() -> None:
+def end_group_with_process() -> None:
     """Have whatever this process starts end when it ends, however that comes: all that stays in its process group.
 
     A guard, which is nobody's child and holds none of our files, waits for the end of this process, and then ends the group.
@@ -41,9 +41,9 @@ def end_group_with_this() -> None:
         select.select([0], [], [])  # readable when the process has ended
         os.killpg(0, signal.SIGKILL)
 
-    this = os.pidfd_open(os.getpid())
-    _start_guard(end_group, this)
-    os.close(this)
+    pidfd = os.pidfd_open(os.getpid())
+    _start_guard(end_group, pidfd)
+    os.close(pidfd)
 
 
 @contextlib.contextmanager
@@ -53,25 +53,25 @@ def end_descendants_if_killed() -> Generator[None]:
     A guard notes them, and what they start, once a second. Whoever leaves the block in order leaves them alone. Those that
     were there before are never ended. Without Linux's pidfd and lists of children in /proc, nothing is watched.
     """
-    this = os.getpid()
-    in_order = _guarded(this)
+    pid = os.getpid()
+    clean_exit_fd = _start_descendant_guard(pid)
     try:
         yield
     finally:
-        if in_order is not None and os.getpid() == this:  # not in a fork that leaves the block
-            os.eventfd_write(in_order, 1)
-            os.close(in_order)
+        if clean_exit_fd is not None and os.getpid() == pid:  # not in a fork that leaves the block
+            os.eventfd_write(clean_exit_fd, 1)
+            os.close(clean_exit_fd)
 
 
-def _guarded(this: int) -> int | None:
+def _start_descendant_guard(pid: int) -> int | None:
     """Start a guard of what this process starts: the file that tells it of an end in order, None where there is no guard."""
-    if not (hasattr(os, "pidfd_open") and os.path.exists(f"/proc/{this}/task/{this}/children")):
+    if not (hasattr(os, "pidfd_open") and os.path.exists(f"/proc/{pid}/task/{pid}/children")):
         return None
     with contextlib.suppress(OSError):  # a system without pidfd, or one that starts no more processes
-        before, ended, in_order = _descendants(this), os.pidfd_open(this), os.eventfd(0)
-        _start_guard(lambda: _end_descendants(this, before), ended, in_order)
-        os.close(ended)
-        return in_order
+        existing, pidfd, clean_exit_fd = _descendants(pid), os.pidfd_open(pid), os.eventfd(0)
+        _start_guard(lambda: _end_descendants(pid, existing), pidfd, clean_exit_fd)
+        os.close(pidfd)
+        return clean_exit_fd
     return None
 
 
@@ -96,60 +96,60 @@ def _start_guard(watch: Callable[[], None], *files: int) -> None:
         os._exit(0)
 
 
-def _end_descendants(process: int, before: dict[int, str]) -> None:
+def _end_descendants(pid: int, existing: dict[int, str]) -> None:
     """A guard's life. File 0 is readable when the process has ended, file 1 when it has said that it ends in order."""
     os.setsid()  # a signal to the process's group does not end its guard
-    started: dict[int, str] = {}
-    while not (ready := select.select([0, 1], [], [], INTERVAL)[0]):
-        found = _descendants(process, before)
+    descendants: dict[int, str] = {}
+    while not (ready := select.select([0, 1], [], [], POLL_SECONDS)[0]):
+        current = _descendants(pid, existing)
         if 0 not in select.select([0], [], [], 0)[0]:  # else its children are no longer its own
-            started = found
+            descendants = current
     if 1 not in ready:
-        for each, time in started.items():
-            _kill(each, time)
+        for child, start_time in descendants.items():
+            _kill(child, start_time)
 
 
-def _kill(process: int, started: str) -> None:
+def _kill(pid: int, start_time: str) -> None:
     """Kill a process and what it has started, if it is still the one that started then."""
     with contextlib.suppress(OSError):  # it has ended
-        handle = os.pidfd_open(process)
-        if _started(process) == started:
-            below = _descendants(process)
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-            for each, time in below.items():
-                _kill(each, time)
-        os.close(handle)
+        pidfd = os.pidfd_open(pid)
+        if _start_time(pid) == start_time:
+            descendants = _descendants(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            for child, child_start_time in descendants.items():
+                _kill(child, child_start_time)
+        os.close(pidfd)
 
 
-def _descendants(process: int, but: dict[int, str] | None = None) -> dict[int, str]:
+def _descendants(pid: int, exclude: dict[int, str] | None = None) -> dict[int, str]:
     """What a process has started, and what that has, each with the time of its start.
 
     Args:
         but: these, and what they have started, are left out.
     """
-    found: dict[int, str] = {}
-    for child in _children(process):
-        time = _started(child)
-        if time and (but or {}).get(child) != time:
-            found |= {child: time} | _descendants(child)
-    return found
+    descendants: dict[int, str] = {}
+    for child in _children(pid):
+        start_time = _start_time(child)
+        if start_time and (exclude or {}).get(child) != start_time:
+            descendants |= {child: start_time} | _descendants(child)
+    return descendants
 
 
-def _children(process: int) -> list[int]:
+def _children(pid: int) -> list[int]:
     """What the threads of a process have started, and it has not yet waited for."""
     try:
-        threads = os.listdir(f"/proc/{process}/task")
+        threads = os.listdir(f"/proc/{pid}/task")
     except OSError:  # it has ended
         return []
-    return [int(child) for thread in threads for child in _read(f"/proc/{process}/task/{thread}/children").split()]
+    return [int(child) for thread in threads for child in _read_proc(f"/proc/{pid}/task/{thread}/children").split()]
 
 
-def _started(process: int) -> str:
+def _start_time(pid: int) -> str:
     """When a process was started, in the system's ticks; empty where it has ended."""
-    return "".join(_read(f"/proc/{process}/stat").rpartition(")")[2].split()[19:20])
+    return "".join(_read_proc(f"/proc/{pid}/stat").rpartition(")")[2].split()[19:20])
 
 
-def _read(file: str) -> str:
+def _read_proc(file: str) -> str:
     """A file of /proc; empty where its process or thread has ended."""
     try:
         with open(file) as text:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from understudy.run.config import RequestError
-from understudy.run.origin import origin
-from understudy.run.paths import short
+from understudy.run.origin import user_error_location
+from understudy.run.paths import short_path
 from understudy.run.store import Run
 
-IN_A_ROW = 3
+MAX_CONSECUTIVE_SKIPS = 3
 """Updates left out one after another that end a run."""
-GROWS_BACK = 10
+RECOVERY_UPDATES = 10
 """Updates over which a learning rate that was halved is back where it was."""
 
 
@@ -29,8 +29,8 @@ class Guard:
         stage: of either world, with `run`, `iteration`, `kept` and `cfg`.
     """
 
-    def __init__(self, stage: Any) -> None:
-        self.stage = stage
+    def __init__(self, training_run: Any) -> None:
+        self.training_run = training_run
 
     def __call__(self, error: ArithmeticError) -> None:
         """Note it.
@@ -41,36 +41,40 @@ class Guard:
         Raises:
             FloatingPointError: it is the third in a row that is not finite.
         """
-        run, number = self.stage.run, self.stage.iteration + 1
+        run, iteration = self.training_run.run, self.training_run.iteration + 1
         if not isinstance(error, FloatingPointError):
-            return self._reject(error, number)
-        last = self.stage.kept["skipped"] = [*self.stage.kept.get("skipped", ()), number][-IN_A_ROW:]
-        run.event("update_skipped", iteration=number, reason=str(error))
-        if last == [*range(number - IN_A_ROW + 1, number + 1)]:
+            return self._reject(error, iteration)
+        recent_skips = self.training_run.recipe_state["skipped"] = [
+            *self.training_run.recipe_state.get("skipped", ()),
+            iteration,
+        ][-MAX_CONSECUTIVE_SKIPS:]
+        run.event("update_skipped", iteration=iteration, reason=str(error))
+        if recent_skips == [*range(iteration - MAX_CONSECUTIVE_SKIPS + 1, iteration + 1)]:
             raise FloatingPointError(
-                f"{IN_A_ROW} updates in a row were left out, the last because {error}; {whole(run)}"
+                f"{MAX_CONSECUTIVE_SKIPS} updates in a row were left out, the last because {error}; "
+                f"{describe_last_checkpoint(run)}"
             ) from error
-        if not self.stage.cfg.quiet:
-            print(f"understudy: update {number} is left out: {error}", file=sys.stderr)
+        if not self.training_run.cfg.quiet:
+            print(f"understudy: update {iteration} is left out: {error}", file=sys.stderr)
 
-    def _reject(self, error: ArithmeticError, number: int) -> None:
+    def _reject(self, error: ArithmeticError, iteration: int) -> None:
         """Lower the learning rate of the coming updates; the first rejection of a run is printed, each is an event."""
-        kept, run = self.stage.kept, self.stage.run
-        kept["lr_scale"] = kept.get("lr_scale", 1.0) / 2
-        kept["rejected"] = kept.get("rejected", 0) + 1
-        run.event("update_rejected", iteration=number, reason=str(error), lr_scale=kept["lr_scale"])
-        if kept["rejected"] == 1 and not self.stage.cfg.quiet:
+        recipe_state, run = self.training_run.recipe_state, self.training_run.run
+        recipe_state["lr_scale"] = recipe_state.get("lr_scale", 1.0) / 2
+        recipe_state["rejected"] = recipe_state.get("rejected", 0) + 1
+        run.event("update_rejected", iteration=iteration, reason=str(error), lr_scale=recipe_state["lr_scale"])
+        if recipe_state["rejected"] == 1 and not self.training_run.cfg.quiet:
             print(
-                f"understudy: update {number} is undone: {error}; the learning rate is halved and grows back over "
-                f"{GROWS_BACK} updates (further ones are counted in events.jsonl)",
+                f"understudy: update {iteration} is undone: {error}; the learning rate is halved and grows back over "
+                f"{RECOVERY_UPDATES} updates (further ones are counted in events.jsonl)",
                 file=sys.stderr,
             )
 
     def accept(self) -> None:
         """After an update that stands: let a learning rate that was halved grow back."""
-        kept = self.stage.kept
-        if kept.get("lr_scale", 1.0) < 1.0:
-            kept["lr_scale"] = min(1.0, kept["lr_scale"] * 2 ** (1 / GROWS_BACK))
+        recipe_state = self.training_run.recipe_state
+        if recipe_state.get("lr_scale", 1.0) < 1.0:
+            recipe_state["lr_scale"] = min(1.0, recipe_state["lr_scale"] * 2 ** (1 / RECOVERY_UPDATES))
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
@@ -78,37 +82,42 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def out_of_memory(error: BaseException, run: Run, mend: str) -> RequestError:
+def out_of_memory_error(error: BaseException, run: Run, fix: str) -> RequestError:
     """The refusal of a run that does not fit into memory.
 
     Args:
         mend: the fields that need less, with their values.
     """
-    return RequestError(f"memory ran out ({' '.join(str(error).split())[:120]}): {mend}; {whole(run)}")
+    return RequestError(
+        f"memory ran out ({' '.join(str(error).split())[:120]}): {fix}; {describe_last_checkpoint(run)}"
+    )
 
 
-def whole(run: Run) -> str:
+def describe_last_checkpoint(run: Run) -> str:
     """Which checkpoint of a run is the last good one, and how to go on from it."""
-    names = run.checkpoints()
+    names = run.list_checkpoints()
     if not names:
-        return f"there is no checkpoint under '{short(run.path)}' yet: start again with another out"
-    last = run.path / "checkpoints" / names[-1]
-    return f"the last good checkpoint is '{short(last)}': `understudy resume {short(run.path)}` goes on from it"
+        return f"there is no checkpoint under '{short_path(run.path)}' yet: start again with another out"
+    checkpoint_path = run.path / "checkpoints" / names[-1]
+    return (
+        f"the last good checkpoint is '{short_path(checkpoint_path)}': `understudy resume {short_path(run.path)}` "
+        "goes on from it"
+    )
 
 
 def note_failure(run: Run, error: BaseException) -> None:
     """Write down what ended a run, and add a note to the error: the user's line, the file with the traceback, the way on."""
     said = f"{type(error).__name__}: {' '.join(str(error).split())}"
     run.event("failed", error=said, traceback=traceback.format_exc())
-    place, text = origin(error), str(error)
+    place, text = user_error_location(error), str(error)
     parts = [f"in {place}"] if place and place not in text else []
-    parts.append(f"the traceback is in '{short(run.path / 'events.jsonl')}'")
-    error.add_note("; ".join([*parts, *([] if whole(run) in text else [way_on(run)])]))
+    parts.append(f"the traceback is in '{short_path(run.path / 'events.jsonl')}'")
+    error.add_note("; ".join([*parts, *([] if describe_last_checkpoint(run) in text else [resume_command(run)])]))
 
 
-def way_on(run: Run) -> str:
+def resume_command(run: Run) -> str:
     """The command that goes on with a run that has ended early."""
-    names, command = run.checkpoints(), f"`understudy resume {shlex.quote(str(short(run.path)))}`"
+    names, command = run.list_checkpoints(), f"`understudy resume {shlex.quote(str(short_path(run.path)))}`"
     return (
         f"{command} goes on from checkpoint {names[-1]}"
         if names

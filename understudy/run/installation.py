@@ -22,9 +22,11 @@ def version() -> str:
 
 def install_hint(extra: str) -> str:
     """The command that installs an extra of this package, from the index or from the checkout that it came from."""
-    written = (one.read_text("direct_url.json") for one in metadata.distributions(name=DISTRIBUTION))
+    direct_urls = (
+        distribution.read_text("direct_url.json") for distribution in metadata.distributions(name=DISTRIBUTION)
+    )
     checkout = next(
-        (origin["dir_info"] for text in written if text and "dir_info" in (origin := json.loads(text))), None
+        (origin["dir_info"] for text in direct_urls if text and "dir_info" in (origin := json.loads(text))), None
     )
     if checkout is None:
         return f"pip install '{DISTRIBUTION}[{extra}]'"
@@ -32,7 +34,7 @@ def install_hint(extra: str) -> str:
     return f"pip install {editable}'.[{extra}]' in the checkout"
 
 
-def need_package(package: str, extra: str, request: str) -> None:
+def require_package(package: str, extra: str, request: str) -> None:
     """Raise `RequestError` where a package of an extra is missing; `request` says what it is for, as "video is on"."""
     if importlib.util.find_spec(package) is None:
         raise RequestError(f"{request}, for which the package {package} is missing: {install_hint(extra)}")
@@ -41,7 +43,11 @@ def need_package(package: str, extra: str, request: str) -> None:
 def foreign_warning() -> str | None:
     """A sentence where the other project named `understudy` is installed too; its files may have replaced ours."""
     # An earlier installation of this package had that name and our summary.
-    others = (one for one in metadata.distributions(name="understudy") if one.metadata["Summary"] != SUMMARY)
+    others = (
+        distribution
+        for distribution in metadata.distributions(name="understudy")
+        if distribution.metadata["Summary"] != SUMMARY
+    )
     if (other := next(others, None)) is None:
         return None
     return (

@@ -17,22 +17,22 @@ from typing import Any, NamedTuple
 
 import torch
 
-from understudy.run.checkpoint import Damaged, sha256
+from understudy.run.checkpoint import CorruptFileError, sha256
 from understudy.run.config import RequestError
 from understudy.run.installation import DISTRIBUTION
-from understudy.run.store import SCHEMA, plain, read_config, read_schema, write_json
-from understudy.run.trust import vouch
+from understudy.run.store import SCHEMA, read_config, read_versioned_json, sanitize, write_json
+from understudy.run.trust import sign_code
 
 FILE = "lineage.json"
 PACKAGES = ("torch", "numpy", "safetensors", "gymnasium", "transformers", "tokenizers", "peft")
-MODEL = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
+MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken"})
 """Endings of the files that a model's directory is told by."""
-MADE_BY = ("config", "code", "packages", "processor")
+REPRODUCIBILITY_INPUTS = ("config", "code", "packages", "processor")
 """What a run's numbers depend on besides what it reads."""
-LONGEST, MOST = 64, 1000  # runs in a row, and in all, of a chain
+MAX_CHAIN_DEPTH, MAX_CHAIN_RUNS = 64, 1000  # runs in a row, and in all, of a chain
 
 
-class Check(NamedTuple):
+class DigestCheck(NamedTuple):
     """What became of one digest since it was written down."""
 
     run: Path
@@ -43,7 +43,7 @@ class Check(NamedTuple):
     now: str
 
 
-def link(role: str, path: Path, *, endings: frozenset[str] | None = None) -> dict[str, Any]:
+def make_link(role: str, path: Path, *, suffixes: frozenset[str] | None = None) -> dict[str, Any]:
     """A file or a directory that a run reads, by its digests.
 
     Args:
@@ -53,69 +53,69 @@ def link(role: str, path: Path, *, endings: frozenset[str] | None = None) -> dic
         RequestError: a file of it is nearly all holes, or no plain file.
     """
     try:
-        files = digests(path, endings)
-    except Damaged as error:
+        files = file_digests(path, suffixes)
+    except CorruptFileError as error:
         raise RequestError(f"{role} is '{path}', and {error}: name another") from error
-    found: dict[str, Any] = {"role": role, "path": str(path.resolve()), "files": files}
+    entry: dict[str, Any] = {"role": role, "path": str(path.resolve()), "files": files}
     for run in (path, path.parent):
         if path.is_dir() and (run / FILE).is_file():
-            found |= {"run": str(run.resolve()), "lineage": sha256(run / FILE)}
+            entry |= {"run": str(run.resolve()), "lineage": sha256(run / FILE)}
             break
-    return found
+    return entry
 
 
-def digests(path: Path, endings: frozenset[str] | None = None) -> dict[str, str]:
+def file_digests(path: Path, suffixes: frozenset[str] | None = None) -> dict[str, str]:
     """The SHA-256 of a file, or of each file of a directory by its relative name; hidden ones do not count."""
     if path.is_file():
         return {path.name: sha256(path)}
     files = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file())
-    inside = {file.relative_to(path).as_posix(): file for file in files}
+    files_by_name = {file.relative_to(path).as_posix(): file for file in files}
     return {
         name: sha256(file)
-        for name, file in inside.items()
-        if not any(part.startswith(".") for part in Path(name).parts) and (endings is None or file.suffix in endings)
+        for name, file in files_by_name.items()
+        if not any(part.startswith(".") for part in Path(name).parts) and (suffixes is None or file.suffix in suffixes)
     }
 
 
-def digest_of(link: dict[str, Any]) -> str:
+def combined_digest(link: dict[str, Any]) -> str:
     """One digest for all files of a link: the file's own where there is one."""
     files = link.get("files") or {}
-    return str(next(iter(files.values()))) if len(files) == 1 else of_data(files)
+    return str(next(iter(files.values()))) if len(files) == 1 else data_digest(files)
 
 
-def of_data(data: Any) -> str:
+def data_digest(data: Any) -> str:
     """The SHA-256 of plain data, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(plain(data), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(sanitize(data), sort_keys=True).encode()).hexdigest()
 
 
-def of_config(fields: dict[str, Any]) -> str:
+def config_digest(fields: dict[str, Any]) -> str:
     """The digest of a config; where the run is written does not count."""
-    return of_data({name: value for name, value in fields.items() if name != "out"})
+    return data_digest({name: value for name, value in fields.items() if name != "out"})
 
 
-def describe(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+def make_lineage(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
     """The lineage.json of a run that begins.
 
     Args:
         fields: its config's.  more: what else is to be known by its digest.
     """
-    versions = {name: version for name in PACKAGES if (version := _version(name))}
-    about = {
+    versions = {name: version for name in PACKAGES if (version := _package_version(name))}
+    lineage = {
         "schema": SCHEMA,
         "recipe": recipe,
-        "code": code(),
+        "code": code_version(),
         "packages": {"python": platform.python_version(), **versions},
         "processor": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "seed": fields.get("seed"),
-        "config": of_config(fields),
+        "config": config_digest(fields),
         "links": links,
-        **more,
+        **extra,
     }
-    signed = vouch(fields)
-    return about | ({} if signed is None else {"vouched": signed})
+    vouched = sign_code(fields)
+    return lineage | ({} if vouched is None else {"vouched": vouched})
 
 
-def go_on(path: Path, about: dict[str, Any]) -> list[str]:
+def resume_lineage(path: Path, lineage: dict[str, Any]) -> list[str]:
     """Check that a run that goes on still reads what it began with; one without a lineage.json gets this one.
 
     Args:
@@ -128,19 +128,19 @@ def go_on(path: Path, about: dict[str, Any]) -> list[str]:
         RequestError: data, model or another link has changed since the run began.
     """
     if not (path / FILE).exists():
-        write_json(path / FILE, about)
-        return [*MADE_BY]
+        write_json(path / FILE, lineage)
+        return [*REPRODUCIBILITY_INPUTS]
     written = read_lineage(path)
-    _unchanged(written.get("links") or [], about["links"])
-    before = _mapping(written.get("went_on")) or written
-    about = about | {"config": of_config(read_config(path).get("config") or {})}  # the run's, until `extend`
-    changed = [name for name in MADE_BY if before.get(name) != about[name]]
+    _require_unchanged(written.get("links") or [], lineage["links"])
+    before = _as_dict(written.get("went_on")) or written
+    lineage = lineage | {"config": config_digest(read_config(path).get("config") or {})}  # the run's, until `extend`
+    changed = [name for name in REPRODUCIBILITY_INPUTS if before.get(name) != lineage[name]]
     if changed:
-        note(path, went_on={name: about[name] for name in MADE_BY})
+        add_digests(path, went_on={name: lineage[name] for name in REPRODUCIBILITY_INPUTS})
     return changed
 
 
-def extend(path: Path, about: dict[str, Any], fields: dict[str, Any]) -> None:
+def rewrite_config(path: Path, document: dict[str, Any], fields: dict[str, Any]) -> None:
     """Write a run's config anew. Killed anywhere in here, config.json and lineage.json still belong together.
 
     Until config.json has its new fields, lineage.json holds both digests.
@@ -148,26 +148,26 @@ def extend(path: Path, about: dict[str, Any], fields: dict[str, Any]) -> None:
     Args:
         about: config.json as it is.  fields: the config that it is to hold.
     """
-    had = (path / FILE).exists()
-    if had:
-        now = of_config(fields)
-        went_on = _mapping(read_lineage(path).get("went_on"))
+    has_lineage = (path / FILE).exists()
+    if has_lineage:
+        now = config_digest(fields)
+        went_on = _as_dict(read_lineage(path).get("went_on"))
         again = {"went_on": went_on | {"config": now}} if went_on else {}
-        note(path, config=now, config_before=of_config(about.get("config") or {}), **again)
-    write_json(path / "config.json", about | {"config": fields})
-    if had:
-        settle_config(path, fields)
+        add_digests(path, config=now, config_before=config_digest(document.get("config") or {}), **again)
+    write_json(path / "config.json", document | {"config": fields})
+    if has_lineage:
+        settle_config_digest(path, fields)
 
 
-def settle_config(path: Path, fields: dict[str, Any]) -> None:
+def settle_config_digest(path: Path, fields: dict[str, Any]) -> None:
     """Leave one digest of a run's config in its lineage.json, where a kill within `extend` left two."""
-    if (path / FILE).exists() and "config_before" in (about := read_lineage(path)):
+    if (path / FILE).exists() and "config_before" in (lineage := read_lineage(path)):
         write_json(
-            path / FILE, {k: x for k, x in about.items() if k != "config_before"} | {"config": of_config(fields)}
+            path / FILE, {k: x for k, x in lineage.items() if k != "config_before"} | {"config": config_digest(fields)}
         )
 
 
-def note(path: Path, **digests: Any) -> None:
+def add_digests(path: Path, **digests: Any) -> None:
     """Add digests that are known only once everything is loaded."""
     write_json(path / FILE, (read_lineage(path) if (path / FILE).exists() else {"schema": SCHEMA}) | digests)
 
@@ -178,119 +178,123 @@ def read_lineage(path: Path) -> dict[str, Any]:
     Raises:
         RequestError: there is none, or it is none of ours.
     """
-    about = read_schema(path / FILE, f"run is '{path}', which holds no readable {FILE}")
-    links = about.get("links", [])
+    lineage = read_versioned_json(path / FILE, f"run is '{path}', which holds no readable {FILE}")
+    links = lineage.get("links", [])
     if not isinstance(links, list) or not all(map(_is_link, links)):
         raise RequestError(f"run is '{path}', whose {FILE} has links that are none: give the directory of a run")
-    return about
+    return lineage
 
 
-def code() -> dict[str, Any]:
+def code_version() -> dict[str, Any]:
     """This package: its version, the digest of its source, and the commit where it is a checkout."""
     package = Path(__file__).parents[1]
     source = {str(file.relative_to(package)): sha256(file) for file in sorted(package.rglob("*.py"))}
-    found = {"understudy": _version(DISTRIBUTION), "sha256": of_data(source)}
-    return found | ({"commit": commit} if (commit := _commit(package.parent / ".git")) else {})
+    version = {"understudy": _package_version(DISTRIBUTION), "sha256": data_digest(source)}
+    return version | ({"commit": commit} if (commit := _read_commit(package.parent / ".git")) else {})
 
 
-def chain(path: Path) -> dict[str, Any]:
+def read_chain(path: Path) -> dict[str, Any]:
     """A run's lineage with that of every run it leads to: each link has its `from`, where it was made by a run.
 
     A run that several links lead to has its lineage at the first of them, the others are `repeated`. A link to a run that
     is gone has neither.
     """
-    return _chain(path, set())
+    return _read_chain(path, set())
 
 
-def _chain(path: Path, visited: set[Path], depth: int = 1) -> dict[str, Any]:
-    about = read_lineage(path)
+def _read_chain(path: Path, visited: set[Path], depth: int = 1) -> dict[str, Any]:
+    lineage = read_lineage(path)
     visited.add(path.resolve())
     links = []
-    for one in about.get("links", []):
-        run = Path(one["run"]) if "run" in one else None
-        if run is None or not os.path.isfile(run / FILE) or depth == LONGEST or len(visited) == MOST:
-            links.append(one)
+    for link in lineage.get("links", []):
+        run = Path(link["run"]) if "run" in link else None
+        if run is None or not os.path.isfile(run / FILE) or depth == MAX_CHAIN_DEPTH or len(visited) == MAX_CHAIN_RUNS:
+            links.append(link)
         elif run.resolve() in visited:
-            links.append(one | {"repeated": True})
+            links.append(link | {"repeated": True})
         else:
-            links.append(one | {"from": _chain(run, visited, depth + 1)})
-    return about | {"run": str(path), "links": links}
+            links.append(link | {"from": _read_chain(run, visited, depth + 1)})
+    return lineage | {"run": str(path), "links": links}
 
 
-def tree(about: dict[str, Any], indent: str = "") -> Iterator[str]:
+def format_chain(lineage: dict[str, Any], indent: str = "") -> Iterator[str]:
     """A chain as lines: a run, under it its links, under each the run that it was made by."""
-    made = about.get("code") or {}
-    by = f"understudy {made.get('understudy')}" + (f" at {str(made['commit'])[:10]}" if made.get("commit") else "")
-    what = f"{about.get('recipe')}, seed {about.get('seed')}, config {_short(about.get('config'))}, {by}"
-    yield f"{indent}{about['run']}  {what}"
-    for one in about["links"]:
-        origin = "  (its run is above)" if "repeated" in one else "  (its run is gone)" if "run" in one else ""
-        origin = "" if "from" in one else origin
-        yield f"{indent}  {one.get('role')}: {one.get('path')}  {_short(digest_of(one))}{origin}"
-        if "from" in one:
-            yield from tree(one["from"], indent + "    ")
+    code = lineage.get("code") or {}
+    code_text = f"understudy {code.get('understudy')}" + (
+        f" at {str(code['commit'])[:10]}" if code.get("commit") else ""
+    )
+    summary = (
+        f"{lineage.get('recipe')}, seed {lineage.get('seed')}, config {_shorten(lineage.get('config'))}, {code_text}"
+    )
+    yield f"{indent}{lineage['run']}  {summary}"
+    for link in lineage["links"]:
+        origin = "  (its run is above)" if "repeated" in link else "  (its run is gone)" if "run" in link else ""
+        origin = "" if "from" in link else origin
+        yield f"{indent}  {link.get('role')}: {link.get('path')}  {_shorten(combined_digest(link))}{origin}"
+        if "from" in link:
+            yield from format_chain(link["from"], indent + "    ")
     for name in ("reference", "tokenizer", "template"):
-        if isinstance(about.get(name), str):
-            yield f"{indent}  {name} by content: {_short(about[name])}"
+        if isinstance(lineage.get(name), str):
+            yield f"{indent}  {name} by content: {_shorten(lineage[name])}"
 
 
-def verify(about: dict[str, Any]) -> Iterator[Check]:
+def verify(lineage: dict[str, Any]) -> Iterator[DigestCheck]:
     """Recompute every digest of a chain that can be recomputed from files, run by run."""
-    run = Path(about["run"])
-    now = of_config(read_config(run).get("config") or {})
-    was = str(about.get("config"))
-    yield _compared(run, "config", now if now == about.get("config_before") else was, now)
-    for field, files in _mapping(_mapping(about.get("vouched")).get("code")).items():
-        for file, was in _mapping(files).items():
-            yield _compared(run, f"code {field} {file}", str(was), _digest(Path(file)))
-    for one in about["links"]:
-        path, what = run / one.get("path", ""), f"{one.get('role')} {one.get('path')}"
-        alone = os.path.isfile(path)
-        if not one.get("files"):
-            yield Check(run, what, "unknown", "", "")
-        for name, was in (one.get("files") or {}).items():
-            file = path if alone else path / name
-            now = _digest(file) if alone or _is_inside(file, path) else None
-            yield _compared(run, what if alone else f"{one.get('role')} {file}", str(was), now)
-        if "run" in one:
-            now = _digest(Path(one["run"]) / FILE)
-            yield _compared(run, f"lineage of {one['run']}", str(one.get("lineage")), now)
-        if "from" in one:
-            yield from verify(one["from"])
+    run = Path(lineage["run"])
+    current = config_digest(read_config(run).get("config") or {})
+    recorded = str(lineage.get("config"))
+    yield _make_check(run, "config", current if current == lineage.get("config_before") else recorded, current)
+    for field, files in _as_dict(_as_dict(lineage.get("vouched")).get("code")).items():
+        for file, recorded in _as_dict(files).items():
+            yield _make_check(run, f"code {field} {file}", str(recorded), _digest_or_none(Path(file)))
+    for link in lineage["links"]:
+        path, subject = run / link.get("path", ""), f"{link.get('role')} {link.get('path')}"
+        is_file = os.path.isfile(path)
+        if not link.get("files"):
+            yield DigestCheck(run, subject, "unknown", "", "")
+        for name, recorded in (link.get("files") or {}).items():
+            file = path if is_file else path / name
+            current = _digest_or_none(file) if is_file or _is_inside(file, path) else None
+            yield _make_check(run, subject if is_file else f"{link.get('role')} {file}", str(recorded), current)
+        if "run" in link:
+            current = _digest_or_none(Path(link["run"]) / FILE)
+            yield _make_check(run, f"lineage of {link['run']}", str(link.get("lineage")), current)
+        if "from" in link:
+            yield from verify(link["from"])
 
 
-def changed(one: dict[str, Any], run: Path) -> str | None:
+def changed_digest(link: dict[str, Any], run: Path) -> str | None:
     """The digest that a link's files have now, where all are there and it is another than was written; else None.
 
     Args:
         run: whose link it is; the path of what lies in the run's own directory is relative to it.
     """
-    path = run / str(one.get("path"))
-    alone = os.path.isfile(path)
-    files = {name: _digest(path if alone else path / name) for name in one.get("files") or {}}
+    path = run / str(link.get("path"))
+    is_file = os.path.isfile(path)
+    files = {name: _digest_or_none(path if is_file else path / name) for name in link.get("files") or {}}
     if None in files.values():
         return None
-    now = digest_of({"files": files})
-    return None if now == digest_of(one) else now
+    current = combined_digest({"files": files})
+    return None if current == combined_digest(link) else current
 
 
-def _unchanged(before: list[dict[str, Any]], links: list[dict[str, Any]]) -> None:
+def _require_unchanged(old_links: list[dict[str, Any]], links: list[dict[str, Any]]) -> None:
     """Refuse a link that is there as before, with other files. What the user names anew is another link."""
-    now = {(one["role"], one["path"]): one for one in links}
-    for old in before:
-        new = now.get((old.get("role"), old.get("path")))
+    new_links = {(link["role"], link["path"]): link for link in links}
+    for old in old_links:
+        new = new_links.get((old.get("role"), old.get("path")))
         if new is not None and new["files"] != old.get("files"):
             raise RequestError(
-                f"{old['role']} is '{old['path']}', whose digest is {digest_of(new)[:12]}..., the run began with "
-                f"{digest_of(old)[:12]}...: put back the files it had"
+                f"{old['role']} is '{old['path']}', whose digest is {combined_digest(new)[:12]}..., the run began with "
+                f"{combined_digest(old)[:12]}...: put back the files it had"
             )
 
 
-def _is_link(one: Any) -> bool:
+def _is_link(entry: Any) -> bool:
     """Whether an entry of a lineage.json, which may be anybody's, has the form of a link."""
-    if not isinstance(one, dict) or not isinstance(one.get("files", {}), dict):
+    if not isinstance(entry, dict) or not isinstance(entry.get("files", {}), dict):
         return False
-    paths = [one.get("path", ""), one.get("run", ""), *one.get("files", {})]
+    paths = [entry.get("path", ""), entry.get("run", ""), *entry.get("files", {})]
     return all(isinstance(path, str) and "\0" not in path for path in paths)
 
 
@@ -302,35 +306,35 @@ def _is_inside(file: Path, path: Path) -> bool:
         return False
 
 
-def _digest(file: Path) -> str | None:
+def _digest_or_none(file: Path) -> str | None:
     """A file's digest; None where it is gone, or is not read."""
     try:
         return sha256(file) if os.path.isfile(file) else None
-    except (OSError, Damaged):
+    except (OSError, CorruptFileError):
         return None
 
 
-def _mapping(found: Any) -> dict[str, Any]:
-    return found if isinstance(found, dict) else {}
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
-def _compared(run: Path, what: str, was: str, now: str | None) -> Check:
-    state = "gone" if now is None else "same" if now == was else "differs"
-    return Check(run, what, state, was, now or "")
+def _make_check(run: Path, subject: str, recorded: str, current: str | None) -> DigestCheck:
+    state = "gone" if current is None else "same" if current == recorded else "differs"
+    return DigestCheck(run, subject, state, recorded, current or "")
 
 
-def _short(digest: Any) -> str:
+def _shorten(digest: Any) -> str:
     return str(digest)[:12]
 
 
-def _version(package: str) -> str | None:
+def _package_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _commit(git: Path) -> str | None:
+def _read_commit(git: Path) -> str | None:
     """The commit that a checkout is at, read from its files; None where it is none."""
     try:
         head = (git / "HEAD").read_text().strip()

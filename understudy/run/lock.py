@@ -49,11 +49,11 @@ def release(handle: int) -> None:
         os.close(handle)
 
 
-def _forget() -> None:
+def _release_all() -> None:
     """Close a fork's copies of the handles, or it would hold the locks after its parent has ended."""
     for handle in list(_handles):
         release(handle)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_release_all)

@@ -10,16 +10,16 @@ import os
 import traceback
 from pathlib import Path
 
-_NOT_THE_USERS = (str(Path(__file__).parents[1]) + os.sep, str(Path(os.__file__).parent) + os.sep, "<frozen ")
+_NOT_USER_CODE = (str(Path(__file__).parents[1]) + os.sep, str(Path(os.__file__).parent) + os.sep, "<frozen ")
 
 
-def origin(error: BaseException | None) -> str:
+def user_error_location(error: BaseException | None) -> str:
     """The innermost line of an error, or of its cause, that is the user's, as "my_env.py, line 12".
 
     Not of Python, of an installed package, or of this one; "" where there is none.
     """
     while error is not None:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
         if frames:
             return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}"
         error = error.__cause__
@@ -36,5 +36,5 @@ def listed(file: str, kind: type[ast.ClassDef | ast.FunctionDef]) -> str:
     return f"; it has {', '.join(names[:8])}" if names else ""
 
 
-def _is_users(file: str) -> bool:
-    return not file.startswith(_NOT_THE_USERS) and not {"site-packages", "dist-packages"} & {*Path(file).parts}
+def _is_user_code(file: str) -> bool:
+    return not file.startswith(_NOT_USER_CODE) and not {"site-packages", "dist-packages"} & {*Path(file).parts}

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 
-def short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """A path as one would type it: from the current folder where it is inside, else whole."""
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def absolute(path: str | Path) -> Path:
+def absolute_path(path: str | Path) -> Path:
     """A path that stays the same when the working directory changes; links are not followed."""
     return Path(os.path.abspath(path))

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 
-def learning_curve(metrics: Iterable[dict[str, Any]], path: Path, *, title: str, goal: float | None = None) -> bool:
+def plot_learning_curve(
+    metrics: Iterable[dict[str, Any]], path: Path, *, title: str, threshold: float | None = None
+) -> bool:
     """Draw the mean return of the last 100 episodes against steps as a PNG; False where there is none to draw.
 
     One point is no curve.
@@ -20,8 +22,8 @@ def learning_curve(metrics: Iterable[dict[str, Any]], path: Path, *, title: str,
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(*zip(*points, strict=True), color="#1f5fa8", linewidth=1.8, label="mean return, last 100 episodes")
-    if goal is not None:
-        axes.axhline(goal, color="#888888", linewidth=1, linestyle="--", label=f"solved: {goal:g}")
+    if threshold is not None:
+        axes.axhline(threshold, color="#888888", linewidth=1, linestyle="--", label=f"solved: {threshold:g}")
     axes.set(title=title, xlabel="steps", ylabel="episode return")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")

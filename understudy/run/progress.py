@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-LAST = 10  # iterations that the table shows
-TREND = 40  # bars of the trend at most; even
+MAX_ROWS = 10  # iterations that the table shows
+MAX_BARS = 40  # bars of the trend at most; even
 BARS = "▁▂▃▄▅▆▇█"
 Columns = tuple[tuple[str, str, str], ...]  # metric, heading, format; the first one after the counts is the trend's
 
 COUNTS: Columns = (("steps", "steps", "{:,.0f}"), ("steps_per_second", "steps/s", "{:,.0f}"))
-LEFT: Columns = (("seconds_left", "time left", "{}"),)
+TIME_LEFT: Columns = (("seconds_left", "time left", "{}"),)
 CONTROL: Columns = (
     ("episode_return_mean", "return", "{:.1f}"),
     ("episode_length_mean", "length", "{:.0f}"),
@@ -48,7 +48,7 @@ def columns_for(metrics: dict[str, Any]) -> Columns:
     """The columns that fit the recipe whose metrics these are."""
     kinds = (("episode_return_mean", CONTROL), ("score_mean", LANGUAGE))
     fitting = next((columns for name, columns in kinds if name in metrics), SUPERVISED)
-    return *COUNTS, *fitting, *LEFT
+    return *COUNTS, *fitting, *TIME_LEFT
 
 
 class Trend:
@@ -56,19 +56,19 @@ class Trend:
 
     def __init__(self) -> None:
         self.means: list[float] = []
-        self.share = 1  # iterations a bar
-        self.waiting: list[float] = []  # iterations of the next bar
+        self.iterations_per_bar = 1  # iterations a bar
+        self.pending: list[float] = []  # iterations of the next bar
 
     def add(self, value: float | None) -> None:
         if value is None or not math.isfinite(value):
             return
-        self.waiting.append(value)
-        if len(self.waiting) == self.share:
-            self.means.append(sum(self.waiting) / self.share)
-            self.waiting.clear()
-        if len(self.means) == TREND:
+        self.pending.append(value)
+        if len(self.pending) == self.iterations_per_bar:
+            self.means.append(sum(self.pending) / self.iterations_per_bar)
+            self.pending.clear()
+        if len(self.means) == MAX_BARS:
             self.means = [(a + b) / 2 for a, b in zip(self.means[::2], self.means[1::2], strict=True)]
-            self.share *= 2
+            self.iterations_per_bar *= 2
 
     def __str__(self) -> str:
         low, high = min(self.means, default=0.0), max(self.means, default=0.0)
@@ -79,13 +79,13 @@ class Trend:
 class Progress:
     """Shows metrics as they come; `quiet` shows nothing. To be used in a `with` block."""
 
-    def __init__(self, title: str, total: int, *, quiet: bool = False, every: float = 5.0) -> None:
-        self.title, self.total, self.quiet = title, total, quiet
+    def __init__(self, title: str, total_steps: int, *, quiet: bool = False, interval: float = 5.0) -> None:
+        self.title, self.total_steps, self.quiet = title, total_steps, quiet
         self.console = Console(stderr=True)
         self.live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal and not quiet else None
-        self.every = every if self.live is None else 0.25
-        self.drawn = 0.0
-        self.lines: deque[dict[str, Any]] = deque(maxlen=LAST)
+        self.interval = interval if self.live is None else 0.25
+        self.last_drawn = 0.0
+        self.lines: deque[dict[str, Any]] = deque(maxlen=MAX_ROWS)
         self.trend = Trend()
 
     def __enter__(self) -> Progress:
@@ -99,23 +99,26 @@ class Progress:
                 self.live.update(self._table(), refresh=True)
             self.live.__exit__(None, None, None)
 
-    def show(self, metrics: dict[str, Any], *, now: bool = False) -> None:
+    def show(self, metrics: dict[str, Any], *, force: bool = False) -> None:
         """Show an iteration: at most four times a second on a terminal, every `every` seconds as lines."""
         if not self.quiet:
-            self._show(metrics, now)
+            self._show(metrics, force)
 
-    def _show(self, metrics: dict[str, Any], now: bool) -> None:
+    def _show(self, metrics: dict[str, Any], force: bool) -> None:
         self.lines.append(metrics)
         self.trend.add(metrics.get(columns_for(metrics)[len(COUNTS)][0]))
-        if now or time.monotonic() - self.drawn >= self.every:
-            self.drawn = time.monotonic()
+        if force or time.monotonic() - self.last_drawn >= self.interval:
+            self.last_drawn = time.monotonic()
             if self.live is None:
-                cells = (f"{heading} {_text(metrics[name], form)}" for name, heading, form in _there(metrics))
+                cells = (
+                    f"{heading} {_format_value(metrics[name], format_spec)}"
+                    for name, heading, format_spec in _present_columns(metrics)
+                )
                 self._write(f"{self.title}: " + "  ".join(cells))
             else:
                 self.live.update(self._table(), refresh=True)
 
-    def say(self, text: str) -> None:
+    def print_message(self, text: str) -> None:
         """A line of its own, above the display where there is one."""
         if self.quiet:
             return
@@ -132,25 +135,25 @@ class Progress:
 
     def _table(self) -> Table:
         newest = self.lines[-1]
-        shown = _there(newest)
-        done = min(1.0, newest["steps"] / self.total)
+        columns = _present_columns(newest)
+        fraction_done = min(1.0, newest["steps"] / self.total_steps)
         table = Table(title=self.title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
-        for _, heading, _ in shown:
+        for _, heading, _ in columns:
             table.add_column(heading, justify="right")
         for metrics in self.lines:
-            table.add_row(*(_text(metrics.get(name), form) for name, _, form in shown))
-        bar = "█" * round(40 * done) + "░" * (40 - round(40 * done)) + f" {done:.0%}"
-        table.caption = f"{bar}\n{shown[len(COUNTS)][1]} {self.trend}"
+            table.add_row(*(_format_value(metrics.get(name), format_spec) for name, _, format_spec in columns))
+        bar = "█" * round(40 * fraction_done) + "░" * (40 - round(40 * fraction_done)) + f" {fraction_done:.0%}"
+        table.caption = f"{bar}\n{columns[len(COUNTS)][1]} {self.trend}"
         return table
 
 
-def _there(metrics: dict[str, Any]) -> Columns:
+def _present_columns(metrics: dict[str, Any]) -> Columns:
     return tuple(column for column in columns_for(metrics) if column[0] in metrics)
 
 
-def _text(value: Any, form: str) -> str:
+def _format_value(value: Any, format_spec: str) -> str:
     if value is None or value != value:
         return "-"
-    if form == "{}":
+    if format_spec == "{}":
         return f"{int(value) // 60}:{int(value) % 60:02d}"
-    return form.format(value)
+    return format_spec.format(value)

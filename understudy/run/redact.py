@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 
-SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-SHORTEST = 8  # characters: what is shorter is no secret, and would be found in the middle of words
-IN_URL = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*://)[^\s/@:'\"]*(?::[^\s/@'\"]*)?@")
-STEERS = re.compile(
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
+MIN_SECRET_LENGTH = 8  # characters: what is shorter is no secret, and would be found in the middle of words
+URL_CREDENTIALS = re.compile(r"(?P<scheme>\b[a-zA-Z][\w+.-]*://)[^\s/@:'\"]*(?::[^\s/@'\"]*)?@")
+CONTROL_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed
     "\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"  # direction, invisible
 )
@@ -21,9 +21,9 @@ def redact(text: str) -> str:
     'git clone https://[redacted]@example.org/x'
     """
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and value in text and SECRET.search(name):
+        if len(value) >= MIN_SECRET_LENGTH and value in text and SECRET_NAME.search(name):
             text = text.replace(value, f"[{name}]")
-    return IN_URL.sub(r"\g<scheme>[redacted]@", text) if "://" in text else text
+    return URL_CREDENTIALS.sub(r"\g<scheme>[redacted]@", text) if "://" in text else text
 
 
 def printable(text: str) -> str:
@@ -32,4 +32,4 @@ def printable(text: str) -> str:
     >>> printable("a\x1b[2Jb\u202ec")
     'a\\x1b[2Jb\\u202ec'
     """
-    return STEERS.sub(lambda found: repr(found[0])[1:-1], text)
+    return CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)

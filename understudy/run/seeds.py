@@ -12,19 +12,19 @@ import numpy as np
 import torch
 
 
-def derive(seed: int, *purpose: str | int) -> int:
+def derive_seed(seed: int, *purpose: str | int) -> int:
     """A seed in [0, 2^31) that depends on the run's seed and on everything that says what it is for."""
     text = "/".join(map(str, (seed, *purpose))).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 33
 
 
-def generator(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
+def make_generator(seed: int, purpose: str, device: str | torch.device = "cpu") -> torch.Generator:
     """The generator of a run for one purpose; no two purposes share a stream.
 
-    >>> generator(1, "sample").initial_seed() == generator(1, "shuffle").initial_seed()
+    >>> make_generator(1, "sample").initial_seed() == make_generator(1, "shuffle").initial_seed()
     False
     """
-    return torch.Generator(device).manual_seed(derive(seed, purpose))
+    return torch.Generator(device).manual_seed(derive_seed(seed, purpose))
 
 
 def seed_shared_generators(seed: int) -> None:
@@ -33,11 +33,11 @@ def seed_shared_generators(seed: int) -> None:
     Those of torch (all devices), NumPy and Python, in this process; none of ours draws from them.
     """
     torch.manual_seed(seed)
-    np.random.seed(derive(seed, "numpy"))
-    random.seed(derive(seed, "python"))
+    np.random.seed(derive_seed(seed, "numpy"))
+    random.seed(derive_seed(seed, "python"))
 
 
-def shared_generators() -> dict[str, Any]:
+def shared_generator_states() -> dict[str, Any]:
     """The states of the generators that belong to no one: a user's network or environment may draw from them."""
     return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
 
@@ -50,9 +50,9 @@ def restore_shared_generators(states: dict[str, Any]) -> None:
 
 
 @contextmanager
-def shared_generators_kept() -> Iterator[None]:
+def preserve_shared_generators() -> Iterator[None]:
     """What happens in here moves none of them."""
-    states = shared_generators()
+    states = shared_generator_states()
     try:
         yield
     finally:

@@ -8,63 +8,65 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from understudy.run.installation import need_package
+from understudy.run.installation import require_package
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     def log(self, metrics: dict[str, float], step: int) -> None: ...
     def close(self) -> None: ...
 
 
-def check_sinks(names: tuple[str, ...]) -> None:
+def check_trackers(names: tuple[str, ...]) -> None:
     """Raise `RequestError` for a sink whose package is missing."""
     for name in names:
-        need_package(name, name, f"log has {name!r}")
+        require_package(name, name, f"log has {name!r}")
 
 
-def open_sinks(names: tuple[str, ...], path: Path, config: dict[str, Any]) -> list[Sink]:
+def open_trackers(names: tuple[str, ...], path: Path, config: dict[str, Any]) -> list[Tracker]:
     """A sink for each of "tensorboard", "wandb", "trackio". One that fails, or cannot be reached, ends no run."""
-    kinds = {"tensorboard": TensorBoard, "wandb": Tracker, "trackio": Tracker}
-    return [Steady(name, lambda name=name: kinds[name](name, path, config)) for name in names]
+    tracker_types = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker, "trackio": WandbTracker}
+    return [FaultTolerantTracker(name, lambda name=name: tracker_types[name](name, path, config)) for name in names]
 
 
-class Steady:
+class FaultTolerantTracker:
     """A sink whose failures are said once, and then passed over: metrics.jsonl has everything.
 
     Args:
         make: opens it.
     """
 
-    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
-        self.name, self.failed = name, False
-        self.sink: Sink | None = None
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker]) -> None:
+        self.name, self.has_failed = name, False
+        self.tracker: Tracker | None = None
         try:
-            self.sink = make()
+            self.tracker = open_tracker()
         except Exception as error:  # whatever a tracker raises
-            self._say(error)
+            self._report_failure(error)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        if self.sink is not None:
+        if self.tracker is not None:
             try:
-                self.sink.log(metrics, step)
+                self.tracker.log(metrics, step)
             except Exception as error:
-                self._say(error)
+                self._report_failure(error)
 
     def close(self) -> None:
-        if self.sink is not None:
+        if self.tracker is not None:
             try:
-                self.sink.close()
+                self.tracker.close()
             except Exception as error:
-                self._say(error)
+                self._report_failure(error)
 
-    def _say(self, error: Exception) -> None:
-        if not self.failed:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            print(f"understudy: {self.name} fails ({said}); the run goes on, metrics.jsonl is whole", file=sys.stderr)
-        self.failed = True
+    def _report_failure(self, error: Exception) -> None:
+        if not self.has_failed:
+            message = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            print(
+                f"understudy: {self.name} fails ({message}); the run goes on, metrics.jsonl is whole", file=sys.stderr
+            )
+        self.has_failed = True
 
 
-class TensorBoard:
+class TensorBoardTracker:
     """Scalars under RUN/tensorboard."""
 
     def __init__(self, name: str, path: Path, config: dict[str, Any]) -> None:
@@ -78,7 +80,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Tracker:
+class WandbTracker:
     """wandb and trackio, which share one interface."""
 
     def __init__(self, name: str, path: Path, config: dict[str, Any]) -> None:

@@ -8,50 +8,54 @@ from typing import Any
 
 import numpy as np
 
-WATCHED = ("loss", "grad_norm")
-WINDOW, LEAST = 100, 20
+MONITORED_METRICS = ("loss", "grad_norm")
+WINDOW, MIN_WINDOW = 100, 20
 """Lines before it that a line is held against, and the fewest that say anything."""
-FAR = 10.0
+MIN_DEVIATIONS = 10.0
 """Robust standard deviations above the median that make a spike."""
-CHUNK = 4096  # lines at a time, so that windows stay small
+CHUNK_LINES = 4096  # lines at a time, so that windows stay small
 
 
-def spikes(metrics: Sequence[dict[str, Any]], *, after: int = 0) -> list[dict[str, Any]]:
+def find_spikes(metrics: Sequence[dict[str, Any]], *, first_line: int = 0) -> list[dict[str, Any]]:
     """What stands out in the lines from number `after` on: {"iteration", "metric", "value", "median", "deviation"} each.
 
     A value is one where it is above median + 10 * 1.4826 * MAD of the last 100 lines that have the metric, at least 20:
     1.4826 * MAD is the standard deviation of a normal sample (Rousseeuw and Croux 1993), and neither is moved by the
     spikes themselves. The deviation is taken to be at least a hundredth of the median: what hardly moves has no spikes.
     """
-    found = []
-    for name in WATCHED:
-        have = [i for i in range(max(0, after - 2 * WINDOW), len(metrics)) if _finite(metrics[i].get(name))]
-        value = np.array([metrics[i][name] for i in have])
-        first = max(LEAST, int(np.searchsorted(have, after)))
-        for low in range(first, len(have), CHUNK):
-            places = np.arange(low, min(low + CHUNK, len(have)))
-            median, deviation = _before(value, places)
-            for place, middle, spread in zip(places, median, deviation, strict=True):
-                if value[place] > middle + FAR * spread:
-                    line = {"iteration": metrics[have[place]]["iteration"], "metric": name}
-                    found.append(line | {"value": float(value[place]), "median": middle, "deviation": spread})
-    return sorted(found, key=lambda spike: spike["iteration"])
+    spikes = []
+    for name in MONITORED_METRICS:
+        line_numbers = [
+            i for i in range(max(0, first_line - 2 * WINDOW), len(metrics)) if _is_finite(metrics[i].get(name))
+        ]
+        values = np.array([metrics[i][name] for i in line_numbers])
+        first = max(MIN_WINDOW, int(np.searchsorted(line_numbers, first_line)))
+        for low in range(first, len(line_numbers), CHUNK_LINES):
+            indices = np.arange(low, min(low + CHUNK_LINES, len(line_numbers)))
+            median, deviation = _rolling_median(values, indices)
+            for index, line_median, line_deviation in zip(indices, median, deviation, strict=True):
+                if values[index] > line_median + MIN_DEVIATIONS * line_deviation:
+                    line = {"iteration": metrics[line_numbers[index]]["iteration"], "metric": name}
+                    spikes.append(
+                        line | {"value": float(values[index]), "median": line_median, "deviation": line_deviation}
+                    )
+    return sorted(spikes, key=lambda spike: spike["iteration"])
 
 
-def _finite(value: Any) -> bool:
+def _is_finite(value: Any) -> bool:
     return value is not None and math.isfinite(value)  # null in a file, where a resumed run reads it
 
 
-def _before(value: np.ndarray, places: np.ndarray) -> tuple[list[float], list[float]]:
+def _rolling_median(values: np.ndarray, indices: np.ndarray) -> tuple[list[float], list[float]]:
     """The median and the robust deviation of the lines before each place."""
     median, deviation = [], []
-    early = places[places < WINDOW]
-    rows = [value[:place][None] for place in early]
-    if len(late := places[places >= WINDOW]):
-        rows.append(np.lib.stride_tricks.sliding_window_view(value, WINDOW)[late - WINDOW])
+    early = indices[indices < WINDOW]
+    rows = [values[:index][None] for index in early]
+    if len(late := indices[indices >= WINDOW]):
+        rows.append(np.lib.stride_tricks.sliding_window_view(values, WINDOW)[late - WINDOW])
     for windows in rows:
-        middle = np.median(windows, axis=1)
-        spread = 1.4826 * np.median(np.abs(windows - middle[:, None]), axis=1)
-        median += middle.tolist()
-        deviation += np.maximum(spread, 0.01 * np.abs(middle)).tolist()
+        window_median = np.median(windows, axis=1)
+        window_deviation = 1.4826 * np.median(np.abs(windows - window_median[:, None]), axis=1)
+        median += window_median.tolist()
+        deviation += np.maximum(window_deviation, 0.01 * np.abs(window_median)).tolist()
     return median, deviation

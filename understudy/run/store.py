@@ -18,19 +18,19 @@ from safetensors.torch import save_file
 
 from understudy.run import checkpoint, lock, metrics
 from understudy.run.config import RequestError, is_deep
-from understudy.run.paths import absolute, short
+from understudy.run.paths import absolute_path, short_path
 from understudy.run.redact import printable, redact
-from understudy.run.spikes import spikes
+from understudy.run.spikes import find_spikes
 
-_IMPORTED = time.monotonic()
+_IMPORT_TIME = time.monotonic()
 SCHEMA = 1
 """Of config.json, policy.json, understudy.json and lineage.json. What has none is of 0, which had the same fields."""
-LARGEST = 8 * 2**20  # bytes of such a file
-FILES = (metrics.FILE, "events.jsonl", "evaluation.json")
-FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
+MAX_METADATA_BYTES = 8 * 2**20  # bytes of such a file
+RUN_FILES = (metrics.FILE, "events.jsonl", "evaluation.json")
+RUN_FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
 SHOWN = ("episode_return_mean", "score_mean", "loss")  # metrics that a run's repr names
-SPIKES_EVERY = 1000  # lines, at the latest, in which spikes are looked for
-FAILURES = 3  # checkpoints in a row that the disk may refuse before the run ends
+SPIKE_CHECK_INTERVAL = 1000  # lines, at the latest, in which spikes are looked for
+MAX_FAILED_CHECKPOINTS = 3  # checkpoints in a row that the disk may refuse before the run ends
 
 
 class Run:
@@ -41,7 +41,7 @@ class Run:
         solved_at: {"steps", "seconds"} of the first time the last-100 mean reached the env's threshold; or None, as in a run
             with a wrapper that may change rewards: the threshold is one of the environment's own.
         startup_seconds: from process start to the first step.
-        stopped: why it ended before its steps were done, where a constraint ended it.
+        stop_reason: why it ended before its steps were done, where a constraint ended it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,31 +49,31 @@ class Run:
         self.metrics = metrics.Metrics(path)
         self.solved_at: dict[str, float] | None = None
         self.startup_seconds = 0.0
-        self.stopped: str | None = None
-        self.settling: tuple[str, Future[None]] | None = None  # the checkpoint that is on its way to the disk
-        self.refused = 0  # checkpoints in a row that could not be written
-        self.looked = 0  # lines of metrics in which spikes were looked for
+        self.stop_reason: str | None = None
+        self.pending_checkpoint: tuple[str, Future[None]] | None = None  # the checkpoint that is on its way to the disk
+        self.num_failed_checkpoints = 0  # checkpoints in a row that could not be written
+        self.num_checked_lines = 0  # lines of metrics in which spikes were looked for
         self.ended_worse: str | None = None  # why the run ended worse than it began, where it did
         self.began = 0  # the iteration that it goes on from
-        self.silent = False  # metrics or events that could not be written: said once
+        self.has_reported_write_failure = False  # metrics or events that could not be written: said once
         self.changed: list[str] = []  # what is not as it was before the interruption, so that metrics are not compared
         self.expected: dict[int, dict[str, Any]] = {}  # lines from before the interruption, by their iterations
-        self.lock = lock.acquire(path)
+        self.lock_handle = lock.acquire(path)
 
     def __repr__(self) -> str:
         last = self.metrics[-1] if len(self.metrics) else {}
         parts = [recipe_of(self.path) or "no recipe", f"{last.get('steps', 0):,} steps"]
         parts += [f"{name} {x:.4g}" for name in SHOWN if (x := last.get(name)) is not None]
-        return f"<Run '{short(self.path)}': {', '.join(parts)}>"
+        return f"<Run '{short_path(self.path)}': {', '.join(parts)}>"
 
     @classmethod
     def create(
         cls,
-        out: str | None,
+        output_dir: str | None,
         name: str,
         config: dict[str, Any],
         lineage: dict[str, Any] | None = None,
-        home: Path | None = None,
+        base_dir: Path | None = None,
     ) -> Run:
         """Make the directory and write lineage.json and config.json. An existing run is never written over.
 
@@ -86,17 +86,21 @@ class Run:
         Raises:
             RequestError: `out` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
         """
-        home = home or Path.cwd()
-        path = absolute(home / out) if out else _free(absolute(home / "runs"), name)
+        base_dir = base_dir or Path.cwd()
+        path = (
+            absolute_path(base_dir / output_dir)
+            if output_dir
+            else _create_free_directory(absolute_path(base_dir / "runs"), name)
+        )
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
         except OSError as error:
             raise RequestError(
-                f"out is '{short(path)}', which cannot be made ({error.strerror}): choose another"
+                f"out is '{short_path(path)}', which cannot be made ({error.strerror}): choose another"
             ) from error
         try:
-            refuse_used(path)
+            refuse_used_directory(path)
             if lineage is not None:
                 write_json(path / "lineage.json", lineage)
             write_json(path / "config.json", {"schema": SCHEMA} | config)
@@ -104,7 +108,7 @@ class Run:
             run.close()
             if isinstance(error, OSError):
                 raise RequestError(
-                    f"out is '{short(path)}', which cannot be written to ({error.strerror}): choose another"
+                    f"out is '{short_path(path)}', which cannot be written to ({error.strerror}): choose another"
                 ) from error
             raise
         return run
@@ -121,37 +125,37 @@ class Run:
         Raises:
             RequestError: another process has the run open; the checkpoint named is missing or damaged; all are damaged.
         """
-        path = absolute(path)
+        path = absolute_path(path)
         read_config(path)
         run = cls(path)
         folder = path / "checkpoints"
         try:
             if name is not None:
-                found = _named(folder, name)
+                checkpoint_path = _find_named(folder, name)
             else:
-                found, wrong = checkpoint.newest(folder)
-                for reason in wrong:
+                checkpoint_path, errors = checkpoint.find_newest(folder)
+                for reason in errors:
                     run.event("checkpoint_damaged", reason=reason)
                     print(f"understudy: {reason}; it is in {folder / 'quarantine'}", file=sys.stderr)
-                if wrong and found is None:
+                if errors and checkpoint_path is None:
                     raise RequestError(
-                        f"run is '{path}', whose checkpoints are all damaged ({wrong[0]}): they are in "
+                        f"run is '{path}', whose checkpoints are all damaged ({errors[0]}): they are in "
                         f"'{folder / 'quarantine'}'; start again with another out"
                     )
         except RequestError:
             run.close()
             raise
-        return run, found
+        return run, checkpoint_path
 
     def rewind(self, iteration: int) -> None:
         """Drop the metrics of iterations after this one: they come again, and are compared with what they were.
 
         Damaged lines are noted, the file is copied.
         """
-        self.metrics, damaged, copy, dropped = metrics.cut(self.path, iteration)
+        self.metrics, damaged, copy, dropped = metrics.drop_metrics_after(self.path, iteration)
         self.began = iteration
         self.expected = {} if self.changed else {line["iteration"]: line for line in dropped}
-        self.looked = len(self.metrics)
+        self.num_checked_lines = len(self.metrics)
         if damaged:
             self.event("metrics_damaged", lines=damaged[:1000], count=len(damaged), copy=str(copy))
             print(
@@ -163,21 +167,21 @@ class Run:
     def close(self) -> None:
         """Let another process have the run, when its last checkpoint is whole."""
         with suppress(OSError):  # said and noted; `settle` raises it to a run that can still fail
-            self.settle()
-        if self.lock is not None:
-            lock.release(self.lock)
-            self.lock = None
+            self.wait_for_checkpoint()
+        if self.lock_handle is not None:
+            lock.release(self.lock_handle)
+            self.lock_handle = None
 
     def log(self, line: dict[str, Any]) -> None:
         """Append an iteration to metrics.jsonl; on disk when this returns, but for the system's own cache."""
         self.metrics.append(line)
-        self._append(metrics.FILE, line)
-        if self.expected or len(self.metrics) - self.looked >= SPIKES_EVERY:
-            self._examine(line)
+        self._append_line(metrics.FILE, line)
+        if self.expected or len(self.metrics) - self.num_checked_lines >= SPIKE_CHECK_INTERVAL:
+            self._check_line(line)
 
-    def event(self, kind: str, **about: Any) -> None:
+    def event(self, kind: str, **fields: Any) -> None:
         """Append a finding or happening to events.jsonl."""
-        self._append("events.jsonl", plain({"kind": kind, "time": time.time(), **about}))
+        self._append_line("events.jsonl", sanitize({"kind": kind, "time": time.time(), **fields}))
 
     def checkpoint(
         self, name: str, save: Callable[[Path], None], optimizer: torch.optim.Optimizer, state: Any, *, keep: int
@@ -192,48 +196,48 @@ class Run:
             save: writes the model into the directory it is given.
         """
 
-        def everything(aside: Path) -> None:
-            save(aside)
+        def save_all(partial_dir: Path) -> None:
+            save(partial_dir)
             tensors, rest = _flatten_optimizer(optimizer)
-            save_file(tensors, aside / "optimizer.safetensors")
-            checkpoint.save_state(aside, {"run": state, "optimizer": rest})
+            save_file(tensors, partial_dir / "optimizer.safetensors")
+            checkpoint.save_state(partial_dir, {"run": state, "optimizer": rest})
 
-        self.settle()
-        self._note_spikes()
+        self.wait_for_checkpoint()
+        self._log_spikes()
         if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
             self.event("checkpoint_refused", name=name, error="a parameter is not finite")
             return
         try:
-            aside = checkpoint.write(self.path / "checkpoints", name, everything)
+            partial_dir = checkpoint.write_partial(self.path / "checkpoints", name, save_all)
         except OSError as error:
-            self._refused(name, error)
+            self._log_failed_checkpoint(name, error)
         else:
-            self.settling = name, _started(lambda: checkpoint.settle(aside, name, keep=keep))
+            self.pending_checkpoint = name, _run_in_thread(lambda: checkpoint.finalize(partial_dir, name, keep=keep))
 
-    def checkpoints(self) -> list[str]:
+    def list_checkpoints(self) -> list[str]:
         """The names of the checkpoints that are whole, oldest first."""
-        self.settle()
-        return checkpoint.names(self.path / "checkpoints")
+        self.wait_for_checkpoint()
+        return checkpoint.list_checkpoints(self.path / "checkpoints")
 
-    def settle(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait until the checkpoint that was written last is whole on the disk, if the disk takes it."""
-        if self.settling is None:
+        if self.pending_checkpoint is None:
             return
-        (name, found), self.settling = self.settling, None
+        (name, future), self.pending_checkpoint = self.pending_checkpoint, None
         try:
-            found.result()
-            self.refused = 0
-        except (OSError, checkpoint.Damaged) as error:
-            self._refused(name, error)
+            future.result()
+            self.num_failed_checkpoints = 0
+        except (OSError, checkpoint.CorruptFileError) as error:
+            self._log_failed_checkpoint(name, error)
 
-    def _examine(self, line: dict[str, Any]) -> None:
+    def _check_line(self, line: dict[str, Any]) -> None:
         """Look for spikes up to this line, and for what is other in it than it was before an interruption."""
-        self._note_spikes()
+        self._log_spikes()
         before = self.expected.pop(line["iteration"], None)
-        if before is not None and (found := metrics.differences(before, plain(line))):
-            self._differs(line, found)
+        if before is not None and (found := metrics.differences(before, sanitize(line))):
+            self._report_difference(line, found)
 
-    def _differs(self, line: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
+    def _report_difference(self, line: dict[str, Any], found: dict[str, dict[str, Any]]) -> None:
         """Say that an iteration came to other numbers than before the interruption; once is enough."""
         self.expected.clear()
         self.event("resume_differs", iteration=line["iteration"], metrics=found)
@@ -247,39 +251,40 @@ class Run:
         )
         print(f"understudy: {printable(text)}", file=sys.stderr)
 
-    def _note_spikes(self) -> None:
+    def _log_spikes(self) -> None:
         """Note the spikes in the lines since the last time."""
-        for spike in spikes(self.metrics, after=self.looked):
+        for spike in find_spikes(self.metrics, first_line=self.num_checked_lines):
             self.event("spike", **spike)
-        self.looked = len(self.metrics)
+        self.num_checked_lines = len(self.metrics)
 
-    def _refused(self, name: str, error: Exception) -> None:
+    def _log_failed_checkpoint(self, name: str, error: Exception) -> None:
         """Note a checkpoint that the disk did not take; end the run at the third in a row."""
-        self.refused += 1
+        self.num_failed_checkpoints += 1
         self.event("checkpoint_refused", name=name, error=str(error))
         print(f"understudy: checkpoint {name} could not be written ({error}); the run goes on", file=sys.stderr)
-        if self.refused >= FAILURES:
+        if self.num_failed_checkpoints >= MAX_FAILED_CHECKPOINTS:
             raise OSError(
-                f"{FAILURES} checkpoints in a row could not be written under '{short(self.path)}' ({error}): "
-                f"free the disk, then `understudy resume {short(self.path)}`"
+                f"{MAX_FAILED_CHECKPOINTS} checkpoints in a row could not be written under "
+                f"'{short_path(self.path)}' ({error}): "
+                f"free the disk, then `understudy resume {short_path(self.path)}`"
             ) from error
 
-    def _append(self, name: str, line: dict[str, Any]) -> None:
-        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
+    def _append_line(self, name: str, line: dict[str, Any]) -> None:
+        finite_line = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in line.items()}
         try:
             with (self.path / name).open("a") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(finite_line) + "\n")
         except OSError as error:
-            self._lost(name, error)
+            self._report_write_failure(name, error)
 
-    def _lost(self, name: str, error: OSError) -> None:
+    def _report_write_failure(self, name: str, error: OSError) -> None:
         """Say once that a line could not be written."""
-        if not self.silent:
+        if not self.has_reported_write_failure:
             print(f"understudy: {self.path / name} cannot be written ({error}); the run goes on", file=sys.stderr)
-        self.silent = True
+        self.has_reported_write_failure = True
 
 
-class Resume:
+class ResumePoint:
     """A run to go on with: what a recipe's stage is put back from.
 
     Args:
@@ -288,16 +293,18 @@ class Resume:
         accepted: called once every check has passed and the stage is put back: only then does config.json change.
     """
 
-    def __init__(self, run: Run, checkpoint: Path | None, about: dict[str, Any], accepted: Callable[[], None]) -> None:
-        self.run, self.checkpoint, self.about, self.accepted = run, checkpoint, about, accepted
+    def __init__(
+        self, run: Run, checkpoint: Path | None, event_fields: dict[str, Any], accepted: Callable[[], None]
+    ) -> None:
+        self.run, self.checkpoint, self.event_fields, self.accepted = run, checkpoint, event_fields, accepted
 
-    def restore(self, stage: Any) -> None:
+    def restore(self, training_run: Any) -> None:
         """Put a fresh stage where the checkpoint was written, or leave it at the beginning."""
         if self.checkpoint is None:
             self.run.rewind(0)
         else:
             try:
-                stage.restore(self.checkpoint)
+                training_run.restore(self.checkpoint)
             except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
                 if isinstance(error, RequestError):
                     raise
@@ -313,19 +320,22 @@ class Resume:
                     f"in '{away}'",
                     file=sys.stderr,
                 )
-            checkpoint.drop(self.checkpoint.parent, keep=stage.cfg.keep_checkpoints)  # what a kill left undone
+            checkpoint.remove_old(
+                self.checkpoint.parent, keep=training_run.cfg.keep_checkpoints
+            )  # what a kill left undone
         self.accepted()
         changed = {"not_compared": self.run.changed} if self.run.changed else {}
-        self.run.event("resumed", iteration=stage.iteration, **self.about, **changed)
+        self.run.event("resumed", iteration=training_run.iteration, **self.event_fields, **changed)
 
 
-def due(every: int, iteration: int, since: int, total: int) -> bool:
+def is_checkpoint_due(interval: int, iteration: int, steps_since_last: int, total_steps: int) -> bool:
     """Whether this iteration, `since` steps after what was saved last, is one to save.
 
-    >>> due(3, 6, since=1, total=1000), due(0, 6, since=199, total=1000), due(0, 6, since=200, total=1000)
+    >>> due = is_checkpoint_due(3, 6, steps_since_last=1, total_steps=1000)
+    >>> due, *(is_checkpoint_due(0, 6, steps_since_last=n, total_steps=1000) for n in (199, 200))
     (True, False, True)
     """
-    return iteration % every == 0 if every else since * 5 >= total
+    return iteration % interval == 0 if interval else steps_since_last * 5 >= total_steps
 
 
 def process_seconds() -> float:
@@ -335,7 +345,7 @@ def process_seconds() -> float:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError, IndexError):
-        return time.monotonic() - _IMPORTED
+        return time.monotonic() - _IMPORT_TIME
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -344,19 +354,19 @@ def read_config(run: Path) -> dict[str, Any]:
     Raises:
         RequestError: there is none, it is not one, or the run has links, pipes or devices where we write.
     """
-    about = read_schema(run / "config.json", f"run is '{run}', which holds no readable config.json")
+    document = read_versioned_json(run / "config.json", f"run is '{run}', which holds no readable config.json")
     try:
-        checkpoint.require_plain_files(run, FOLDERS)
-    except checkpoint.Damaged as error:
+        checkpoint.require_regular_files(run, RUN_FOLDERS)
+    except checkpoint.CorruptFileError as error:
         raise RequestError(f"run is '{run}', and {error}: a run's directory holds plain files only") from error
-    return about
+    return document
 
 
 def recipe_of(path: Path) -> str | None:
     """The recipe of the run in a directory, as "control ppo"; None where it holds no run."""
     try:
-        about = checkpoint.read_json(path / "config.json", most=LARGEST)
-    except checkpoint.Damaged:
+        about = checkpoint.read_json(path / "config.json", max_bytes=MAX_METADATA_BYTES)
+    except checkpoint.CorruptFileError:
         return None
     recipe = about.get("recipe") if isinstance(about, dict) else None
     return recipe[:60] if isinstance(recipe, str) else None
@@ -373,11 +383,12 @@ def holds_no_policy(path: Path) -> str:
             f"language.RewardModel.from_pretrained({str(path / 'reward_model')!r})"
         )
     return (
-        f"a run of `{recipe}` that has not saved its policy: finish it with `understudy resume {short(absolute(path))}`"
+        f"a run of `{recipe}` that has not saved its policy: finish it with `understudy resume "
+        f"{short_path(absolute_path(path))}`"
     )
 
 
-def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
+def read_versioned_json(path: Path, error_prefix: str) -> dict[str, Any]:
     """One of our JSON files with a version of its form, which may be anybody's.
 
     Args:
@@ -387,26 +398,28 @@ def read_schema(path: Path, otherwise: str) -> dict[str, Any]:
         RequestError: it is missing, is no JSON object, or has a later form than this version reads.
     """
     try:
-        about = checkpoint.read_json(path, most=LARGEST)
-    except checkpoint.Damaged as error:
-        raise RequestError(f"{otherwise} ({error}): give the directory of a run") from error
-    if is_deep(about):
-        raise RequestError(f"{otherwise} ('{path}' is nested too deeply): give the directory of a run")
-    if not isinstance(about, dict) or about.get("schema", 0) not in range(SCHEMA + 1):
-        has = about.get("schema") if isinstance(about, dict) else None
-        raise RequestError(f"{otherwise}: it has schema {has!r}, this version reads 0 to {SCHEMA}; use a newer version")
-    return about
+        document = checkpoint.read_json(path, max_bytes=MAX_METADATA_BYTES)
+    except checkpoint.CorruptFileError as error:
+        raise RequestError(f"{error_prefix} ({error}): give the directory of a run") from error
+    if is_deep(document):
+        raise RequestError(f"{error_prefix} ('{path}' is nested too deeply): give the directory of a run")
+    if not isinstance(document, dict) or document.get("schema", 0) not in range(SCHEMA + 1):
+        schema = document.get("schema") if isinstance(document, dict) else None
+        raise RequestError(
+            f"{error_prefix}: it has schema {schema!r}, this version reads 0 to {SCHEMA}; use a newer version"
+        )
+    return document
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, rest: dict[str, Any]) -> None:
     """Put back what `Run.checkpoint` wrote of an optimizer."""
-    optimizer.load_state_dict({"state": optimizer_state(path), "param_groups": rest["param_groups"]})
+    optimizer.load_state_dict({"state": read_optimizer_state(path), "param_groups": rest["param_groups"]})
 
 
-def optimizer_state(path: Path) -> dict[int, dict[str, torch.Tensor]]:
+def read_optimizer_state(path: Path) -> dict[int, dict[str, torch.Tensor]]:
     """What `Run.checkpoint` wrote of an optimizer's state: by parameter, in their order, and by name."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    for name, tensor in checkpoint.tensors_of(path / "optimizer.safetensors").items():
+    for name, tensor in checkpoint.load_tensors(path / "optimizer.safetensors").items():
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     return state
@@ -414,24 +427,26 @@ def optimizer_state(path: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 def write_json(path: Path, data: Any) -> None:
     """Write aside, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".part")
-    aside.unlink(missing_ok=True)  # of a process that was killed in here; never written through, should it be a link
-    aside.write_text(json.dumps(plain(data), indent=2) + "\n")
-    checkpoint.sync(aside)
-    os.replace(aside, path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.unlink(
+        missing_ok=True
+    )  # of a process that was killed in here; never written through, should it be a link
+    temporary.write_text(json.dumps(sanitize(data), indent=2) + "\n")
+    checkpoint.sync(temporary)
+    os.replace(temporary, path)
 
 
-def plain(data: Any) -> Any:
+def sanitize(data: Any) -> Any:
     """The same with what JSON cannot hold mended: a float that is not finite is null, a path is its text.
 
     Secrets are taken out: everything that a run writes of itself goes through here.
     """
     if isinstance(data, dict):
-        return {redact(str(key)): plain(value) for key, value in data.items()}
+        return {redact(str(key)): sanitize(value) for key, value in data.items()}
     if isinstance(data, str):
         return redact(data)
     if isinstance(data, list | tuple):
-        return [plain(value) for value in data]
+        return [sanitize(value) for value in data]
     if isinstance(data, float) and (data != data or data in (float("inf"), float("-inf"))):
         return None
     return redact(str(data)) if isinstance(data, Path) else data
@@ -443,37 +458,37 @@ def _flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torc
     return tensors, {"param_groups": state["param_groups"]}
 
 
-def _started(work: Callable[[], None]) -> Future[None]:
+def _run_in_thread(work: Callable[[], None]) -> Future[None]:
     """Begin work in a thread of its own, or do it at once where the interpreter is ending and starts none."""
     thread = ThreadPoolExecutor(1)
     try:
         return thread.submit(work)
     except RuntimeError:
-        done: Future[None] = Future()
+        future: Future[None] = Future()
         try:
-            done.set_result(work())
-        except (OSError, checkpoint.Damaged) as error:
-            done.set_exception(error)
-        return done
+            future.set_result(work())
+        except (OSError, checkpoint.CorruptFileError) as error:
+            future.set_exception(error)
+        return future
     finally:
         thread.shutdown(wait=False)
 
 
-def _named(folder: Path, name: str) -> Path:
+def _find_named(folder: Path, name: str) -> Path:
     """The checkpoint that a user names, and no other."""
-    known = checkpoint.names(folder)
+    known = checkpoint.list_checkpoints(folder)
     if name not in known:
         raise RequestError(
             f"checkpoint is {name!r}: must be one of {', '.join(known) or 'none'}, the names in '{folder}'"
         )
     try:
         checkpoint.verify(folder / name)
-    except checkpoint.Damaged as error:
+    except checkpoint.CorruptFileError as error:
         raise RequestError(f"checkpoint is {name!r}, which is damaged ({error}): name another, or none") from error
     return folder / name
 
 
-def refuse_used(path: Path) -> None:
+def refuse_used_directory(path: Path) -> None:
     """Refuse a directory for a new run that holds a run, or what is left of one: its checkpoints would be gone on with.
 
     Raises:
@@ -481,19 +496,19 @@ def refuse_used(path: Path) -> None:
     """
     if (path / "config.json").exists():
         raise RequestError(
-            f"out is '{short(path)}', which holds a run already: choose another directory, or remove that one; "
-            f"`understudy resume {short(path)}` goes on with it"
+            f"out is '{short_path(path)}', which holds a run already: choose another directory, or remove that one; "
+            f"`understudy resume {short_path(path)}` goes on with it"
         )
-    left = [name for name in FOLDERS if (path / name).is_dir() and any((path / name).iterdir())]
-    left += [name for name in FILES if os.path.lexists(path / name) and not (path / name).is_dir()]
-    if left:
+    leftovers = [name for name in RUN_FOLDERS if (path / name).is_dir() and any((path / name).iterdir())]
+    leftovers += [name for name in RUN_FILES if os.path.lexists(path / name) and not (path / name).is_dir()]
+    if leftovers:
         raise RequestError(
-            f"out is '{short(path)}', which holds {', '.join(left)} of an earlier run: choose another "
+            f"out is '{short_path(path)}', which holds {', '.join(leftovers)} of an earlier run: choose another "
             "directory, or remove them"
         )
 
 
-def _free(parent: Path, name: str) -> Path:
+def _create_free_directory(parent: Path, name: str) -> Path:
     """parent/name-1, or the next number that is free; made, so that no other run takes it."""
     parent.mkdir(parents=True, exist_ok=True)
     number = 1

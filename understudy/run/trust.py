@@ -21,49 +21,53 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from understudy.run.checkpoint import Damaged, read_json, sha256
+from understudy.run.checkpoint import CorruptFileError, read_json, sha256
 from understudy.run.config import RequestError
-from understudy.run.foreign import unusual
+from understudy.run.foreign import restricted_settings
 
 
-class Code(NamedTuple):
+class CodeReference(NamedTuple):
     """Code that a config names: in this field, under this name, run out of these files."""
 
     field: str
     name: str
     files: tuple[Path, ...]
     """Its packages' own first; () where it is not found."""
-    module: bool
+    is_module: bool
     """A module's attribute; else a file's function."""
 
 
-def named(fields: dict[str, Any]) -> list[Code]:
+def code_references(fields: dict[str, Any]) -> list[CodeReference]:
     """All code that a config names: module:NAME or FILE.py:NAME as env or wrapper, file.py:function as reward or reply."""
-    found = []
+    references = []
     for field in ("env", "wrappers"):
-        given = fields.get(field) or ()
-        for text in (given,) if isinstance(given, str) else given:
+        specs = fields.get(field) or ()
+        for text in (specs,) if isinstance(specs, str) else specs:
             words = str(text).split()
             module, colon, _ = (words[0] if words else "").rpartition(":")
             if colon and module.endswith(".py"):
                 files = (Path(module),) if Path(module).is_file() else ()
-                found.append(Code(field, f"{Path(module).resolve()}:{words[0].rpartition(':')[2]}", files, False))
+                references.append(
+                    CodeReference(field, f"{Path(module).resolve()}:{words[0].rpartition(':')[2]}", files, False)
+                )
             elif colon:
-                found.append(Code(field, words[0], files_of(module), True))
+                references.append(CodeReference(field, words[0], module_files(module), True))
     for field in ("reward", "gold", "reply"):
-        given = fields.get(field) or ()
-        for text in (given,) if isinstance(given, str) else given:
+        specs = fields.get(field) or ()
+        for text in (specs,) if isinstance(specs, str) else specs:
             file, _, function = str(text).rpartition(":")
             if str(text).startswith("function "):
-                found.append(Code(field, str(text), (), False))  # an object of a process that is gone
+                references.append(CodeReference(field, str(text), (), False))  # an object of a process that is gone
             elif file.endswith(".py") and Path(file).is_file():
-                found.append(Code(field, f"{Path(file).resolve()}:{function.partition('*')[0]}", (Path(file),), False))
+                references.append(
+                    CodeReference(field, f"{Path(file).resolve()}:{function.partition('*')[0]}", (Path(file),), False)
+                )
     if fields.get("trust_remote_code"):
-        found.append(Code("trust_remote_code", "whatever comes with its models", (), False))
-    return found
+        references.append(CodeReference("trust_remote_code", "whatever comes with its models", (), False))
+    return references
 
 
-def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) -> list[Code]:
+def require_trusted_code(run: Path, fields: dict[str, Any], *, overridden: Collection[str] = ()) -> list[CodeReference]:
     """Refuse code that a run's config names and that nobody vouches for, and arguments that only one's own run may have.
 
     Args:
@@ -76,101 +80,101 @@ def permit(run: Path, fields: dict[str, Any], *, given: Collection[str] = ()) ->
         RequestError: code is in the run's directory, or is neither installed nor what the user's own run wrote down; or an
             argument reaches files or memory, and the run is not the user's.
     """
-    installed, own = [], _vouched(run)
-    for code in named(fields):
-        if code.field in given:
+    installed, signed_code = [], _read_signed_code(run)
+    for code in code_references(fields):
+        if code.field in overridden:
             continue
         files = [file.resolve() for file in code.files]
         if not files:
-            why = "which is not found here"
+            reason = "which is not found here"
         elif any(file.is_relative_to(run.resolve()) for file in files):
-            why = "which is inside the run itself"
-        elif code.module and all(_is_installed(file) for file in files):
+            reason = "which is inside the run itself"
+        elif code.is_module and all(_is_installed(file) for file in files):
             installed.append(code)
             continue
         else:
-            digests, began = _digests(code), own.get(f"{code.field} {code.name}")
+            digests, began = _code_digests(code), signed_code.get(f"{code.field} {code.name}")
             if digests and began == digests:
                 continue
-            why = "which is no installed package's, and not what a run of yours began with"
+            reason = "which is no installed package's, and not what a run of yours began with"
             if began:
                 changed = [Path(file).name for file in digests if began.get(file) != digests[file]]
-                why = f"which your run began with, but {', '.join(changed) or 'one of its files'} has changed since"
+                reason = f"which your run began with, but {', '.join(changed) or 'one of its files'} has changed since"
         raise RequestError(
-            f"run '{run}' names code as its {code.field} ({code.name!r}), {why}: "
+            f"run '{run}' names code as its {code.field} ({code.name!r}), {reason}: "
             f"name it yourself with --{code.field.replace('_', '-')}"
         )
-    for field, text, why, fix in unusual(fields):
-        if field not in given and f"{field} {text}" not in own:
+    for field, text, reason, fix in restricted_settings(fields):
+        if field not in overridden and f"{field} {text}" not in signed_code:
             raise RequestError(
-                f"run '{run}' has {field} {text[:200]!r}, {why}, and is not known to be yours: "
+                f"run '{run}' has {field} {text[:200]!r}, {reason}, and is not known to be yours: "
                 f"{fix.format(field.replace('_', '-'))}"
             )
     return installed
 
 
-def vouch(fields: dict[str, Any]) -> dict[str, Any] | None:
+def sign_code(fields: dict[str, Any]) -> dict[str, Any] | None:
     """What a run writes down at its start of code and unusual arguments that its config names, signed with the user's key.
 
     None where there is neither. Without a key, which needs a directory that can be written to, nothing is signed.
     """
-    codes = {f"{code.field} {code.name}": _digests(code) for code in named(fields) if code.files}
-    codes |= {f"{field} {text}": {} for field, text, *_ in unusual(fields)}
+    codes = {f"{code.field} {code.name}": _code_digests(code) for code in code_references(fields) if code.files}
+    codes |= {f"{field} {text}": {} for field, text, *_ in restricted_settings(fields)}
     if not codes:
         return None
-    key = _key(make=True)
+    key = _user_key(create=True)
     return {"code": codes, "signature": None if key is None else _sign(key, codes)}
 
 
-def files_of(module: str) -> tuple[Path, ...]:
+def module_files(module: str) -> tuple[Path, ...]:
     """The files that importing a module runs, its packages' first, found without importing anything; () where not found."""
     parts = module.split(".")
     if not all(part.isidentifier() and part != "__main__" for part in parts):
         return ()
-    found: list[Path] = []
-    places: list[str] | None = None
-    for number in range(len(parts)):
-        name = ".".join(parts[: number + 1])
+    files: list[Path] = []
+    search_paths: list[str] | None = None
+    for depth in range(len(parts)):
+        name = ".".join(parts[: depth + 1])
         try:
             # of a top name this imports nothing; of one further down it would import its packages
-            find = importlib.machinery.PathFinder.find_spec
-            spec = find(name, places) if number else importlib.util.find_spec(name)
+            find_spec = importlib.machinery.PathFinder.find_spec
+            spec = find_spec(name, search_paths) if depth else importlib.util.find_spec(name)
         except (ImportError, AttributeError, ValueError):
             return ()
         if spec is None or (spec.origin in ("built-in", "frozen")):
             return ()
-        places = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+        search_paths = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
         if spec.origin is not None:
             if not Path(spec.origin).is_file():
                 return ()
-            found.append(Path(spec.origin))
-        if number + 1 < len(parts) and places is None:
+            files.append(Path(spec.origin))
+        if depth + 1 < len(parts) and search_paths is None:
             return ()
-    return tuple(found)
+    return tuple(files)
 
 
 def _is_installed(file: Path) -> bool:
     """Whether a file lies where packages are installed. The standard library has no environments, and does not count."""
-    places = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
-    places |= {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
-    return any(file.is_relative_to(Path(place).resolve()) for place in places)
+    site_dirs = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    site_dirs |= {site.getusersitepackages()} if site.ENABLE_USER_SITE else set()
+    return any(file.is_relative_to(Path(site_dir).resolve()) for site_dir in site_dirs)
 
 
-def _digests(code: Code) -> dict[str, str]:
+def _code_digests(code: CodeReference) -> dict[str, str]:
     try:
         return {str(file.resolve()): sha256(file) for file in code.files}
-    except Damaged:  # nobody's code is a large file of holes
+    except CorruptFileError:  # nobody's code is a large file of holes
         return {}
 
 
-def _vouched(run: Path) -> dict[str, Any]:
+def _read_signed_code(run: Path) -> dict[str, Any]:
     """The code that lineage.json says the run began with, where its signature is the user's."""
     try:
-        about = read_json(run / "lineage.json")["vouched"]
-        codes, signature, key = about["code"], about["signature"], _key(make=False)
+        signed = read_json(run / "lineage.json")["vouched"]
+        codes, signature, key = signed["code"], signed["signature"], _user_key(create=False)
         if key is not None and hmac.compare_digest(_sign(key, codes).encode(), str(signature).encode()):
             return codes
-    except (Damaged, KeyError, TypeError):
+    except (CorruptFileError, KeyError, TypeError):
         pass
     return {}
 
@@ -179,22 +183,22 @@ def _sign(key: bytes, codes: dict[str, Any]) -> str:
     return hmac.new(key, json.dumps(codes, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
-def _key(*, make: bool) -> bytes | None:
+def _user_key(*, create: bool) -> bytes | None:
     """The user's own key, in a file that only the user reads; None where there is none, and none can be made."""
-    home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    file = Path(home) / "understudy" / "key"
+    state_home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    file = Path(state_home) / "understudy" / "key"
     try:
-        if make and not file.exists():
+        if create and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(f"key.{os.getpid()}")
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            temporary = file.with_name(f"key.{os.getpid()}")
+            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                 out.write(secrets.token_bytes(32))
             try:
-                os.link(aside, file)  # the first of two processes wins
+                os.link(temporary, file)  # the first of two processes wins
             except FileExistsError:
                 pass
             finally:
-                aside.unlink()
+                temporary.unlink()
         key = file.read_bytes()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None

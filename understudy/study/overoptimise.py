@@ -52,45 +52,45 @@ def fit(curves: Sequence[Curve], form: Form) -> Fit:
     d, gain = np.sqrt(kl[kl > 0]), gain[kl > 0]
     bend = d * d if form == "best_of" else d * np.log(d)
     (alpha, beta), *_ = np.linalg.lstsq(np.stack([d, -bend], axis=1), gain, rcond=None)
-    left, spread = gain - (alpha * d - beta * bend), gain - gain.mean()
-    r2 = 1 - float(left @ left) / float(spread @ spread) if spread.any() else math.nan
+    residual, deviation = gain - (alpha * d - beta * bend), gain - gain.mean()
+    r2 = 1 - float(residual @ residual) / float(deviation @ deviation) if deviation.any() else math.nan
     return Fit(form, float(alpha), float(beta), r2)
 
 
 def peak_interval(
-    curves: Sequence[Curve], form: Form, *, level: float = 0.95, draws: int = 2000, seed: int = 0
+    curves: Sequence[Curve], form: Form, *, level: float = 0.95, num_draws: int = 2000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile bootstrap interval over seeds of the KL at the fit's peak; inf is a value like another."""
     generator = np.random.default_rng(seed)
-    drawn = [
-        fit([curves[i] for i in generator.integers(len(curves), size=len(curves))], form).peak for _ in range(draws)
+    peaks = [
+        fit([curves[i] for i in generator.integers(len(curves), size=len(curves))], form).peak for _ in range(num_draws)
     ]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    low, high = np.quantile(peaks, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
     return float(low), float(high)
 
 
-def kl_of_best(n: int) -> float:
+def kl_of_best_of_n(n: int) -> float:
     """KL between the best of n and a single sample, log n - (n - 1) / n nats (Stiennon et al. 2020, app. G.3).
 
     It is a bound: it is reached where no two samples score the same.
 
-    >>> round(kl_of_best(2), 4)
+    >>> round(kl_of_best_of_n(2), 4)
     0.1931
     """
     return math.log(n) - (n - 1) / n
 
 
-def mean_of_best(by: np.ndarray, what: np.ndarray, n: int) -> float:
+def mean_of_best_of_n(ranking_scores: np.ndarray, values: np.ndarray, n: int) -> float:
     """Expected `what` of the best of n by `by`, over all ways to draw n of the N samples (Nakano et al. 2021, app. I).
 
     Args:
         by, what: [..., N], a row a prompt; rows are averaged. n: at most N.
     """
-    order = np.argsort(by, axis=-1, kind="stable")
-    ordered = np.take_along_axis(what, order, axis=-1)
-    size = by.shape[-1]
+    order = np.argsort(ranking_scores, axis=-1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=-1)
+    size = ranking_scores.shape[-1]
     if not 1 <= n <= size:
-        raise ValueError(f"n is {n}, by is {by.shape}: n must be from 1 to the last of these")
+        raise ValueError(f"n is {n}, by is {ranking_scores.shape}: n must be from 1 to the last of these")
     rank = np.arange(size, n, -1)  # C(i - 1, n - 1) over that of i + 1 is (i - n + 1) / i
     weight = np.concatenate([[n / size], n / size * np.cumprod((rank - n) / (rank - 1))])  # of rank N, N - 1, ..., n
     return float((ordered[..., ::-1][..., : len(weight)] * weight).sum(axis=-1).mean())

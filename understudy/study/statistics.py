@@ -19,26 +19,26 @@ def iqm(scores: Sequence[float] | np.ndarray) -> float:
     return float((ordered * weight).sum() / weight.sum())
 
 
-def interval(
+def bootstrap_interval(
     scores: Sequence[float],
     statistic: Callable[[np.ndarray], float] = iqm,
     *,
     level: float = 0.95,
-    draws: int = 2000,
+    num_draws: int = 2000,
     seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic over seeds; the same numbers give the same interval."""
     generator, values = np.random.default_rng(seed), np.asarray(scores, dtype=float)
-    drawn = [statistic(generator.choice(values, len(values))) for _ in range(draws)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    resampled = [statistic(generator.choice(values, len(values))) for _ in range(num_draws)]
+    low, high = np.quantile(resampled, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
-def probability_of_improvement(ours: Sequence[float], theirs: Sequence[float]) -> float:
+def probability_of_improvement(scores: Sequence[float], baseline_scores: Sequence[float]) -> float:
     """How often a seed of ours is above a seed of theirs, ties by half.
 
     >>> probability_of_improvement([1, 2], [0, 2])
     0.625
     """
-    a, b = np.asarray(ours, dtype=float)[:, None], np.asarray(theirs, dtype=float)[None, :]
+    a, b = np.asarray(scores, dtype=float)[:, None], np.asarray(baseline_scores, dtype=float)[None, :]
     return float(((a > b) + 0.5 * (a == b)).mean())
