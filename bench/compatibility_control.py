@@ -35,8 +35,22 @@ from tests.foreign_envs import DOES, SEES, Guess
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results" / "compatibility_control.json", HERE.parent / "docs" / "compatibility-control.md"
 FOREIGN = "tests.foreign_envs:"
-SHORT = {"num_envs": 8, "rollout": 16, "epochs": 4, "minibatches": 2, "hidden": (16,), "learning_rate": 0.01}
-LONGER = {"num_envs": 8, "rollout": 64, "epochs": 6, "minibatches": 4, "hidden": (32, 32), "learning_rate": 2e-3}
+SHORT = {
+    "num_envs": 8,
+    "num_steps_per_env": 16,
+    "num_epochs": 4,
+    "num_minibatches": 2,
+    "hidden": (16,),
+    "learning_rate": 0.01,
+}
+LONGER = {
+    "num_envs": 8,
+    "num_steps_per_env": 64,
+    "num_epochs": 6,
+    "num_minibatches": 4,
+    "hidden": (32, 32),
+    "learning_rate": 2e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class Case:
     def config(self, out: str) -> Any:
         sizes = SHORT if self.recipe is ppo else {"num_envs": 8, "hidden": (16,), "learning_rate": 0.02}
         common = {"env": self.env, "env_options": self.options, "quiet": True, "log_every": 10**6, "steps": self.steps}
-        return self.recipe.Config(**(sizes | common | {"out": f"{out}/run", "seed": 1} | self.fields))
+        return self.recipe.Config(**(sizes | common | {"output_dir": f"{out}/run", "seed": 1} | self.fields))
 
 
 def seen(see: str, **fields: Any) -> Case:
@@ -105,21 +119,30 @@ CASES = [
     *(guess("mask", 1.5, options={"mask": mask}) for mask in ("info", "method", "Dict")),
     guess("mask", 1.5, options={"mask": "info", "do": "MultiDiscrete"}),
     guess("mask", 1.5, options={"mask": "Dict", "do": "MultiDiscrete"}),
-    guess("memory", 2.5, "GRU", options={"recall": True}, steps=6000, fields={"memory": "gru", "memory_size": 16}),
-    guess("memory", 2.5, "LSTM", options={"recall": True}, steps=6000, fields={"memory": "lstm", "memory_size": 16}),
+    guess(
+        "memory", 2.5, "GRU", options={"recall": True}, steps=6000, fields={"rnn_type": "gru", "rnn_hidden_size": 16}
+    ),
+    guess(
+        "memory", 2.5, "LSTM", options={"recall": True}, steps=6000, fields={"rnn_type": "lstm", "rnn_hidden_size": 16}
+    ),
     guess("recipe", 2.5, "reinforce", recipe=reinforce, steps=8000),
     guess("recipe", 2.5, "actor-critic", recipe=actor_critic, steps=6000),
-    guess("copies", 2.5, "async", fields={"vectorization": "async", "num_envs": 2, "rollout": 64}),
-    guess("copies", 2.5, "supervised", fields={"vectorization": "supervised", "num_envs": 2, "rollout": 64}),
+    guess("copies", 2.5, "async", fields={"vectorization": "async", "num_envs": 2, "num_steps_per_env": 64}),
+    guess(
+        "copies",
+        2.5,
+        "fault_tolerant",
+        fields={"vectorization": "fault_tolerant", "num_envs": 2, "num_steps_per_env": 64},
+    ),
     Case("copies", FOREIGN + "GuessRows", 2.5, fields={"vectorization": "native"}),
     guess("copies", 2.5, "own SyncVectorEnv, SAME_STEP", own=lambda: rows(SyncVectorEnv, AutoresetMode.SAME_STEP)),
     guess("copies", 2.5, "own AsyncVectorEnv, NEXT_STEP", own=lambda: rows(AsyncVectorEnv, AutoresetMode.NEXT_STEP)),
-    guess("copies", 2.5, "own object", own=Guess, fields={"num_envs": 1, "rollout": 128}),
+    guess("copies", 2.5, "own object", own=Guess, fields={"num_envs": 1, "num_steps_per_env": 128}),
     Case("info", FOREIGN + "InfoOfChangingShape", 3.0, steps=1000),
     Case("info", FOREIGN + "InfoSometimesNone", 3.0, steps=1000),
     Case("info", FOREIGN + "CostIntOrFloat", 6.0, steps=1500),
     Case("precision", FOREIGN + "UnixClock", 5.0, steps=3000, fields={"normalize_obs": True}),
-    Case("board", FOREIGN + "Board", 0.3, steps=6000, episodes=200, fields={"rollout": 32}),
+    Case("board", FOREIGN + "Board", 0.3, steps=6000, episodes=200, fields={"num_steps_per_env": 32}),
     Case("keys", FOREIGN + "KeyNamedObs", 3.0, steps=1000),
     Case("state", FOREIGN + "Curriculum", 3.0, steps=1000),
     Case(

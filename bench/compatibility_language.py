@@ -121,14 +121,26 @@ def _trained(folder: Path, data: Path, truth: list[torch.Tensor]) -> dict[str, A
     common = {"model": str(folder), "quiet": True, "held_out": 0}
     out = folder.parent / "runs" / folder.name
     texts = data / "rows.jsonl"
-    learned = sft.train(sft.Config(data=str(texts), out=str(out / "sft"), minibatch_rows=4, epochs=3, **common))
+    learned = sft.train(sft.Config(data=str(texts), output_dir=str(out / "sft"), batch_size=4, num_epochs=3, **common))
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)  # for some architectures, of another class than was saved
     rows = [tokenizer(json.loads(line)["text"])["input_ids"] + [2] for line in texts.read_text().splitlines()]
     expected = -torch.cat([_next_tokens(model, row) for row in rows]).mean()
     losses = [line["loss"] for line in learned.metrics]
-    asked = {"data": str(data / "prompts.jsonl"), "out": str(out / "grpo"), "reward": last_digits, "samples": 0}
-    sizes = {"rows": 8, "group": 4, "fixed_length": LIMIT, "steps": 8 * LIMIT, "evaluate_rows": 4, "max_length": 16}
+    asked = {
+        "data": str(data / "prompts.jsonl"),
+        "output_dir": str(out / "grpo"),
+        "reward": last_digits,
+        "log_samples": 0,
+    }
+    sizes = {
+        "completions_per_iteration": 8,
+        "group_size": 4,
+        "fixed_length": LIMIT,
+        "total_tokens": 8 * LIMIT,
+        "evaluate_rows": 4,
+        "max_length": 16,
+    }
     ruled = grpo.train(grpo.Config(**common, **asked, **sizes))
     return {
         "sft_loss_gap": abs(losses[0] - float(expected)),

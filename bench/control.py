@@ -86,18 +86,30 @@ class Row:
 
 def ours_a(**fields: Any) -> dict[str, Any]:
     """Recipe A: CleanRL's settings for discrete actions without value clipping, which SB3 has in another form."""
-    return {"env": "CartPole-v1", "preset": "cleanrl", "value_clip": 0.0, "num_envs": 4, "rollout": 128} | fields
+    return {
+        "env": "CartPole-v1",
+        "preset": "cleanrl",
+        "value_clip": 0.0,
+        "num_envs": 4,
+        "num_steps_per_env": 128,
+    } | fields
 
 
 def ours_b(**fields: Any) -> dict[str, Any]:
     """Recipe B: CleanRL's settings for continuous actions without value clipping."""
-    return {"env": "HalfCheetah-v5", "preset": "cleanrl", "value_clip": 0.0, "num_envs": 1, "rollout": 2048} | fields
+    return {
+        "env": "HalfCheetah-v5",
+        "preset": "cleanrl",
+        "value_clip": 0.0,
+        "num_envs": 1,
+        "num_steps_per_env": 2048,
+    } | fields
 
 
 def native(envs: int) -> dict[str, dict[str, Any]]:
     """Both sides of CartPole as a vector env of its own, value clipping on, for PureJaxRL cannot turn it off."""
     # tiny tensors are fastest with one thread
-    threads = {} if envs >= 64 else {"threads": 1}
+    threads = {} if envs >= 64 else {"num_threads": 1}
     ours = ours_a(num_envs=envs, vectorization="native", value_clip=0.2, compile="on") | threads
     return {OURS: ours, PUREJAXRL: {"NUM_ENVS": envs}}
 
@@ -197,7 +209,7 @@ ROWS = {
         "HalfCheetah-v5 while learning, 8 environments x 256, recipe B8",
         "Recipe B with 8 environments; beside it, one environment stepped on one core with actions drawn beforehand.",
         100 * 2048,
-        {OURS: ours_b(num_envs=8, rollout=256), BARE: {"env": "HalfCheetah-v5", "threads": 1}},
+        {OURS: ours_b(num_envs=8, num_steps_per_env=256), BARE: {"env": "HalfCheetah-v5", "num_threads": 1}},
         {BARE: (0.25, 0.5)},
         "all",
     ),
@@ -314,9 +326,15 @@ def measure(name: str, row: Row, repeats: int, steps: int | None, setting: Setti
 def once(side: str, row: Row, steps: int, seed: int, setting: Setting, cores: list[int]) -> dict[str, Any]:
     """One process of one side: its marks, speed, time and memory."""
     with tempfile.TemporaryDirectory() as folder:
-        job = {"steps": steps, "seed": seed, "device": setting.device, "threads": len(cores), "out": f"{folder}/run"}
+        job = {
+            "steps": steps,
+            "seed": seed,
+            "device": setting.device,
+            "threads": len(cores),
+            "out": f"{folder}/run",
+        }
         settings = row.sides[side]
-        cores = cores[: settings.get("threads", len(cores))] if side == BARE else cores
+        cores = cores[: settings.get("num_threads", len(cores))] if side == BARE else cores
         reached = partial(solved, threshold=row.until) if row.until is not None else None
         run = timed(
             command(side, settings, job, setting),

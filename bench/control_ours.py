@@ -31,8 +31,14 @@ PARTS = [  # what is timed: its name, where it stands, what it is part of
 
 def main(job: dict[str, Any]) -> None:
     """job: `steps`, `seed`, `device`, `threads`, `out`, and `fields`, a config's."""
-    given = {"threads": job["threads"]} | job["fields"]
-    common = {"steps": job["steps"], "seed": job["seed"], "device": job["device"], "out": job["out"], "quiet": True}
+    given = {"num_threads": job["threads"]} | job["fields"]
+    common = {
+        "steps": job["steps"],
+        "seed": job["seed"],
+        "device": job["device"],
+        "output_dir": job["out"],
+        "quiet": True,
+    }
     spent = watched() if "profile" in job else {}
     marks = []
     for line in ppo.iterate(preset(ppo.Config, **(given | common))):

@@ -35,19 +35,19 @@ def train(given: dict[str, Any]) -> None:
         model=f"{given['models']}/policy",
         data=given["data"],
         reward=reward if given["kind"] == "grpo" else f"{given['models']}/reward_model",
-        out=given["out"],
-        steps=FOREVER,
+        output_dir=given["out"],
+        total_tokens=FOREVER,
         checkpoint_every=FOREVER,
-        samples=0,
+        log_samples=0,
         held_out=0,
         quiet=True,
         seed=1,
-        threads=1,
-        rows=given["rows"],
+        num_threads=1,
+        completions_per_iteration=given["rows"],
         device=given["device"],
         dtype="bfloat16" if cuda else "float32",
         learning_rate_schedule="constant",
-        **({"max_new": given["length"]} if given["spread"] else {"fixed_length": given["length"]}),
+        **({"max_new_tokens": given["length"]} if given["spread"] else {"fixed_length": given["length"]}),
         **settings(given),
     )
     iterations = recipe.iterate(cfg)
@@ -67,11 +67,16 @@ def train(given: dict[str, Any]) -> None:
 def settings(given: dict[str, Any]) -> dict[str, Any]:
     """The recipe's fields, as the peer's script has them."""
     if given["kind"] == "grpo":
-        return {"group": given["group"], "aggregate": "step", "learning_rate": 1e-4, "packing": given["spread"]}
+        return {
+            "group_size": given["group"],
+            "loss_aggregation": "token_mean",
+            "learning_rate": 1e-4,
+            "packing": given["spread"],
+        }
     return {
         "critic": given["critic"],
-        "epochs": given["epochs"],
-        "minibatches": 1,
+        "num_epochs": given["epochs"],
+        "num_minibatches": 1,
         "learning_rate": 3e-6,
         "kl_reference": "reward",
         "kl_reference_coef": 0.05,

@@ -22,7 +22,7 @@ REINFORCE = {"steps": 100_000, "num_envs": 8, "learning_rate": 3e-3}
 ONE_STEP = {
     "steps": 30_000,
     "num_envs": 1,
-    "rollout": 1,
+    "num_steps_per_env": 1,
     "lam": 0.0,
     "gamma": 0.98,
     "optimizer": "adam",
@@ -40,8 +40,8 @@ METHODS = {
     "actor-critic, one step": ("actor_critic", ONE_STEP),
     "actor-critic, n-step": ("actor_critic", {}),
     "ppo, clip": ("ppo", {}),
-    "ppo, KL fixed": ("ppo", {"objective": "penalty", "kl_coef": 3.0}),
-    "ppo, KL adaptive": ("ppo", {"objective": "penalty", "kl_coef": 1.0, "adaptive_kl_target": 0.01}),
+    "ppo, KL fixed": ("ppo", {"objective": "penalty", "kl_old_coef": 3.0}),
+    "ppo, KL adaptive": ("ppo", {"objective": "penalty", "kl_old_coef": 1.0, "adaptive_kl_target": 0.01}),
 }
 
 
@@ -58,7 +58,7 @@ def run(name: str, seed: int) -> Path:
     recipe, fields = METHODS[name]
     module = importlib.import_module(f"understudy.control.{recipe}")
     with tempfile.TemporaryDirectory() as out:
-        config = preset(module.Config, ENV, seed=seed, quiet=True, out=f"{out}/run", **fields)
+        config = preset(module.Config, ENV, seed=seed, quiet=True, output_dir=f"{out}/run", **fields)
         began = time.time()
         done = module.train(config)
         returns = evaluate(load(done.path), config, num_episodes=100).returns

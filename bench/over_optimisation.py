@@ -43,7 +43,7 @@ SEEDS = (1, 2, 3, 4, 5)
 SIZES = (100, 400, 4000)  # pairs a proxy learns from
 TESTED = 1000  # pairs that no proxy learns from
 PROXY_STEPS = 400  # optimizer steps, whatever the number of pairs
-PROXY = {"learning_rate": 3e-3, "minibatch_rows": 20, "held_out": 0, "log_every": 50}
+PROXY = {"learning_rate": 3e-3, "batch_size": 20, "held_out": 0, "log_every": 50}
 OPENINGS, SAMPLES = 64, 1024  # of best-of-n: openings nobody was trained on, completions of each
 BEST_OF = tuple(2**i for i in range(11))
 ITERATIONS = 60  # of PPO, about
@@ -56,7 +56,7 @@ PPO = {
     "held_out": 128,
     "evaluate_every": 2,
     "evaluate_rows": 256,
-    "samples": 0,
+    "log_samples": 0,
 }
 FORMS: dict[str, Form] = {"best_of": "best_of", "ppo": "rl"}
 NAMES = {"best_of": "best of n", "ppo": "PPO"}
@@ -156,9 +156,9 @@ def proxy_of(out: Path, seed: int, size: int) -> RewardModel:
     path = out / f"proxy-{size}"
     if not (path / "reward_model").exists():
         shutil.rmtree(path, ignore_errors=True)
-        data, epochs = str(out / f"pairs-{size}.jsonl"), math.ceil(PROXY_STEPS * PROXY["minibatch_rows"] / size)
-        given: dict[str, Any] = {**rehearse.COMMON_FIELDS, **PROXY, "seed": seed, "epochs": epochs}
-        reward_model.train(reward_model.Config(model=str(out / "sft"), data=data, out=str(path), **given))
+        data, epochs = str(out / f"pairs-{size}.jsonl"), math.ceil(PROXY_STEPS * PROXY["batch_size"] / size)
+        given: dict[str, Any] = {**rehearse.COMMON_FIELDS, **PROXY, "seed": seed, "num_epochs": epochs}
+        reward_model.train(reward_model.Config(model=str(out / "sft"), data=data, output_dir=str(path), **given))
     return RewardModel.from_pretrained(path / "reward_model")
 
 
@@ -203,7 +203,7 @@ def by_ppo(out: Path, seed: int, size: int) -> dict[str, list[float]]:
     shutil.rmtree(path, ignore_errors=True)
     cfg = rehearse.ppo_config(out, seed, replace(rehearse.FULL_SIZES, iterations=ITERATIONS))
     judges: dict[str, Any] = {"reward": (str(out / f"proxy-{size}"),), "gold": (rehearsal.true_scores,)}
-    metrics = ppo.train(replace(cfg, **judges, **PPO, out=str(path))).metrics
+    metrics = ppo.train(replace(cfg, **judges, **PPO, output_dir=str(path))).metrics
     lines = [m for m in metrics if "evaluation_kl" in m and m["iteration"] > PPO["critic_warmup"]]
     first = lines[0]
     return {
@@ -270,7 +270,7 @@ def page(found: dict[int, list[dict[str, Any]]]) -> str:
         f"- **Policy**: as in `understudy rehearse` after SFT; {len(SEEDS)} seeds, {', '.join(map(str, SEEDS))}, each "
         "with its own policy, pairs and proxies.",
         f"- **Proxies**: reward models begun from the policy, on {', '.join(map(str, SIZES))} noisy preferences "
-        f"between its own sentences: {PROXY_STEPS} steps of {PROXY['minibatch_rows']} pairs, learning rate "
+        f"between its own sentences: {PROXY_STEPS} steps of {PROXY['batch_size']} pairs, learning rate "
         f"{PROXY['learning_rate']:g}, for each of them. Accuracy is on {TESTED} pairs that none of them saw. Scores "
         "are in deviations of the proxy's own over the texts it learned from.",
         f"- **Best of n**: n = 1 to {BEST_OF[-1]} of {SAMPLES} completions of each of {OPENINGS} openings, over all "

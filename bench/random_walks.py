@@ -138,13 +138,13 @@ def run(seed: int, **changes: object) -> dict[str, float]:
         (out / "walks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in walks(edges, seed)))
         starts = [{"prompt": node} for node in NODES[1:] for _ in range(10)]
         (out / "starts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in starts))
-        tuning = {"learning_rate": 2e-3, "epochs": 10, "minibatch_rows": 64, "learning_rate_schedule": "cosine"}
+        tuning = {"learning_rate": 2e-3, "num_epochs": 10, "batch_size": 64, "learning_rate_schedule": "cosine"}
         sft.train(
             sft.Config(
                 model=str(out / "fresh"),
                 data=str(out / "walks.jsonl"),
                 seed=seed,
-                out=str(out / "sft"),
+                output_dir=str(out / "sft"),
                 quiet=True,
                 held_out=0,
                 **tuning,
@@ -157,23 +157,23 @@ def run(seed: int, **changes: object) -> dict[str, float]:
             "reward": reward,
             "seed": seed,
             "quiet": True,
-            "rows": 160,
-            "slots": 160,
-            "max_new": LONGEST + 1,
-            "steps": 120_000,
+            "completions_per_iteration": 160,
+            "max_num_seqs": 160,
+            "max_new_tokens": LONGEST + 1,
+            "total_tokens": 120_000,
             "learning_rate": 3e-4,
-            "epochs": 2,
-            "minibatches": 4,
+            "num_epochs": 2,
+            "num_minibatches": 4,
             "kl_reference_coef": 0.01,
             "held_out": 0,
-            "samples": 0,
+            "log_samples": 0,
         }
         for name, recipe, own in (
             ("ppo", ppo, {"critic": "shared", "value_coef": 0.5, "lam": 1.0}),
-            ("grpo", grpo, {"group": 8, "aggregate": "step"}),
+            ("grpo", grpo, {"group_size": 8, "loss_aggregation": "token_mean"}),
         ):
             began = time.process_time()
-            done = recipe.train(recipe.Config(out=str(out / name), **{**shared, **own, **changes}))
+            done = recipe.train(recipe.Config(output_dir=str(out / name), **{**shared, **own, **changes}))
             found[name], found[f"{name}_seconds"] = measure(out / name, edges, best), time.process_time() - began
             found[f"{name}_undone"] = sum(line.get("updates_skipped", 0) for line in done.metrics)
     return found

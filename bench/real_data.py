@@ -44,8 +44,8 @@ SHARE = 5  # one pair of so many is held out
 READ = {"max_length": TOKENS, "too_long": "cut"}
 RECIPES: dict[str, Any] = {"reward-model": reward_model, "dpo": dpo}
 COMMON: dict[str, dict[str, Any]] = {
-    "reward-model": {"epochs": 1, "minibatch_rows": 16, "warmup": 0.1, "normalize": "none"},
-    "dpo": {"epochs": 1, "minibatch_rows": 16, "warmup": 0.1},
+    "reward-model": {"num_epochs": 1, "batch_size": 16, "warmup": 0.1, "normalize": "none"},
+    "dpo": {"num_epochs": 1, "batch_size": 16, "warmup": 0.1},
 }
 SWEEP: dict[str, list[dict[str, Any]]] = {
     "reward-model": [
@@ -61,7 +61,18 @@ SWEEP: dict[str, list[dict[str, Any]]] = {
 }
 CHOSEN: dict[str, dict[str, Any]] = {"reward-model": SWEEP["reward-model"][0], "dpo": SWEEP["dpo"][0]}
 READ_PROBLEMS = ["--columns", "prompt=question", "--reward", "number", "--too-long", "skip", "--stop", "<s>"]
-GRPO = ["--rows", "64", "--group", "8", "--max-new", "64", "--steps", f"{5 * 64 * 64}", "--learning-rate", "1e-4"]
+GRPO = [
+    "--completions-per-iteration",
+    "64",
+    "--group-size",
+    "8",
+    "--max-new-tokens",
+    "64",
+    "--total-tokens",
+    f"{5 * 64 * 64}",
+    "--learning-rate",
+    "1e-4",
+]
 
 TRIED = """\
 On prompts that are learned from, a fifth of them put aside; the held-out fifth took no part. One run a line, seed 100: the
@@ -182,7 +193,7 @@ def run(
             data=str(source),
             held_out=held_out,
             seed=seed,
-            out=str(out),
+            output_dir=str(out),
             quiet=True,
             checkpoint_every=10**6,
             **READ,
@@ -249,7 +260,7 @@ def solve_problems() -> dict[str, Any]:
         for name in ("metrics", "events")
     )
     said = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-    names = ("score_mean", "groups_equal", "length_mean", "stopped", "grad_norm")
+    names = ("score_mean", "groups_without_signal", "length_mean", "stopped", "grad_norm")
     return {
         "preflight": {"exit": asked.returncode, "said": asked.stderr.strip().splitlines()[-1:]},
         "command": " ".join(command).replace(str(DATA), "../shared/data").replace(str(out), "RUN"),
@@ -384,7 +395,8 @@ def grpo_lines(problems: dict[str, Any]) -> list[str]:
         "| iteration | mean score | groups that score the same | tokens a completion | ended by itself | gradient norm |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {number} | {f['score_mean']:.4f} | {f['groups_equal']:.3f} | {f['length_mean']:.1f} | {f['stopped']:.3f} "
+            f"| {number} | {f['score_mean']:.4f} | {f['groups_without_signal']:.3f} | {f['length_mean']:.1f} | "
+            f"{f['stopped']:.3f} "
             f"| {f['grad_norm']:.3g} |"
             for number, f in enumerate(problems["iterations"], 1)
         ),

@@ -60,8 +60,8 @@ def understudy(out: Path, job: str) -> str:
         run = understudy.resume(out)
     else:
         config = ppo.Config(
-            env="CartPole-v1", num_envs=2, rollout=64, steps=TOTAL, checkpoint_every=SAVED // 128, seed=1, out=str(out),
-            quiet=True,
+            env="CartPole-v1", num_envs=2, num_steps_per_env=64, steps=TOTAL, checkpoint_every=SAVED // 128, seed=1,
+            output_dir=str(out), quiet=True,
         )  # fmt: skip
         iterations = ppo.iterate(config)
         while True:

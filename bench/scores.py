@@ -41,7 +41,7 @@ def run(env: str, seed: int) -> Path:
     from understudy.control.presets import preset
 
     with tempfile.TemporaryDirectory() as out:
-        config = preset(ppo.Config, env, seed=seed, steps=STEPS[env], quiet=True, out=f"{out}/run")
+        config = preset(ppo.Config, env, seed=seed, steps=STEPS[env], quiet=True, output_dir=f"{out}/run")
         began = time.time()
         done = ppo.train(config)
         policy = load(done.path)

@@ -50,17 +50,17 @@ REWARD_MODEL = {
     "seed": 100,  # of one reward model, which all seeds share
     "learning_rate": 2e-3,
     "warmup": 0.05,
-    "epochs": 1,
-    "minibatch_rows": 64,
+    "num_epochs": 1,
+    "batch_size": 64,
 }
 PPO = {
-    "steps": 40 * 128 * TOKENS,
-    "rows": 128,
-    "max_new": TOKENS,
+    "total_tokens": 40 * 128 * TOKENS,
+    "completions_per_iteration": 128,
+    "max_new_tokens": TOKENS,
     "truncation": "terminal",
     "learning_rate": 5e-4,
-    "epochs": 1,
-    "minibatches": 2,
+    "num_epochs": 1,
+    "num_minibatches": 2,
     "critic": "separate",
     "critic_learning_rate": 1e-3,
     "value_coef": 0.5,
@@ -68,7 +68,7 @@ PPO = {
     "lam": 0.98,
     "kl_reference": "exact",
     "kl_reference_coef": 0.35,
-    "slots": 128,
+    "max_num_seqs": 128,
 }
 TRIED = """\
 Found while settings were sought, on the base's completions of the held-out openings and on PPO seeds 100 and 101. Gold was
@@ -168,7 +168,7 @@ def judge_path() -> Path:
         source = RUNS / "reviews.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in pieces(reviews)), encoding="utf-8")
         reward_model.train(
-            reward_model.Config(model=str(MODEL), data=str(source), out=str(path), quiet=True, **REWARD_MODEL)
+            reward_model.Config(model=str(MODEL), data=str(source), output_dir=str(path), quiet=True, **REWARD_MODEL)
         )
     return path
 
@@ -216,7 +216,7 @@ def run(seed: int, *, out: Path | None = None, **changes: Any) -> dict[str, Any]
         stop=STOP,
         held_out=HELD_OUT,
         seed=seed,
-        out=str(out),
+        output_dir=str(out),
         quiet=True,
         **settings,
     )

@@ -40,16 +40,16 @@ PAGE = stories.PAGE.parent / "stories-methods.md"
 SEEDS, TUNING_SEED = [1, 2, 3, 4, 5], 100
 COMMON_KL = 4.0  # nats a completion
 COMMON = {
-    "steps": stories.PPO["steps"],
-    "max_new": stories.TOKENS,
-    "slots": 128,
+    "total_tokens": stories.PPO["steps"],
+    "max_new_tokens": stories.TOKENS,
+    "max_num_seqs": 128,
     "kl_reference": "exact",
 }
 ONE_STEP = {"rows": 64}  # and one optimizer step an iteration, where the others make two of 128 rows
 METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo": (ppo, {name: x for name, x in stories.PPO.items() if name not in COMMON}),
-    "grpo": (grpo, {"rows": 128, "minibatches": 2, "group": 8}),
-    "rloo": (reinforce, {**ONE_STEP, "baseline": "leave_one_out", "group": 4}),
+    "grpo": (grpo, {"completions_per_iteration": 128, "num_minibatches": 2, "group_size": 8}),
+    "rloo": (reinforce, {**ONE_STEP, "baseline": "leave_one_out", "group_size": 4}),
     "reinforce-moving": (reinforce, {**ONE_STEP, "baseline": "moving"}),
     "reinforce-none": (reinforce, {**ONE_STEP, "baseline": "none"}),
 }
@@ -112,9 +112,9 @@ def run(name: str, seed: int, **changes: Any) -> dict[str, Any]:
         stop=stories.STOP,
         held_out=stories.HELD_OUT,
         seed=seed,
-        out=str(out),
+        output_dir=str(out),
         quiet=True,
-        samples=0,
+        log_samples=0,
         **settings,
     )
     began = time.process_time()

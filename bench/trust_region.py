@@ -74,7 +74,7 @@ def run(seed: int, way: str) -> dict[str, Any]:
     update.copy = copies  # pyright: ignore[reportAttributeAccessIssue]  # the copy that an undone update returns to
     clock = Clock((TrustRegion, "__init__"), (TrustRegion, "__call__"), (copies, "deepcopy"))
     began, undone, moved = time.process_time(), 0, []
-    for line in ppo.iterate(replace(usual, out=str(out), **rates, **WAYS[way])):
+    for line in ppo.iterate(replace(usual, output_dir=str(out), **rates, **WAYS[way])):
         undone += int(line.get("updates_skipped", 0))
         moved.append(line["kl_reference"])
     seconds = time.process_time() - began

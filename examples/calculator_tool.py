@@ -43,15 +43,15 @@ def learn(name: str, tool) -> float:
         reward="number:answer",
         reply=tool,
         stop=("?", "."),
-        max_new=8,
-        rows=128,
-        group=16,
-        steps=24_000,
+        max_new_tokens=8,
+        completions_per_iteration=128,
+        group_size=16,
+        total_tokens=24_000,
         learning_rate=1e-2,
         missing_eos_penalty=0.5,
         seed=1,
         preflight=False,  # without the tool hardly any first guess is right: preflight would say so
-        out=name,
+        output_dir=name,
     )
     run = language.grpo.train(config)
     samples = json.loads((run.path / "evaluation.json").read_text())["samples"]

@@ -180,7 +180,7 @@ def slow_down(optimizer: torch.optim.Optimizer, done: float) -> None:
 
 def settings(kind: Any, task: Task, **fields: Any) -> Any:
     """A recipe's config; `micro` is any number that one pass is enough for."""
-    return kind(model="-", data="-", reward=("length",), kl_reference_coef=task.coef, micro=10**6, **fields)
+    return kind(model="-", data="-", reward=("length",), kl_reference_coef=task.coef, micro_batch_size=10**6, **fields)
 
 
 def by_ppo(task: Task, charge: Any = None, **fields: Any) -> Callable[..., Any]:
@@ -191,7 +191,7 @@ def by_ppo(task: Task, charge: Any = None, **fields: Any) -> Callable[..., Any]:
         record, reward, referred = ppo.compute_rewards(said, score, reference, task.coef, cfg)
         old, value = ppo.estimate_values(lm, record, cfg)
         batch = ppo.compute_advantages(record, reward, value, old, referred, cfg)
-        objective: Any = ppo.make_objective(cfg, cfg.kl_coef, task.coef)
+        objective: Any = ppo.make_objective(cfg, cfg.kl_old_coef, task.coef)
         if charge is not None:
             objective = partial(objective, kl_penalty=charge)
         return batch, objective, {"num_epochs": 2, "num_minibatches": 1}
@@ -203,11 +203,11 @@ def by_grpo(task: Task, **fields: Any) -> Callable[..., Any]:
     """Steps 2 to 4 of `language.grpo`."""
 
     def make(lm, said, score, reference):
-        cfg = settings(grpo.Config, task, rows=len(score), **fields)
+        cfg = settings(grpo.Config, task, completions_per_iteration=len(score), **fields)
         record, reward, referred = grpo.compute_rewards(said, score, reference, task.coef, cfg)
-        members = torch.arange(len(score)) // cfg.group
+        members = torch.arange(len(score)) // cfg.group_size
         advantage = grpo.group_advantage(
-            episode_score(reward, record.mask), members, record.mask.any(dim=1), scale_by_std=cfg.scale
+            episode_score(reward, record.mask), members, record.mask.any(dim=1), scale_by_std=cfg.scale_by_std
         )
         batch = learnable(record, reward, advantage[:, None] * record.mask, referred, cfg)
         return (
@@ -223,7 +223,7 @@ def by_reinforce(task: Task, **fields: Any) -> Callable[..., Any]:
     """Steps 2 to 4 of `language.reinforce`."""
 
     def make(lm, said, score, reference):
-        cfg = settings(reinforce.Config, task, rows=len(score), **fields)
+        cfg = settings(reinforce.Config, task, completions_per_iteration=len(score), **fields)
         record, reward, referred = reinforce.compute_rewards(said, score, reference, task.coef, cfg)
         paid, there = episode_score(reward, record.mask), record.mask.any(dim=1)
         to_go = reinforce.reward_to_go(reward, record.terminated, record.truncated, record.mask, gamma=cfg.gamma)
@@ -271,7 +271,7 @@ def exact_pairs(task: Task, each: int) -> list[Preference]:
 def learn_pairs(task: Task, pairs: list[Preference], seed: int) -> list[Tensor]:
     """The last iterates of DPO on pairs, minibatch by minibatch; the learning rate falls to 0 in a line."""
     lm, generator = task.lm(), seeded(seed)
-    cfg = dpo.Config(model="-", data="-", kl_reference_coef=task.coef)
+    cfg = dpo.Config(model="-", data="-", beta=task.coef)
     optimizer = stage.adamw(cfg, {"params": [lm.logits]})
     data = dpo.collate(pairs, dpo.compute_pair_logprobs(lm, pairs, micro_batch_size=len(pairs)))  # pyright: ignore[reportArgumentType]
     last = []
@@ -299,24 +299,24 @@ def worst(last: list[Tensor], goal: Tensor) -> float:
 PAID = {
     "ppo, paid (k1)": by_ppo,
     "grpo, scaled, paid (k1)": partial(by_grpo, kl_reference="reward"),
-    "grpo, unscaled, paid (k1)": partial(by_grpo, kl_reference="reward", scale=False),
+    "grpo, unscaled, paid (k1)": partial(by_grpo, kl_reference="reward", scale_by_std=False),
     "rloo, paid (k1)": by_reinforce,
 }
 CHARGED = {
-    "ppo, k2 in the loss": partial(by_ppo, standardize="none", kl_reference="k2"),
-    "ppo, k3 in the loss": partial(by_ppo, standardize="none", kl_reference="k3"),
-    "ppo, exact in the loss": partial(by_ppo, standardize="none", kl_reference="exact"),
-    "grpo, unscaled, group 64, k3 in the loss": partial(by_grpo, scale=False, group=64),
+    "ppo, k2 in the loss": partial(by_ppo, normalize_advantage="none", kl_reference="k2"),
+    "ppo, k3 in the loss": partial(by_ppo, normalize_advantage="none", kl_reference="k3"),
+    "ppo, exact in the loss": partial(by_ppo, normalize_advantage="none", kl_reference="exact"),
+    "grpo, unscaled, group 64, k3 in the loss": partial(by_grpo, scale_by_std=False, group_size=64),
     "rloo, exact in the loss": partial(by_reinforce, kl_reference="exact"),
 }
 # ... and these, the negative controls, elsewhere
 ASTRAY = {
     "ppo, bare k3 in the loss": lambda task: by_ppo(
-        task, standardize="none", kl_reference="k3", charge=scale_penalty(bare_k3, task.coef)
+        task, normalize_advantage="none", kl_reference="k3", charge=scale_penalty(bare_k3, task.coef)
     ),
     "grpo, scaled, k3 in the loss": by_grpo,
     "ppo, standardised, exact in the loss": partial(by_ppo, kl_reference="exact"),
-    "grpo, unscaled, group 8, exact in the loss": partial(by_grpo, scale=False, kl_reference="exact"),
+    "grpo, unscaled, group 8, exact in the loss": partial(by_grpo, scale_by_std=False, kl_reference="exact"),
 }
 
 

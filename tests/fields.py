@@ -34,12 +34,12 @@ KL_HELD = PPO + "test_the_kl_is_held_at_its_target_wherever_its_coefficient_bega
 
 MODES = "test_modes.py::"
 TUNING: dict[str, tuple[str, ...]] = {
-    "lora": (
+    "lora_rank": (
         MODES + "test_what_a_lora_run_changes_has_the_rank_that_was_asked_for",
         MODES + "test_a_lora_run_leaves_a_merged_policy_and_its_adapter_beside_it",
     ),
     "lora_alpha": (MODES + "test_an_adapter_counts_alpha_over_rank",),
-    "lora_targets": (
+    "lora_target_modules": (
         MODES + "test_an_adapter_goes_where_it_was_told_to",
         MODES + "test_a_layer_that_is_not_there_is_refused_with_those_that_are",
     ),
@@ -62,9 +62,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "test_data.py::test_a_part_of_what_has_none_is_refused",
         ),
         "columns": (REFUSED + "test_columns_of_other_names_are_mapped",),
-        "steps": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for", SFT + FIRST_STEP),
+        "total_tokens": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for", SFT + FIRST_STEP),
         "seed": (PPO + SEED, SFT + SEED, REWARD + SEED),
-        "out": (PPO + "test_a_run_is_written_where_it_was_asked_for",),
+        "output_dir": (PPO + "test_a_run_is_written_where_it_was_asked_for",),
         "held_out": (PPO + "test_held_out_prompts_are_not_trained_on",),
         "stop": (
             PPO + "test_completions_end_at_the_stop_ids_that_were_named",
@@ -72,7 +72,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             SFT + "test_a_stop_that_was_named_is_learned_and_saved",
             REWARD + "test_the_stop_ids_it_was_trained_with_come_back",
         ),
-        "template": (
+        "chat_template": (
             PPO + "test_chat_is_laid_out_by_the_template_which_is_saved_with_the_policy",
             SFT + "test_only_the_last_turn_of_a_chat_is_learned_from",
         ),
@@ -98,9 +98,9 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             PPO + "test_a_run_works_on_the_device_it_was_given",
             REFUSED + "test_a_device_that_is_not_there_is_refused",
         ),
-        "threads": (PPO + "test_a_run_takes_the_threads_it_was_given",),
+        "num_threads": (PPO + "test_a_run_takes_the_threads_it_was_given",),
         "dtype": (PPO + BFLOAT16, SFT + BFLOAT16, REWARD + BFLOAT16),
-        "checkpointing": (
+        "gradient_checkpointing": (
             MODEL + "test_gradient_checkpointing_changes_no_gradient",
             REWARD + "test_checkpointing_is_on_where_it_was_asked_for",
             PPO + READ,
@@ -128,7 +128,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "adam_eps": (PPO + "test_adamws_epsilon_stands_beside_the_gradients_size",),
         "weight_decay": (PPO + "test_adamw_decays_weights_by_rate_times_decay",),
         "max_grad_norm": (PPO + "test_a_bound_on_the_gradient_holds_it",),
-        "micro": (PPO + READ, SFT + READ, REWARD + READ, "test_update.py::test_a_micro_batch_has_at_most_so_many_rows"),
+        "micro_batch_size": (
+            PPO + READ,
+            SFT + READ,
+            REWARD + READ,
+            "test_update.py::test_a_micro_batch_has_at_most_so_many_rows",
+        ),
         "evaluate_every": (PPO + "test_evaluations_come_every_so_many_iterations_and_at_the_end",),
         "checkpoint_every": (PPO + "test_checkpoints_come_every_so_many_iterations_and_at_the_end",),
         "keep_checkpoints": ("faults/test_resume.py::test_the_newest_checkpoints_stay_and_older_ones_go",),
@@ -148,13 +153,13 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "test_chat_templates.py::test_the_turns_that_were_asked_for_are_learned",
             SFT + "test_all_turns_of_a_chat_are_learned_from_where_asked",
         ),
-        "epochs": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
-        "minibatch_rows": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
+        "num_epochs": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
+        "batch_size": (SFT + "test_every_row_is_learned_from_once_an_epoch",),
     },
     "reward-model": {
-        "epochs": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
-        "minibatch_rows": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
-        "center": (REWARD + "test_centering_holds_the_scores_of_pairs_around_zero",),
+        "num_epochs": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
+        "batch_size": (REWARD + "test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch",),
+        "center_coef": (REWARD + "test_centering_holds_the_scores_of_pairs_around_zero",),
         "normalize": (REWARD + "test_scores_of_what_was_learned_from_are_normalised_as_asked",),
     },
     "ppo": TUNING
@@ -182,7 +187,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             TURNS + "test_a_recipe_learns_from_conversations",
             TURNS + "test_a_files_function_replies_from_a_process_of_its_own",
         ),
-        "turns": (TURNS + "test_after_the_last_turn_nobody_is_asked", TURNS + "test_turns_are_the_policys_at_most"),
+        "max_turns": (TURNS + "test_after_the_last_turn_nobody_is_asked", TURNS + "test_turns_are_the_policys_at_most"),
         "off_policy": (COUNTS, OFF + "test_every_recipe_weighs_what_an_engine_sampled"),
         "off_policy_ratio": (COUNTS,),
         "off_policy_low": (COUNTS, OFF + "test_a_band_without_a_width_is_refused"),
@@ -194,8 +199,8 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "constraint_rate": (BOUNDS + "test_a_held_cost_is_taken_off_each_rows_score",),
         "constraint_rollbacks": (BOUNDS + "test_a_run_that_may_not_go_back_again_stops",),
-        "rows": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
-        "max_new": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "completions_per_iteration": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "max_new_tokens": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "fixed_length": (
             PPO + "test_completions_of_a_fixed_length_have_it_and_no_other_end",
             PPO + "test_a_fixed_length_needs_no_stop_id",
@@ -203,7 +208,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "temperature": (PPO + "test_sampled_log_probs_are_the_models_own_at_the_temperature",),
         "top_k": (OFF + "test_truncated_samples_count_the_mass_that_was_kept",),
         "top_p": (OFF + "test_truncated_samples_count_the_mass_that_was_kept",),
-        "slots": (
+        "max_num_seqs": (
             PPO + "test_what_is_said_does_not_depend_on_the_slots",
             GENERATE + "test_many_rows_through_few_slots_keep_their_log_probs",
         ),
@@ -230,20 +235,20 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             MODES + "test_the_reference_says_the_same_to_the_bit_after_twenty_updates",
             MODES + "test_each_combination_passes_preflight_and_runs_or_is_refused",
         ),
-        "epochs": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
-        "minibatches": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "num_epochs": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
+        "num_minibatches": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for",),
         "gamma": (PPO + "test_advantages_are_gaes_with_the_configs_gamma_and_lambda",),
         "lam": (PPO + "test_advantages_are_gaes_with_the_configs_gamma_and_lambda",),
         "lam_value": (PPO + "test_the_critics_targets_have_a_lambda_of_their_own",),
         "objective": (BY_HAND,),
         "clip": (BY_HAND,),
-        "kl_coef": (BY_HAND,),
+        "kl_old_coef": (BY_HAND,),
         "adaptive_kl_target": (PPO + "test_the_penaltys_coefficient_follows_its_target",),
         "target_kl": (TRUST + "test_target_kl_ends_an_update_early",),
         "value_coef": (BY_HAND,),
         "value_clip": (BY_HAND,),
         "entropy_coef": (BY_HAND,),
-        "standardize": (
+        "normalize_advantage": (
             PPO + "test_advantages_are_standardised_over_the_record_where_asked",
             PPO + "test_over_minibatches_advantages_are_left_for_the_update_to_standardise",
         ),
@@ -270,7 +275,7 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             "test_best.py::test_best_holds_the_policy_of_the_best_evaluation",
             "test_best.py::test_the_best_by_gold_is_not_that_by_score",
         ),
-        "samples": (PPO + "test_so_many_completions_an_iteration_are_kept",),
+        "log_samples": (PPO + "test_so_many_completions_an_iteration_are_kept",),
         "preflight": (PPO + "test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look",),
     },
 }
@@ -281,9 +286,9 @@ ROLLOUTS = {name: tests for name, tests in TABLE["ppo"].items() if name in SHARE
 GRPO, OBJECTIVE, SCORE = "test_grpo.py::", "test_objective.py::", "test_score.py::"
 KL_CHARGED = GRPO + "test_a_kl_in_the_loss_costs_what_its_coefficient_says"
 TABLE["grpo"] = ROLLOUTS | {
-    "group": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
-    "scale": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
-    "aggregate": (GRPO + "test_what_weighs_the_same_changes_what_is_learned",),
+    "group_size": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
+    "scale_by_std": (GRPO + "test_an_answer_is_compared_with_its_own_group",),
+    "loss_aggregation": (GRPO + "test_what_weighs_the_same_changes_what_is_learned",),
     "objective": (
         GRPO + "test_the_objective_is_the_one_that_was_named",
         OBJECTIVE + "test_a_rows_ratio_is_the_geometric_mean_of_its_steps",
@@ -294,11 +299,11 @@ TABLE["grpo"] = ROLLOUTS | {
         OBJECTIVE + "test_the_bounds_of_a_ratio_may_differ",
         GRPO + "test_one_bound_serves_for_both_where_no_other_is_given",
     ),
-    "epochs": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
-    "minibatches": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
+    "num_epochs": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
+    "num_minibatches": (GRPO + "test_passes_and_minibatches_are_what_was_asked_for",),
     "target_kl": (TRUST + "test_target_kl_ends_an_update_early",),
     "entropy_coef": (GRPO + "test_the_objective_is_the_one_that_was_named",),
-    "resample": (GRPO + "test_groups_that_all_score_the_same_are_replaced",),
+    "dynamic_sampling_rounds": (GRPO + "test_groups_that_all_score_the_same_are_replaced",),
     "overlong": (
         GRPO + "test_overlong_shaping_counts_from_the_limit",
         SCORE + "test_a_long_completion_is_charged_more_and_more",
@@ -308,23 +313,23 @@ TABLE["grpo"] = ROLLOUTS | {
 }
 TABLE["reinforce"] = ROLLOUTS | {
     "baseline": (GRPO + "test_baselines_by_hand",),
-    "group": (GRPO + "test_baselines_by_hand",),
-    "moving": (GRPO + "test_a_moving_baseline_follows_the_scores",),
+    "group_size": (GRPO + "test_baselines_by_hand",),
+    "baseline_decay": (GRPO + "test_a_moving_baseline_follows_the_scores",),
     "gamma": (GRPO + "test_a_discount_makes_early_tokens_answer_for_less",),
     "entropy_coef": (GRPO + "test_an_entropy_bonus_is_taken_off_the_loss",),
 }
 TABLE["dpo"] = TUNING | {
-    "epochs": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
-    "minibatch_rows": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
-    "form": (
+    "num_epochs": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
+    "batch_size": (GRPO + "test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains",),
+    "loss_type": (
         OBJECTIVE + "test_dpo_and_ipo_by_hand",
         GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
     ),
-    "kl_reference_coef": (
+    "beta": (
         OBJECTIVE + "test_dpo_and_ipo_by_hand",
         GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
     ),
-    "smoothing": (
+    "label_smoothing": (
         OBJECTIVE + "test_dpo_and_ipo_by_hand",
         GRPO + "test_the_form_the_price_and_the_smoothing_reach_the_loss",
     ),

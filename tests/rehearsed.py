@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from understudy.language import ppo, rehearsal, reward_model, sft
 
 PPO = {
-    "rows": 8,
-    "max_new": 6,
-    "steps": 60,
-    "epochs": 2,
-    "minibatches": 2,
+    "completions_per_iteration": 8,
+    "max_new_tokens": 6,
+    "total_tokens": 60,
+    "num_epochs": 2,
+    "num_minibatches": 2,
     "reward": "length:4",
     "preflight": False,
     "quiet": True,
-    "samples": 0,
+    "log_samples": 0,
     "evaluate_rows": 4,
 }
-LEARN = {"minibatch_rows": 8, "quiet": True, "held_out": 8}
+LEARN = {"batch_size": 8, "quiet": True, "held_out": 8}
 
 
 def furnish(path: Path) -> Path:
@@ -47,17 +47,19 @@ def furnish(path: Path) -> Path:
 
 
 def ppo_config(home: Path, out: Path, **fields: Any) -> ppo.Config:
-    return ppo.Config(**{"model": str(home), "data": str(home / "prompts.jsonl"), "out": str(out), **PPO, **fields})
+    return ppo.Config(
+        **{"model": str(home), "data": str(home / "prompts.jsonl"), "output_dir": str(out), **PPO, **fields}
+    )
 
 
 def sft_config(home: Path, out: Path, **fields: Any) -> sft.Config:
     data = str(home / "demonstrations.jsonl")
-    return sft.Config(**{"model": str(home), "data": data, "out": str(out), **LEARN, **fields})
+    return sft.Config(**{"model": str(home), "data": data, "output_dir": str(out), **LEARN, **fields})
 
 
 def reward_config(home: Path, out: Path, **fields: Any) -> reward_model.Config:
     data = str(home / "preferences.jsonl")
-    return reward_model.Config(**{"model": str(home), "data": data, "out": str(out), **LEARN, **fields})
+    return reward_model.Config(**{"model": str(home), "data": data, "output_dir": str(out), **LEARN, **fields})
 
 
 def letters(*, pad: str | None = None, template: str | None = None) -> PreTrainedTokenizerFast:

@@ -49,7 +49,12 @@ def run(peer, repeat, speed, *, seconds=10.0, solved=None, last=100.0):
 def row(*runs, **more):
     about = {"place": 0, "title": "A title", "note": "A note.", "warmup": 2, "until": None, "envs": None}
     about |= {"learning": True, "asked": {PEER: (5, 10)}, "threads": 1, "device": "cpu", "processor": "a processor"}
-    about |= {"cores": 2, "command": "python bench/control.py --rows it", "versions": {OURS: "torch 1"}, "skipped": {}}
+    about |= {
+        "cores": 2,
+        "command": "python bench/control.py --completions-per-iteration it",
+        "versions": {OURS: "torch 1"},
+        "skipped": {},
+    }
     return about | {"runs": list(runs)} | more
 
 

@@ -11,7 +11,13 @@ from understudy.cli import main
 from understudy.language import ppo
 from understudy.run.config import RequestError
 
-EVERY = {"evaluate_every": 1, "learning_rate": 1e-2, "learning_rate_schedule": "constant", "fixed_length": 6, "rows": 8}
+EVERY = {
+    "evaluate_every": 1,
+    "learning_rate": 1e-2,
+    "learning_rate_schedule": "constant",
+    "fixed_length": 6,
+    "completions_per_iteration": 8,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +34,13 @@ def last_id(completion_ids, **_):
 
 
 def config(home, out, iterations, **fields):
-    given = {"best_by": "score", "reward": (("length", 1e-3), last_id), "steps": 48 * iterations, **EVERY, **fields}
+    given = {
+        "best_by": "score",
+        "reward": (("length", 1e-3), last_id),
+        "total_tokens": 48 * iterations,
+        **EVERY,
+        **fields,
+    }
     return ppo_config(home, out, **given)
 
 
@@ -80,7 +92,7 @@ def test_best_is_loaded_evaluated_and_generated_from(home, tmp_path, capsys):
     best = str(run.path / "best")
 
     assert understudy.load(best).tokenizer is not None
-    assert main(["generate", best, "--prompt", "the dog", "--max-new", "3"]) == 0
+    assert main(["generate", best, "--prompt", "the dog", "--max-new-tokens", "3"]) == 0
     assert main(["evaluate", best, "--rows", "4"]) == 0
     assert "4 rows of" in capsys.readouterr().out
     assert json.loads((run.path / "evaluation-best.json").read_text())["rows"] == 4

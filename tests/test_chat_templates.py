@@ -31,7 +31,7 @@ LONG = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content
 
 
 def chatty(template=CHATML, **options) -> Tokenizer:
-    return made(EOS, TURN_END, template=template, **options)
+    return made(EOS, TURN_END, chat_template=template, **options)
 
 
 # arguments of the template
@@ -125,7 +125,7 @@ def test_white_space_that_the_template_writes_before_an_answer_comes_before_its_
     turn = "{{ '[' + m.content + ']' if m.role == 'user' else ' ' + m.content + ' </s>' }}"
     llama = "{% for m in messages %}" + turn + "{% endfor %}"
 
-    assert made(template=llama).encode_prompt(BEGUN) == tokens("[hi] y")
+    assert made(chat_template=llama).encode_prompt(BEGUN) == tokens("[hi] y")
 
 
 def test_what_follows_a_beginning_is_the_rest_of_the_turn():
@@ -197,7 +197,7 @@ def test_the_turns_that_were_asked_for_are_learned(train_on, row, expected):
 
 def test_all_turns_are_laid_out_as_the_template_writes_the_chat():
     (one,) = text.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
-    whole = built(template=CHATML).apply_chat_template(LONG, return_dict=False)
+    whole = built(chat_template=CHATML).apply_chat_template(LONG, return_dict=False)
 
     assert list(one.ids) == whole[:-1]  # less the newline behind the last turn
 
@@ -231,7 +231,7 @@ def test_all_turns_of_plain_text_are_refused():
     ("keep", "expected"), [(False, "hm yo"), (True, "<|im_start|>hm<unk> yo")], ids=["dropped", "kept"]
 )
 def test_completions_keep_special_tokens_where_asked(keep, expected):
-    tokenizer = Tokenizer(built(template=CHATML), frozenset((EOS, TURN_END)), keep_special_tokens=keep)
+    tokenizer = Tokenizer(built(chat_template=CHATML), frozenset((EOS, TURN_END)), keep_special_tokens=keep)
     ids = [*tokens("<|im_start|>hm<unk> yo<|im_end|>")]
     prompt = Prompt(tuple(tokenizer.encode_prompt("hi ")), "hi ", {}, 1)
     sampler = Sampler([prompt], tokenizer, limit=99, has_fixed_length=False, seed=0, max_num_seqs=1)
@@ -272,9 +272,9 @@ def test_a_chat_template_is_bounded_in_time_memory_and_output(case, monkeypatch)
 
 def test_a_template_that_is_given_is_bounded(monkeypatch, tmp_path):
     monkeypatch.setattr(bounded, "MAX_SECONDS", 0.2)
-    built(template=CHATML).save_pretrained(tmp_path)
+    built(chat_template=CHATML).save_pretrained(tmp_path)
 
-    with pytest.raises(RequestError, match=r"^template is .* never ends"):
+    with pytest.raises(RequestError, match=r"^chat_template is .* never ends"):
         Tokenizer.load(tmp_path, chat_template=NESTED)
 
 

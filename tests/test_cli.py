@@ -18,7 +18,7 @@ from understudy.control import ppo
 from understudy.distribution import Categorical
 from understudy.run.installation import install_hint
 
-SMALL = ["--num-envs", "2", "--rollout", "8", "--hidden", "4", "--epochs", "1", "--quiet"]
+SMALL = ["--num-envs", "2", "--num-steps-per-env", "8", "--hidden", "4", "--num-epochs", "1", "--quiet"]
 
 
 def test_a_command_without_standard_output_ends_as_it_should(monkeypatch):
@@ -61,19 +61,22 @@ WRONG_REQUESTS = {
     "below its range": (["--env", "CartPole-v1", "--num-envs", "0"], ["num_envs is 0", "between 1 and 1e+06"]),
     "above what float32 holds": (["--env", "CartPole-v1", "--clip", "1e40"], ["clip is 1e+40", "1.7e+38"]),
     "a timeout beyond the clock": (["--env", "CartPole-v1", "--step-timeout", "1e300"], ["step_timeout is 1e+300"]),
-    "more threads than any machine has": (["--env", "CartPole-v1", "--threads", "2147483648"], ["threads", "1024"]),
+    "more threads than any machine has": (["--env", "CartPole-v1", "--num-threads", "2147483648"], ["threads", "1024"]),
     "unknown device": (["--env", "CartPole-v1", "--device", "banana"], ["device is 'banana'", "try cpu"]),
     "a device that holds nothing": (["--env", "CartPole-v1", "--device", "meta"], ["device is 'meta'", "try cpu"]),
     "no device": (["--env", "CartPole-v1", "--device="], ["device is ''", "try cpu"]),
     "a device too many": (["--env", "CartPole-v1", "--device", "cuda:99"], ["device is 'cuda:99'", "try cpu"]),
     "a network beyond memory": (["--env", "CartPole-v1", "--hidden", "1000000", "1000000"], ["memory", "hidden"]),
-    "too long a name": (["--env", "CartPole-v1", "--init", "a" * 5000], ["aaa", "too long"]),
-    "more minibatches than steps": (["--env", "CartPole-v1", "--minibatches", "2049"], ["minibatches is 2049", "128"]),
+    "too long a name": (["--env", "CartPole-v1", "--init-from", "a" * 5000], ["aaa", "too long"]),
+    "more minibatches than steps": (
+        ["--env", "CartPole-v1", "--num-minibatches", "2049"],
+        ["minibatches is 2049", "128"],
+    ),
     "a step of any size": (["--env", "CartPole-v1", "--learning-rate", "1e30"], ["learning_rate", "up to 1000"]),
     "copies beyond memory": (["--env", "CartPole-v1", "--num-envs", "1e12"], ["num_envs is 1000000000000"]),
     "a render mode that is no word": (["--env", "CartPole-v1", "--env-options", '{"render_mode": 5}'], ["render_mode"]),
     "at an open end": (["--env", "CartPole-v1", "--clip", "0"], ["clip is 0.0", "above 0"]),
-    "no such choice": (["--env", "CartPole-v1", "--memory", "elephant"], ["elephant", "gru"]),
+    "no such choice": (["--env", "CartPole-v1", "--rnn-type", "elephant"], ["elephant", "gru"]),
     "options that are no JSON": (["--env", "CartPole-v1", "--env-options", "{x"], ["env_options", "JSON"]),
     "options the env has not": (["--env", "CartPole-v1", "--env-options", '{"x": 1}'], ["env_options", "'x'"]),
     "unknown wrapper": (["--env", "CartPole-v1", "--wrappers", "FrameStack"], ["FrameStack", "did you mean"]),
@@ -82,7 +85,7 @@ WRONG_REQUESTS = {
         ["FrameStackObservation", "stack_size"],
     ),
     "unknown preset": (["--env", "CartPole-v1", "--preset", "zoo"], ["preset is 'zoo'", "cleanrl"]),
-    "init without a policy": (["--env", "CartPole-v1", "--init", "."], ["init is '.'", "holds no policy"]),
+    "init without a policy": (["--env", "CartPole-v1", "--init-from", "."], ["init_from is '.'", "holds no policy"]),
     "missing config file": (["--config", "none.yaml"], ["config is 'none.yaml'", "cannot be read"]),
     "no native vector env": (["--env", "Acrobot-v1", "--vectorization", "native"], ["'native'", "use sync"]),
     "integer Box": (["--env", "badly_behaved:IntegerBox"], ["Box of int32", "MultiDiscrete"]),
@@ -168,7 +171,7 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
     ],
 )
 def test_an_env_that_fails_later_ends_the_run_with_1_and_keeps_what_was_saved(here, capsys, env, words):
-    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--rollout", "1", "--minibatches", "1"]
+    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--num-steps-per-env", "1", "--num-minibatches", "1"]
     flags += ["--compile", "off", "--out", "run"]
 
     refused(capsys, ["control", "ppo", "--quiet", "--env", f"badly_behaved:{env}", *flags], 1, *words)
@@ -185,7 +188,7 @@ def test_a_run_is_never_written_over(here, capsys):
     before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     capsys.readouterr()
 
-    refused(capsys, flags, 2, "out is '", "out is 'run'", "holds a run already")
+    refused(capsys, flags, 2, "output_dir is 'run'", "holds a run already")
     assert {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()} == before
 
 
@@ -225,9 +228,9 @@ def test_flags_override_the_config_file_which_overrides_the_preset(here, capsys)
 
 
 def test_an_unknown_field_in_the_config_file_is_refused_with_the_nearest(here, capsys):
-    Path("c.yaml").write_text("env: CartPole-v1\nrolout: 3\n")
+    Path("c.yaml").write_text("env: CartPole-v1\nnum_step_per_env: 3\n")
 
-    refused(capsys, ["control", "ppo", "--config", "c.yaml"], 2, "'rolout'", "did you mean 'rollout'")
+    refused(capsys, ["control", "ppo", "--config", "c.yaml"], 2, "'num_step_per_env'", "num_steps_per_env")
 
 
 def test_evaluate_writes_what_compare_reads(here, capsys):
@@ -256,8 +259,15 @@ def test_evaluate_gives_the_same_returns_every_time(here, capsys):
 
 def test_a_network_of_ones_own_is_named_in_commands(here, capsys):
     network = Actor().eval()
-    fields = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "minibatches": 1, "epochs": 1, "quiet": True}
-    ppo.train(ppo.Config(**fields, steps=16, out="run"), policy=network)
+    fields = {
+        "env": "CartPole-v1",
+        "num_envs": 2,
+        "num_steps_per_env": 8,
+        "num_minibatches": 1,
+        "num_epochs": 1,
+        "quiet": True,
+    }
+    ppo.train(ppo.Config(**fields, steps=16, output_dir="run"), policy=network)
 
     refused(capsys, ["evaluate", "run"], 2, "policy is missing", "--policy my_net.py:MyNet")
     named = ["--policy", "test_cli:Actor"]

@@ -28,7 +28,19 @@ ROWS = {
     "long": [{"prompt": "the " * 80}],
     "chat": [{"prompt": CHAT[:1]}],
 }
-FAST = ["--quiet", "--rows", "4", "--max-new", "4", "--steps", "20", "--epochs", "1", "--minibatches", "1"]
+FAST = [
+    "--quiet",
+    "--completions-per-iteration",
+    "4",
+    "--max-new-tokens",
+    "4",
+    "--total-tokens",
+    "20",
+    "--num-epochs",
+    "1",
+    "--num-minibatches",
+    "1",
+]
 FAST += ["--no-preflight", "--evaluate-rows", "4"]
 
 
@@ -90,27 +102,30 @@ WRONG_REQUESTS = {
     "empty cell": (ppo(data="hole.jsonl"), ["row 2", "prompt"]),
     "longer than the context": (ppo(data="long.jsonl"), ["row 1", "81"]),
     "mixed chat and text": (ppo(data="mixed.jsonl"), ["row 2", "chat"]),
-    "chat without a template": (ppo(data="chat.jsonl"), ["chat template", "--template"]),
-    "unknown template": (ppo("--template", "none.jinja", data="chat.jsonl"), ["template is 'none.jinja'"]),
+    "chat without a template": (ppo(data="chat.jsonl"), ["chat template", "--chat-template"]),
+    "unknown template": (ppo("--chat-template", "none.jinja", data="chat.jsonl"), ["template is 'none.jinja'"]),
     "unknown stop": (ppo("--stop", "<never>"), ["stop", "<never>"]),
     "unknown builtin": (ppo(reward=("lenght",)), ["lenght", "did you mean 'length'"]),
     "no such function": (ppo(reward=("mine.py:two",)), ["mine.py", "two"]),
     "no such file": (ppo(reward=("yours.py:ones",)), ["yours.py"]),
     "a weight that is none": (ppo(reward=("length*much",)), ["length*much"]),
     "a language model as reward": (ppo(reward=("model",)), ["reward", "model"]),
-    "limit as long as the context": (ppo("--max-new", "64"), ["max_new is 64", "context"]),
+    "limit as long as the context": (ppo("--max-new-tokens", "64"), ["max_new_tokens is 64", "context"]),
     "generate without a prompt": (["generate", "model"], ["prompt is missing", "--chat"]),
     "a device that holds nothing": (ppo("--device", "meta"), ["device is 'meta'", "try cpu"]),
     "decay beyond the weights": (ppo("--weight-decay", "1e30"), ["weight_decay is 1e+30", "learning_rate"]),
     "sampling beyond float32": (ppo("--temperature", "1e-300"), ["temperature is 1e-300", "between 1e-06"]),
     "a weight beyond float32": (ppo(reward=("length*1e39",)), ["1e39", "1e+06"]),
     "no tracker": (ppo("--log", "trackio"), ["trackio", "trackio]'"]),
-    "generate nothing": (["generate", "model", "--prompt", "the", "--max-new", "0"], ["max_new_tokens is 0"]),
+    "generate nothing": (["generate", "model", "--prompt", "the", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
     "generate to an unknown stop": (["generate", "model", "--prompt", "the", "--stop", "nope"], ["stop", "nope"]),
     "a step of any size": (ppo("--learning-rate", "1e30"), ["learning_rate is 1e+30", "up to 1000"]),
     "a critic's step of any size": (ppo("--critic-learning-rate", "1e30"), ["critic_learning_rate is 1e+30"]),
-    "an adapter of any scale": (ppo("--lora", "1", "--lora-alpha", "1e30"), ["lora_alpha is 1e+30"]),
-    "rows beyond memory": (ppo("--rows", "1e12"), ["rows is 1000000000000", "1e+06"]),
+    "an adapter of any scale": (ppo("--lora-rank", "1", "--lora-alpha", "1e30"), ["lora_alpha is 1e+30"]),
+    "rows beyond memory": (
+        ppo("--completions-per-iteration", "1e12"),
+        ["completions_per_iteration is 1000000000000", "1e+06"],
+    ),
     "generate beyond memory": (["generate", "model", "--prompt", "the", "--count", "1e12"], ["count 1000000000000"]),
     "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["num_completions is 0"]),
     "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "greedy"]),
@@ -174,13 +189,13 @@ def test_evaluation_without_held_out_rows_is_refused(here, capsys):
 def test_a_recipe_without_a_critic_runs_and_is_evaluated(here, capsys, recipe):
     few = [
         "--quiet",
-        "--rows",
+        "--completions-per-iteration",
         "4",
-        "--group",
+        "--group-size",
         "2",
-        "--max-new",
+        "--max-new-tokens",
         "4",
-        "--steps",
+        "--total-tokens",
         "20",
         "--no-preflight",
         "--held-out",
@@ -226,10 +241,14 @@ def test_dpo_runs_and_is_evaluated(here, capsys):
 @pytest.mark.parametrize(
     ("recipe", "flags", "words"),
     [
-        ("grpo", ["--rows", "6", "--group", "4"], ["group is 4", "multiple"]),
+        ("grpo", ["--completions-per-iteration", "6", "--group-size", "4"], ["group_size is 4", "multiple"]),
         ("grpo", ["--truncation", "bootstrap"], ["truncation is 'bootstrap'", "no critic"]),
-        ("grpo", ["--objective", "gspo", "--aggregate", "step"], ["aggregate is 'step'", "GSPO"]),
-        ("reinforce", ["--rows", "6", "--group", "4"], ["group is 4", "multiple"]),
+        (
+            "grpo",
+            ["--objective", "gspo", "--loss-aggregation", "token_mean"],
+            ["loss_aggregation is 'token_mean'", "GSPO"],
+        ),
+        ("reinforce", ["--completions-per-iteration", "6", "--group-size", "4"], ["group_size is 4", "multiple"]),
     ],
 )
 def test_what_cannot_go_together_is_refused(here, capsys, recipe, flags, words):
@@ -263,19 +282,31 @@ def test_a_reward_function_that_goes_wrong_is_counted_not_scored(here, capsys, f
     assert main(ppo("--out", "rl", reward=(f"mine.py:{function}",))) == 0
 
     lines = [json.loads(line) for line in Path("rl/metrics.jsonl").read_text().splitlines()]
-    assert all(line["score_missing"] == 1.0 for line in lines) == (function == "fails")
+    assert all(line["score_missing_fraction"] == 1.0 for line in lines) == (function == "fails")
     assert all(line["score_mean"] is None for line in lines) == (function == "fails")
 
 
 def test_a_reply_that_fails_ends_a_run_that_has_begun_with_1(here, capsys):
-    flags = ["--reply", "mine.py:fails", "--turns", "2", "--max-new", "30", "--rows", "16", "--out", "rl"]
+    flags = [
+        "--reply",
+        "mine.py:fails",
+        "--max-turns",
+        "2",
+        "--max-new-tokens",
+        "30",
+        "--completions-per-iteration",
+        "16",
+        "--out",
+        "rl",
+    ]
     refused(capsys, ppo(*flags), 1, "mine.py:fails", "mine.py, line 3")
     assert [json.loads(line)["kind"] for line in Path("rl/events.jsonl").read_text().splitlines()][-1] == "failed"
 
 
 def test_a_config_file_gives_defaults_that_flags_override(here, capsys):
-    Path("c.yaml").write_text("model: model\ndata: prompts.jsonl\nreward: [length]\nrows: 4\nclip: 0.3\nmax-new: 4\n")
-    flags = ["--steps", "8", "--quiet", "--no-preflight", "--clip", "0.1", "--out", "rl", "--evaluate-rows", "4"]
+    given = "reward: [length]\ncompletions-per-iteration: 4\nclip: 0.3\nmax-new-tokens: 4\n"
+    Path("c.yaml").write_text("model: model\ndata: prompts.jsonl\n" + given)
+    flags = ["--total-tokens", "8", "--quiet", "--no-preflight", "--clip", "0.1", "--out", "rl", "--evaluate-rows", "4"]
     assert main(["language", "ppo", "--config", "c.yaml", *flags]) == 0
 
     config = json.loads(Path("rl/config.json").read_text())["config"]
@@ -283,7 +314,7 @@ def test_a_config_file_gives_defaults_that_flags_override(here, capsys):
 
 
 def test_generate_goes_on_from_a_prompt_and_repeats_itself_with_a_seed(here, capsys):
-    argv = ["generate", "model", "--prompt", "the old", "--max-new", "5", "--count", "3", "--json"]
+    argv = ["generate", "model", "--prompt", "the old", "--max-new-tokens", "5", "--count", "3", "--json"]
 
     first = done(capsys, argv)
     assert len(first["completions"]) == 3
@@ -301,7 +332,7 @@ def test_chat_takes_turns_until_the_input_ends(here, capsys, monkeypatch):
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the old\nsome\n"))
 
-    assert main(["generate", str(folder), "--chat", "--max-new", "4"]) == 0
+    assert main(["generate", str(folder), "--chat", "--max-new-tokens", "4"]) == 0
     assert len(capsys.readouterr().out.strip("\n").split("\n")) == 2
 
 

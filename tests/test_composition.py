@@ -41,9 +41,9 @@ def acts(policy: Policy, seen: list) -> list:
 def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observation, memory, mode):
     # one minibatch an epoch: clip_fraction is then the share of steps whose first ratio is further than 1e-5 from 1;
     # the rows' environments themselves refuse an action that is masked or outside the space
-    small = {"hidden": (8,), "memory": memory, "rollout": 6, "epochs": 1, "minibatches": 1}
-    small |= {} if memory == "none" else {"memory_size": 4}
-    cfg = ppo.Config(env="Anything", steps=16, clip=1e-5, out=str(tmp_path), quiet=True, log_every=2, **small)
+    small = {"hidden": (8,), "rnn_type": memory, "num_steps_per_env": 6, "num_epochs": 1, "num_minibatches": 1}
+    small |= {} if memory == "none" else {"rnn_hidden_size": 4}
+    cfg = ppo.Config(env="Anything", steps=16, clip=1e-5, output_dir=str(tmp_path), quiet=True, log_every=2, **small)
     envs = anything(observation, action, masked=masked, mode=mode)
     policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=1)
 
@@ -70,7 +70,7 @@ def test_spaces_memory_masks_and_modes_compose(tmp_path, action, masked, observa
 
 def second_record(memory: str, mode: str):
     """A policy with memory and its second record, before which one row is in the middle of an episode."""
-    shape = NetworkConfig(hidden=(8,), memory=memory, memory_size=4, orthogonal=False)
+    shape = NetworkConfig(hidden=(8,), rnn_type=memory, rnn_hidden_size=4, orthogonal=False)
     policy = Policy.build(OBSERVATIONS["vector"], ACTIONS["Box"], shape, seed=1)
     walker = RolloutCollector(
         anything("vector", "Box", mode=mode), seed_of=lambda row, n: 9 * row + n, generator=seeded()

@@ -19,14 +19,14 @@ HERE = "tests.test_control_signals"
 def fields(tmp_path, **more) -> dict[str, Any]:
     common: dict[str, Any] = {
         "num_envs": 2,
-        "rollout": 10,
+        "num_steps_per_env": 10,
         "steps": 60,
-        "epochs": 1,
+        "num_epochs": 1,
         "hidden": (4,),
         "quiet": True,
         "compile": "off",
     }
-    return common | {"out": str(tmp_path / "run")} | more
+    return common | {"output_dir": str(tmp_path / "run")} | more
 
 
 class FarAway(TenSteps):
@@ -40,7 +40,7 @@ class FarAway(TenSteps):
         return (50 + 20 * super().observe()).astype(np.float32)
 
 
-PENALTY = {"objective": "penalty", "adaptive_kl_target": 0.01, "kl_coef": 1.0}
+PENALTY = {"objective": "penalty", "adaptive_kl_target": 0.01, "kl_old_coef": 1.0}
 
 
 def test_an_adaptive_kl_coefficient_is_steered_by_the_policy_that_acted(tmp_path):
@@ -49,7 +49,7 @@ def test_an_adaptive_kl_coefficient_is_steered_by_the_policy_that_acted(tmp_path
 
     # at this learning rate no policy moves: KL is 0, and the coefficient halves each time
     assert [line["kl_old"] for line in run.metrics] == pytest.approx([0, 0, 0], abs=1e-9)
-    assert [line["kl_coef"] for line in run.metrics] == [1.0, 0.5, 0.25]
+    assert [line["kl_old_coef"] for line in run.metrics] == [1.0, 0.5, 0.25]
 
 
 class Huge(TenSteps):
@@ -69,7 +69,7 @@ def test_a_skipped_update_leaves_the_kl_coefficient(tmp_path):
 
     skipped = [line.get("updates_skipped", 0) for line in run.metrics]
     assert sum(skipped) == 1
-    coefs = [line["kl_coef"] for line in run.metrics]
+    coefs = [line["kl_old_coef"] for line in run.metrics]
     after = skipped.index(1) + 1
     assert coefs[after] == coefs[after - 1]
     assert all(b == a / 2 for i, (a, b) in enumerate(itertools.pairwise(coefs)) if i + 1 != after)
@@ -124,12 +124,12 @@ class Pays(TenSteps):
 
 def test_the_first_iteration_under_a_reward_scale_is_scaled(tmp_path):
     run = ppo.train(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", normalize_reward=True)))
-    errors = [line["value_error"] for line in run.metrics]
+    errors = [line["value_loss"] for line in run.metrics]
     assert errors[0] < 20 * errors[1]  # unscaled it is some ten thousand times as large
 
 
 def test_episodes_cut_at_a_checkpoint_leave_no_running_return(tmp_path):
-    made = fields(tmp_path, rollout=7, steps=70, normalize_reward=True, checkpoint_every=1)
+    made = fields(tmp_path, num_steps_per_env=7, steps=70, normalize_reward=True, checkpoint_every=1)
     seen = []
     iterations: Any = ppo.iterate(ppo.Config(**made, env=f"{HERE}:Remembers"))
     for _ in iterations:
@@ -157,7 +157,12 @@ class Remembers(TenSteps):
 
 def test_init_takes_the_new_gamma_into_the_scale_of_rewards(tmp_path):
     first = ppo.train(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", normalize_reward=True, gamma=0.9)))
-    more = {"init": str(first.path), "out": str(tmp_path / "second"), "normalize_reward": True, "gamma": 0.5}
+    more = {
+        "init_from": str(first.path),
+        "output_dir": str(tmp_path / "second"),
+        "normalize_reward": True,
+        "gamma": 0.5,
+    }
     iterations: Any = ppo.iterate(ppo.Config(**fields(tmp_path, env=f"{HERE}:Pays", **more)))
     next(iterations)
     assert iterations.gi_frame.f_locals["run"].policy.reward_scale.gamma == 0.5

@@ -206,8 +206,8 @@ RECIPES = {"ppo": ppo, "actor-critic": actor_critic, "reinforce": reinforce}
 
 
 def train(path, *constraint, recipe=ppo, env=Fixed, steps=96, mode=DISABLED, **fields):
-    common = {"env": "Fixed", "out": str(path), "quiet": True, "num_envs": 4, "hidden": (4,), "steps": steps}
-    sizes = {} if recipe is reinforce else {"rollout": 6}
+    common = {"env": "Fixed", "output_dir": str(path), "quiet": True, "num_envs": 4, "hidden": (4,), "steps": steps}
+    sizes = {} if recipe is reinforce else {"num_steps_per_env": 6}
     sizes |= {"compile": "off"} if recipe is ppo else {}  # a long run would be, and a short one it is held against not
     cfg = recipe.Config(**{**common, **sizes, **fields, "constraint": constraint})
     return recipe.train(cfg, env=SyncVectorEnv([env] * 4, autoreset_mode=mode))
@@ -302,7 +302,12 @@ class Choosy(Fixed):
 @pytest.mark.parametrize("number", [1, 4, 7, 10])
 def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(tmp_path, number):
     constraints = "cost<=5", "cost<=5.5:rollback", "cost>=100:warn"
-    fields = {"env": "tests.test_costs:Choosy", "out": str(tmp_path / "run"), "constraint": constraints, "rollout": 4}
+    fields = {
+        "env": "tests.test_costs:Choosy",
+        "output_dir": str(tmp_path / "run"),
+        "constraint": constraints,
+        "num_steps_per_env": 4,
+    }
     sizes = {"num_envs": 3, "steps": 144, "hidden": (4,), "quiet": True, "learning_rate": 0.05, "checkpoint_every": 1}
     kept = {"keep_checkpoints": 99, "constraint_rollbacks": 9}
     whole = ppo.train(ppo.Config(**(fields | sizes | kept)))

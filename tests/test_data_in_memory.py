@@ -16,7 +16,7 @@ from understudy.language.data import Table
 from understudy.run import lineage
 from understudy.run.config import RequestError
 
-FEW = {"minibatch_rows": 8, "epochs": 1, "checkpoint_every": 1, "learning_rate": 1e-3}
+FEW = {"batch_size": 8, "num_epochs": 1, "checkpoint_every": 1, "learning_rate": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_values_that_json_does_not_know_are_plain_from_the_start(tmp_path):
 def test_every_field_of_data_takes_rows(home, tmp_path):
     prompts, texts = [{"prompt": "the dog"}] * 9, [{"text": "the dog smiled ."}] * 9
 
-    run = ppo.train(ppo_config(home, tmp_path / "run", steps=1, data=prompts, pretraining=texts))
+    run = ppo.train(ppo_config(home, tmp_path / "run", total_tokens=1, data=prompts, pretraining=texts))
 
     assert [len((run.path / f"{name}.jsonl").read_text().splitlines()) for name in ("data", "pretraining")] == [9, 9]
 

@@ -137,11 +137,11 @@ def test_a_recipe_trains_and_evaluates_on_envpool(tmp_path):
         vectorization="envpool",
         num_envs=2,
         steps=60,
-        rollout=20,
+        num_steps_per_env=20,
         evaluate_every=1,
         evaluate_episodes=2,
         quiet=True,
-        out=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
     )
     run = ppo.train(cfg)
 

@@ -19,7 +19,7 @@ def home(tmp_path_factory):
 
 
 def dpo_config(home, out, **fields):
-    return dpo.Config(model=str(home), out=str(out), quiet=True, **fields)
+    return dpo.Config(model=str(home), output_dir=str(out), quiet=True, **fields)
 
 
 def of_policy(split):

@@ -8,8 +8,8 @@ from understudy.control.evaluate import evaluate
 
 
 def short(path, **fields) -> ppo.Config:
-    sizes = {"steps": 64, "num_envs": 2, "rollout": 16, "epochs": 1, "minibatches": 1, "hidden": (8,)}
-    return ppo.Config(env="CartPole-v1", out=str(path), quiet=True, **sizes, **fields)
+    sizes = {"steps": 64, "num_envs": 2, "num_steps_per_env": 16, "num_epochs": 1, "num_minibatches": 1, "hidden": (8,)}
+    return ppo.Config(env="CartPole-v1", output_dir=str(path), quiet=True, **sizes, **fields)
 
 
 def test_a_video_is_one_film_an_episode(tmp_path, monkeypatch):

@@ -12,13 +12,13 @@ GIVEN = {"model": "nowhere", "data": "nowhere.jsonl", "reward": "length"}
 RL = (ppo, grpo, reinforce)
 
 IDLE = [
-    (sft, {"lora_alpha": 8.0}, {"lora": 4}),
-    (dpo, {"lora_targets": ("q_proj",)}, {"lora": 4}),
+    (sft, {"lora_alpha": 8.0}, {"lora_rank": 4}),
+    (dpo, {"lora_target_modules": ("q_proj",)}, {"lora_rank": 4}),
     *((kind, {"evaluate_every": 5, "held_out": 0}, {"held_out": 8}) for kind in (sft, dpo, reward_model)),
     (sft, {"held_out": 5, "evaluation_data": "own.jsonl"}, {"evaluation_data": None}),
-    *((kind, {"epochs": 3, "steps": 9}, {"steps": 0}) for kind in (sft, dpo, reward_model)),
-    (dpo, {"smoothing": 0.1, "form": "ipo"}, {"form": "sigmoid"}),
-    *((kind, {"turns": 3}, {"reply": "tool.py:reply"}) for kind in RL),
+    *((kind, {"num_epochs": 3, "total_tokens": 9}, {"total_tokens": 0}) for kind in (sft, dpo, reward_model)),
+    (dpo, {"label_smoothing": 0.1, "loss_type": "ipo"}, {"loss_type": "sigmoid"}),
+    *((kind, {"max_turns": 3}, {"reply": "tool.py:reply"}) for kind in RL),
     (ppo, {"constraint_rate": 0.5}, {"constraint": ("repetition<=0.1",)}),
     (ppo, {"constraint_rate": 0.5, "constraint": ("repetition<=0.1:warn",)}, {"constraint": ("repetition<=0.1:hold",)}),
     (
@@ -29,7 +29,7 @@ IDLE = [
     (ppo, {"reward_timeout": 5.0}, {"reward": "mine.py:score"}),
     (ppo, {"missing_score": "row"}, {"reward": ("length", "repetition*-1")}),
     (ppo, {"reward_timeout": 5.0}, {"gold": "mine.py:score*0.5"}),
-    (ppo, {"max_new": 5, "fixed_length": 6}, {"fixed_length": 0}),
+    (ppo, {"max_new_tokens": 5, "fixed_length": 6}, {"fixed_length": 0}),
     (ppo, {"truncation": "drop", "fixed_length": 4}, {"fixed_length": 0}),
     (ppo, {"missing_eos_penalty": 1.0, "fixed_length": 4}, {"fixed_length": 0}),
     (grpo, {"overlong": 2, "fixed_length": 4}, {"fixed_length": 0}),
@@ -44,18 +44,18 @@ IDLE = [
     (ppo, {"pretraining_coef": 0.5}, {"pretraining": "texts.jsonl"}),
     (ppo, {"critic_layers": 2}, {"critic": "top"}),
     (ppo, {"clip": 0.1, "objective": "penalty"}, {"objective": "clip"}),
-    (ppo, {"kl_coef": 0.5}, {"objective": "penalty"}),
+    (ppo, {"kl_old_coef": 0.5}, {"objective": "penalty"}),
     (ppo, {"adaptive_kl_target": 0.5}, {"objective": "penalty"}),
-    (ppo, {"adaptive_kl_target": 0.5, "kl_coef": 0.0, "objective": "penalty"}, {"kl_coef": 0.1}),
+    (ppo, {"adaptive_kl_target": 0.5, "kl_old_coef": 0.0, "objective": "penalty"}, {"kl_old_coef": 0.1}),
     (ppo, {"trust_region_fraction": 0.5, "trust_region_kl": 0.0}, {"trust_region_kl": 0.1}),
     (ppo, {"best_by": "score"}, {"evaluate_every": 2}),
-    (grpo, {"target_kl": 0.1}, {"epochs": 2}),
-    (ppo, {"target_kl": 0.1, "epochs": 1, "minibatches": 1}, {"minibatches": 2}),
+    (grpo, {"target_kl": 0.1}, {"num_epochs": 2}),
+    (ppo, {"target_kl": 0.1, "num_epochs": 1, "num_minibatches": 1}, {"num_minibatches": 2}),
     (grpo, {"whiten_rewards": True}, {"whiten_rewards": False}),
-    (reinforce, {"whiten_rewards": True}, {"baseline": "whitened"}),
+    (reinforce, {"whiten_rewards": True}, {"baseline": "standardize"}),
     (reinforce, {"whiten_rewards": True, "baseline": "moving"}, {"baseline": "none"}),
-    (reinforce, {"group": 8, "baseline": "whitened"}, {"baseline": "leave_one_out"}),
-    (reinforce, {"moving": 0.5}, {"baseline": "moving"}),
+    (reinforce, {"group_size": 8, "baseline": "standardize"}, {"baseline": "leave_one_out"}),
+    (reinforce, {"baseline_decay": 0.5}, {"baseline": "moving"}),
     (reinforce, {"gamma": 0.9}, {"baseline": "none"}),
 ]
 
@@ -85,7 +85,7 @@ def test_defaults_all_have_an_effect(kind):
 def test_centering_labelled_texts_is_refused(tmp_path):
     home = furnish(tmp_path)
 
-    with pytest.raises(RequestError, match=r"^center is 0\.1, which has no effect on labelled texts"):
+    with pytest.raises(RequestError, match=r"^center_coef is 0\.1, which has no effect on labelled texts"):
         reward_model.train(
-            reward_model.Config(model=str(home), data=str(home / "labelled.jsonl"), center=0.1, quiet=True)
+            reward_model.Config(model=str(home), data=str(home / "labelled.jsonl"), center_coef=0.1, quiet=True)
         )

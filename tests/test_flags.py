@@ -52,12 +52,29 @@ def test_what_is_no_whole_number_is_none(text):
 def test_flags_become_fields_of_their_types():
     found = flags(
         *("--gamma=0.9", "--num_envs", "2", "--no-orthogonal", "--shared", "--hidden", "8", "4", "--log", "wandb"),
-        *("--log-std", "-1e-3", "--env-options", '{"a": [1]}', "--out", "none", "--memory", "gru", "--log", "trackio"),
+        *(
+            "--log-std",
+            "-1e-3",
+            "--env-options",
+            '{"a": [1]}',
+            "--out",
+            "none",
+            "--rnn-type",
+            "gru",
+            "--log",
+            "trackio",
+        ),
     )
 
     assert found == {
         **{"gamma": 0.9, "num_envs": 2, "orthogonal": False, "shared": True, "hidden": (8, 4)},
-        **{"log_std": -0.001, "env_options": {"a": [1]}, "out": None, "memory": "gru", "log": ("wandb", "trackio")},
+        **{
+            "log_std": -0.001,
+            "env_options": {"a": [1]},
+            "output_dir": None,
+            "rnn_type": "gru",
+            "log": ("wandb", "trackio"),
+        },
     }
 
 
@@ -85,7 +102,7 @@ def test_yaml_numbers_are_read_as_flags_are(tmp_path):
         ("steps: 0x" + "f" * 5000, ["steps is of type int", "whole number below 2^63"]),
         ("learning_rate: " + "1" * 5000, ["cannot be read as YAML"]),
         ("learning_rate: 1e999", ["learning_rate is inf", "finite"]),
-        ("out: 5", ["out is 5", "str"]),
+        ("output_dir: 5", ["output_dir is 5", "str"]),
         ("1: 2", ["config", "1 is no field"]),
         ("- env", ["holds a list"]),
         ("env: [", ["cannot be read as YAML"]),
@@ -145,7 +162,7 @@ def test_config_must_be_a_plain_file_of_bounded_size(here, capsys, make, words):
         (["control", "ppo", "--env", "CartPole-v1", "--steps", "1" * 5000], ["steps", "whole number"]),
         (["language", "sft", "--model", "x", "--data", "y", "--columns", "a=b", "a=c"], ["a=b a=c", "twice"]),
         (["control", "ppo", "--env-options", "[1]"], ["env_options", "JSON object"]),
-        (["control", "ppo", "--memory", "gruu"], ["memory is 'gruu'", "did you mean 'gru'"]),
+        (["control", "ppo", "--rnn-type", "gruu"], ["rnn_type is 'gruu'", "did you mean 'gru'"]),
     ],
 )
 def test_a_wrong_flag_of_any_command_is_named_with_the_nearest(here, capsys, argv, words):
@@ -275,12 +292,12 @@ def test_what_other_libraries_call_a_field_leads_to_fields_of_ours(own):
     [
         (control.ppo, "--lr", "--learning-rate, Adam's step size at the start"),
         (control.ppo, "--total-timesteps", "--steps"),
-        (control.ppo, "--n-steps", "--rollout"),
-        (control.ppo, "--batch-size", "--minibatches"),
+        (control.ppo, "--n-steps", "--num-steps-per-env"),
+        (control.ppo, "--batch-size", "--num-minibatches"),
         (control.ppo, "--clip-range", "--clip"),
-        (language.sft, "--batch-size", "--minibatch-rows"),
+        (language.sft, "--per-device-train-batch-size", "--batch-size"),
         (language.grpo, "--kl-coef", "--kl-reference-coef"),
-        (language.grpo, "--num_generations", "--group"),
+        (language.grpo, "--num_generations", "--group-size"),
     ],
 )
 def test_a_flag_of_another_library_is_answered_with_ours(recipe, flag, own):
@@ -291,7 +308,7 @@ def test_a_flag_of_another_library_is_answered_with_ours(recipe, flag, own):
 def test_a_field_of_another_library_in_a_file_is_answered_with_ours(tmp_path):
     (tmp_path / "own.yaml").write_text("n_steps: 128\n")
 
-    with pytest.raises(RequestError, match="'n_steps' is no field of this recipe: here it is rollout"):
+    with pytest.raises(RequestError, match="'n_steps' is no field of this recipe: here it is num_steps_per_env"):
         read_config_file(control.ppo.Config, ["--config", str(tmp_path / "own.yaml")])
 
 

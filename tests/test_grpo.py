@@ -19,7 +19,15 @@ from understudy.language.stage import hold_out
 from understudy.language.text import Preference
 from understudy.objective import cispo, gspo
 
-FEW = {"rows": 8, "max_new": 6, "steps": 60, "preflight": False, "quiet": True, "samples": 0, "evaluate_rows": 4}
+FEW = {
+    "completions_per_iteration": 8,
+    "max_new_tokens": 6,
+    "total_tokens": 60,
+    "preflight": False,
+    "quiet": True,
+    "log_samples": 0,
+    "evaluate_rows": 4,
+}
 NAN = float("nan")
 
 
@@ -38,7 +46,7 @@ def alike(prompts, **_):
 
 def config(kind, home, out=None, **fields):
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, **FEW, **fields}
-    return kind.Config(out=str(out) if out else None, **given)
+    return kind.Config(output_dir=str(out) if out else None, **given)
 
 
 def weights(run) -> dict:
@@ -91,7 +99,7 @@ def test_a_kl_in_the_loss_costs_what_its_coefficient_says(home):
 
 
 def test_a_reference_that_nothing_is_held_to_is_looked_at_by_a_quarter_of_the_rows(home):
-    fields = {"rows": 8, "group": 4, "samples": 0}
+    fields = {"completions_per_iteration": 8, "group_size": 4, "log_samples": 0}
     cast = RLHFModels(config(grpo, home, **fields))
     with torch.no_grad():
         for parameter in cast.reference.parameters():  # a KL to it is no longer 0
@@ -109,14 +117,14 @@ def test_a_reference_that_nothing_is_held_to_is_looked_at_by_a_quarter_of_the_ro
     assert (some, every) == (2, 8)
     assert_close(few[:2], all_rows[:2])
     assert all_rows.all() and not few[2:].any()
-    assert looked(0.0, samples=5)[0] == 5
+    assert looked(0.0, log_samples=5)[0] == 5
     assert looked(0.0, kl_reference_target=1.0)[0] == looked(0.0, constraint=("kl_reference<=1:warn",))[0] == 8
 
 
 def test_groups_that_all_score_the_same_teach_nothing_and_are_counted(home, tmp_path):
-    run = grpo.train(config(grpo, home, tmp_path / "run", reward=alike, group=4))
+    run = grpo.train(config(grpo, home, tmp_path / "run", reward=alike, group_size=4))
 
-    assert all(line["groups_equal"] == 1.0 for line in run.metrics)
+    assert all(line["groups_without_signal"] == 1.0 for line in run.metrics)
     before = Policy.from_pretrained(home).model.state_dict()
     assert all(torch.equal(before[name], x) for name, x in weights(run).items())
 
@@ -135,7 +143,7 @@ def test_groups_that_all_score_the_same_are_replaced(home):
     found = {}
     for resample in (0, 6):
         seen.clear()
-        cfg = config(grpo, home, reward=picky, group=2, resample=resample)
+        cfg = config(grpo, home, reward=picky, group_size=2, dynamic_sampling_rounds=resample)
         cast = RLHFModels(cfg)
         run = SimpleNamespace(rows=0, steps=0)
 
@@ -157,9 +165,10 @@ def test_what_weighs_the_same_changes_what_is_learned(home, tmp_path):
     def first(completion_ids, **_):
         return [float(ids[0]) for ids in completion_ids]
 
-    fields = {"group": 4, "learning_rate": 1e-3, "stop": tuple(map(str, range(20, 100))), "reward": first}
+    fields = {"group_size": 4, "learning_rate": 1e-3, "stop": tuple(map(str, range(20, 100))), "reward": first}
     runs = [
-        weights(grpo.train(config(grpo, home, tmp_path / a, aggregate=a, **fields))) for a in ("row", "step", "budget")
+        weights(grpo.train(config(grpo, home, tmp_path / a, loss_aggregation=a, **fields)))
+        for a in ("sequence_mean_token_mean", "token_mean", "token_sum_over_budget")
     ]
 
     name = "model.norm.weight"
@@ -168,7 +177,7 @@ def test_what_weighs_the_same_changes_what_is_learned(home, tmp_path):
 
 
 def test_passes_and_minibatches_are_what_was_asked_for(home, tmp_path):
-    run = grpo.train(config(grpo, home, tmp_path / "run", group=4, epochs=3, minibatches=2))
+    run = grpo.train(config(grpo, home, tmp_path / "run", group_size=4, num_epochs=3, num_minibatches=2))
 
     assert all((line["epochs"], line["optimizer_steps"]) == (3, 6) for line in run.metrics)
 
@@ -189,12 +198,12 @@ def test_grpo_teaches_the_words_it_is_paid_for_and_noise_does_not(home, tmp_path
             reward=reward,
             gold=words,
             fixed_length=6,
-            group=8,
-            rows=64,
+            group_size=8,
+            completions_per_iteration=64,
             learning_rate=1e-2,
-            epochs=2,
-            minibatches=2,
-            steps=64 * 6 * 15,
+            num_epochs=2,
+            num_minibatches=2,
+            total_tokens=64 * 6 * 15,
         )
         shares[reward.__name__] = grpo.train(cfg).metrics[-1]["gold_mean"]
     assert shares["words"] > 0.8
@@ -207,7 +216,7 @@ SCORE = torch.tensor([3.0, 1, 5, 7])
 
 
 def baseline(home, name, **fields):
-    cfg = config(reinforce, home, baseline=name, group=2, **fields)
+    cfg = config(reinforce, home, baseline=name, group_size=2, **fields)
     there = torch.ones(4, dtype=torch.bool)
     return reinforce.subtract_baseline(TO_GO, SCORE, there, MASK, 2.5, cfg)
 
@@ -219,11 +228,17 @@ def test_baselines_by_hand(home):
     assert_close(baseline(home, "leave_one_out"), torch.tensor([[2.0, 2], [-2, 0], [-2, -2], [2, 0]]))
     # the six tokens 3 2 1 5 4 7: mean 22 / 6, deviation sqrt(sum of squares 23.333 / 5) = 2.1602
     whitened = torch.where(MASK, (TO_GO - 22 / 6) / 2.160247, 0.0)
-    assert_close(baseline(home, "whitened"), whitened)
+    assert_close(baseline(home, "standardize"), whitened)
 
 
 def test_a_moving_baseline_follows_the_scores(home, tmp_path):
-    fields = {"baseline": "moving", "moving": 0.5, "fixed_length": 4, "kl_reference_coef": 0.0, "steps": 96}
+    fields = {
+        "baseline": "moving",
+        "baseline_decay": 0.5,
+        "fixed_length": 4,
+        "kl_reference_coef": 0.0,
+        "total_tokens": 96,
+    }
     counter = iter(range(100))
 
     def rising(prompts, **_):
@@ -244,7 +259,7 @@ def test_a_discount_makes_early_tokens_answer_for_less(home, tmp_path):
 
 
 def test_an_entropy_bonus_is_taken_off_the_loss(home, tmp_path):
-    fields = {"baseline": "whitened", "kl_reference_coef": 0.0, "steps": 6}
+    fields = {"baseline": "standardize", "kl_reference_coef": 0.0, "total_tokens": 6}
     runs = [
         reinforce.train(config(reinforce, home, tmp_path / str(e), entropy_coef=e, **fields)).metrics[0]
         for e in (0.0, 0.5)
@@ -273,31 +288,36 @@ def test_the_reference_is_summed_over_what_tells_the_sides_apart(home):
 
 
 def dpo_config(home, out, **fields):
-    given = {"model": str(home), "data": str(home / "preferences.jsonl"), "out": str(out), "quiet": True} | fields
-    return dpo.Config(minibatch_rows=8, held_out=8, **given)
+    given = {
+        "model": str(home),
+        "data": str(home / "preferences.jsonl"),
+        "output_dir": str(out),
+        "quiet": True,
+    } | fields
+    return dpo.Config(batch_size=8, held_out=8, **given)
 
 
 def test_at_first_nothing_is_preferred_and_then_the_chosen_side_gains(home, tmp_path):
-    run = dpo.train(dpo_config(home, tmp_path / "run", learning_rate=1e-3, epochs=3))
+    run = dpo.train(dpo_config(home, tmp_path / "run", learning_rate=1e-3, num_epochs=3))
 
     first, last = run.metrics[0], run.metrics[-1]
     assert first["loss"] == pytest.approx(0.6931472, abs=1e-6)  # log 2: policy and reference are one
-    assert last["chosen_gain"] > last["rejected_gain"]
+    assert last["chosen_logratio"] > last["rejected_gain"]
     assert (run.path / "evaluation.json").exists()
 
 
 def test_dpo_learns_from_every_pair_once_an_epoch(home, tmp_path):
-    run = dpo.train(dpo_config(home, tmp_path / "run", epochs=2))
+    run = dpo.train(dpo_config(home, tmp_path / "run", num_epochs=2))
 
     # 40 pairs, of which 8 are kept: 32 an epoch, in minibatches of 8; with minibatches of 20 there are 12 left
     assert run.metrics[-1]["rows"] == 64
-    other = dpo.train(dataclasses.replace(dpo_config(home, tmp_path / "other", epochs=2), minibatch_rows=20))
+    other = dpo.train(dataclasses.replace(dpo_config(home, tmp_path / "other", num_epochs=2), batch_size=20))
     assert [line["rows"] for line in other.metrics] == [20, 32, 52, 64]
     assert other.metrics[-1]["steps"] == run.metrics[-1]["steps"]
 
 
 def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):
-    made = dpo.make_objective(dpo_config(home, tmp_path, form="ipo", kl_reference_coef=0.2, smoothing=0.1))
+    made = dpo.make_objective(dpo_config(home, tmp_path, loss_type="ipo", beta=0.2, label_smoothing=0.1))
 
     assert isinstance(made, partial)
     assert made.keywords == {"beta": 0.2, "label_smoothing": 0.1, "loss_type": "ipo"}

@@ -20,7 +20,7 @@ from understudy.control.infos import drop_unpicklable, get_info_value, merge_inf
 from understudy.control.policy import Policy
 
 DISABLED = AutoresetMode.DISABLED
-MODES = ("sync", "async", "supervised")
+MODES = ("sync", "async", "fault_tolerant")
 
 
 def merged(*infos):
@@ -139,8 +139,15 @@ class Unsendable(TenSteps):
 @pytest.mark.parametrize("vectorization", MODES)
 @pytest.mark.parametrize("env", [InfoOfChangingShape, InfoSometimesNone, Unsendable])
 def test_infos_that_nobody_reads_never_matter(env, vectorization, tmp_path):
-    fields = {"num_envs": 4, "rollout": 12, "steps": 48, "hidden": (4,), "quiet": True, "vectorization": vectorization}
-    run = ppo.train(ppo.Config(env=f"{env.__module__}:{env.__name__}", out=str(tmp_path / "run"), **fields))
+    fields = {
+        "num_envs": 4,
+        "num_steps_per_env": 12,
+        "steps": 48,
+        "hidden": (4,),
+        "quiet": True,
+        "vectorization": vectorization,
+    }
+    run = ppo.train(ppo.Config(env=f"{env.__module__}:{env.__name__}", output_dir=str(tmp_path / "run"), **fields))
 
     assert run.metrics[-1]["steps"] == 48
     events = run.path / "events.jsonl"

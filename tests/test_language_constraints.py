@@ -17,7 +17,14 @@ from understudy.run.config import RequestError
 
 RECIPES = {"ppo": ppo, "grpo": grpo, "reinforce": reinforce}
 OF_EVERY_RECIPE = pytest.mark.parametrize("name", RECIPES)
-FIXED = {"fixed_length": 5, "rows": 8, "preflight": False, "quiet": True, "samples": 0, "evaluate_rows": 4}
+FIXED = {
+    "fixed_length": 5,
+    "completions_per_iteration": 8,
+    "preflight": False,
+    "quiet": True,
+    "log_samples": 0,
+    "evaluate_rows": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,11 +37,11 @@ def config(home, out, *constraint, recipe=ppo, **fields):
     given = {
         "model": str(home),
         "data": str(home / "prompts.jsonl"),
-        "out": str(out),
+        "output_dir": str(out),
         "reward": "length:4",
-        "steps": 120,
+        "total_tokens": 120,
     }
-    given |= {"group": 4} if recipe is not ppo else {}
+    given |= {"group_size": 4} if recipe is not ppo else {}
     return recipe.Config(**{**given, **FIXED, **fields, "constraint": constraint})
 
 
@@ -177,13 +184,20 @@ def test_a_group_that_differs_in_its_cost_alone_is_not_replaced(home, tmp_path):
     def alike(prompts, **_):
         return [1.0] * len(prompts)
 
-    fields = {"recipe": grpo, "reward": alike, "gold": mine, "max_new": 12, "fixed_length": 12, "steps": 12 * 8 * 3}
+    fields = {
+        "recipe": grpo,
+        "reward": alike,
+        "gold": mine,
+        "max_new_tokens": 12,
+        "fixed_length": 12,
+        "total_tokens": 12 * 8 * 3,
+    }
     held = train(home, tmp_path / "a", "mine<=0", **fields)
     free = train(home, tmp_path / "b", **fields)
 
     # before the first adaptation the multiplier is 0, and nothing tells the answers apart
-    assert [line["groups_equal"] for line in free.metrics] == [1.0] * 3
-    assert held.metrics[0]["groups_equal"] == 1.0 and held.metrics[-1]["groups_equal"] < 1.0
+    assert [line["groups_without_signal"] for line in free.metrics] == [1.0] * 3
+    assert held.metrics[0]["groups_without_signal"] == 1.0 and held.metrics[-1]["groups_without_signal"] < 1.0
 
 
 # what a run does
@@ -211,7 +225,7 @@ def late():
 def test_a_run_goes_back_to_the_weights_that_were_inside(home, tmp_path):
     fields = {"learning_rate": 1e-2, "learning_rate_schedule": "constant"}
     run = train(home, tmp_path / "run", "late<=0.5:rollback", gold=late(), **fields)
-    first = train(home, tmp_path / "first", **(fields | {"steps": 40}))  # one iteration
+    first = train(home, tmp_path / "first", **(fields | {"total_tokens": 40}))  # one iteration
     ours, theirs = (Policy.from_pretrained(r.path / "policy").model.state_dict() for r in (run, first))
 
     assert [event["kind"] for event in events(run)][-2:] == ["constraint", "rolled_back"]
@@ -220,7 +234,7 @@ def test_a_run_goes_back_to_the_weights_that_were_inside(home, tmp_path):
 
 
 def test_a_run_that_may_not_go_back_again_stops(home, tmp_path):
-    run = train(home, tmp_path / "run", "late<=0.5:rollback", gold=late(), constraint_rollbacks=0, steps=400)
+    run = train(home, tmp_path / "run", "late<=0.5:rollback", gold=late(), constraint_rollbacks=0, total_tokens=400)
 
     assert [event["kind"] for event in events(run)][-3:] == ["constraint", "rolled_back", "stopped"]
     assert len(run.metrics) == 3 and run.stop_reason.startswith("late is 1: outside late<=0.5")
@@ -241,7 +255,7 @@ def test_a_run_that_goes_on_ends_as_one_that_was_not_interrupted(home, tmp_path,
     constraints = f"{file}:changing<=1.5", f"{file}:changing<=2.1:rollback"
     fields = {
         "learning_rate": 1e-2,
-        "steps": 240,
+        "total_tokens": 240,
         "checkpoint_every": 1,
         "constraint_rollbacks": 9,
         "constraint_rate": 2.0,

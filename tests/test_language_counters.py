@@ -8,7 +8,15 @@ from tests.rehearsed import furnish
 from understudy.language import grpo, reinforce
 from understudy.language.cast import RLHFModels
 
-FEW = {"rows": 8, "group": 4, "fixed_length": 4, "preflight": False, "quiet": True, "samples": 8, "evaluate_rows": 1}
+FEW = {
+    "completions_per_iteration": 8,
+    "group_size": 4,
+    "fixed_length": 4,
+    "preflight": False,
+    "quiet": True,
+    "log_samples": 8,
+    "evaluate_rows": 1,
+}
 RECIPES = pytest.mark.parametrize("kind", [grpo, reinforce], ids=lambda kind: kind.__name__.rpartition(".")[2])
 
 
@@ -22,11 +30,11 @@ def train(kind, home, out, **fields):
         "model": str(home),
         "data": str(home / "prompts.jsonl"),
         "reward": "length",
-        "steps": 3 * 32,
+        "total_tokens": 3 * 32,
         **FEW,
         **fields,
     }
-    return kind.train(kind.Config(out=str(out), **given))
+    return kind.train(kind.Config(output_dir=str(out), **given))
 
 
 def samples(run) -> list[dict]:
@@ -44,7 +52,7 @@ def test_rows_are_completions_numbered_one_by_one(home, tmp_path, kind):
 
 @RECIPES
 def test_a_groups_rows_answer_one_prompt(home, tmp_path, kind):
-    run = train(kind, home, tmp_path / "run", steps=32)
+    run = train(kind, home, tmp_path / "run", total_tokens=32)
 
     prompts = [tuple(line["prompt_ids"]) for line in samples(run)]
     assert len(set(prompts[:4])) == len(set(prompts[4:])) == 1
@@ -61,7 +69,7 @@ def test_pretraining_texts_come_in_turn_where_prompts_have_groups(home, tmp_path
         return text
 
     monkeypatch.setattr(RLHFModels, "next_pretraining_text", listened)
-    train(kind, home, tmp_path / "run", pretraining=str(home / "texts.jsonl"), steps=6 * 32)
+    train(kind, home, tmp_path / "run", pretraining=str(home / "texts.jsonl"), total_tokens=6 * 32)
 
     texts = [json.loads(line)["text"] for line in (home / "texts.jsonl").read_text().splitlines()]
     assert len(read) == 48
@@ -76,7 +84,7 @@ def test_groups_that_are_replaced_are_counted_with_their_tokens(home, tmp_path):
         numbers = [seen.setdefault(prompt, len(seen)) for prompt in prompts]
         return [float(ids[0]) if n % 2 else 0.0 for n, ids in zip(numbers, completion_ids, strict=True)]
 
-    run = train(grpo, home, tmp_path / "run", reward=picky, resample=4, steps=160)
+    run = train(grpo, home, tmp_path / "run", reward=picky, dynamic_sampling_rounds=4, total_tokens=160)
 
     last = run.metrics[-1]
     assert last["rows"] > 8 * len(run.metrics)
@@ -90,7 +98,7 @@ def test_samples_hold_every_terms_score_and_gold(home, tmp_path):
     def never(completions):
         return [None] * len(completions)
 
-    run = train(grpo, home, tmp_path / "run", reward=("length*2", never), gold="length:8", steps=32)
+    run = train(grpo, home, tmp_path / "run", reward=("length*2", never), gold="length:8", total_tokens=32)
 
     evaluated = json.loads((run.path / "evaluation.json").read_text())["samples"]
     for line in (samples(run)[0], evaluated[0]):

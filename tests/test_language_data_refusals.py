@@ -137,7 +137,7 @@ def test_chat_and_text_do_not_mix(refused, recipe):
     chat = {"prompt": CHAT, "completion": ANSWER, "chosen": ANSWER, "rejected": ANSWER}
     other = {name: chat[name] for name in ROWS[recipe]}
 
-    said = refused(recipe, [ROWS[recipe], other], template=CHATML)
+    said = refused(recipe, [ROWS[recipe], other], chat_template=CHATML)
 
     assert said.startswith("row 2:") and "keep to one in a file" in said
 
@@ -145,15 +145,15 @@ def test_chat_and_text_do_not_mix(refused, recipe):
 def test_chat_without_a_template_is_refused(refused):
     said = refused("ppo", [{"prompt": CHAT}])
 
-    assert "no chat template" in said and "--template" in said
+    assert "no chat template" in said and "--chat-template" in said
 
 
 @EVERY
 @pytest.mark.parametrize("template", ["nowhere.jinja", "{% if %}"])
 def test_an_unknown_template_is_refused(refused, recipe, template):
-    said = refused(recipe, [ROWS[recipe]], template=template)
+    said = refused(recipe, [ROWS[recipe]], chat_template=template)
 
-    assert said.startswith("template is ") and template[:8] in said
+    assert said.startswith("chat_template is ") and template[:8] in said
 
 
 @pytest.mark.parametrize("recipe", ["sft", "ppo"])
@@ -208,7 +208,8 @@ def test_a_sink_without_its_package_is_refused(recipe, home, tmp_path):
 
 @EVERY
 @pytest.mark.parametrize(
-    ("field", "value"), [("learning_rate", 0.0), ("micro", -1), ("dtype", "float8"), ("warmup", 1.5), ("seed", 0.5)]
+    ("field", "value"),
+    [("learning_rate", 0.0), ("micro_batch_size", -1), ("dtype", "float8"), ("warmup", 1.5), ("seed", 0.5)],
 )
 def test_a_value_out_of_range_is_refused(refused, recipe, field, value):
     assert refused(recipe, **{field: value}).startswith(f"{field} is {value!r}: must be ")
@@ -237,7 +238,7 @@ def test_a_bos_is_forced_where_it_was_asked_for(train, tmp_path, add_bos):
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     bare.save_pretrained(tmp_path / "model")
 
-    run = train("ppo", model=str(tmp_path / "model"), samples=1, add_bos=add_bos)
+    run = train("ppo", model=str(tmp_path / "model"), log_samples=1, add_bos=add_bos)
 
     line = json.loads((run.path / "samples" / "000001.jsonl").read_text().splitlines()[0])
     assert (line["prompt_ids"][0] == 1) is add_bos
@@ -257,7 +258,7 @@ def test_pairs_that_say_nothing_are_refused(refused):
 
 
 def test_an_unconditional_run_starts_every_row_from_bos(train):
-    run = train("ppo", [{"other": "x"}], samples=1, unconditional=True)
+    run = train("ppo", [{"other": "x"}], log_samples=1, unconditional=True)
 
     line = json.loads((run.path / "samples" / "000001.jsonl").read_text().splitlines()[0])
     assert line["prompt_ids"] == [1]
@@ -273,9 +274,11 @@ def test_no_bos_and_no_prompt_is_refused(refused, tmp_path):
     assert "no BOS to start from" in said
 
 
-@pytest.mark.parametrize("name", ["max_new", "fixed_length"])
+@pytest.mark.parametrize("name", ["max_new_tokens", "fixed_length"])
 def test_a_limit_that_leaves_no_room_for_a_prompt_is_refused_by_its_name(refused, name):
-    assert refused("ppo", **{"max_new": 64, name: 64}).startswith(f"{name} is 64: the model's context leaves no room")
+    assert refused("ppo", **{"max_new_tokens": 64, name: 64}).startswith(
+        f"{name} is 64: the model's context leaves no room"
+    )
 
 
 def test_pretraining_text_that_cannot_be_read_is_named_as_such(refused, tmp_path):
@@ -334,7 +337,9 @@ FAULTS = {
 def test_a_reward_function_that_fails_is_counted_as_missing(train, tmp_path, fault):
     (tmp_path / "mine.py").write_text(f"def score(completions):\n    {FAULTS[fault]}\n")
 
-    run = train("ppo", reward=f"{tmp_path / 'mine.py'}:score", rows=2, steps=1, evaluate_rows=1)
+    run = train(
+        "ppo", reward=f"{tmp_path / 'mine.py'}:score", completions_per_iteration=2, total_tokens=1, evaluate_rows=1
+    )
 
-    assert run.metrics[0]["score_missing"] == 1.0
+    assert run.metrics[0]["score_missing_fraction"] == 1.0
     assert run.metrics[0]["optimizer_steps"] == 0

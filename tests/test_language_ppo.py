@@ -165,7 +165,7 @@ def test_whitened_rewards_have_deviation_one_and_keep_their_mean():
 def weighed(**fields) -> Batch:
     done = [Completion([1, 1], [math.log(0.5)] * 2, True, 0)]
     record = build_trajectory([[0]], done)
-    cfg = config(**{"standardize": "none", "kl_reference": "k2", **fields})
+    cfg = config(**{"normalize_advantage": "none", "kl_reference": "k2", **fields})
     old = SampledTokens(record.action, record.behavior_logprob)
     reward, value = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 9.0]])
     return ppo.compute_advantages(record, reward, value, old, QUARTER(record.obs), cfg)
@@ -192,16 +192,18 @@ def test_without_one_of_its_own_the_targets_have_the_advantages_lambda():
 
 def test_advantages_are_standardised_over_the_record_where_asked():
     # -0.1875 and 0.75 are half their distance, 0.46875, from their mean; their deviation is sqrt(2) * 0.46875
-    batch = weighed(gamma=0.5, lam=0.5, standardize="batch")
+    batch = weighed(gamma=0.5, lam=0.5, normalize_advantage="batch")
 
     assert_close(batch.advantage, torch.tensor([[-0.7071, 0.7071, 0.0]]), atol=1e-4, rtol=0)
 
 
 def test_over_minibatches_advantages_are_left_for_the_update_to_standardise(go):
-    assert_close(weighed(gamma=0.5, lam=0.5, standardize="minibatch").advantage[0, 1], torch.tensor(0.75))
+    assert_close(weighed(gamma=0.5, lam=0.5, normalize_advantage="minibatch").advantage[0, 1], torch.tensor(0.75))
 
-    how = {"minibatches": 4, "samples": 0, "learning_rate": 1e-3}
-    whole, minibatch, none = (go(standardize=name, **how).path / "policy" for name in ("batch", "minibatch", "none"))
+    how = {"num_minibatches": 4, "log_samples": 0, "learning_rate": 1e-3}
+    whole, minibatch, none = (
+        go(normalize_advantage=name, **how).path / "policy" for name in ("batch", "minibatch", "none")
+    )
 
     assert min(apart(whole, minibatch), apart(whole, none), apart(minibatch, none)) > 1e-4
 
@@ -209,7 +211,7 @@ def test_over_minibatches_advantages_are_left_for_the_update_to_standardise(go):
 # step 5, surrogate: one choice of token 1, whose probability went from 1/2 to 0.9 under advantage 1
 
 
-def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: TokenBatch | None = None) -> float:
+def loss(cfg: ppo.Config, *, kl_old_coef=0.0, reference_coef=0.0, value=0.0, mix: TokenBatch | None = None) -> float:
     record = build_trajectory([[0]], [Completion([1], [math.log(0.5)], True, 0)])
     exact = QUARTER(record.obs)
     batch = Batch.of(
@@ -224,7 +226,7 @@ def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: To
         pretraining_text=mix,
     )
     new = says(0.9)
-    objective = ppo.make_objective(cfg, kl_coef, reference_coef)
+    objective = ppo.make_objective(cfg, kl_old_coef, reference_coef)
     per_step, _ = objective(lambda text: (new(text), torch.full(text.ids.shape, value)), batch)
     return float(per_step[0, 0])
 
@@ -242,8 +244,8 @@ def loss(cfg: ppo.Config, *, kl_coef=0.0, reference_coef=0.0, value=0.0, mix: To
         # H(0.9, 0.1) = 0.3251
         ({"entropy_coef": 2.0}, {}, -1.2 - 0.6502),
         # KL((0.5, 0.5), (0.9, 0.1)) = (log(0.5/0.9) + log(0.5/0.1)) / 2 = 0.5108
-        ({"objective": "penalty"}, {"kl_coef": 0.0}, -1.8),
-        ({"objective": "penalty"}, {"kl_coef": 2.0}, -1.8 + 1.0217),
+        ({"objective": "penalty"}, {"kl_old_coef": 0.0}, -1.8),
+        ({"objective": "penalty"}, {"kl_old_coef": 2.0}, -1.8 + 1.0217),
         # log(0.9 / 0.25) = 1.2809: k2 = 1.2809^2 / 2 = 0.8204
         ({"kl_reference": "reward"}, {"reference_coef": 0.1}, -1.2),
         ({"kl_reference": "k2"}, {"reference_coef": 0.1}, -1.2 + 0.08204),
@@ -298,7 +300,7 @@ def test_a_seed_decides_every_parameter(go):
 
 
 def test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for(go):
-    run = go(rows=5, max_new=3, steps=20, epochs=3, minibatches=2)
+    run = go(completions_per_iteration=5, max_new_tokens=3, total_tokens=20, num_epochs=3, num_minibatches=2)
 
     assert [line["rows"] for line in run.metrics] == [5, 10]  # 15 tokens, then 30: at or after 20 it ends
     assert run.metrics[-1]["steps"] >= 20 > run.metrics[-2]["steps"]
@@ -308,7 +310,7 @@ def test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for(go):
 
 
 def test_completions_end_at_the_stop_ids_that_were_named(go):
-    run = go(stop=STOPS, samples=8)
+    run = go(stop=STOPS, log_samples=8)
 
     stops = {int(stop) for stop in STOPS}
     for line in kept(run):
@@ -320,7 +322,7 @@ def test_completions_end_at_the_stop_ids_that_were_named(go):
 
 
 def test_completions_of_a_fixed_length_have_it_and_no_other_end(go):
-    run = go(stop=STOPS, fixed_length=5, samples=8)
+    run = go(stop=STOPS, fixed_length=5, log_samples=8)
 
     assert {len(line["completion_ids"]) for line in kept(run)} == {5}
 
@@ -341,7 +343,7 @@ def test_a_fixed_length_needs_no_stop_id(home, tmp_path):
 
 
 def test_sampled_log_probs_are_the_models_own_at_the_temperature(go, home):
-    run = go(temperature=0.6, samples=2)
+    run = go(temperature=0.6, log_samples=2)
 
     model = AutoModelForCausalLM.from_pretrained(home)
     for line in kept(run):
@@ -353,7 +355,7 @@ def test_sampled_log_probs_are_the_models_own_at_the_temperature(go, home):
 
 
 def test_what_is_said_does_not_depend_on_the_slots(go):
-    few, many = (kept(go(slots=slots, samples=8, steps=1)) for slots in (3, 64))
+    few, many = (kept(go(max_num_seqs=slots, log_samples=8, total_tokens=1)) for slots in (3, 64))
 
     assert [line["completion_ids"] for line in few] == [line["completion_ids"] for line in many]
 
@@ -361,7 +363,9 @@ def test_what_is_said_does_not_depend_on_the_slots(go):
 SMOOTH = {"learning_rate": 1e-3, "adam_eps": 1e-2}  # a large epsilon: rounding is not made larger by Adam's division
 
 
-@pytest.mark.parametrize("fields", [{"micro": 3}, {"packing": True}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"micro_batch_size": 3}, {"packing": True}, {"gradient_checkpointing": True}], ids=str
+)
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_how_rows_are_read_does_not_change_what_is_learned(go, home, fields, critic):
     together = go(critic=critic, **SMOOTH).path / "policy"
@@ -379,7 +383,7 @@ def test_bfloat16_is_what_parameters_are_kept_in(go):
 
 
 def test_in_bfloat16_a_reference_from_a_directory_is_the_policy_as_it_starts(go, home):
-    run = go(dtype="bfloat16", reference=str(home), samples=2)
+    run = go(dtype="bfloat16", reference=str(home), log_samples=2)
 
     assert abs(run.metrics[0]["kl_reference"]) < 0.02 * 6  # sampled with a cache and scored without: rounding alone
 
@@ -390,7 +394,7 @@ def test_the_reference_is_the_directory_that_was_named(go, home, tmp_path):
     ids = torch.tensor([[1, 5, 9, 7]])
     model, other = (AutoModelForCausalLM.from_pretrained(path) for path in (home, tmp_path / "other"))
 
-    run, own = go(reference=str(tmp_path / "other"), samples=1), go()
+    run, own = go(reference=str(tmp_path / "other"), log_samples=1), go()
 
     assert json.loads((run.path / "lineage.json").read_text())["reference"] == module_digest(other)
     assert json.loads((own.path / "lineage.json").read_text())["reference"] == module_digest(model)
@@ -404,7 +408,7 @@ def test_the_reference_is_the_directory_that_was_named(go, home, tmp_path):
 
 
 def test_a_fresh_critic_says_zero_or_something_small_at_random(go):
-    zero, normal = (kept(go(critic_init=init, samples=2))[0]["value"] for init in ("zero", "normal"))
+    zero, normal = (kept(go(critic_init=init, log_samples=2))[0]["value"] for init in ("zero", "normal"))
 
     assert set(zero) == {0.0}
     assert 0 < max(map(abs, normal)) < 10
@@ -503,7 +507,7 @@ def test_a_python_function_is_a_reward_and_config_json_names_it(go):
     def shortness(prompts, completions):
         return [-float(len(completion)) for completion in completions]
 
-    run = go(reward=shortness, gold=[shortness], samples=2)
+    run = go(reward=shortness, gold=[shortness], log_samples=2)
 
     config = json.loads((run.path / "config.json").read_text())["config"]
     assert config["reward"] == ["function shortness"] == config["gold"]
@@ -553,9 +557,15 @@ def test_a_reward_function_that_takes_too_long_is_missing(go, tmp_path):
     )
     started = time.monotonic()
 
-    run = go(reward=f"{tmp_path / 'slow.py'}:slow", reward_timeout=0.1, rows=1, steps=1, evaluate_rows=1)
+    run = go(
+        reward=f"{tmp_path / 'slow.py'}:slow",
+        reward_timeout=0.1,
+        completions_per_iteration=1,
+        total_tokens=1,
+        evaluate_rows=1,
+    )
 
-    assert run.metrics[0]["score_missing"] == 1.0
+    assert run.metrics[0]["score_missing_fraction"] == 1.0
     assert time.monotonic() - started < 30
 
 
@@ -564,12 +574,12 @@ def test_a_missing_score_is_counted_and_its_row_teaches_nothing(go):
         """A score of 1 for the first four rows; none, or something else, for the other four."""
         return lambda completions: [float(i % 2) for i in range(4)] + [special] * (len(completions) - 4)
 
-    how = {"steps": 1, "learning_rate": 1e-3}
+    how = {"total_tokens": 1, "learning_rate": 1e-3}
     missing, zero = go(reward=moody(None), **how), go(reward=moody(0.0), **how)
 
-    assert missing.metrics[0]["score_missing"] == 0.5
+    assert missing.metrics[0]["score_missing_fraction"] == 0.5
     assert missing.metrics[0]["score_mean"] == 0.5  # of those that are there
-    assert zero.metrics[0]["score_missing"] == 0.0
+    assert zero.metrics[0]["score_missing_fraction"] == 0.0
     assert apart(missing.path / "policy", zero.path / "policy") > 1e-5  # missing is not zero
 
 
@@ -583,7 +593,7 @@ def test_scores_that_go_missing_are_told_once_and_noted(go, capsys):
     texts = [event["text"] for event in events if event["kind"] == "scores_missing"]
     assert texts == ["reward score gave 1 of 8 completions no score (1 none): they are missing, which is not 0"]
     assert capsys.readouterr().err.count(f"understudy: {texts[0]}\n") == 1
-    assert [line["score_missing"] for line in run.metrics] == [0.125, 0.125]
+    assert [line["score_missing_fraction"] for line in run.metrics] == [0.125, 0.125]
 
 
 def test_what_resume_needs_of_a_function_is_printed_on_resume(go, tmp_path, capsys):
@@ -608,7 +618,7 @@ def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home,
     )
 
     assert apart(run.path / "policy", home) == 0.0
-    assert [line["score_missing"] for line in run.metrics] == [1.0, 1.0]
+    assert [line["score_missing_fraction"] for line in run.metrics] == [1.0, 1.0]
     assert [line["optimizer_steps"] for line in run.metrics] == [0, 0]
     assert {line["kl_reference_coef"] for line in run.metrics} == {0.05}  # nothing was measured, nothing is steered
     assert {line.get("kl_coef", 1.0) for line in run.metrics} == {1.0}
@@ -619,20 +629,20 @@ def test_where_every_score_is_missing_nothing_moves_and_nothing_breaks(go, home,
 
 def test_the_penaltys_coefficient_follows_its_target(go):
     low, high, fixed = (
-        go(objective="penalty", kl_coef=0.5, adaptive_kl_target=target, learning_rate=1e-4).metrics
+        go(objective="penalty", kl_old_coef=0.5, adaptive_kl_target=target, learning_rate=1e-4).metrics
         for target in (1e-9, 9.0, 0)
     )
 
-    assert [line["kl_coef"] for line in low] == [0.5, 1.0]
-    assert [line["kl_coef"] for line in high] == [0.5, 0.25]
-    assert [line["kl_coef"] for line in fixed] == [0.5, 0.5]
+    assert [line["kl_old_coef"] for line in low] == [0.5, 1.0]
+    assert [line["kl_old_coef"] for line in high] == [0.5, 0.25]
+    assert [line["kl_old_coef"] for line in fixed] == [0.5, 0.5]
 
 
 def test_coefficients_stand_still_while_the_critic_warms_up(go):
     how = {"adaptive_kl_target": 0.1, "kl_reference_target": 4.0, "kl_reference_horizon": 8, "critic_warmup": 99}
     lines = go(objective="penalty", **how).metrics
 
-    assert {(line["kl_coef"], line["kl_reference_coef"]) for line in lines} == {(1.0, 0.05)}
+    assert {(line["kl_old_coef"], line["kl_reference_coef"]) for line in lines} == {(1.0, 0.05)}
 
 
 def test_the_reference_coefficient_follows_its_target_within_its_horizon(go):
@@ -695,7 +705,9 @@ def test_held_out_prompts_are_not_trained_on(cast):
 
 
 def test_every_prompt_comes_once_before_one_comes_twice(go):
-    run = go(rows=8, steps=8 * 6 * 9, samples=8, held_out=8)  # 32 prompts to learn from, 8 an iteration
+    run = go(
+        completions_per_iteration=8, total_tokens=8 * 6 * 9, log_samples=8, held_out=8
+    )  # 32 prompts to learn from, 8 an iteration
 
     prompts = [json.dumps(line["prompt_ids"]) for i in range(1, 5) for line in kept(run, i)]
     rows = [line["row"] for i in range(1, 5) for line in kept(run, i)]
@@ -710,7 +722,12 @@ def test_chat_is_laid_out_by_the_template_which_is_saved_with_the_policy(go, tmp
     template = "{{ bos_token }}{% for m in messages %} {{ m.content }} .{% endfor %}"
     (tmp_path / "mine.jinja").write_text(template)
 
-    run = go(data=str(tmp_path / "chat.jsonl"), template=str(tmp_path / "mine.jinja"), samples=8, rows=3)
+    run = go(
+        data=str(tmp_path / "chat.jsonl"),
+        chat_template=str(tmp_path / "mine.jinja"),
+        log_samples=8,
+        completions_per_iteration=3,
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(run.path / "policy")
     assert tokenizer.chat_template == template
@@ -735,7 +752,7 @@ def test_a_run_that_would_learn_nothing_is_refused_unless_told_not_to_look(go):
 
 
 def test_evaluations_come_every_so_many_iterations_and_at_the_end(go):
-    run = go(steps=48 * 5, evaluate_every=2, evaluate_rows=5, gold="length")
+    run = go(total_tokens=48 * 5, evaluate_every=2, evaluate_rows=5, gold="length")
 
     assert [i for i, line in enumerate(run.metrics, 1) if "evaluation_score" in line] == [2, 4, 5]
     found = json.loads((run.path / "evaluation.json").read_text())
@@ -745,13 +762,13 @@ def test_evaluations_come_every_so_many_iterations_and_at_the_end(go):
 
 
 def test_without_kept_samples_evaluations_still_keep_theirs(go):
-    path = go(samples=0).path / "samples"
+    path = go(log_samples=0).path / "samples"
 
     assert [file.name for file in path.iterdir()] == ["evaluation-000002.json"]
 
 
 def test_so_many_completions_an_iteration_are_kept(go):
-    run = go(samples=3)
+    run = go(log_samples=3)
 
     assert [len(kept(run, i)) for i in (1, 2)] == [3, 3]
     line = kept(run)[0]
@@ -760,7 +777,7 @@ def test_so_many_completions_an_iteration_are_kept(go):
 
 
 def test_checkpoints_come_every_so_many_iterations_and_at_the_end(go):
-    run = go(steps=48 * 4 + 1, checkpoint_every=2)
+    run = go(total_tokens=48 * 4 + 1, checkpoint_every=2)
 
     names = sorted(path.name for path in (run.path / "checkpoints").iterdir())
     last = f"{len(run.metrics):06d}"
@@ -768,7 +785,7 @@ def test_checkpoints_come_every_so_many_iterations_and_at_the_end(go):
 
 
 def test_lines_of_metrics_come_every_so_many_iterations_and_are_means(go):
-    each, every = go(steps=48 * 3 + 1), go(steps=48 * 3 + 1, log_every=2)
+    each, every = go(total_tokens=48 * 3 + 1), go(total_tokens=48 * 3 + 1, log_every=2)
 
     assert [line["iteration"] for line in every.metrics] == [2, 4]
     mean = (each.metrics[0]["score_mean"] + each.metrics[1]["score_mean"]) / 2
@@ -793,7 +810,7 @@ def test_a_run_that_is_not_quiet_says_how_it_goes(home, tmp_path, capsys):
 def test_a_run_takes_the_threads_it_was_given(go):
     before = torch.get_num_threads()
     try:
-        go(threads=2, rows=1, max_new=1, steps=1)
+        go(num_threads=2, completions_per_iteration=1, max_new_tokens=1, total_tokens=1)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
@@ -808,13 +825,13 @@ def test_metrics_go_to_tensorboard_where_it_is_there(go):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_a_run_works_on_the_device_it_was_given(go, judge, critic):
-    run = go(device="cuda", critic=critic, reward=str(judge), samples=2)
+    run = go(device="cuda", critic=critic, reward=str(judge), log_samples=2)
 
     assert math.isfinite(run.metrics[-1]["loss"])
 
 
 def test_an_interrupted_run_keeps_its_policy(home, tmp_path):
-    iterations = ppo.iterate(ppo_config(home, tmp_path / "run", steps=10_000))
+    iterations = ppo.iterate(ppo_config(home, tmp_path / "run", total_tokens=10_000))
     next(iterations)
     iterations.close()
 
@@ -829,7 +846,7 @@ def speaker(home, tmp_path_factory):
     """The rehearsal's model, briefly trained on its language."""
     data = rehearsal.write_jsonl(({"text": s} for s in rehearsal.sentences(1500, 1)), home / "many.jsonl")
     out = tmp_path_factory.mktemp("speaker") / "run"
-    return sft.train(sft_config(home, out, data=str(data), learning_rate=5e-3, minibatch_rows=32)).path
+    return sft.train(sft_config(home, out, data=str(data), learning_rate=5e-3, batch_size=32)).path
 
 
 def kindness(completions):
@@ -848,11 +865,11 @@ def kl_at_the_end(speaker, home, tmp_path):
                 tmp_path / f"{coef}",
                 model=str(speaker),
                 reward=kindness,
-                rows=48,
-                max_new=8,
+                completions_per_iteration=48,
+                max_new_tokens=8,
                 fixed_length=8,
-                steps=48 * 8 * iterations,
-                minibatches=1,
+                total_tokens=48 * 8 * iterations,
+                num_minibatches=1,
                 learning_rate=5e-4,
                 learning_rate_schedule="constant",
                 critic_learning_rate=5e-3,
@@ -896,13 +913,13 @@ def test_a_run_of_another_kind_is_refused_by_its_recipe(go, judge, tmp_path):
             RequestError, match="a run of `language reward-model`, which holds a reward model and no policy"
         ):
             refused()
-    run = go(steps=1)
+    run = go(total_tokens=1)
     with pytest.raises(
         RequestError, match=r"^reward is .* a run of `language ppo`, which holds a policy: give a reward"
     ):
         go(reward=str(run.path))
     with pytest.raises(
-        RequestError, match=r"^init is .* a run of `language ppo`: its policy writes text, and acts nowhere"
+        RequestError, match=r"^init_from is .* a run of `language ppo`: its policy writes text, and acts nowhere"
     ):
         policy_path(run.path, "init")
 

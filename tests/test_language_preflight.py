@@ -39,7 +39,7 @@ def home(tmp_path_factory):
 def config(home, tmp_path):
     """What makes a config of the run under test."""
     return lambda **fields: ppo_config(
-        home, **{"out": tmp_path / "run", "max_new": 24, "reward": score, "preflight": True, **fields}
+        home, **{"out": tmp_path / "run", "max_new_tokens": 24, "reward": score, "preflight": True, **fields}
     )
 
 
@@ -64,7 +64,7 @@ def refused(cast) -> str:
     "fields",
     [
         {},
-        {"critic": "separate", "packing": True, "checkpointing": True},
+        {"critic": "separate", "packing": True, "gradient_checkpointing": True},
         {"dtype": "bfloat16"},
         {"temperature": 0.7},
         {"fixed_length": 9},
@@ -96,7 +96,7 @@ def test_real_stories_pass_with_the_stop_that_they_end_with_and_not_with_the_one
 
 @REAL
 def test_completions_that_may_get_longer_than_is_looked_at_are_not_called_cut(made):
-    assert preflight.run_checks(made(model=str(STORIES), stop=("1",), max_new=preflight.MAX_TOKENS + 1)) == []
+    assert preflight.run_checks(made(model=str(STORIES), stop=("1",), max_new_tokens=preflight.MAX_TOKENS + 1)) == []
 
 
 def test_the_check_leaves_no_trace(made):
@@ -136,7 +136,7 @@ def test_what_is_no_failure_is_said_once_and_kept_among_the_events(config, capsy
     [event] = [
         e for e in map(json.loads, (run.path / "events.jsonl").read_text().splitlines()) if e["kind"] == "preflight"
     ]
-    assert event["check"] == "cut share" and "were cut by max_new 24; raise it" in event["text"]
+    assert event["check"] == "cut share" and "were cut by max_new_tokens 24; raise it" in event["text"]
     assert capsys.readouterr().err.count(event["text"]) == 1
 
 
@@ -144,7 +144,7 @@ def test_a_failure_starts_no_run_unless_preflight_is_off(config):
     constant = {"reward": lambda completions, **_: [1.0] * len(completions)}
     with pytest.raises(RequestError, match="preflight"):
         ppo.train(config(**constant))
-    assert not Path(config().out).exists()
+    assert not Path(config().output_dir).exists()
 
     assert ppo.train(config(**constant, preflight=False)).path.exists()
 
@@ -219,7 +219,7 @@ def test_two_bos_and_none_are_caught(made, front, count):
 def test_a_turn_end_that_is_no_stop_is_caught(made, end, caught, tmp_path):
     rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rehearsal.prompts(20, 0)]
     data = rehearsal.write_jsonl(rows, tmp_path / "chat.jsonl")
-    cast = made(data=str(data), template=CHATTY.replace("END", end))
+    cast = made(data=str(data), chat_template=CHATTY.replace("END", end))
 
     if caught:
         assert "ends an answer with '<pad>', the stops are ['</s>']; give --stop '<pad>'" in refused(cast)
@@ -236,7 +236,7 @@ class AtAnotherTemperature(Policy):
 
 
 def test_a_sampler_that_is_not_the_trainer_is_caught(made):
-    cast = made(temperature=0.7, max_new=6)
+    cast = made(temperature=0.7, max_new_tokens=6)
     cast.policy.__class__ = AtAnotherTemperature
 
     assert "the log-probs of sampler and trainer are" in refused(cast)
@@ -266,7 +266,7 @@ def test_a_stop_that_is_read_as_padding_is_caught(made):
 
 
 def test_a_stop_that_is_not_learned_from_is_caught(made):
-    cast = made(max_new=48)
+    cast = made(max_new_tokens=48)
     cast.sampler.__class__ = DropsPads
 
     assert "tokens of a completion" in refused(cast)

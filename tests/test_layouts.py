@@ -18,7 +18,7 @@ ASKED = "<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def chatty(template=CHATML):
-    return made(EOS, TURN_END, template=template)
+    return made(EOS, TURN_END, chat_template=template)
 
 
 def learned(row: dict, tokenizer=None, **fields) -> tuple[str, str]:

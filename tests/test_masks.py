@@ -83,11 +83,19 @@ def walk(envs, steps=25):
 
 
 def config(env="any", **fields) -> ppo.Config:
-    sizes = {"steps": 16, "num_envs": 2, "rollout": 8, "epochs": 1, "minibatches": 1, "hidden": (4,), "log_every": 1000}
+    sizes = {
+        "steps": 16,
+        "num_envs": 2,
+        "num_steps_per_env": 8,
+        "num_epochs": 1,
+        "num_minibatches": 1,
+        "hidden": (4,),
+        "log_every": 1000,
+    }
     return ppo.Config(env=env, quiet=True, **(sizes | fields))
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "async", "supervised"])
+@pytest.mark.parametrize("vectorization", ["sync", "async", "fault_tolerant"])
 def test_action_masks_of_an_environment_are_read(vectorization):
     record = walk(environment.make("tests.foreign_envs:MaskByMethod", num_envs=2, vectorization=vectorization))
 
@@ -123,7 +131,10 @@ def test_action_masks_of_a_native_vector_env_are_read():
 
 
 def test_preflight_of_an_object_keeps_to_its_action_masks(tmp_path):
-    run = ppo.train(ppo.Config(steps=20, rollout=10, quiet=True, out=str(tmp_path / "run")), env=MaskByMethodForTwo())
+    run = ppo.train(
+        ppo.Config(steps=20, num_steps_per_env=10, quiet=True, output_dir=str(tmp_path / "run")),
+        env=MaskByMethodForTwo(),
+    )
 
     assert run.metrics[-1]["steps"] == 20
 
@@ -158,7 +169,12 @@ def test_a_mask_in_info_goes_before_the_method():
 def test_a_run_whose_environment_has_action_masks_keeps_to_them(tmp_path):
     run = reinforce.train(
         reinforce.Config(
-            env="tests.foreign_envs:MaskByMethod", steps=40, num_envs=2, out=str(tmp_path), quiet=True, log_every=1000
+            env="tests.foreign_envs:MaskByMethod",
+            steps=40,
+            num_envs=2,
+            output_dir=str(tmp_path),
+            quiet=True,
+            log_every=1000,
         )
     )
 
@@ -171,7 +187,7 @@ def test_a_run_whose_environment_has_action_masks_keeps_to_them(tmp_path):
 @pytest.fixture(scope="module")
 def masked(tmp_path_factory):
     path = tmp_path_factory.mktemp("masked")
-    ppo.train(config("tests.foreign_envs:MaskByMethod", out=str(path)))
+    ppo.train(config("tests.foreign_envs:MaskByMethod", output_dir=str(path)))
     return load(path)
 
 
@@ -192,7 +208,7 @@ def test_a_policy_trained_with_masks_may_be_told_that_all_is_allowed(masked):
 
 
 def test_a_policy_trained_without_masks_asks_for_none(tmp_path):
-    ppo.train(config("tests.foreign_envs:TenSteps", out=str(tmp_path)))
+    ppo.train(config("tests.foreign_envs:TenSteps", output_dir=str(tmp_path)))
 
     load(tmp_path).act(np.zeros(3, np.float32))
 
@@ -245,7 +261,7 @@ def test_a_mask_of_every_form_is_read_flat():
 )
 def test_a_mask_that_does_not_fit_is_refused_before_the_first_step(tmp_path, name, problem):
     with pytest.raises(RequestError, match=f"gives an action mask that does not fit: .*{problem}"):
-        ppo.train(config(HERE + name, out=str(tmp_path / "run")))
+        ppo.train(config(HERE + name, output_dir=str(tmp_path / "run")))
 
     assert not (tmp_path / "run").exists()
 

@@ -255,7 +255,7 @@ def test_saving_moves_no_weight(tmp_path):
 
 
 def test_what_a_lora_run_changes_has_the_rank_that_was_asked_for(home, tmp_path):
-    fields = {"lora": 3, "learning_rate": 1e-2, "critic_warmup": 1, "fixed_length": 6, "steps": 192}
+    fields = {"lora_rank": 3, "learning_rate": 1e-2, "critic_warmup": 1, "fixed_length": 6, "total_tokens": 192}
     changed = moved(ppo.train(ppo_config(home, tmp_path / "run", **fields)), home)
 
     for name, x in changed.items():
@@ -280,19 +280,21 @@ def test_an_adapter_counts_alpha_over_rank(tmp_path):
 
 
 def test_an_adapter_goes_where_it_was_told_to(home, tmp_path):
-    run = sft.train(sft_config(home, tmp_path / "run", lora=2, lora_targets=("q_proj", "v_proj"), learning_rate=1e-2))
+    run = sft.train(
+        sft_config(home, tmp_path / "run", lora_rank=2, lora_target_modules=("q_proj", "v_proj"), learning_rate=1e-2)
+    )
 
     changed = {name.split(".")[-2] for name, x in moved(run, home).items() if x.abs().max() > 0}
     assert changed == {"q_proj", "v_proj"}
 
 
 def test_a_layer_that_is_not_there_is_refused_with_those_that_are(home, tmp_path):
-    with pytest.raises(RequestError, match=r"^lora_targets is 'c_attn': .* are down_proj, .*, v_proj"):
-        sft.train(sft_config(home, tmp_path / "run", lora=2, lora_targets=("c_attn",)))
+    with pytest.raises(RequestError, match=r"^lora_target_modules is 'c_attn': .* are down_proj, .*, v_proj"):
+        sft.train(sft_config(home, tmp_path / "run", lora_rank=2, lora_target_modules=("c_attn",)))
 
 
 def test_an_adapter_learns_what_it_is_shown(home, tmp_path):
-    run = sft.train(sft_config(home, tmp_path / "run", lora=4, learning_rate=1e-2, epochs=4, evaluate_every=1))
+    run = sft.train(sft_config(home, tmp_path / "run", lora_rank=4, learning_rate=1e-2, num_epochs=4, evaluate_every=1))
 
     first, last = run.metrics[0]["evaluation_loss"], run.metrics[-1]["evaluation_loss"]
     # nats a token, of log(177) = 5.18; the head stands still at its start, so that no logit gets far from 0
@@ -303,7 +305,7 @@ def test_a_seed_decides_an_adapter_and_nothing_else_draws_from_it(home, tmp_path
     found = []
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         torch.manual_seed(len(found))
-        run = sft.train(sft_config(home, tmp_path / name, lora=2, seed=seed))
+        run = sft.train(sft_config(home, tmp_path / name, lora_rank=2, seed=seed))
         found.append(load_file(run.path / "adapter" / "adapter_model.safetensors"))
 
     assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
@@ -312,12 +314,12 @@ def test_a_seed_decides_an_adapter_and_nothing_else_draws_from_it(home, tmp_path
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reinforce", "grpo", "ppo"])
 def test_a_lora_run_leaves_a_merged_policy_and_its_adapter_beside_it(recipe, home, tmp_path):
-    fields = {"lora": 2, "learning_rate": 1e-2, "out": str(tmp_path / "run"), "model": str(home)}
+    fields = {"lora_rank": 2, "learning_rate": 1e-2, "output_dir": str(tmp_path / "run"), "model": str(home)}
     if recipe == "sft":
-        run = sft.train(sft_config(home, tmp_path / "run", **{"lora": 2, "learning_rate": 1e-2}))
+        run = sft.train(sft_config(home, tmp_path / "run", **{"lora_rank": 2, "learning_rate": 1e-2}))
     elif recipe == "dpo":
         data = str(home / "preferences.jsonl")
-        run = dpo.train(dpo.Config(**fields, data=data, minibatch_rows=8, quiet=True, held_out=8))
+        run = dpo.train(dpo.Config(**fields, data=data, batch_size=8, quiet=True, held_out=8))
     else:
         kind = {"reinforce": reinforce, "grpo": grpo, "ppo": ppo}[recipe]
         given = {name: x for name, x in PPO.items() if name in kind.Config.__dataclass_fields__}
@@ -334,7 +336,7 @@ def test_a_lora_run_leaves_a_merged_policy_and_its_adapter_beside_it(recipe, hom
 
 
 def test_a_checkpoint_holds_the_adapter_to_the_bit_and_an_optimizer_over_nothing_else(home, tmp_path):
-    iterations = ppo.iterate(ppo_config(home, tmp_path / "run", lora=2, learning_rate=1e-2, checkpoint_every=1))
+    iterations = ppo.iterate(ppo_config(home, tmp_path / "run", lora_rank=2, learning_rate=1e-2, checkpoint_every=1))
     for _ in iterations:
         pass
     [last] = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1:]
@@ -358,7 +360,7 @@ def test_without_peft_lora_is_refused_with_what_to_install(home, tmp_path, monke
     monkeypatch.setitem(sys.modules, "peft", None)
 
     with pytest.raises(RequestError, match=r"^lora is '2', .* peft is missing: " + re.escape(install_hint("lora"))):
-        sft.train(sft_config(home, tmp_path / "run", lora=2))
+        sft.train(sft_config(home, tmp_path / "run", lora_rank=2))
 
 
 @pytest.mark.parametrize(
@@ -382,10 +384,10 @@ def test_an_adapter_that_cannot_be_merged_is_refused(about, named, tmp_path):
 
 
 def test_a_policy_that_arrives_with_an_adapter_is_merged_and_then_its_own_reference(home, tmp_path):
-    first = sft.train(sft_config(home, tmp_path / "sft", lora=2, learning_rate=1e-2))
+    first = sft.train(sft_config(home, tmp_path / "sft", lora_rank=2, learning_rate=1e-2))
     source = first.path / "adapter"
 
-    cast = RLHFModels(ppo_config(home, tmp_path / "run", model=str(source), lora=2))
+    cast = RLHFModels(ppo_config(home, tmp_path / "run", model=str(source), lora_rank=2))
 
     text = TokenBatch(padded().ids, padded().mask)
     merged = logprob(Policy.load(first.path / "policy"), text)
@@ -395,7 +397,7 @@ def test_a_policy_that_arrives_with_an_adapter_is_merged_and_then_its_own_refere
 
 
 def test_a_reward_model_begins_from_an_adapter_and_its_base(home, tmp_path):
-    first = sft.train(sft_config(home, tmp_path / "sft", lora=2, learning_rate=1e-2))
+    first = sft.train(sft_config(home, tmp_path / "sft", lora_rank=2, learning_rate=1e-2))
     adapter, merged = (RewardModel.from_pretrained(first.path / name) for name in ("adapter", "policy"))
 
     ids = padded(ROWS[:1]).ids
@@ -404,10 +406,10 @@ def test_a_reward_model_begins_from_an_adapter_and_its_base(home, tmp_path):
 
 
 def test_an_adapters_directory_can_be_talked_to(home, tmp_path, capsys):
-    run = sft.train(sft_config(home, tmp_path / "sft", lora=2))
+    run = sft.train(sft_config(home, tmp_path / "sft", lora_rank=2))
 
     said = [
-        generate([str(run.path / name), "--prompt", "the", "--greedy", "--max-new", "5"])
+        generate([str(run.path / name), "--prompt", "the", "--greedy", "--max-new-tokens", "5"])
         for name in ("adapter", "policy")
     ]
 
@@ -419,10 +421,10 @@ def test_an_adapters_directory_can_be_talked_to(home, tmp_path, capsys):
 
 KEPT = {
     "copy": {"reference_mode": "copy"},
-    "copy beside an adapter": {"reference_mode": "copy", "lora": 4},
+    "copy beside an adapter": {"reference_mode": "copy", "lora_rank": 4},
     "copy beside frozen layers": {"reference_mode": "copy", "train_layers": 1},
     "directory": {"reference": True},
-    "adapter off": {"reference_mode": "adapter_off", "lora": 4},
+    "adapter off": {"reference_mode": "adapter_off", "lora_rank": 4},
     "frozen top": {"reference_mode": "frozen_top", "train_layers": 1},
 }
 
@@ -448,7 +450,7 @@ def test_the_reference_says_the_same_to_the_bit_after_twenty_updates(mode, criti
 
 def test_a_reference_shares_what_never_learns_and_copies_the_rest(home, tmp_path):
     shared = {}
-    for mode, fields in {**KEPT, "lora": {"lora": 4}, "layers": {"train_layers": 1}, "all": {}}.items():
+    for mode, fields in {**KEPT, "lora_rank": {"lora_rank": 4}, "layers": {"train_layers": 1}, "all": {}}.items():
         if mode != "directory":
             cast = RLHFModels(ppo_config(home, tmp_path / "run", **fields))
             own, theirs = (addresses(p.parameters()) for p in (cast.policy.model, cast.reference))
@@ -457,7 +459,7 @@ def test_a_reference_shares_what_never_learns_and_copies_the_rest(home, tmp_path
     # 2 layers of 9 tensors, a norm, and embeddings tied to the head: 20; above the lower layer there are 9 + 1
     assert shared == {
         **{"copy": (0, 20), "copy beside an adapter": (0, 20), "copy beside frozen layers": (0, 20), "all": (0, 20)},
-        **{"adapter off": (20, 20), "lora": (20, 20), "frozen top": (10, 20), "layers": (10, 20)},
+        **{"adapter off": (20, 20), "lora_rank": (20, 20), "frozen top": (10, 20), "layers": (10, 20)},
     }
 
 
@@ -473,9 +475,9 @@ ADAPTERS = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 128))  # 2 layers, rank 4, in + ou
         ({"critic": "shared"}, 2 * TRUNK + VALUE, TRUNK + VALUE),
         ({"critic": "separate"}, 3 * TRUNK + VALUE, 2 * TRUNK + VALUE),
         ({"critic": "top"}, 2 * TRUNK + LAYER + NORM + VALUE, TRUNK + LAYER + NORM + VALUE),
-        ({"lora": 4}, TRUNK + ADAPTERS + VALUE, ADAPTERS + VALUE),
-        ({"lora": 4, "critic": "separate"}, 2 * TRUNK + ADAPTERS + VALUE, TRUNK + ADAPTERS + VALUE),
-        ({"lora": 4, "critic": "top"}, TRUNK + ADAPTERS + LAYER + NORM + VALUE, ADAPTERS + LAYER + NORM + VALUE),
+        ({"lora_rank": 4}, TRUNK + ADAPTERS + VALUE, ADAPTERS + VALUE),
+        ({"lora_rank": 4, "critic": "separate"}, 2 * TRUNK + ADAPTERS + VALUE, TRUNK + ADAPTERS + VALUE),
+        ({"lora_rank": 4, "critic": "top"}, TRUNK + ADAPTERS + LAYER + NORM + VALUE, ADAPTERS + LAYER + NORM + VALUE),
         ({"train_layers": 1}, TRUNK + LAYER + NORM + VALUE, LAYER + NORM + VALUE),
         ({"train_layers": 1, "critic": "top"}, TRUNK + 2 * (LAYER + NORM) + VALUE, 2 * (LAYER + NORM) + VALUE),
     ],
@@ -490,7 +492,9 @@ def test_so_many_numbers_are_held_and_learned(fields, held, learned, home, tmp_p
 
 
 def test_of_a_policy_that_trains_its_top_layers_the_rest_stands_still(home, tmp_path):
-    run = ppo.train(ppo_config(home, tmp_path / "run", train_layers=1, critic_warmup=1, learning_rate=1e-2, steps=192))
+    run = ppo.train(
+        ppo_config(home, tmp_path / "run", train_layers=1, critic_warmup=1, learning_rate=1e-2, total_tokens=192)
+    )
 
     changed = {name for name, x in moved(run, home).items() if x.abs().max() > 0}
     assert changed and all(name.startswith(("model.layers.1.", "model.norm.")) for name in changed)
@@ -499,11 +503,11 @@ def test_of_a_policy_that_trains_its_top_layers_the_rest_stands_still(home, tmp_
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"reference_mode": "adapter_off"}, "with lora 0: there is no adapter to switch off"),
+        ({"reference_mode": "adapter_off"}, "with lora_rank 0: there is no adapter to switch off"),
         ({"reference_mode": "frozen_top"}, "with train_layers 0: every layer learns"),
-        ({"reference_mode": "frozen_top", "lora": 2}, "with train_layers 0: the adapter changes every layer"),
+        ({"reference_mode": "frozen_top", "lora_rank": 2}, "with train_layers 0: the adapter changes every layer"),
         ({"reference_mode": "copy", "reference": "DIR"}, "beside reference 'DIR', which is a model of its own"),
-        ({"lora": 2, "train_layers": 1}, "an adapter learns in place of the layers"),
+        ({"lora_rank": 2, "train_layers": 1}, "an adapter learns in place of the layers"),
     ],
     ids=str,
 )
@@ -512,7 +516,7 @@ def test_modes_that_contradict_each_other_are_refused_in_a_sentence(fields, why,
         ppo_config(home, tmp_path / "run", **fields)
 
 
-@pytest.mark.parametrize("fields", [{"lora": 4}, {"train_layers": 1}, {"critic": "top"}], ids=str)
+@pytest.mark.parametrize("fields", [{"lora_rank": 4}, {"train_layers": 1}, {"critic": "top"}], ids=str)
 def test_a_run_of_any_mode_is_evaluated_against_what_it_started_from(fields, home, tmp_path, capsys):
     run = ppo.train(ppo_config(home, tmp_path / "run", learning_rate=1e-2, **fields))
 
@@ -521,10 +525,10 @@ def test_a_run_of_any_mode_is_evaluated_against_what_it_started_from(fields, hom
 
 
 @pytest.mark.parametrize(
-    "fields", [{"lora": 3, "critic": "top"}, {"train_layers": 1, "critic": "separate"}, {"critic": "top"}], ids=str
+    "fields", [{"lora_rank": 3, "critic": "top"}, {"train_layers": 1, "critic": "separate"}, {"critic": "top"}], ids=str
 )
 def test_a_run_of_any_mode_that_is_taken_up_again_ends_as_if_it_never_stopped(fields, home, tmp_path):
-    settings = {"learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 9, "steps": 192}
+    settings = {"learning_rate": 1e-2, "checkpoint_every": 1, "keep_checkpoints": 9, "total_tokens": 192}
     run = ppo.train(ppo_config(home, tmp_path / "whole", **settings, **fields))
     first, *others = sorted((run.path / "checkpoints").iterdir())
     shutil.copytree(run.path, tmp_path / "again")
@@ -550,10 +554,16 @@ def test_preflight_passes_however_rows_are_read(family, home, tmp_path):
     model.resize_token_embeddings(len(rehearsal.make_tokenizer()))
     model.save_pretrained(tmp_path)
     rehearsal.make_tokenizer().save_pretrained(tmp_path)
-    reading = {"packing": True, "checkpointing": True, "micro": 3, "temperature": 0.7, "reward": score}
+    reading = {
+        "packing": True,
+        "gradient_checkpointing": True,
+        "micro_batch_size": 3,
+        "temperature": 0.7,
+        "reward": score,
+    }
     reading |= {"dtype": "bfloat16"} if "half" in family else {}
 
-    for fields in ({"lora": 4, "critic": "top"}, {"train_layers": 1, "critic": "top", "critic_layers": 2}):
+    for fields in ({"lora_rank": 4, "critic": "top"}, {"train_layers": 1, "critic": "top", "critic_layers": 2}):
         cast = RLHFModels(ppo_config(home, tmp_path / "run", model=str(tmp_path), **reading, **fields))
         assert {finding.check for finding in preflight.run_checks(cast)} <= {"cut share"}
 
@@ -561,8 +571,8 @@ def test_preflight_passes_however_rows_are_read(family, home, tmp_path):
 # ---- every combination ------------------------------------------------------------------------------------------------
 
 CRITICS = {
-    "none, grpo": (grpo, {"group": 4}),
-    "none, reinforce": (reinforce, {"group": 4}),
+    "none, grpo": (grpo, {"group_size": 4}),
+    "none, reinforce": (reinforce, {"group_size": 4}),
     "shared": (ppo, {"critic": "shared"}),
     "separate": (ppo, {"critic": "separate"}),
     "top": (ppo, {"critic": "top"}),
@@ -579,11 +589,11 @@ REFUSED = {
 def test_each_combination_passes_preflight_and_runs_or_is_refused(critic, reference, lora, home, tmp_path):
     recipe, fields = CRITICS[critic]
     given = {name: x for name, x in PPO.items() if name in recipe.Config.__dataclass_fields__} | fields
-    given |= {"reward": score, "preflight": True, "lora": lora}
-    given |= {"fixed_length": 6, "steps": 3 * 8 * 6}  # 3 iterations of 8 rows
+    given |= {"reward": score, "preflight": True, "lora_rank": lora}
+    given |= {"fixed_length": 6, "total_tokens": 3 * 8 * 6}  # 3 iterations of 8 rows
     given |= {"reference": str(home)} if reference == "directory" else {"reference_mode": reference}
     given |= {"train_layers": 1} if reference == "frozen_top" else {}
-    settings = {"model": str(home), "data": str(home / "prompts.jsonl"), "out": str(tmp_path / "run"), **given}
+    settings = {"model": str(home), "data": str(home / "prompts.jsonl"), "output_dir": str(tmp_path / "run"), **given}
 
     if (reference, lora) in REFUSED:
         with pytest.raises(RequestError, match=REFUSED[reference, lora]):
@@ -645,7 +655,7 @@ def test_the_share_of_weights_that_an_adapter_reaches_is_said(name, share, other
 
     assert policy.adapter.unadapted_names == others
     assert share is None or policy.adapter.adapted_fraction == pytest.approx(share)
-    said = [remark for remark in policy.warnings if remark.startswith("lora adapts ")]
+    said = [remark for remark in policy.warnings if remark.startswith("lora_rank adapts ")]
     assert len(said) == bool(others) and all(name in said[0] for name in others)
 
 
@@ -657,5 +667,5 @@ def test_experts_alone_can_be_adapted(tmp_path):
 
 
 def test_a_target_whose_layer_is_never_called_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="lora_targets is 'dt_proj': the model's linear layers are"):
+    with pytest.raises(RequestError, match="lora_target_modules is 'dt_proj': the model's linear layers are"):
         adapted("jamba", tmp_path, targets=("dt_proj",))

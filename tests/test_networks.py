@@ -23,7 +23,7 @@ KINDS = ("gru", "lstm")
 
 
 def shape(**fields) -> NetworkConfig:
-    return dataclasses.replace(NetworkConfig(hidden=(8,), memory_size=4), **fields)
+    return dataclasses.replace(NetworkConfig(hidden=(8,), rnn_hidden_size=4), **fields)
 
 
 def network(observation: str, action: str = "Discrete", **fields) -> ActorCriticNetwork:
@@ -131,7 +131,7 @@ def test_discrete_observations_are_one_hot():
     ("observation", "leaf"), [(o, leaf) for o, space in OBSERVATIONS.items() for leaf in feature_spaces(space)]
 )
 def test_every_part_of_an_observation_reaches_actor_and_critic(observation, leaf, memory):
-    net = network(observation, memory=memory)
+    net = network(observation, rnn_type=memory)
     one, other = (observed(OBSERVATIONS[observation], 1, 8, seed) for seed in (0, 1))
     changed = other if not isinstance(one, dict) else {**one, leaf: other[leaf]}
     rest = (torch.zeros(1, net.state_size), torch.zeros(1, 8).bool()) if memory != "none" else ()
@@ -305,7 +305,7 @@ def test_nothing_learns_across_a_start(kind):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_acting_step_by_step_says_what_one_pass_over_the_row_says(kind, shared):
-    net = network("Dict", memory=kind, shared=shared)
+    net = network("Dict", rnn_type=kind, shared=shared)
     obs = observed(OBSERVATIONS["Dict"], 2, 5)
     start, state = starts("..s..", "s...s"), torch.randn(2, net.state_size, generator=seeded())
     row, value, after = net(obs, state, start)

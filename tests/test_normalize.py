@@ -209,7 +209,7 @@ def test_log_probs_and_values_stay_until_the_record_is_gathered():
 
 def test_ppo_gathers_a_record_after_its_update(tmp_path):
     # one minibatch an iteration meets the very policy that sampled, unless scales moved in between
-    run = ppo.train(settings(tmp_path, epochs=1, minibatches=1))
+    run = ppo.train(settings(tmp_path, num_epochs=1, num_minibatches=1))
 
     assert len(run.metrics) == 2
     # float32: the policy sampled one step at a time and learns from all at once
@@ -221,7 +221,7 @@ def test_ppo_gathers_a_record_after_its_update(tmp_path):
 def test_every_recipe_gathers_every_chosen_step_once(tmp_path, recipe):
     common = {"env": "Pendulum-v1", "env_options": {"max_episode_steps": 10}, "steps": 60, "num_envs": 2}
     scales = {"normalize_obs": True, "normalize_reward": True}
-    run = recipe.train(recipe.Config(**common, **scales, hidden=(8,), quiet=True, out=str(tmp_path / "run")))
+    run = recipe.train(recipe.Config(**common, **scales, hidden=(8,), quiet=True, output_dir=str(tmp_path / "run")))
 
     policy = Policy.load(run.path / "policy")
     assert policy.obs_scale is not None and policy.reward_scale is not None
@@ -347,8 +347,15 @@ def test_training_with_evaluations_ends_with_the_same_bytes_as_without(tmp_path)
 def settings(tmp_path, name="run", **fields):
     """A few seconds of PPO on a pendulum whose episodes are short."""
     options = {"env": "Pendulum-v1", "env_options": {"max_episode_steps": 20}, "num_envs": 2, "steps": 256}
-    options |= {"rollout": 64, "epochs": 2, "minibatches": 2, "hidden": (8,), "seed": 1, "quiet": True}
-    options |= {"normalize_obs": True, "normalize_reward": True, "out": str(tmp_path / name)}
+    options |= {
+        "num_steps_per_env": 64,
+        "num_epochs": 2,
+        "num_minibatches": 2,
+        "hidden": (8,),
+        "seed": 1,
+        "quiet": True,
+    }
+    options |= {"normalize_obs": True, "normalize_reward": True, "output_dir": str(tmp_path / name)}
     return ppo.Config(**(options | fields))
 
 
@@ -398,7 +405,9 @@ def test_the_sampler_scales_in_float64_too(small):
 
 @pytest.mark.parametrize(("normalize", "dtype"), [(True, torch.float64), (False, torch.float32)])
 def test_a_record_is_exact_where_the_policy_scales_it(normalize, dtype, tmp_path):
-    cfg = ppo.Config(env="tests.foreign_envs:UnixClock", normalize_obs=normalize, quiet=True, out=str(tmp_path / "run"))
+    cfg = ppo.Config(
+        env="tests.foreign_envs:UnixClock", normalize_obs=normalize, quiet=True, output_dir=str(tmp_path / "run")
+    )
     with open_run("ppo", cfg, None, None) as run:
         record = run.collector.collect(run.policy, 3)
         action = run.policy.act(np.array([1.7e9]))
@@ -407,11 +416,20 @@ def test_a_record_is_exact_where_the_policy_scales_it(normalize, dtype, tmp_path
 
 
 def test_a_run_says_what_float32_loses(tmp_path):
-    fields = {"steps": 8, "num_envs": 1, "rollout": 8, "minibatches": 1, "epochs": 1, "log_every": 1000}
+    fields = {
+        "steps": 8,
+        "num_envs": 1,
+        "num_steps_per_env": 8,
+        "num_minibatches": 1,
+        "num_epochs": 1,
+        "log_every": 1000,
+    }
     said = []
     for name, normalize in (("plain", False), ("scaled", True)):
         run = ppo.train(
-            ppo.Config(env="tests.foreign_envs:UnixClock", normalize_obs=normalize, out=str(tmp_path / name), **fields)
+            ppo.Config(
+                env="tests.foreign_envs:UnixClock", normalize_obs=normalize, output_dir=str(tmp_path / name), **fields
+            )
         )
         said.append(notices(run))
 

@@ -77,7 +77,7 @@ def test_without_a_critic_the_policy_gradient_asks_no_target():
         Fixed(), one_step(target=float("nan")), value_coef=0.0, entropy_coef=0.0, value_loss_fn=squared_error
     )
     assert_close(loss, -2 * log(0.8))
-    assert_close(metrics["value_error"], row(0))
+    assert_close(metrics["value_loss"], row(0))
 
 
 def test_the_ppo_loss_by_hand():
@@ -122,7 +122,7 @@ def test_the_metrics_are_the_parts_of_the_loss():
 
     assert_close(metrics["loss"], row(-1.4) - 0.1 * ENTROPY)
     assert_close(metrics["policy_loss"], row(-2.4))
-    assert_close(metrics["value_error"], row(2.0))
+    assert_close(metrics["value_loss"], row(2.0))
     assert_close(metrics["entropy"], ENTROPY)
     assert_close(metrics["kl_old"], KL)
     assert_close(metrics["ratio"], row(2.0))
@@ -315,7 +315,7 @@ def test_a_warming_critic_moves_alone():
     critic_only(table, batch)[0].sum().backward()
 
     assert_close(loss, row(2))
-    assert metrics.keys() == {"value_error"}
+    assert metrics.keys() == {"value_loss"}
     assert table.logits.grad is None
 
 
@@ -564,7 +564,7 @@ def test_dpos_metrics_by_hand():
 
     loss, metrics = dpo_loss(Twice(), pairs, beta=0.5, label_smoothing=0.0, loss_type="sigmoid")
     gains = torch.tensor([[0.64 / 0.25, 0.16 / 0.5]]).log()
-    assert_close(metrics["chosen_gain"], gains[:, :1])
+    assert_close(metrics["chosen_logratio"], gains[:, :1])
     assert_close(metrics["rejected_gain"], gains[:, 1:])
     assert_close(metrics["margin"], 0.5 * (gains[:, :1] - gains[:, 1:]))
     assert_close(metrics["accuracy"], torch.ones(1, 1))

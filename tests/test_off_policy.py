@@ -194,8 +194,8 @@ def test_the_policys_own_samples_are_left_as_they_are():
 def test_weights_are_measured():
     _, _, metrics = off_policy_weights(quarter, RECORD, rollouts(off_policy="truncate"))
 
-    assert metrics["weight_mean"] == pytest.approx(2.5 / 3)
-    assert metrics["weight_effective"] == pytest.approx(2.5**2 / (3 * 2.75))  # 1/4 + 9/4 + 1/4
+    assert metrics["importance_weight_mean"] == pytest.approx(2.5 / 3)
+    assert metrics["effective_sample_fraction"] == pytest.approx(2.5**2 / (3 * 2.75))  # 1/4 + 9/4 + 1/4
     # log 1/2 - log pi: log 2, log 2/3, log 2
     assert metrics["kl_sampler"] == pytest.approx(math.log(8 / 3) / 3)
 
@@ -206,8 +206,10 @@ def test_a_band_without_a_width_is_refused():
 
 
 def test_weights_that_minibatches_would_standardise_away_are_refused():
-    with pytest.raises(RequestError, match="standardize is 'minibatch': it would undo the weights of off_policy"):
-        ppo.Config(model="m", data="d", reward="length", off_policy="mask", standardize="minibatch")
+    with pytest.raises(
+        RequestError, match="normalize_advantage is 'minibatch': it would undo the weights of off_policy"
+    ):
+        ppo.Config(model="m", data="d", reward="length", off_policy="mask", normalize_advantage="minibatch")
 
 
 # whole recipes, whose engine says that it sampled with another probability than the policy's
@@ -235,11 +237,19 @@ def by_length(prompts, completions, completion_ids, **_):
 
 
 RECIPES = {
-    "ppo": (ppo, {"epochs": 1, "minibatches": 1, "value_coef": 0.0}),
+    "ppo": (ppo, {"num_epochs": 1, "num_minibatches": 1, "value_coef": 0.0}),
     "grpo": (grpo, {}),
     "reinforce": (reinforce, {}),
 }
-FEW = {"rows": 8, "max_new": 6, "steps": 90, "quiet": True, "samples": 0, "evaluate_rows": 4, "kl_reference_coef": 0.0}
+FEW = {
+    "completions_per_iteration": 8,
+    "max_new_tokens": 6,
+    "total_tokens": 90,
+    "quiet": True,
+    "log_samples": 0,
+    "evaluate_rows": 4,
+    "kl_reference_coef": 0.0,
+}
 STOPS = tuple(map(str, range(2, 170)))
 
 
@@ -251,7 +261,7 @@ def first(recipe: str, home, out, share: float, **fields) -> dict:
         "data": str(home / "prompts.jsonl"),
         "reward": by_length,
         "stop": STOPS,
-        "out": str(out),
+        "output_dir": str(out),
     }
     return kind.train(kind.Config(**given, **FEW, **own, **fields), engine=Claims(share)).metrics[0]
 
@@ -263,17 +273,19 @@ def test_every_recipe_weighs_what_an_engine_sampled(recipe, home, tmp_path):
     out = first(recipe, home, tmp_path / "out", 0.25, off_policy="mask", off_policy_high=3.0)
 
     # pi / mu is 4 everywhere: cut at 3, every advantage counts three times; outside the band none does
-    assert own["weight_mean"] == pytest.approx(1, abs=1e-5) and cut["weight_mean"] == pytest.approx(3)
+    assert own["importance_weight_mean"] == pytest.approx(1, abs=1e-5) and cut[
+        "importance_weight_mean"
+    ] == pytest.approx(3)
     assert own["grad_norm"] > 0
     assert cut["grad_norm"] == pytest.approx(3 * own["grad_norm"], rel=1e-4)
-    assert out["grad_norm"] == 0 and out["weight_effective"] == 0
+    assert out["grad_norm"] == 0 and out["effective_sample_fraction"] == 0
     assert cut["kl_sampler"] == pytest.approx(-math.log(4), abs=1e-5)
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.6}])
 def test_truncated_samples_count_the_mass_that_was_kept(fields, home, tmp_path):
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
-    cfg = reinforce.Config(**given, **FEW, off_policy="truncate", out=str(tmp_path / "run"), **fields)
+    cfg = reinforce.Config(**given, **FEW, off_policy="truncate", output_dir=str(tmp_path / "run"), **fields)
 
     told = reinforce.train(cfg).metrics[0]
     cast = RLHFModels(cfg)
@@ -286,7 +298,7 @@ def test_truncated_samples_count_the_mass_that_was_kept(fields, home, tmp_path):
     share = mass[:, 4] if "top_k" in fields else mass.where(mass >= 0.6, 2).amin(dim=-1)  # pi / mu of a kept token
     _, weight, _ = off_policy_weights(cast.policy, said, cfg)
     assert_close(weight[said.trajectory.mask], share, atol=1e-5, rtol=0)
-    assert 0 < told["weight_mean"] < 0.95  # the run itself samples so, too
+    assert 0 < told["importance_weight_mean"] < 0.95  # the run itself samples so, too
 
 
 @pytest.mark.parametrize("fields", [{"top_k": 5}, {"top_p": 0.6}])
@@ -312,7 +324,7 @@ def test_truncated_samples_end_while_they_are_sampled(home):
 def test_an_engine_samples_for_learning_and_not_for_preflight_or_evaluation(home, tmp_path):
     engine = Claims(0.25)
     given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": by_length, "stop": STOPS}
-    cfg = reinforce.Config(**given, **FEW, out=str(tmp_path / "run"), evaluate_every=1)
+    cfg = reinforce.Config(**given, **FEW, output_dir=str(tmp_path / "run"), evaluate_every=1)
 
     run = reinforce.train(cfg, engine=engine)
     assert engine.versions == list(range(run.metrics[-1]["iteration"]))  # once an iteration, with the policy as it is

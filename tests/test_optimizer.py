@@ -54,9 +54,9 @@ def test_a_run_starts_without_torchs_compiler(tmp_path):
     run = f"""
 import sys
 from understudy.control import actor_critic, ppo
-fields = dict(env="CartPole-v1", num_envs=2, rollout=8, steps=32, quiet=True)
-ppo.train(ppo.Config(**fields, out=r"{tmp_path}/ppo"))
-actor_critic.train(actor_critic.Config(**fields, optimizer="rmsprop", out=r"{tmp_path}/a2c"))
+fields = dict(env="CartPole-v1", num_envs=2, num_steps_per_env=8, steps=32, quiet=True)
+ppo.train(ppo.Config(**fields, output_dir=r"{tmp_path}/ppo"))
+actor_critic.train(actor_critic.Config(**fields, optimizer="rmsprop", output_dir=r"{tmp_path}/a2c"))
 sys.exit(int("torch._dynamo" in sys.modules))
 """
     assert subprocess.run([sys.executable, "-c", run], timeout=120).returncode == 0

@@ -49,9 +49,9 @@ def preset(peer: str, case: str, kind=ppo.Config, **fields):
 
 def settings(peer: str, case: str, kind=ppo.Config, **fields):
     """The preset, on small nets and the record's sizes."""
-    small = {"hidden": (WIDTH, WIDTH), "num_envs": ROWS, "rollout": STEPS}
+    small = {"hidden": (WIDTH, WIDTH), "num_envs": ROWS, "num_steps_per_env": STEPS}
     if kind is ppo.Config:
-        small |= {"epochs": INPUTS["epochs"], "minibatches": INPUTS["minibatches"]}
+        small |= {"num_epochs": INPUTS["epochs"], "num_minibatches": INPUTS["minibatches"]}
     return preset(peer, case, kind, **(small | fields))
 
 
@@ -164,10 +164,10 @@ def improve_on(batch: Batch, policy: Policy, optimizer, cfg, steer, generator: t
         optimizer,
         batch,
         partial(ppo.ppo, clip=cfg.clip, value_clip=cfg.value_clip, **coefs),
-        num_epochs=cfg.epochs,
-        num_minibatches=cfg.minibatches,
+        num_epochs=cfg.num_epochs,
+        num_minibatches=cfg.num_minibatches,
         max_grad_norm=cfg.max_grad_norm,
-        transform_minibatch=ppo.standardize_advantages if cfg.standardize == "minibatch" else None,
+        transform_minibatch=ppo.standardize_advantages if cfg.normalize_advantage == "minibatch" else None,
         on_minibatch=steer,
         reshuffle=cfg.reshuffle,
         generator=generator,
@@ -193,8 +193,8 @@ def improve(cfg, case: str, *, optimizer_steps: int | None = None) -> tuple[Poli
 
 def losses(peer: str, minibatches: list[dict]) -> dict[str, Tensor]:
     """A peer's losses by minibatch, in our words and units."""
-    scale = {"value_error": HALF_SQUARES[peer]}
-    names = {"policy_loss": "policy_loss", "value_loss": "value_error", "entropy": "entropy", "loss": "loss"}
+    scale = {"value_loss": HALF_SQUARES[peer]}
+    names = {"policy_loss": "policy_loss", "value_loss": "value_loss", "entropy": "entropy", "loss": "loss"}
     return {ours: torch.tensor([m[theirs] for m in minibatches]) / scale.get(ours, 1) for theirs, ours in names.items()}
 
 
@@ -288,12 +288,12 @@ SWITCHES = {
     "value_clip": {"cleanrl": 0.0, "sb3": 0.2, "rsl_rl": 0.0},
     "value_coef": 0.7,
     "entropy_coef": 0.02,
-    "standardize": {"cleanrl": "batch", "sb3": "none", "rsl_rl": "minibatch"},
+    "normalize_advantage": {"cleanrl": "batch", "sb3": "none", "rsl_rl": "minibatch"},
     "reshuffle": {"cleanrl": False, "sb3": False, "rsl_rl": True},
     "max_grad_norm": {"cleanrl": 0.7, "sb3": 0.7, "rsl_rl": 3.0},  # Adam does not see a factor common to all gradients
     "clip_grad_apart": {"cleanrl": True, "sb3": True, "rsl_rl": False},
     "learning_rate": 4e-4,
-    "adapt_learning_rate": {"cleanrl": 0.01, "sb3": 0.01, "rsl_rl": 0.0},
+    "desired_kl": {"cleanrl": 0.01, "sb3": 0.01, "rsl_rl": 0.0},
     "adam_eps": {"cleanrl": 1e-3, "sb3": 1e-3, "rsl_rl": 1e-3},
     "activation": {"cleanrl": "elu", "sb3": "elu", "rsl_rl": "tanh"},
 }
@@ -431,15 +431,15 @@ def defaults_of_cleanrl(case: str) -> dict:
     size = d["num_envs"] * d["num_steps"]
     return {
         "num_envs": d["num_envs"],
-        "rollout": d["num_steps"],
+        "num_steps_per_env": d["num_steps"],
         "steps": d["total_timesteps"] // size * size,  # it leaves out what does not fill an iteration
-        "epochs": d["update_epochs"],
-        "minibatches": d["num_minibatches"],
+        "num_epochs": d["update_epochs"],
+        "num_minibatches": d["num_minibatches"],
         "gamma": d["gamma"],
         "lam": d["gae_lambda"],
         "clip": d["clip_coef"],
         "value_clip": d["clip_coef"] if d["clip_vloss"] else 0.0,
-        "standardize": "minibatch" if d["norm_adv"] else "none",
+        "normalize_advantage": "minibatch" if d["norm_adv"] else "none",
         "value_coef": d["vf_coef"],
         "entropy_coef": d["ent_coef"],
         "max_grad_norm": d["max_grad_norm"],
@@ -460,7 +460,7 @@ def defaults_of_sb3(case: str, algorithm: str = "PPO") -> dict:
     a, optimizer = d[algorithm], d[f"{algorithm.lower()}_optimizer"]
     stated = {
         "num_envs": d["num_envs"],
-        "rollout": a["n_steps"],
+        "num_steps_per_env": a["n_steps"],
         "gamma": a["gamma"],
         "lam": a["gae_lambda"],
         "value_coef": a["vf_coef"] * HALF_SQUARES["sb3"],
@@ -476,13 +476,16 @@ def defaults_of_sb3(case: str, algorithm: str = "PPO") -> dict:
         "exploration": "gsde" if a["use_sde"] else "independent",
     }
     if algorithm == "A2C":
-        return stated | {"optimizer": optimizer["name"].lower(), "standardize": a["normalize_advantage"]}
+        return stated | {
+            "optimizer": optimizer["name"].lower(),
+            "normalize_advantage": "batch" if a["normalize_advantage"] else "none",
+        }
     return stated | {
-        "epochs": a["n_epochs"],
-        "minibatches": a["n_steps"] * d["num_envs"] // a["batch_size"],
+        "num_epochs": a["n_epochs"],
+        "num_minibatches": a["n_steps"] * d["num_envs"] // a["batch_size"],
         "clip": a["clip_range"],
         "value_clip": a["clip_range_vf"] or 0.0,
-        "standardize": "minibatch" if a["normalize_advantage"] else "none",
+        "normalize_advantage": "minibatch" if a["normalize_advantage"] else "none",
         "target_kl": a["target_kl"] or 0.0,
     }
 
@@ -490,18 +493,18 @@ def defaults_of_sb3(case: str, algorithm: str = "PPO") -> dict:
 def defaults_of_rsl_rl(case: str) -> dict:
     a, model, gaussian = (RSL_RL["defaults"][name] for name in ("PPO", "model", "distribution"))
     return {
-        "epochs": a["num_learning_epochs"],
-        "minibatches": a["num_mini_batches"],
+        "num_epochs": a["num_learning_epochs"],
+        "num_minibatches": a["num_mini_batches"],
         "gamma": a["gamma"],
         "lam": a["lam"],
         "clip": a["clip_param"],
         "value_clip": a["clip_param"] if a["use_clipped_value_loss"] else 0.0,
-        "standardize": "minibatch" if a["normalize_advantage_per_mini_batch"] else "batch",
+        "normalize_advantage": "minibatch" if a["normalize_advantage_per_mini_batch"] else "batch",
         "value_coef": a["value_loss_coef"] * HALF_SQUARES["rsl_rl"],
         "entropy_coef": a["entropy_coef"],
         "max_grad_norm": a["max_grad_norm"],
         "learning_rate": a["learning_rate"],
-        "adapt_learning_rate": a["desired_kl"] if a["schedule"] == "adaptive" else 0.0,
+        "desired_kl": a["desired_kl"] if a["schedule"] == "adaptive" else 0.0,
         "adam_eps": RSL_RL["defaults"]["optimizer"]["eps"],
         "activation": model["activation"],
         "hidden": hidden("rsl_rl", case),
@@ -588,7 +591,15 @@ def test_fresh_weights_are_torchs_own_as_rsl_rls():
 @pytest.mark.parametrize("case", ["discrete", "gaussian"])
 def test_the_learning_rate_falls_as_cleanrls(case, tmp_path):
     cfg = preset(
-        "cleanrl", case, steps=4 * 8, rollout=8, num_envs=1, minibatches=1, epochs=1, out=str(tmp_path), quiet=True
+        "cleanrl",
+        case,
+        steps=4 * 8,
+        num_steps_per_env=8,
+        num_envs=1,
+        num_minibatches=1,
+        num_epochs=1,
+        output_dir=str(tmp_path),
+        quiet=True,
     )
 
     rates = [line["learning_rate"] for line in ppo.train(cfg).metrics]
@@ -597,11 +608,13 @@ def test_the_learning_rate_falls_as_cleanrls(case, tmp_path):
 
 @pytest.mark.parametrize("peer", RECORDED)
 def test_the_recipe_makes_the_update_that_is_compared_here(peer, tmp_path):
-    cfg = preset(peer, "gaussian", steps=16, rollout=8, num_envs=2, minibatches=2, epochs=2, quiet=True)
-    trained = Policy.load(ppo.train(dataclasses.replace(cfg, out=str(tmp_path / "recipe"))).path / "policy")
-    again = dataclasses.replace(cfg, out=str(tmp_path / "again"))
+    cfg = preset(
+        peer, "gaussian", steps=16, num_steps_per_env=8, num_envs=2, num_minibatches=2, num_epochs=2, quiet=True
+    )
+    trained = Policy.load(ppo.train(dataclasses.replace(cfg, output_dir=str(tmp_path / "recipe"))).path / "policy")
+    again = dataclasses.replace(cfg, output_dir=str(tmp_path / "again"))
     with stage.open_run("ppo", again, None, None, optimizer=ppo.make_optimizer) as run:
-        traj = run.collector.collect(run.policy, cfg.rollout)
+        traj = run.collector.collect(run.policy, cfg.num_steps_per_env)
         old, value = estimate_values(run.policy, traj)
         batch = ppo.compute_advantages(traj, run.compute_rewards(traj), value, old, cfg)
         # the first iteration's linear schedule is at its start

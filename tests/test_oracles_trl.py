@@ -29,18 +29,23 @@ TRL, TRL_PPO = (
 ANSWERS = TRL["answers"]
 PROMPTS = [prompt for prompt in TRL["prompts"] for _ in range(TRL["group"])]
 WHOLE = {"model": "tiny", "data": "rows", "reward": lambda prompts, completions: [0.0] * len(prompts)}
-SIZES = {"rows": len(ANSWERS), "group": TRL["group"], "max_new": TRL["limit"]}
+SIZES = {"completions_per_iteration": len(ANSWERS), "group_size": TRL["group"], "max_new_tokens": TRL["limit"]}
 SETTINGS = {
     "grpo": {},
     "clip_higher": {"clip_high": 0.28},
     "temperature": {"temperature": 0.7},
     "kl": {"kl_reference_coef": 0.3},
-    "dr_grpo": {"scale": False, "aggregate": "budget"},
-    "dapo": {"aggregate": "step", "clip_high": 0.28},
-    "dapo_accumulated": {"aggregate": "step", "clip_high": 0.28, "micro": 3},
-    "dapo_entropy": {"aggregate": "step", "clip_high": 0.28, "entropy_coef": 0.05},
-    "bnpo": {"aggregate": "step"},
-    "cispo": {"objective": "cispo", "aggregate": "step", "clip": 1.0, "clip_high": 0.1},  # TRL clips at 1.1, not below
+    "dr_grpo": {"scale_by_std": False, "loss_aggregation": "token_sum_over_budget"},
+    "dapo": {"loss_aggregation": "token_mean", "clip_high": 0.28},
+    "dapo_accumulated": {"loss_aggregation": "token_mean", "clip_high": 0.28, "micro_batch_size": 3},
+    "dapo_entropy": {"loss_aggregation": "token_mean", "clip_high": 0.28, "entropy_coef": 0.05},
+    "bnpo": {"loss_aggregation": "token_mean"},
+    "cispo": {
+        "objective": "cispo",
+        "loss_aggregation": "token_mean",
+        "clip": 1.0,
+        "clip_high": 0.1,
+    },  # TRL clips at 1.1, not below
     "gspo": {"objective": "gspo", "clip": 0.05, "clip_high": 0.1},
 }
 EVERY_GRPO = pytest.mark.parametrize("name", SETTINGS)
@@ -119,7 +124,11 @@ def step(recorded: dict) -> dict:
 
 
 def weigh(cfg: grpo.Config):
-    return {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
+    return {
+        "sequence_mean_token_mean": per_row,
+        "token_mean": per_step,
+        "token_sum_over_budget": partial(per_budget, budget=cfg.limit),
+    }[cfg.loss_aggregation]
 
 
 def scores(name: str = "grpo") -> Tensor:
@@ -143,9 +152,9 @@ def critic_free(cfg, score: Tensor) -> tuple[Policy, Batch, Tensor]:
 
 def compared(batch: Batch, reward: Tensor, cfg: grpo.Config) -> Tensor:
     """The recipe's advantages, [B]."""
-    members = torch.arange(cfg.rows) // cfg.group
+    members = torch.arange(cfg.completions_per_iteration) // cfg.group_size
     return grpo.group_advantage(
-        episode_score(reward, batch.mask), members, batch.mask.any(dim=1), scale_by_std=cfg.scale
+        episode_score(reward, batch.mask), members, batch.mask.any(dim=1), scale_by_std=cfg.scale_by_std
     )
 
 
@@ -164,7 +173,7 @@ def improve(cfg: grpo.Config, score: Tensor, objective=None, steps: int = 2) -> 
             num_epochs=1,
             num_minibatches=1,
             max_grad_norm=TRL["step"]["max_grad_norm"],
-            micro_batch_size=cfg.micro or None,
+            micro_batch_size=cfg.micro_batch_size or None,
             loss_weights=weigh(cfg),
             generator=torch.Generator().manual_seed(0),
         )
@@ -243,13 +252,13 @@ def test_far_from_the_old_policy_the_loss_and_its_gradient_are_trls(name, which)
 @pytest.mark.parametrize(
     ("name", "other"),
     [
-        ("grpo", {"aggregate": "step"}),
+        ("grpo", {"loss_aggregation": "token_mean"}),
         ("grpo", {"clip": 0.3}),
         ("clip_higher", {"clip_high": 0.0}),
         ("temperature", {"temperature": 1.0}),
         ("kl", {"kl_reference": "k2"}),
-        ("dr_grpo", {"aggregate": "row"}),
-        ("dapo", {"aggregate": "row"}),
+        ("dr_grpo", {"loss_aggregation": "sequence_mean_token_mean"}),
+        ("dapo", {"loss_aggregation": "sequence_mean_token_mean"}),
         ("dapo_entropy", {"entropy_coef": 0.0}),
         ("cispo", {"clip": 0.2}),
         ("gspo", {"objective": "grpo"}),
@@ -305,7 +314,7 @@ def test_trl_averages_micro_batches_of_bnpo_and_ours_knows_no_micro_batch():
 
     parts = [masked_mean(loss[rows], batch.mask[rows]) for rows in torch.tensor(recorded["rows"]).split(3)]
     assert_close(torch.stack(parts).detach() / 3, torch.tensor(recorded["losses"][:3]), **LOSS)
-    _, seen, _ = improve(settings("bnpo", micro=3), scores(), steps=1)
+    _, seen, _ = improve(settings("bnpo", micro_batch_size=3), scores(), steps=1)
     assert_close(seen[0]["loss"], theirs("bnpo")[0], **LOSS)
     assert abs(theirs("bnpo_accumulated")[0] - theirs("bnpo")[0]) > 1e-3
 
@@ -411,8 +420,8 @@ def ppo_settings(name: str, **fields) -> ppo.Config:
         "value_coef": theirs["vf_coef"],
         "gamma": theirs["gamma"],
         "lam": theirs["lam"],
-        "epochs": theirs["num_ppo_epochs"],
-        "minibatches": theirs["num_mini_batches"],
+        "num_epochs": theirs["num_ppo_epochs"],
+        "num_minibatches": theirs["num_mini_batches"],
         "temperature": theirs["temperature"],
         "critic": "separate",
     }
@@ -474,9 +483,9 @@ def improve_ppo(cfg: ppo.Config, name: str) -> tuple[Policy, list[dict], dict]:
         policy,
         adamw(cfg, policy),
         batch,
-        ppo.make_objective(cfg, cfg.kl_coef, cfg.kl_reference_coef),
-        num_epochs=cfg.epochs,
-        num_minibatches=cfg.minibatches,
+        ppo.make_objective(cfg, cfg.kl_old_coef, cfg.kl_reference_coef),
+        num_epochs=cfg.num_epochs,
+        num_minibatches=cfg.num_minibatches,
         max_grad_norm=None,
         on_minibatch=lambda metrics: bool(seen.append(metrics)),
         generator=torch.Generator().manual_seed(TRL_PPO["shuffle_seed"]),
@@ -542,7 +551,7 @@ def test_gae_with_a_column_after_the_stop_is_trls(name):
 @EVERY_PPO
 def test_advantages_differ_from_trls_by_what_its_column_after_the_stop_discounts(name):
     # TRL, stop at T: A_T = r_T + g V' - V_T + g l (s - V'); ours: A_T = r_T + s - V_T. V': V after the stop, s: the score
-    cfg, trl, after = ppo_settings(name, standardize="none"), recorded(name), after_the_stop(name)
+    cfg, trl, after = ppo_settings(name, normalize_advantage="none"), recorded(name), after_the_stop(name)
     _, batch, _ = weighed(cfg, name)
     g, decay = cfg.gamma, cfg.gamma * cfg.lam
 
@@ -574,7 +583,7 @@ def test_whitening_is_trls():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [("policy_loss", "policy_loss"), ("value_error", "value_loss"), ("loss", "loss")]
+    ("ours", "theirs"), [("policy_loss", "policy_loss"), ("value_loss", "value_loss"), ("loss", "loss")]
 )
 def test_every_minibatch_of_whole_answers_has_trls_losses(ours, theirs):
     _, seen, _ = improve_ppo(ppo_settings("whole"), "whole")
@@ -597,7 +606,7 @@ def test_the_weights_after_the_update_on_whole_answers_are_trls():
 
 
 @pytest.mark.parametrize(
-    "other", [{"clip": 0.2}, {"value_clip": 0.0}, {"value_coef": 0.2}, {"standardize": "none"}, {"lam": 1.0}]
+    "other", [{"clip": 0.2}, {"value_clip": 0.0}, {"value_coef": 0.2}, {"normalize_advantage": "none"}, {"lam": 1.0}]
 )
 def test_without_this_setting_the_weights_would_not_be_trls(other):
     policy, _, _ = improve_ppo(ppo_settings("whole", **other), "whole")

@@ -37,9 +37,9 @@ EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 
 
 def config(path, kind=ppo, **fields):
-    sizes = {"steps": 40, "num_envs": 2, "log_every": 1000, "quiet": True, "out": str(path)}
+    sizes = {"steps": 40, "num_envs": 2, "log_every": 1000, "quiet": True, "output_dir": str(path)}
     if kind is ppo:
-        sizes |= {"rollout": 10, "epochs": 1, "minibatches": 1, "clip": 1e-6, "log_every": 2}
+        sizes |= {"num_steps_per_env": 10, "num_epochs": 1, "num_minibatches": 1, "clip": 1e-6, "log_every": 2}
     return kind.Config(env="tests.foreign_envs:TenSteps", **(sizes | fields))
 
 

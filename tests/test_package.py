@@ -34,9 +34,11 @@ def test_public_names_are_sorted_and_there():
 
 def test_every_metric_of_a_ppo_run_is_explained(tmp_path):
     config = control.Config(
-        env="CartPole-v1", num_envs=2, rollout=8, steps=16, evaluate_every=1, evaluate_episodes=1, quiet=True
+        env="CartPole-v1", num_envs=2, num_steps_per_env=8, steps=16, evaluate_every=1, evaluate_episodes=1, quiet=True
     )
-    run = control.train(control.Config(**(vars(config) | {"objective": "penalty", "out": str(tmp_path / "run")})))
+    run = control.train(
+        control.Config(**(vars(config) | {"objective": "penalty", "output_dir": str(tmp_path / "run")}))
+    )
     explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "metrics.md").read_text()))
 
     assert set(run.metrics[0]) <= explained

@@ -21,7 +21,9 @@ def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
     Plain: what runs faster says the same, and is read apart (`tests/test_quick.py`, `test_products.py`, `test_compiled.py`,
     `test_rows.py`).
     """
-    config = ppo.Config(env="CartPole-v1", num_envs=4, rollout=32, epochs=2, quiet=True, out=str(tmp_path / "run"))
+    config = ppo.Config(
+        env="CartPole-v1", num_envs=4, num_steps_per_env=32, num_epochs=2, quiet=True, output_dir=str(tmp_path / "run")
+    )
     monkeypatch.setattr(collect, "make_numpy_actor", lambda policy, walker: None)
     monkeypatch.setattr(environment, "FastSyncVectorEnv", SyncVectorEnv)
     monkeypatch.setattr(environment, "use_fast_action_space", lambda env: None)

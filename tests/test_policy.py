@@ -28,7 +28,7 @@ from understudy.distribution import Categorical
 from understudy.run.config import RequestError
 from understudy.value import estimate_values
 
-SMALL = {"hidden": (8,), "memory_size": 4}
+SMALL = {"hidden": (8,), "rnn_hidden_size": 4}
 
 
 def policy(observation="vector", action="Discrete", *, seed=0, **fields) -> Policy:
@@ -47,9 +47,9 @@ def equal(one: Policy, other: Policy) -> bool:
 
 def short(path, **fields) -> ppo.Config:
     """Two iterations of one pass; `clip_fraction` is the share of steps whose first ratio is further than 1e-5 from 1."""
-    sizes = {"steps": 16, "rollout": 6, "epochs": 1, "minibatches": 1, "clip": 1e-5, "log_every": 2}
+    sizes = {"steps": 16, "num_steps_per_env": 6, "num_epochs": 1, "num_minibatches": 1, "clip": 1e-5, "log_every": 2}
     network = SMALL if fields.get("memory", "none") != "none" else {"hidden": (8,)}
-    return ppo.Config(env="any", out=str(path), quiet=True, **(network | sizes | fields))
+    return ppo.Config(env="any", output_dir=str(path), quiet=True, **(network | sizes | fields))
 
 
 def test_weights_depend_on_nothing_but_the_seed():
@@ -97,7 +97,7 @@ def test_what_is_sampled_depends_on_the_generator_alone():
 
 @pytest.mark.parametrize("memory", ["gru", "lstm"])
 def test_a_state_is_carried_from_one_act_to_the_next(memory):
-    own = policy(action="Box", memory=memory)
+    own = policy(action="Box", rnn_type=memory)
     obs = observations(3)
 
     state, actions = None, []
@@ -111,7 +111,7 @@ def test_a_state_is_carried_from_one_act_to_the_next(memory):
 
 
 def test_a_state_is_forgotten_where_an_episode_starts():
-    own = policy(action="Box", memory="gru")
+    own = policy(action="Box", rnn_type="gru")
     first, second = observations(2)
     _, state = own.act(first)
     carried, _ = own.act(second, state=state)
@@ -122,7 +122,7 @@ def test_a_state_is_forgotten_where_an_episode_starts():
 
 
 def test_each_row_starts_on_its_own():
-    own = policy(memory="gru")
+    own = policy(rnn_type="gru")
     _, state = own.act(observations(2))
     _, one = own.act(observations(2), state=state, start=[True, False])
     _, fresh = own.act(observations(2))
@@ -219,7 +219,7 @@ def plain(path, **fields) -> ppo.Config:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("hidden", (32,)), ("memory", "gru"), ("log_std", -0.5), ("exploration", "gsde"), ("shared", True)],
+    [("hidden", (32,)), ("rnn_type", "gru"), ("log_std", -0.5), ("exploration", "gsde"), ("shared", True)],
 )
 def test_what_a_config_asks_of_a_network_of_ones_own_is_refused(tmp_path, field, value):
     cfg = dataclasses.replace(plain(tmp_path), **{field: value})
@@ -242,8 +242,8 @@ def test_what_a_config_asks_of_a_policy_that_is_otherwise_is_refused(tmp_path, f
 
     with pytest.raises(RequestError, match=rf"^{field} is .*, but policy is your own, which has "):
         ppo.train(cfg, env=anything("vector", "Box"), policy=made)
-    with pytest.raises(RequestError, match=rf"^{field} is .*, but init is '.*', which has .*: leave it at "):
-        ppo.train(dataclasses.replace(cfg, init=str(tmp_path / "made")), env=anything("vector", "Box"))
+    with pytest.raises(RequestError, match=rf"^{field} is .*, but init_from is '.*', which has .*: leave it at "):
+        ppo.train(dataclasses.replace(cfg, init_from=str(tmp_path / "made")), env=anything("vector", "Box"))
 
 
 def test_held_noise_is_refused_for_a_policy_that_explores_with_gsde(tmp_path):
@@ -258,7 +258,7 @@ def test_a_policy_to_start_from_goes_with_fields_that_say_what_it_is_or_nothing(
     policy(action="Box", **fields).save(tmp_path / "made")
 
     for said in (fields, {"exploration": "held", "noise_hold": 3}, {}):
-        cfg = dataclasses.replace(plain(tmp_path / f"run-{len(said)}"), init=str(tmp_path / "made"), **said)
+        cfg = dataclasses.replace(plain(tmp_path / f"run-{len(said)}"), init_from=str(tmp_path / "made"), **said)
         run = ppo.train(cfg, env=anything("vector", "Box"))
         assert load(run.path).squash == "tanh"
 
@@ -284,7 +284,7 @@ EXPLORATIONS = [("independent", "clip"), ("independent", "tanh"), ("held", "clip
 @pytest.mark.parametrize("memory", ["none", "gru"])
 @pytest.mark.parametrize(("exploration", "squash"), EXPLORATIONS)
 def test_the_first_ratio_is_1_however_a_box_is_explored(tmp_path, exploration, squash, memory):
-    cfg = short(tmp_path, exploration=exploration, squash=squash, memory=memory)
+    cfg = short(tmp_path, exploration=exploration, squash=squash, rnn_type=memory)
     (line,) = ppo.iterate(cfg, env=anything("vector", "Box"))
 
     assert line["clip_fraction"] == 0
@@ -445,7 +445,7 @@ def test_a_directory_without_a_policy_is_refused(tmp_path):
 
 
 def test_what_a_policy_is_made_of_makes_it_again():
-    made_of = policy(memory="lstm", squash="tanh").network_config
+    made_of = policy(rnn_type="lstm", squash="tanh").network_config
 
     assert made_of == dataclasses.asdict(NetworkConfig(**made_of))
 
@@ -510,7 +510,7 @@ def test_a_run_that_clips_to_far_bounds_says_so(tmp_path, squash):
 @pytest.mark.parametrize(
     ("recipe", "fields", "idle"),
     [
-        (ppo, {"memory_size": 8}, "memory_size is 8, but memory is 'none'"),
+        (ppo, {"rnn_hidden_size": 8}, "rnn_hidden_size is 8, but rnn_type is 'none'"),
         (ppo, {"noise_hold": 8}, "noise_hold is 8, but exploration is 'independent'"),
         (ppo, {"hidden": (), "activation": "relu"}, "activation is 'relu', but hidden is ()"),
         (ppo, {"step_timeout": 1.0}, "step_timeout is 1.0, but vectorization is 'sync'"),
@@ -519,14 +519,14 @@ def test_a_run_that_clips_to_far_bounds_says_so(tmp_path, squash):
         (ppo, {"constraint": ("x<=1:warn",), "constraint_rollbacks": 1}, "but no constraint rolls back"),
         (ppo, {"objective": "penalty", "clip": 0.1}, "clip is 0.1, but objective is 'penalty'"),
         (ppo, {"objective": "penalty", "clip_schedule": "linear"}, "clip_schedule is 'linear', but objective is"),
-        (ppo, {"kl_coef": 2.0}, "kl_coef is 2.0, but objective is 'clip'"),
+        (ppo, {"kl_old_coef": 2.0}, "kl_old_coef is 2.0, but objective is 'clip'"),
         (ppo, {"value_coef": 0.0, "value_clip": 0.1}, "value_clip is 0.1, but value_coef is 0"),
-        (ppo, {"epochs": 1, "refresh": True}, "refresh is True, but epochs is 1"),
-        (ppo, {"epochs": 1, "reshuffle": False}, "reshuffle is False, but epochs is 1"),
+        (ppo, {"num_epochs": 1, "recompute_advantages": True}, "recompute_advantages is True, but num_epochs is 1"),
+        (ppo, {"num_epochs": 1, "reshuffle": False}, "reshuffle is False, but num_epochs is 1"),
         (actor_critic, {"value_coef": 0.0, "value_loss": "huber"}, "value_loss is 'huber', but value_coef is 0"),
         (reinforce, {"group_size": 2}, "group_size is 2, but baseline is 'standardize'"),
-        (reinforce, {"group_scale": False}, "group_scale is False, but baseline is 'standardize'"),
-        (reinforce, {"baseline": "leave_one_out", "group_scale": False}, "but baseline is 'leave_one_out'"),
+        (reinforce, {"scale_by_std": False}, "scale_by_std is False, but baseline is 'standardize'"),
+        (reinforce, {"baseline": "leave_one_out", "scale_by_std": False}, "but baseline is 'leave_one_out'"),
         (reinforce, {"value_coef": 1.0}, "value_coef is 1.0, but baseline is 'standardize'"),
         (reinforce, {"baseline": "group", "gamma": 0.9}, "gamma is 0.9, but baseline is 'group'"),
         (reinforce, {"baseline": "leave_one_out", "gamma": 0.9}, "gamma is 0.9, but baseline is 'leave_one_out'"),
@@ -578,7 +578,7 @@ def test_a_field_of_the_preset_may_be_without_effect():
 @pytest.mark.parametrize("observation", ["vector", "image", "Dict", "Tuple"])
 @pytest.mark.parametrize("memory", ["none", "gru"])
 def test_a_network_may_have_no_hidden_layer(tmp_path, observation, memory):
-    cfg = short(tmp_path, hidden=(), memory=memory)
+    cfg = short(tmp_path, hidden=(), rnn_type=memory)
 
     run = ppo.train(cfg, env=anything(observation, "Box"))
 

@@ -37,7 +37,9 @@ def test_a_tuned_preset_runs_two_iterations(env, recipe, tmp_path):
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     given = uncompiled(recipe, env)
-    made = presets.preset(RECIPES[recipe].Config, env, quiet=True, log_every=1, out=str(tmp_path / "run"), **given)
+    made = presets.preset(
+        RECIPES[recipe].Config, env, quiet=True, log_every=1, output_dir=str(tmp_path / "run"), **given
+    )
 
     assert made.preset == "tuned"
     two_iterations(RECIPES[recipe], made)
@@ -46,7 +48,9 @@ def test_a_tuned_preset_runs_two_iterations(env, recipe, tmp_path):
 @pytest.mark.parametrize(("peer", "env", "recipe"), PEERS)
 def test_a_peers_preset_runs_two_iterations(peer, env, recipe, tmp_path):
     kind, given = RECIPES[recipe].Config, uncompiled(recipe)
-    two_iterations(RECIPES[recipe], presets.preset(kind, env, peer, quiet=True, out=str(tmp_path / "run"), **given))
+    two_iterations(
+        RECIPES[recipe], presets.preset(kind, env, peer, quiet=True, output_dir=str(tmp_path / "run"), **given)
+    )
 
 
 def test_the_well_known_environments_have_tuned_settings():

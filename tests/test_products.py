@@ -77,7 +77,11 @@ def test_a_run_of_control_keeps_the_memory_that_it_frees(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(stage, "keep_freed_memory", lambda: asked.append(True))
 
-    ppo.train(ppo.Config(env="CartPole-v1", num_envs=2, rollout=8, steps=16, out=str(tmp_path / "run"), quiet=True))
+    ppo.train(
+        ppo.Config(
+            env="CartPole-v1", num_envs=2, num_steps_per_env=8, steps=16, output_dir=str(tmp_path / "run"), quiet=True
+        )
+    )
 
     assert asked == [True]
 

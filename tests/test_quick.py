@@ -112,7 +112,7 @@ def test_noise_that_is_held_and_masks_have_no_quick_form():
         (BOX, spaces.MultiDiscrete([2, 3]), {}, 4),
         (BOX, NUMBERS, {"squash": "tanh"}, 4),
         (BOX, NUMBERS, {"exploration": "gsde"}, 4),
-        (BOX, NUMBERS, {"memory": "gru"}, 4),
+        (BOX, NUMBERS, {"rnn_type": "gru"}, 4),
         (spaces.Discrete(3), NUMBERS, {}, 4),
         (spaces.Box(0, 255, (36, 36), np.uint8), NUMBERS, {}, 4),
         (spaces.Dict({"a": BOX}), NUMBERS, {}, 4),

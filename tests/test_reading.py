@@ -71,7 +71,7 @@ def test_packing_is_refused_for_a_model_that_runs_through_its_own_logits(saved):
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reward-model", "ppo"])
 def test_every_recipe_refuses_packing_where_rows_see_each_other(saved, data, tmp_path, recipe):
     model, out = str(saved("opt")), tmp_path / "run"
-    pairs = {"data": str(data / "preferences.jsonl"), "out": str(out), "quiet": True, "packing": True}
+    pairs = {"data": str(data / "preferences.jsonl"), "output_dir": str(out), "quiet": True, "packing": True}
     start = {
         "sft": lambda: sft.train(sft_config(data, out, model=model, packing=True)),
         "dpo": lambda: dpo.train(dpo.Config(model=model, **pairs)),
@@ -86,8 +86,8 @@ def test_every_recipe_refuses_packing_where_rows_see_each_other(saved, data, tmp
 
 @pytest.mark.parametrize(("name", "packing"), [("opt", False), ("lfm2", False), ("gpt2", True), ("llama", True)])
 def test_dpo_begins_at_the_logarithm_of_two(saved, data, tmp_path, name, packing):
-    files = {"model": str(saved(name)), "data": str(data / "preferences.jsonl"), "out": str(tmp_path / "run")}
-    run = dpo.train(dpo.Config(**files, learning_rate=1e-12, packing=packing, quiet=True, steps=200))
+    files = {"model": str(saved(name)), "data": str(data / "preferences.jsonl"), "output_dir": str(tmp_path / "run")}
+    run = dpo.train(dpo.Config(**files, learning_rate=1e-12, packing=packing, quiet=True, total_tokens=200))
 
     # nothing has moved: -log sigmoid(0) = log 2, in every row
     assert [line["loss"] for line in run.metrics] == pytest.approx([0.693147] * len(run.metrics), abs=1e-5)

@@ -27,18 +27,20 @@ def run(here, capsys):
 
 @pytest.mark.parametrize("flag", ["--learning-rate", "--learning_rate=1e-3", "--no-orthogonal", "--gamma"])
 def test_another_setting_names_the_way_to_a_new_run(run, capsys, flag):
-    words = "cannot change", "--init run", "--init-optimizer keeps the optimizer's moments"
+    words = "cannot change", "--init-from run", "--init-optimizer keeps the optimizer's moments"
     refused(capsys, ["resume", "run", flag, "0.5"], 2, flag.partition("=")[0], *words)
 
 
 def test_another_setting_of_a_language_run_names_model(tmp_path, capsys):
     path = sft.train(sft_config(furnish(tmp_path), tmp_path / "run")).path
 
-    refused(capsys, ["resume", path, "--epochs", "9"], 2, "--epochs cannot change", f"--model {path}")
+    refused(capsys, ["resume", path, "--num-epochs", "9"], 2, "--num-epochs cannot change", f"--model {path}")
 
 
 def test_resume_in_python_takes_no_other_setting(run):
-    with pytest.raises(RequestError, match=r"^gamma cannot change in a run that goes on: .* --init run .*--init-opt"):
+    with pytest.raises(
+        RequestError, match=r"^gamma cannot change in a run that goes on: .* --init-from run .*--init-opt"
+    ):
         understudy.resume("run", gamma=0.5)
 
 
@@ -56,7 +58,7 @@ def test_a_finished_run_is_said_to_be_finished(run, capsys):
     assert main(["resume", "run"]) == 0
     said = capsys.readouterr()
     assert "the run was finished" in said.err
-    assert "--steps M extends it" in said.err and "--init run" in said.err
+    assert "--steps M extends it" in said.err and "--init-from run" in said.err
     assert said.out.startswith("32 steps")
 
     assert main(["resume", "run", "--steps", "64"]) == 0
@@ -71,7 +73,7 @@ def test_a_finished_run_without_metrics_is_one_sentence(run, capsys):
 
 def test_another_reward_than_the_runs_is_said_and_written_down(tmp_path, capsys):
     home = furnish(tmp_path / "home")
-    run = language_ppo.train(ppo_config(home, tmp_path / "run", reward="length:4", steps=1)).path
+    run = language_ppo.train(ppo_config(home, tmp_path / "run", reward="length:4", total_tokens=1)).path
 
     understudy.resume(run, steps=100, reward="length:4")
     assert "reward" not in capsys.readouterr().err
@@ -86,7 +88,13 @@ def test_another_reward_than_the_runs_is_said_and_written_down(tmp_path, capsys)
 
 def test_other_options_of_the_environment_are_said_and_evaluated_with(tmp_path, capsys):
     cfg = ppo.Config(
-        env="CartPole-v1", num_envs=1, rollout=8, minibatches=1, steps=8, quiet=True, out=str(tmp_path / "run")
+        env="CartPole-v1",
+        num_envs=1,
+        num_steps_per_env=8,
+        num_minibatches=1,
+        steps=8,
+        quiet=True,
+        output_dir=str(tmp_path / "run"),
     )
     run = ppo.train(cfg).path
 

@@ -19,7 +19,7 @@ from understudy.run.config import RequestError
 
 EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (False, True)])
 ROWS = [[1, 5, 6, 2], [1, 7, 8, 9, 10, 11, 12, 13, 14, 15, 2], [1, 3, 2, 2], [1, 4]]  # three end in EOS
-ONE_STEP = {"steps": 1, "held_out": 0, "learning_rate_schedule": "constant"}
+ONE_STEP = {"total_tokens": 1, "held_out": 0, "learning_rate_schedule": "constant"}
 SMOOTH = {"learning_rate": 1e-3, "adam_eps": 1e-2}  # a large epsilon: rounding is not made larger by Adam's division
 
 
@@ -141,13 +141,13 @@ def test_the_loss_of_pairs_is_bradley_terrys_with_their_margin(go, tmp_path):
 
 def test_centering_holds_the_scores_of_pairs_around_zero(go, home):
     def off_centre(**fields) -> float:
-        run = go(epochs=4, learning_rate=3e-3, held_out=0, normalize="none", **fields)
+        run = go(num_epochs=4, learning_rate=3e-3, held_out=0, normalize="none", **fields)
         model = RewardModel.from_pretrained(run.path / "reward_model")
         learned, _ = reward_model.load_training_rows(model, reward_config(home, run.path, held_out=0))
         chosen, rejected = (model.score([getattr(pair, side) for pair in learned]) for side in ("chosen", "rejected"))
         return float((chosen + rejected).square().mean())
 
-    assert off_centre(center=1.0) < 0.1 * off_centre()
+    assert off_centre(center_coef=1.0) < 0.1 * off_centre()
 
 
 def test_the_loss_of_labels_is_the_logistic_one(go, tmp_path):
@@ -191,14 +191,14 @@ def test_it_learns_what_was_liked_and_holds_it_on_what_it_did_not_see(go, tmp_pa
     rows = pairs if form == "pairs" else labels
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    run = go(data=str(tmp_path / "rows.jsonl"), epochs=8, learning_rate=3e-3)
+    run = go(data=str(tmp_path / "rows.jsonl"), num_epochs=8, learning_rate=3e-3)
 
     assert run.metrics[-1]["evaluation_accuracy"] == 1.0
     assert run.metrics[-1]["loss"] < 0.2 < run.metrics[0]["loss"]
 
 
 def test_so_many_pairs_make_a_step_and_every_one_comes_once_an_epoch(go):
-    run = go(minibatch_rows=10, epochs=2, held_out=0)
+    run = go(batch_size=10, num_epochs=2, held_out=0)
 
     assert run.metrics[0]["rows"] == 10
     assert run.metrics[-1]["rows"] == 80
@@ -210,7 +210,9 @@ def test_the_first_step_of_adam_is_one_learning_rate_long(go):
     assert apart(still.path, moved.path) == pytest.approx(1e-3, rel=0.01)
 
 
-@pytest.mark.parametrize("fields", [{"micro": 3}, {"packing": True}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"micro_batch_size": 3}, {"packing": True}, {"gradient_checkpointing": True}], ids=str
+)
 def test_how_rows_are_read_does_not_change_what_is_learned(go, fields):
     together, otherwise = go(**SMOOTH), go(**SMOOTH, **fields)
 
@@ -416,7 +418,7 @@ def test_labels_on_one_side_are_noted_because_their_accuracy_says_nothing():
 
 def test_a_judge_reads_a_row_with_what_it_has_for_the_template(home):
     model = RewardModel.from_pretrained(home)
-    model.tokenizer = made(2, 4, template=CHATML + "{% if not enable_thinking %}/think {% endif %}")
+    model.tokenizer = made(2, 4, chat_template=CHATML + "{% if not enable_thinking %}/think {% endif %}")
     said = tokens("yo<|im_end|>")
 
     given = ScoringInput([CHAT[:1]] * 2, [CHAT[1:]] * 2, [said] * 2, [False] * 2, {"enable_thinking": [True, False]})

@@ -15,7 +15,7 @@ from understudy.language.model import Policy
 from understudy.language.text import Tokenizer
 
 EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (False, True)])
-ONE_STEP = {"steps": 1, "held_out": 0, "learning_rate_schedule": "constant"}
+ONE_STEP = {"total_tokens": 1, "held_out": 0, "learning_rate_schedule": "constant"}
 SMOOTH = {"learning_rate": 1e-3, "adam_eps": 1e-2}  # a large epsilon: rounding is not made larger by Adam's division
 
 
@@ -51,21 +51,21 @@ def test_the_loss_is_the_surprise_of_the_completions_tokens_alone(go, home):
         logp = model(ids[None]).logits[0, :-1].log_softmax(dim=-1).gather(1, ids[1:, None])[:, 0]
         surprise += logp[len(prompt) - 1 :].detach().neg().tolist()
 
-    run = go(minibatch_rows=40, **ONE_STEP)
+    run = go(batch_size=40, **ONE_STEP)
 
     assert run.metrics[0]["loss"] == pytest.approx(sum(surprise) / len(surprise), abs=1e-4)
     assert run.metrics[0]["steps"] == len(surprise)
 
 
 def test_every_row_is_learned_from_once_an_epoch(go):
-    run = go(epochs=3, minibatch_rows=10)
+    run = go(num_epochs=3, batch_size=10)
 
     # 40 rows, of which 8 are kept: 32 an epoch
     assert [line["rows"] for line in run.metrics] == [10, 20, 30, 32, 42, 52, 62, 64, 74, 84, 94, 96]
 
 
 def test_the_loss_falls_on_rows_it_did_not_learn_from(go):
-    run = go(epochs=6, learning_rate=5e-3, evaluate_every=1)
+    run = go(num_epochs=6, learning_rate=5e-3, evaluate_every=1)
 
     first, last = run.metrics[0], run.metrics[-1]
     assert last["evaluation_loss"] < first["evaluation_loss"] - 0.5
@@ -76,7 +76,9 @@ def test_the_first_step_of_adam_is_one_learning_rate_long(go, home):
     assert apart(go(learning_rate=1e-3, **ONE_STEP).path / "policy", home) == pytest.approx(1e-3, rel=0.01)
 
 
-@pytest.mark.parametrize("fields", [{"micro": 3}, {"packing": True}, {"checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{"micro_batch_size": 3}, {"packing": True}, {"gradient_checkpointing": True}], ids=str
+)
 def test_how_rows_are_read_does_not_change_what_is_learned(go, home, fields):
     together, otherwise = go(**SMOOTH).path / "policy", go(**SMOOTH, **fields).path / "policy"
 
@@ -102,7 +104,7 @@ def test_only_the_last_turn_of_a_chat_is_learned_from(go, tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
 
-    run = go(data=str(tmp_path / "chat.jsonl"), template=template, **ONE_STEP)
+    run = go(data=str(tmp_path / "chat.jsonl"), chat_template=template, **ONE_STEP)
 
     assert run.metrics[0]["steps"] == 3  # smiled, the full stop, and the stop id
     assert AutoTokenizer.from_pretrained(run.path / "policy").chat_template == template
@@ -113,7 +115,7 @@ def test_all_turns_of_a_chat_are_learned_from_where_asked(go, tmp_path):
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [*turns, *turns]}) + "\n")
     template = "{{ bos_token }}{% for m in messages %} {{ m.content }}{% endfor %}"
 
-    run = go(data=str(tmp_path / "chat.jsonl"), template=template, train_on="all", **ONE_STEP)
+    run = go(data=str(tmp_path / "chat.jsonl"), chat_template=template, train_on="all", **ONE_STEP)
 
     assert run.metrics[0]["steps"] == 4  # twice: smiled and the stop
 

@@ -17,7 +17,7 @@ __all__ = ["here"]  # a fixture
 def run(tmp_path_factory):
     """A run of two iterations, four samples each."""
     home = furnish(tmp_path_factory.mktemp("home"))
-    return ppo.train(ppo_config(home, home / "run", samples=4)).path
+    return ppo.train(ppo_config(home, home / "run", log_samples=4)).path
 
 
 def shown(capsys, *argv: object) -> list[str]:

@@ -35,8 +35,8 @@ THERE = "tests.foreign_envs"
 
 
 def short(tmp_path, **fields):
-    common: dict[str, Any] = {"num_envs": 2, "rollout": 10, "steps": 60, "epochs": 1, "hidden": (4,)}
-    common |= {"quiet": True, "compile": "off", "out": str(tmp_path / "run")}
+    common: dict[str, Any] = {"num_envs": 2, "num_steps_per_env": 10, "steps": 60, "num_epochs": 1, "hidden": (4,)}
+    common |= {"quiet": True, "compile": "off", "output_dir": str(tmp_path / "run")}
     return ppo.Config(**(common | fields))
 
 
@@ -90,7 +90,7 @@ def test_without_any_environment_a_run_is_refused(tmp_path):
 
 def test_a_run_in_an_object_is_named_for_it_and_never_taken_for_another(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = ppo.train(short(tmp_path, num_envs=1, out=None), env=TenSteps())
+    run = ppo.train(short(tmp_path, num_envs=1, output_dir=None), env=TenSteps())
     assert run.path.name.startswith("ppo-TenSteps-s0")
 
     for words in (["evaluate", str(run.path)], ["resume", str(run.path)]):
@@ -114,14 +114,14 @@ def test_a_setting_that_resume_cannot_change_is_refused_with_init(flag, tmp_path
     words = [flag] if "=" in flag or flag.startswith("--no") else [flag, "0.1"]
     assert main(["resume", str(run.path), *words]) == 2
     said = capsys.readouterr().err
-    assert flag.split("=")[0] in said and f"understudy control ppo --init {run.path}" in said
+    assert flag.split("=")[0] in said and f"understudy control ppo --init-from {run.path}" in said
     assert main(["resume", str(run.path), "--nonsense"]) == 2
     assert "--nonsense is not a flag of `understudy resume`" in capsys.readouterr().err
 
 
 def test_a_run_directory_is_flat_whatever_the_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = ppo.train(short(tmp_path, env=f"{THERE}:foreign/TenSteps-v0", out=None))
+    run = ppo.train(short(tmp_path, env=f"{THERE}:foreign/TenSteps-v0", output_dir=None))
     assert run.path.name.startswith("ppo-foreign-TenSteps-v0-s0") and run.path.parent.name == "runs"
 
 
@@ -160,7 +160,7 @@ class Flipped(gymnasium.ActionWrapper):
         return 1 - action
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "supervised"])
+@pytest.mark.parametrize("vectorization", ["sync", "fault_tolerant"])
 @pytest.mark.parametrize(
     ("wrapper", "solved"),
     [
@@ -218,7 +218,7 @@ def test_the_threshold_of_an_id_is_that_of_its_own_wrappers(wrappers, solved, tm
 
 
 def test_a_run_is_not_solved_by_rewards_that_a_wrapper_pays(tmp_path):
-    fields = {"env": "CartPole-v1", "num_envs": 4, "rollout": 500, "steps": 10_000, "stop_at_return": 1000.0}
+    fields = {"env": "CartPole-v1", "num_envs": 4, "num_steps_per_env": 500, "steps": 10_000, "stop_at_return": 1000.0}
     run = ppo.train(short(tmp_path, **fields, wrappers=(f"{HERE}:Hundredfold",)))
 
     assert run.metrics[-1]["steps"] < 10_000  # the mean return of 100 episodes, as it is logged, is above 1000
@@ -358,7 +358,9 @@ class Draws(LooksLikeCartPole):
 def test_the_first_look_at_evaluation_moves_no_shared_generator(tmp_path):
     returns = []
     for name, fields in (("with", {"evaluate_every": 100}), ("without", {})):
-        run = ppo.train(short(tmp_path, env=f"{HERE}:Draws", out=str(tmp_path / name), exact_resume=False, **fields))
+        run = ppo.train(
+            short(tmp_path, env=f"{HERE}:Draws", output_dir=str(tmp_path / name), exact_resume=False, **fields)
+        )
         returns.append([line["episode_return_mean"] for line in run.metrics])
     assert returns[0] == returns[1]
 
@@ -412,7 +414,7 @@ def test_episodes_without_an_end_are_evaluated_up_to_a_bound(tmp_path, capsys):
 
 def test_a_signal_ends_an_evaluation_and_the_run_goes_on_as_if_there_was_none(tmp_path):
     fields = {"env": f"{HERE}:Signals", "evaluate_every": 2, "evaluate_episodes": 2, "checkpoint_every": 1}
-    whole = ppo.train(short(tmp_path, **fields, env_options={"at": 0}, out=str(tmp_path / "whole")))
+    whole = ppo.train(short(tmp_path, **fields, env_options={"at": 0}, output_dir=str(tmp_path / "whole")))
     with pytest.raises(SystemExit) as stopped:
         ppo.train(short(tmp_path, **fields, env_options={"at": 5}))
     assert stopped.value.code == 143
@@ -517,10 +519,10 @@ def test_a_seed_is_obeyed_where_fresh_environments_begin_alike(env, obeys):
 
 def test_bounds_are_compared_in_the_dtype_of_the_space(tmp_path):
     assert ppo.train(short(tmp_path, env=f"{THERE}:OnTheBound")).metrics[-1]["steps"] == 60
-    assert ppo.train(short(tmp_path, num_envs=1, out=str(tmp_path / "o")), env=OnTheBound()).metrics
+    assert ppo.train(short(tmp_path, num_envs=1, output_dir=str(tmp_path / "o")), env=OnTheBound()).metrics
 
 
-@pytest.mark.parametrize("vectorization", ["sync", "supervised"])
+@pytest.mark.parametrize("vectorization", ["sync", "fault_tolerant"])
 @pytest.mark.parametrize(("how", "seen"), [("accept", 1.2), ("clip", 1.0)])
 def test_what_is_outside_its_space_is_accepted_or_clipped_as_asked(how, seen, vectorization, tmp_path):
     fields = {"env": f"{THERE}:OutsideItsSpace", "vectorization": vectorization}
@@ -630,7 +632,19 @@ class Breaks(TenSteps):
 def test_an_environment_in_a_file_is_found_from_the_current_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_own_env.py").write_text("from tests.foreign_envs import TenSteps as Mine\n")
     monkeypatch.chdir(tmp_path)
-    words = ["control", "ppo", "--steps", "40", "--num-envs", "2", "--rollout", "10", "--quiet", "--preset", "none"]
+    words = [
+        "control",
+        "ppo",
+        "--steps",
+        "40",
+        "--num-envs",
+        "2",
+        "--num-steps-per-env",
+        "10",
+        "--quiet",
+        "--preset",
+        "none",
+    ]
 
     for env, out in (("my_own_env.py:Mine", "a"), ("my_own_env:Mine", "b")):
         assert main([*words, "--env", env, "--out", out]) == 0

@@ -127,7 +127,7 @@ def test_a_turn_that_ends_by_a_stop_string_is_answered():
         return ["b c"]
 
     script = Script(([A, B, C], True), ([D, D, B, C], True))
-    said = spoken(script, answer, tokenizer=LETTERS.with_stop(["b c"]), turns=2)
+    said = spoken(script, answer, tokenizer=LETTERS.with_stop(["b c"]), max_turns=2)
 
     assert asked == [([" a "], ["b c"])]
     assert said.completions[0].ids == [A, B, C, B, C, D, D, B, C]
@@ -136,7 +136,7 @@ def test_a_turn_that_ends_by_a_stop_string_is_answered():
 
 def test_a_stop_string_does_not_begin_in_what_others_say():
     said = spoken(
-        Script(([A, 2], True), ([C], False)), lambda prompts: ["b"], tokenizer=LETTERS.with_stop(["b c"]), turns=2
+        Script(([A, 2], True), ([C], False)), lambda prompts: ["b"], tokenizer=LETTERS.with_stop(["b c"]), max_turns=2
     )
 
     assert said.completions[0].ids == [A, 2, B, C] and not said.completions[0].stopped
@@ -144,7 +144,7 @@ def test_a_stop_string_does_not_begin_in_what_others_say():
 
 
 def test_the_template_closes_a_turn_that_a_stop_string_ended():
-    tokenizer = made(4, template=CHATML_LIKE).with_stop(["</x>"])
+    tokenizer = made(4, chat_template=CHATML_LIKE).with_stop(["</x>"])
     chat, answer = [{"role": "user", "content": "hi"}], [{"role": "tool", "content": "7"}]
     prompt = Prompt(tuple(tokenizer.encode_prompt(chat)), chat, {}, 1)
 
@@ -196,7 +196,7 @@ def strings(home, tmp_path_factory):
         seen.extend(completions)
         return [float(len(completion)) for completion in completions]
 
-    ppo.train(ppo_config(home, tmp_path_factory.mktemp("free") / "run", steps=40, reward=score))
+    ppo.train(ppo_config(home, tmp_path_factory.mktemp("free") / "run", total_tokens=40, reward=score))
     policy = Policy.from_pretrained(home)
     policy.tokenizer = Tokenizer.load(home)
     [said] = policy.generate(["the"], num_completions=8, max_new_tokens=6)
@@ -211,7 +211,7 @@ def run(home, strings, tmp_path_factory):
         seen.extend(zip(completions, completion_ids, truncated, strict=True))
         return [float(len(completion)) for completion in completions]
 
-    fields = {"stop": strings, "steps": 40, "learning_rate": 1e-12, "reward": score}
+    fields = {"stop": strings, "total_tokens": 40, "learning_rate": 1e-12, "reward": score}
     return ppo.train(ppo_config(home, tmp_path_factory.mktemp("runs") / "run", **fields)), seen
 
 
@@ -242,7 +242,7 @@ def test_a_saved_policy_ends_at_the_stop_strings_of_its_run(run, strings):
 
 def test_generate_on_the_command_line_ends_at_a_text(home, strings, capsys):
     def said(*stop) -> list[str]:
-        main(["generate", str(home), "--prompt", "the", "--count", "8", "--max-new", "6", *stop])
+        main(["generate", str(home), "--prompt", "the", "--count", "8", "--max-new-tokens", "6", *stop])
         return capsys.readouterr().out.splitlines()
 
     assert said("--stop", *strings) == [cut(text, strings) for text in said()] != said()
@@ -250,8 +250,8 @@ def test_generate_on_the_command_line_ends_at_a_text(home, strings, capsys):
 
 def test_a_run_with_stop_strings_goes_on_to_the_bit(home, strings, tmp_path):
     fields = {"stop": strings, "learning_rate": 1e-3, "learning_rate_schedule": "constant", "reward": "length:4"}
-    whole = ppo.train(ppo_config(home, tmp_path / "whole", steps=120, **fields))
-    short = ppo.train(ppo_config(home, tmp_path / "short", steps=40, **fields))
+    whole = ppo.train(ppo_config(home, tmp_path / "whole", total_tokens=120, **fields))
+    short = ppo.train(ppo_config(home, tmp_path / "short", total_tokens=40, **fields))
 
     resumed = resume(short.path, steps=120)
 

@@ -48,7 +48,7 @@ def tokens(string: str) -> list[int]:
     return ids
 
 
-def built(*, bos=True, eos=True, adds_bos=True, blank_in_front=False, template=None) -> PreTrainedTokenizerFast:
+def built(*, bos=True, eos=True, adds_bos=True, blank_in_front=False, chat_template=None) -> PreTrainedTokenizerFast:
     vocab = {s: i for i, s in enumerate(SPECIAL)} | CHARS | {"ab": AB}
     backend = Backend(models.BPE(vocab=vocab, merges=[("a", "b")], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
@@ -63,7 +63,7 @@ def built(*, bos=True, eos=True, adds_bos=True, blank_in_front=False, template=N
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", extra_special_tokens=more, **{k: v for k, v in names.items() if v}
     )
-    made.chat_template = template
+    made.chat_template = chat_template
     return made
 
 
@@ -137,21 +137,21 @@ def test_an_empty_prompt_without_a_bos_is_refused():
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_a_chat_prompt_is_what_the_template_says_with_one_bos(adds_bos):
-    tokenizer = made(adds_bos=adds_bos, template=CHATML)
+    tokenizer = made(adds_bos=adds_bos, chat_template=CHATML)
 
     assert tokenizer.encode_prompt(CHAT[:1]) == tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_second_bos_of_the_template_is_dropped():
-    assert made(template="{{ bos_token }}" + CHATML).encode_prompt(CHAT[:1])[:2] == [BOS, TURN]
+    assert made(chat_template="{{ bos_token }}" + CHATML).encode_prompt(CHAT[:1])[:2] == [BOS, TURN]
 
 
 def test_a_template_without_bos_gets_none():
-    assert made(template=CHATML.removeprefix("{{ bos_token }}")).encode_prompt(CHAT[:1])[0] == TURN
+    assert made(chat_template=CHATML.removeprefix("{{ bos_token }}")).encode_prompt(CHAT[:1])[0] == TURN
 
 
 def test_chat_without_a_template_is_refused():
-    with pytest.raises(RequestError, match="no chat template: give one with --template"):
+    with pytest.raises(RequestError, match="no chat template: give one with --chat-template"):
         made().encode_prompt(CHAT[:1])
 
 
@@ -189,16 +189,16 @@ def test_prompt_and_completion_read_as_they_were_written(prompt, completion):
 
 
 def test_a_chat_completion_ends_with_the_turn_and_drops_the_white_space_after_it():
-    assert made(EOS, TURN_END, template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == [*tokens("yo"), TURN_END]
+    assert made(EOS, TURN_END, chat_template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == [*tokens("yo"), TURN_END]
 
 
 def test_a_turn_end_that_is_no_stop_is_followed_by_one():
-    assert made(EOS, template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == tokens("yo<|im_end|>\n</s>")
+    assert made(EOS, chat_template=CHATML).encode_completion(CHAT[1:], CHAT[:1]) == tokens("yo<|im_end|>\n</s>")
 
 
 @pytest.mark.parametrize("template", [FORGETFUL, THINKING])
 def test_after_a_prompt_that_the_template_now_writes_otherwise_comes_the_answer_alone(template):
-    tokenizer = made(EOS, TURN_END, template=template)
+    tokenizer = made(EOS, TURN_END, chat_template=template)
 
     completion = tokenizer.encode_completion(CHAT[1:], CHAT[:1])
     assert completion == [*tokens("yo"), EOS if template is FORGETFUL else TURN_END]
@@ -208,7 +208,7 @@ def test_a_template_that_writes_the_prompt_by_what_the_answer_says_is_refused():
     template = "{% for m in messages %}{{ messages[-1].content | length }}{{ m.content }}{% endfor %}"
 
     with pytest.raises(RequestError, match="the chat template writes the prompt otherwise for every answer"):
-        made(template=template).encode_completion([{"role": "assistant", "content": "hello"}], CHAT[:1])
+        made(chat_template=template).encode_completion([{"role": "assistant", "content": "hello"}], CHAT[:1])
 
 
 # the turn of another between two of the assistant's
@@ -220,27 +220,27 @@ NEXT = "\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n"  # after the s
 
 @pytest.mark.parametrize("template", [CHATML, THINKING])
 def test_the_next_turn_is_what_the_template_writes_behind_the_stop(template):
-    assert made(EOS, TURN_END, template=template).encode_turn(CHAT[:1], TOOL) == tokens(NEXT)
+    assert made(EOS, TURN_END, chat_template=template).encode_turn(CHAT[:1], TOOL) == tokens(NEXT)
 
 
 def test_a_turn_end_that_no_stop_stands_for_is_written():
-    assert made(EOS, template=CHATML).encode_turn(CHAT[:1], TOOL) == tokens("<|im_end|>" + NEXT)
+    assert made(EOS, chat_template=CHATML).encode_turn(CHAT[:1], TOOL) == tokens("<|im_end|>" + NEXT)
 
 
 def test_a_stop_of_the_next_turn_is_written():
     template = "{% for m in messages %}{{ m.role[0] }} {{ m.content }}{{ '</s>' if m.role == 'tool' }}{% endfor %}"
 
-    assert made(EOS, template=template).encode_turn(CHAT[:1], TOOL) == tokens("t 7</s>")
+    assert made(EOS, chat_template=template).encode_turn(CHAT[:1], TOOL) == tokens("t 7</s>")
 
 
 def test_several_messages_may_stand_between_two_turns():
-    twice = made(EOS, TURN_END, template=CHATML).encode_turn(CHAT[:1], [*TOOL, {"role": "user", "content": "so?"}])
+    twice = made(EOS, TURN_END, chat_template=CHATML).encode_turn(CHAT[:1], [*TOOL, {"role": "user", "content": "so?"}])
 
     assert twice == tokens(NEXT.removesuffix("assistant\n") + "user\nso?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_conversation_written_turn_by_turn_loses_nothing_to_a_template_that_now_drops_thoughts():
-    tokenizer, asked = made(EOS, TURN_END, template=THINKING), CHAT[:1]
+    tokenizer, asked = made(EOS, TURN_END, chat_template=THINKING), CHAT[:1]
     thought = tokens("hm /think yo<|im_end|>")
 
     ids = [*tokenizer.encode_prompt(asked), *thought, *tokenizer.encode_turn(asked, CHAT[:1])]
@@ -252,13 +252,13 @@ def test_a_conversation_written_turn_by_turn_loses_nothing_to_a_template_that_no
 
 def test_a_template_that_hides_an_assistants_turn_is_refused():
     with pytest.raises(RequestError, match="does not write each of the assistant's turns once"):
-        made(template=FORGETFUL).encode_turn(CHAT[:1], TOOL)
+        made(chat_template=FORGETFUL).encode_turn(CHAT[:1], TOOL)
 
 
 @pytest.mark.parametrize(("completion", "prompt"), [("yo", CHAT[:1]), (CHAT[1:], "hi")])
 def test_a_completion_of_the_other_kind_than_its_prompt_is_refused(completion, prompt):
     with pytest.raises(RequestError, match="give both as text or both as chat"):
-        made(template=CHATML).encode_completion(completion, prompt)
+        made(chat_template=CHATML).encode_completion(completion, prompt)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_completion_of_the_other_kind_than_its_prompt_is_refused(completion, p
 def test_the_turn_end_is_what_the_template_writes_after_an_answer(written, end):
     template = "{% for m in messages %}{{ m.content }}" + written.replace("\n", "{{ '\\n' }}") + "{% endfor %}"
 
-    assert made(template=template).encode_turn_end() == end
+    assert made(chat_template=template).encode_turn_end() == end
 
 
 # stops
@@ -327,10 +327,10 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
 
 def test_a_template_is_given_as_text_or_as_a_file(saved, tmp_path):
     (tmp_path / "chat.jinja").write_text(CHATML)
-    expected = made(template=CHATML).encode_prompt(CHAT)
+    expected = made(chat_template=CHATML).encode_prompt(CHAT)
 
     for template in (CHATML, str(tmp_path / "chat.jinja")):
-        assert Tokenizer.load(saved(template=FORGETFUL), chat_template=template).encode_prompt(CHAT) == expected
+        assert Tokenizer.load(saved(chat_template=FORGETFUL), chat_template=template).encode_prompt(CHAT) == expected
 
 
 def test_an_unknown_template_is_refused(saved):
@@ -388,7 +388,7 @@ def test_prompts_without_their_column_are_refused_with_the_likeliest(row, mappin
     sentence = f"the data have no column 'prompt' but {', '.join(row)}: map yours with --columns {mapping};"
 
     with pytest.raises(RequestError, match=f"^{sentence}.* --unconditional"):
-        text.make_prompts([row], made(template=CHATML), max_length=99)
+        text.make_prompts([row], made(chat_template=CHATML), max_length=99)
 
 
 def test_unconditional_prompts_are_bos_alone_and_keep_their_columns():
@@ -410,7 +410,7 @@ def test_unconditional_with_a_prompt_column_is_refused():
 @pytest.mark.parametrize("cell", [" \t\n", [{"role": "user", "content": " "}]], ids=["text", "chat"])
 def test_a_prompt_of_white_space_is_empty(cell):
     with pytest.raises(RequestError, match="row 1: prompt is empty"):
-        text.make_prompts([{"prompt": cell}], made(template=CHATML), max_length=99)
+        text.make_prompts([{"prompt": cell}], made(chat_template=CHATML), max_length=99)
 
 
 @pytest.mark.parametrize("cell", ["", None, []])
@@ -433,7 +433,7 @@ def test_a_message_without_content_is_refused_with_its_row():
     with pytest.raises(
         RequestError, match=r"row 1: prompt is .*each message must be an object with a role and a content"
     ):
-        text.make_prompts([{"prompt": [{"role": "user"}]}], made(template=CHATML), max_length=9)
+        text.make_prompts([{"prompt": [{"role": "user"}]}], made(chat_template=CHATML), max_length=9)
 
 
 def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
@@ -450,7 +450,7 @@ def test_a_row_longer_than_the_context_is_refused_with_both_numbers():
         (32768, 512, 0, 512, r"max_length is 512 \(the model reads 32768\): raise --max-length"),
         (None, 512, 0, 512, "max_length is 512: raise --max-length"),
         (64, 512, 0, 64, "the model's context is 64: give a model that reads more"),
-        (64, 512, 24, 40, "the model's context of 64 leaves 40 beside max_new 24: lower --max-new"),
+        (64, 512, 24, 40, "the model's context of 64 leaves 40 beside max_new_tokens 24: lower --max-new-tokens"),
         (64, 30, 24, 30, r"max_length is 30 \(the model reads 64\)"),
     ],
 )
@@ -469,7 +469,7 @@ def test_the_field_that_limits_a_row_is_named(context, max_length, completion, t
 @pytest.mark.parametrize("cells", [["hi", "hi", CHAT], [CHAT, CHAT, "hi"]])
 def test_chat_and_text_in_one_file_are_refused_at_the_first_row_that_differs(cells):
     with pytest.raises(RequestError, match=r"row 3: prompt is .* where the data began with .*: keep to one in a file"):
-        text.make_prompts([{"prompt": cell} for cell in cells], made(template=CHATML), max_length=999)
+        text.make_prompts([{"prompt": cell} for cell in cells], made(chat_template=CHATML), max_length=999)
 
 
 def test_a_template_that_refuses_a_row_is_reported_with_its_row():
@@ -478,7 +478,7 @@ def test_a_template_that_refuses_a_row_is_reported_with_its_row():
     with pytest.raises(
         RequestError, match="row 1: the chat template refuses messages of roles user: roles must alternate"
     ):
-        text.make_prompts([{"prompt": CHAT[:1]}], made(template=strict), max_length=99)
+        text.make_prompts([{"prompt": CHAT[:1]}], made(chat_template=strict), max_length=99)
 
 
 # examples
@@ -522,7 +522,7 @@ def test_of_a_text_all_but_its_first_token_is_learned():
 @pytest.mark.parametrize("column", ["messages", "text"])
 def test_of_a_chat_the_last_turn_is_learned(column):
     rows = [{column: [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}, *CHAT]}]
-    (example,) = text.make_examples(rows, made(TURN_END, template=CHATML), max_length=999)
+    (example,) = text.make_examples(rows, made(TURN_END, chat_template=CHATML), max_length=999)
 
     assert example.ids[example.start :] == (*tokens("yo"), TURN_END)
     assert example.ids[: example.start].count(TURN_END) == 3
@@ -533,7 +533,7 @@ def test_a_chat_must_end_with_an_answer(messages):
     with pytest.raises(
         RequestError, match=r"row 1: the messages are of roles .*the last of two or more must be the assis"
     ):
-        text.make_examples([{"messages": messages}], made(template=CHATML), max_length=999)
+        text.make_examples([{"messages": messages}], made(chat_template=CHATML), max_length=999)
 
 
 def test_a_published_transcript_is_plain_text():
@@ -579,7 +579,7 @@ def test_chosen_and_rejected_chats_are_the_same_with_their_prompt_apart(split):
     bad = {"role": "assistant", "content": "no"}
     whole = {"chosen": CHAT, "rejected": [CHAT[0], bad]}
     apart = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [bad]}
-    (pair,) = text.make_preferences([apart if split else whole], made(TURN_END, template=CHATML), max_length=999)
+    (pair,) = text.make_preferences([apart if split else whole], made(TURN_END, chat_template=CHATML), max_length=999)
     start = tokens("<s><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
 
     assert pair.chosen == (*start, *tokens("yo"), TURN_END)
@@ -618,7 +618,7 @@ def test_the_prompt_of_two_transcripts_is_what_stands_before_the_first_answer_th
 def test_the_prompt_of_two_chats_is_the_turns_before_the_last():
     bad = [CHAT[0], {"role": "assistant", "content": "no"}]
     (pair,) = text.make_preferences(
-        [{"chosen": CHAT, "rejected": bad}], made(TURN_END, template=CHATML), max_length=999
+        [{"chosen": CHAT, "rejected": bad}], made(TURN_END, chat_template=CHATML), max_length=999
     )
 
     assert json.loads(pair.prompt) == CHAT[:1]
@@ -627,7 +627,7 @@ def test_the_prompt_of_two_chats_is_the_turns_before_the_last():
 def test_a_chat_that_goes_on_where_the_other_ends_is_asked_what_that_one_answers():
     longer = [*CHAT, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no"}]
     (pair,) = text.make_preferences(
-        [{"chosen": CHAT, "rejected": longer}], made(TURN_END, template=CHATML), max_length=999
+        [{"chosen": CHAT, "rejected": longer}], made(TURN_END, chat_template=CHATML), max_length=999
     )
 
     assert json.loads(pair.prompt) == CHAT[:1]

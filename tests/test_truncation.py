@@ -116,7 +116,7 @@ def values(recipe, tmp_path, *, dies, **fields):
     envs = SyncVectorEnv([lambda: Wages(dies=dies)] * 4, autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
     common = {"env": "Wages", "num_envs": 4, "gamma": GAMMA, "value_coef": 1.0, "max_grad_norm": 10.0, "quiet": True}
     common |= {"hidden": (16,), "learning_rate": 0.02, "learning_rate_schedule": "linear"}
-    run = recipe.train(recipe.Config(**(common | fields), out=str(tmp_path / "run")), env=envs)
+    run = recipe.train(recipe.Config(**(common | fields), output_dir=str(tmp_path / "run")), env=envs)
     policy = Policy.load(run.path / "policy")
     with torch.no_grad():
         _, value = policy(torch.arange(LIMIT)[None])
@@ -124,9 +124,9 @@ def values(recipe, tmp_path, *, dies, **fields):
 
 
 SETTINGS = [
-    (ppo, {"rollout": 32, "steps": 3000, "epochs": 4}),
-    (actor_critic, {"rollout": 5, "steps": 6000}),
-    (actor_critic, {"rollout": 1, "steps": 3000, "lam": 0.0}),
+    (ppo, {"num_steps_per_env": 32, "steps": 3000, "num_epochs": 4}),
+    (actor_critic, {"num_steps_per_env": 5, "steps": 6000}),
+    (actor_critic, {"num_steps_per_env": 1, "steps": 3000, "lam": 0.0}),
 ]
 OF_EVERY_RECIPE = pytest.mark.parametrize(("recipe", "fields"), SETTINGS, ids=["ppo", "n-step", "one-step"])
 
@@ -151,8 +151,10 @@ def test_a_critic_learns_that_a_death_is_one(recipe, fields, tmp_path):
 def test_an_iteration_that_only_resets_does_not_thin_out_the_metrics_of_the_others(tmp_path):
     # one row, one call an iteration, every sixth a reset; four iterations a line. The policy stays at chance, ln 2
     envs = SyncVectorEnv([Wages], autoreset_mode=gymnasium.vector.AutoresetMode.NEXT_STEP)
-    tiny = {"num_envs": 1, "rollout": 1, "steps": 24, "log_every": 4, "learning_rate": 1e-9, "hidden": (4,)}
-    run = actor_critic.train(actor_critic.Config(env="Wages", **tiny, quiet=True, out=str(tmp_path / "run")), env=envs)
+    tiny = {"num_envs": 1, "num_steps_per_env": 1, "steps": 24, "log_every": 4, "learning_rate": 1e-9, "hidden": (4,)}
+    run = actor_critic.train(
+        actor_critic.Config(env="Wages", **tiny, quiet=True, output_dir=str(tmp_path / "run")), env=envs
+    )
 
     assert len(run.metrics) > 5
     assert [line["entropy"] for line in run.metrics] == pytest.approx([math.log(2)] * len(run.metrics), rel=1e-3)

@@ -25,14 +25,22 @@ from understudy.objective import ppo as clipped
 from understudy.update import UpdateRejected, update
 
 RECIPES = {
-    "ppo": (ppo, {"epochs": 1, "minibatches": 1}),
-    "grpo": (grpo, {"group": 4}),
-    "reinforce": (reinforce, {"group": 4}),
+    "ppo": (ppo, {"num_epochs": 1, "num_minibatches": 1}),
+    "grpo": (grpo, {"group_size": 4}),
+    "reinforce": (reinforce, {"group_size": 4}),
 }
 STOPS = tuple(map(str, range(2, 170)))  # an untrained model ends most of its completions
-SMALL = {"rows": 8, "max_new": 6, "steps": 60, "reward": "length:4", "preflight": False, "quiet": True, "samples": 0}
+SMALL = {
+    "completions_per_iteration": 8,
+    "max_new_tokens": 6,
+    "total_tokens": 60,
+    "reward": "length:4",
+    "preflight": False,
+    "quiet": True,
+    "log_samples": 0,
+}
 SMALL |= {"evaluate_rows": 4}
-WILD = {"learning_rate": 0.3, "learning_rate_schedule": "constant", "steps": 90, "stop": STOPS}
+WILD = {"learning_rate": 0.3, "learning_rate_schedule": "constant", "total_tokens": 90, "stop": STOPS}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +51,7 @@ def home(tmp_path_factory):
 def train(recipe, home, out, **fields):
     module, own = RECIPES[recipe]
     data = str(home / "prompts.jsonl")
-    return module.train(module.Config(model=str(home), data=data, out=str(out), **SMALL | own | fields))
+    return module.train(module.Config(model=str(home), data=data, output_dir=str(out), **SMALL | own | fields))
 
 
 def by_ids(prompts, completion_ids, **_):
@@ -77,7 +85,7 @@ def some_rows(rows, columns=7):
 
 
 def region(policy, batch, *, max_kl=1e9, fraction=1 / 16, micro=0):
-    fields = {"trust_region_kl": max_kl, "trust_region_fraction": fraction, "micro": micro}
+    fields = {"trust_region_kl": max_kl, "trust_region_fraction": fraction, "micro_batch_size": micro}
     return TrustRegion(policy, batch, SimpleNamespace(**fields))  # pyright: ignore[reportArgumentType]
 
 
@@ -140,7 +148,7 @@ def test_a_kl_above_the_bound_or_not_a_number_is_rejected(home, broken):
 
 @pytest.mark.parametrize("steps", [(1, 1), (2, 2)])
 def test_an_update_that_is_rejected_leaves_no_trace(steps):
-    policy, batch, reasons = Table(), random_batch(0, Table(), rows=6), []
+    policy, batch, reasons = Table(), random_batch(0, Table(), completions_per_iteration=6), []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
     objective = partial(clipped, clip=0.2, value_coef=0.5, entropy_coef=0.0)
     sizes = {"num_epochs": steps[0], "num_minibatches": steps[1], "max_grad_norm": 0.5, "generator": seeded(0)}
@@ -176,7 +184,7 @@ def test_a_run_undoes_an_update_that_went_too_far(home, tmp_path, recipe, capsys
 
 
 def test_a_halved_learning_rate_is_back_after_ten_updates(home, tmp_path):
-    run = train("ppo", home, tmp_path / "run", learning_rate=1e-9, learning_rate_schedule="constant", steps=1)
+    run = train("ppo", home, tmp_path / "run", learning_rate=1e-9, learning_rate_schedule="constant", total_tokens=1)
     guard = SimpleNamespace(run=run, iteration=0, recipe_state={"lr_scale": 0.5}, cfg=SimpleNamespace(quiet=True))
     from understudy.run.guard import Guard
 
@@ -212,7 +220,14 @@ def test_a_run_that_was_rejected_resumes_to_the_same_bytes(home, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["ppo", "grpo"])
 def test_target_kl_ends_an_update_early(home, tmp_path, recipe):
-    fields = {"epochs": 4, "minibatches": 2, "learning_rate": 0.01, "trust_region_kl": 0.0, "steps": 20, "stop": STOPS}
+    fields = {
+        "num_epochs": 4,
+        "num_minibatches": 2,
+        "learning_rate": 0.01,
+        "trust_region_kl": 0.0,
+        "total_tokens": 20,
+        "stop": STOPS,
+    }
     whole = train(recipe, home, tmp_path / "whole", **fields)
     ended = train(recipe, home, tmp_path / "ended", **fields, target_kl=1e-3)
 
@@ -263,12 +278,21 @@ def test_a_line_without_an_evaluation_says_nothing():
 
 
 def test_a_run_that_ended_worse_exits_1_where_asked(home, tmp_path, capsys):
-    words = f"language ppo --model {home} --data {home}/prompts.jsonl --reward length:4 --rows 8 --max-new 6 --steps 9"
+    words = (
+        f"language ppo --model {home} --data {home}/prompts.jsonl --reward length:4 --completions-per-iteration 8 "
+        "--max-new-tokens 6 --total-tokens 9"
+    )
     far = f"--kl-reference-target 1e-9 --evaluate-rows 4 --no-preflight --quiet --out {tmp_path}/run --fail-if-worse"
 
     assert main([*words.split(), *far.split()]) == 1
     assert "Warning: the run ended worse than it began: its KL to the reference is" in capsys.readouterr().out
     assert "ended_worse" in (tmp_path / "run" / "events.jsonl").read_text()
+
+    assert main(["resume", f"{tmp_path}/run", "--steps", "18", "--fail-if-worse", "--json"]) == 1
+    assert "the run ended worse than it began" in json.loads(capsys.readouterr().out.splitlines()[-1])["ended_worse"]
+    assert main(["resume", f"{tmp_path}/run"]) == 0
+    said = capsys.readouterr()
+    assert "Warning: the run ended worse than it began" in said.out and "nothing was left to do" in said.err
 
     assert main(["resume", f"{tmp_path}/run", "--steps", "18", "--fail-if-worse", "--json"]) == 1
     assert "the run ended worse than it began" in json.loads(capsys.readouterr().out.splitlines()[-1])["ended_worse"]

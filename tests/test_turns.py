@@ -36,10 +36,10 @@ PROMPTS = [
 ]
 
 
-def sampler(reply=None, *, prompts=PROMPTS, tokenizer=TOKENIZER, limit=12, turns=8, **fields) -> Sampler:
+def sampler(reply=None, *, prompts=PROMPTS, tokenizer=TOKENIZER, limit=12, max_turns=8, **fields) -> Sampler:
     given = None if reply is None else ReplyFunction(reply, timeout=5.0)
     own = {"limit": limit, "has_fixed_length": False, "seed": 0, "max_num_seqs": 8}
-    return Sampler(prompts, tokenizer, **own, reply_function=given, max_turns=turns, **fields)
+    return Sampler(prompts, tokenizer, **own, reply_function=given, max_turns=max_turns, **fields)
 
 
 class Script:
@@ -186,7 +186,7 @@ def test_a_reply_that_leaves_no_room_for_another_token_cuts_the_row(limit, ids, 
 
 
 def test_after_the_last_turn_nobody_is_asked():
-    [completion] = spoken(Script(([4, STOP], True), ([5, STOP], True)), in_turn([7]), turns=2).completions
+    [completion] = spoken(Script(([4, STOP], True), ([5, STOP], True)), in_turn([7]), max_turns=2).completions
 
     assert completion.ids == [4, STOP, 7, 5, STOP]
     assert completion.stopped
@@ -224,7 +224,7 @@ def test_others_are_shown_what_judges_are_shown_and_which_stop_it_was():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_others_who_say_nothing_change_nothing(family):
     policy = Policy(tiny(family))
-    turns = sampler(every([]), turns=99).sample(policy, range(20), range(20))
+    turns = sampler(every([]), max_turns=99).sample(policy, range(20), range(20))
     whole = generate(policy, [p.ids for p in PROMPTS], limit=12, stops=frozenset(), seeds=range(20))
 
     assert [c.ids for c in turns.completions] == [c.ids for c in whole]
@@ -287,7 +287,7 @@ def test_a_start_at_the_limit_is_refused():
 
 
 def chatted(reply, *lines: str, template=THINKING):
-    tokenizer = made(EOS, TURN_END, template=template)
+    tokenizer = made(EOS, TURN_END, chat_template=template)
     script = Script(*((tokens(line), True) for line in lines))
     prompt = Prompt(tuple(tokenizer.encode_prompt(CHAT[:1])), CHAT[:1], {}, 1)
     own = {"prompts": [prompt], "tokenizer": tokenizer, "limit": 200}
@@ -434,7 +434,14 @@ STOPS = tuple(map(str, range(2, 170)))
 
 @pytest.mark.parametrize("recipe", [ppo, grpo, reinforce])
 def test_a_recipe_learns_from_conversations(recipe, home, tmp_path):
-    fields = {"max_new": 24, "steps": 100, "stop": STOPS, "samples": 8, "reply": interrupt, "preflight": True}
+    fields = {
+        "max_new_tokens": 24,
+        "total_tokens": 100,
+        "stop": STOPS,
+        "log_samples": 8,
+        "reply": interrupt,
+        "preflight": True,
+    }
     given = vars(ppo_config(home, tmp_path / "run", **fields))
     names = set(recipe.Config.__dataclass_fields__) & set(grpo.Config.__dataclass_fields__) & set(given)
     run = recipe.train(
@@ -456,7 +463,7 @@ def test_a_recipe_learns_from_conversations(recipe, home, tmp_path):
 
 
 def test_conversations_pass_preflight(home, tmp_path):
-    cfg = ppo_config(home, tmp_path / "run", max_new=24, stop=STOPS, reply=interrupt, preflight=True)
+    cfg = ppo_config(home, tmp_path / "run", max_new_tokens=24, stop=STOPS, reply=interrupt, preflight=True)
 
     assert not [finding for finding in preflight.run_checks(RLHFModels(cfg)) if finding.is_fatal]
 
@@ -466,7 +473,9 @@ def test_turns_are_the_policys_at_most(home, tmp_path):
         return ["cat"] * len(prompts)
 
     for turns in (1, 2, 3):
-        cast = RLHFModels(ppo_config(home, tmp_path / "run", max_new=40, stop=STOPS, reply=chatter, turns=turns))
+        cast = RLHFModels(
+            ppo_config(home, tmp_path / "run", max_new_tokens=40, stop=STOPS, reply=chatter, max_turns=turns)
+        )
         said = cast.sampler.collect(cast.policy, range(8), first_row=0)
         runs = [sum(map(len, "".join("x" if own else " " for own in c.mask or []).split())) for c in said.completions]
         counts = [len("".join("x" if own else " " for own in c.mask or [True]).split()) for c in said.completions]
@@ -491,7 +500,7 @@ def test_a_record_is_laid_out_from_completions_that_others_spoke_in():
 
 def test_an_evaluation_names_the_reply_itself_and_has_its_turns(home, tmp_path, tool):
     path = tmp_path / "run"
-    fields = {"max_new": 24, "steps": 60, "stop": STOPS, "turns": 99, "reply": f"{tool}:silent"}
+    fields = {"max_new_tokens": 24, "total_tokens": 60, "stop": STOPS, "max_turns": 99, "reply": f"{tool}:silent"}
     tool.write_text(tool.read_text() + "def silent(prompts):\n    return [[] for _ in prompts]\n")
     ppo.train(ppo_config(home, path, **fields))
     tool.write_text(tool.read_text() + "# not what the run began with\n")
@@ -503,8 +512,27 @@ def test_an_evaluation_names_the_reply_itself_and_has_its_turns(home, tmp_path, 
 
 
 def test_the_command_line_takes_a_reply(home, tmp_path, tool):
-    argv = ["ppo", "--model", str(home), "--data", str(home / "prompts.jsonl"), "--reward", "length:4", "--rows", "8"]
-    argv += ["--max-new", "12", "--steps", "20", "--quiet", "--no-preflight", "--out", str(tmp_path / "run")]
+    argv = [
+        "ppo",
+        "--model",
+        str(home),
+        "--data",
+        str(home / "prompts.jsonl"),
+        "--reward",
+        "length:4",
+        "--completions-per-iteration",
+        "8",
+    ]
+    argv += [
+        "--max-new-tokens",
+        "12",
+        "--total-tokens",
+        "20",
+        "--quiet",
+        "--no-preflight",
+        "--out",
+        str(tmp_path / "run"),
+    ]
 
-    assert train([*argv, "--reply", f"{tool}:double", "--turns", "2", "--off-policy", "truncate"]) == 0
-    assert "weight_mean" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert train([*argv, "--reply", f"{tool}:double", "--max-turns", "2", "--off-policy", "truncate"]) == 0
+    assert "importance_weight_mean" in (tmp_path / "run" / "metrics.jsonl").read_text()

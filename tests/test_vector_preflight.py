@@ -167,7 +167,7 @@ MADE = {
 def test_preflight_leaves_no_trace_in_the_run(kind, tmp_path, monkeypatch):
     def train(name):
         fields = {"env": f"{HERE}:Native", "vectorization": "native"} if kind == "by name" else {}
-        run = ppo.train(short(tmp_path, out=str(tmp_path / name), **fields), env=MADE[kind]())
+        run = ppo.train(short(tmp_path, output_dir=str(tmp_path / name), **fields), env=MADE[kind]())
         return [{k: x for k, x in line.items() if k not in CLOCKS} for line in run.metrics]
 
     checked = train("checked")

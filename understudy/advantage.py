@@ -48,7 +48,7 @@ def group_relative(score: Tensor, group: Tensor, *, scale_by_std: bool, eps: flo
 
     Args:
         score: [B] float.  group: [B] int, equal for rows of one prompt or one start state.
-        scale: divide by the standard deviation (n - 1); without it, Dr. GRPO (Liu et al. 2025).
+        scale_by_std: divide by the standard deviation (n - 1); without it, Dr. GRPO (Liu et al. 2025).
         eps: added to the standard deviation.
     """
     _, mean, variance = group_moments(score, group)

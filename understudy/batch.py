@@ -125,8 +125,8 @@ class TokenBatch:
 class PreferencePairs:
     """Preferences: row i of `chosen` was liked better than row i of `rejected`. A pair is one row and is never split.
 
-    In both, `mask` is True where a reward model scores, at a row's last token; or, for DPO, as in any `Text`: before every
-    token of the completion.
+    In both, `mask` is True where a reward model scores, at a row's last token; or, for DPO, as in any `TokenBatch`:
+    before every token of the completion.
     """
 
     chosen: TokenBatch
@@ -153,7 +153,7 @@ class PreferencePairs:
 
 @dataclass(frozen=True)
 class LabelledText:
-    """Text and what is said of it: row i is good with probability `label`. `mask` as in `Pairs`."""
+    """Text and what is said of it: row i is good with probability `label`. `mask` as in `PreferencePairs`."""
 
     text: TokenBatch
     label: Tensor

@@ -48,7 +48,7 @@ backward pass stays in the processor's cache, and no memory is asked of the syst
 
 
 class CompiledUpdate:
-    """`update` in compiled code, for records of at most `steps` chosen steps a row.
+    """`update` in compiled code, for records of at most `max_steps_per_row` chosen steps a row.
 
     During an update the weights that learn are its own. They are written back at the end, unless something was not finite:
     then policy and optimizer are what they were before it. Equal to the plain steps to rounding; on one machine, with one
@@ -344,9 +344,10 @@ def _optimizer_step(
     """An optimizer step, in place on weights, mean and square; [loss, metrics, gradient's norm].
 
     Args:
-        numbers: lr / (1 - beta1^t), sqrt(1 - beta2^t), and the objective's that vary.
-        held: how many of `rest` are the policy's buffers; then the record's columns, each [N, 1, ...].
-        take, pull, move: `_take`, `_pull` and `_move` with what they hold fixed, plain or compiled.
+        step_scalars: lr / (1 - beta1^t), sqrt(1 - beta2^t), and the objective's that vary.
+        num_buffers: how many of `rest` are the policy's buffers; then the record's columns, each [N, 1, ...].
+        take_minibatch, compute_gradient, adam_step: `_take_minibatch`, `_compute_gradient` and `_adam_step` with what
+            they hold fixed, plain or compiled.
     """
     weight, *minibatch = take_minibatch(rows, valid, *rest[num_buffers:])
     chunk_results = [

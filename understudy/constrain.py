@@ -95,11 +95,12 @@ def subtract_constraint_cost(reward: Tensor, cost: Tensor, *, multiplier: float)
 class LagrangianConstraints:
     """The constraints of a run: what each multiplier is now, which are broken, and the last state in which none was.
 
-    An iteration goes `begin`, `charge`, `close`. What is held is charged with the multiplier that has just been adapted.
+    An iteration goes `begin`, `subtract_constraint_costs`, `close`. What is held is charged with the multiplier that
+    has just been adapted.
 
     Attributes:
-        stopped: why the run is to end; None as long as it is not.
-        pace: what learning rates are multiplied by; every way back halves it, for the same steps would lead out again.
+        stop_reason: why the run is to end; None as long as it is not.
+        lr_scale: what learning rates are multiplied by; every way back halves it, for the same steps would lead out again.
     """
 
     def __init__(self, constraints: Sequence[Constraint], *, rate: float, max_rollbacks: int) -> None:
@@ -175,7 +176,7 @@ class LagrangianConstraints:
 
         Args:
             values: what was measured since `begin`.
-            event: `(kind, **about)`, told of a bound that breaks or holds again, of a way back and of a stop.
+            event: `(kind, **fields)`, told of a bound that breaks or holds again, of a way back and of a stop.
         """
         measured = self._values | {name: x for name, x in values.items() if math.isfinite(x)}
         metrics, violation, has_unmeasured = {}, None, False

@@ -275,7 +275,7 @@ def _hermite(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _legendre(upper: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Nodes and weights of the integral from 0 to `end`, 20 of them."""
+    """Nodes and weights of the integral from 0 to `upper`, 20 of them."""
     k = torch.arange(1, 20, dtype=torch.float64)
     nodes, weights = _gauss(k / (4 * k.square() - 1).sqrt())
     return (upper * (nodes + 1) / 2).to(device, dtype), (upper * weights).to(device, dtype)

@@ -118,7 +118,7 @@ def critic_only(policy, batch: Batch, *, value_clip: float = 0.0) -> Losses:
     """The critic's error and nothing else: while it warms up, the actor stands still. [B, T]."""
     _, value = policy_forward(policy, batch)
     value_loss = clipped_value_loss(value, batch, clip=value_clip)
-    return value_loss, {"value_error": value_loss.detach()}
+    return value_loss, {"value_loss": value_loss.detach()}
 
 
 def kl_k2(distribution, logprob: Tensor, batch: Batch) -> Tensor:
@@ -175,7 +175,7 @@ def bradley_terry_loss(reward_model, pairs: PreferencePairs, *, center_coef: flo
     """-log sigmoid(s_chosen - s_rejected - margin) (Bradley & Terry 1952; Ouyang et al. 2022, eq. 1), [B, 1].
 
     Args:
-        center: times (s_chosen + s_rejected)^2, which holds the scores' mean near 0 (Eisenstein et al. 2023, eq. 6).
+        center_coef: times (s_chosen + s_rejected)^2, which holds the scores' mean near 0 (Eisenstein et al. 2023, eq. 6).
     """
     chosen, rejected = reward_model(pairs.chosen), reward_model(pairs.rejected)
     loss = -torch.nn.functional.logsigmoid(chosen - rejected - pairs.margin)
@@ -211,7 +211,7 @@ def dpo_loss(
             -beta * logratio_difference
         )
     metrics = {"loss": loss, "accuracy": (logratio_difference > 0).to(loss.dtype), "margin": beta * logratio_difference}
-    metrics |= {"chosen_gain": logratios[:, :1], "rejected_gain": logratios[:, 1:]}
+    metrics |= {"chosen_logratio": logratios[:, :1], "rejected_gain": logratios[:, 1:]}
     return loss, {name: x.detach() for name, x in metrics.items()}
 
 
@@ -264,7 +264,7 @@ def _critic_free_losses(
     loss, metrics = _combine_losses(distribution, batch, policy_loss, zeros, 0.0, entropy_coef, penalty)
     ratio = log_ratio.detach().exp()
     outside = (ratio < 1 - low) | (ratio > 1 + high)
-    metrics.pop("value_error")
+    metrics.pop("value_loss")
     return loss, metrics | {"ratio": ratio, "clip_fraction": outside.to(ratio.dtype)}
 
 
@@ -286,7 +286,7 @@ def _combine_losses(
         entropy = distribution.entropy()
     loss = policy_loss + value_coef * value_loss - entropy_coef * entropy
     loss, penalty_metrics = (loss, {}) if penalty is None else (loss + penalty, {"kl_penalty": penalty})
-    metrics = {"loss": loss, "policy_loss": policy_loss, "value_error": value_loss} | penalty_metrics
+    metrics = {"loss": loss, "policy_loss": policy_loss, "value_loss": value_loss} | penalty_metrics
     metrics[getattr(distribution, "entropy_name", "entropy")] = entropy  # an estimate is called one
     with torch.no_grad():
         return loss, {name: x.detach() for name, x in metrics.items()} | {

@@ -44,7 +44,7 @@ def importance_weight(
 
     Args:
         logprob: log pi of the steps.  sampled_logprob: log mu, of whoever chose them.
-        how: "truncate", min(pi / mu, high) (TIS, Yao et al. 2025): what mu rarely chose counts too little, and the noise is
+        mode: "truncate", min(pi / mu, high) (TIS, Yao et al. 2025): what mu rarely chose counts too little, and the noise is
             bounded; "mask", 0 outside [low, high] and pi / mu within (IcePop, Zhao et al. 2025; MIS, Liu et al. 2025).
         ratio: "step", each step's own: unbiased given what came before it, whose chance it leaves mu's; "row", the product
             over the row's steps, for all of them: unbiased where no bound is met; "row_mean", its geometric mean.

@@ -26,10 +26,12 @@ ROLLOUTS = RECIPES["language"][2:5]
 """Recipes of language whose runs end better or worse than they began."""
 IN_MEMORY_FIELDS = {"data", "evaluation_data", "pretraining"}  # fields of which a run may hold the rows itself
 
-START_FLAG = {"control": "--init", "language": "--model"}
+START_FLAG = {"control": "--init-from", "language": "--model"}
 """The flag by which a new run begins from another's policy."""
 OPTIMIZER_FLAG_HINT = {"control": "; --init-optimizer keeps the optimizer's moments", "language": ""}
 """How it may begin with the optimizer's state, too."""
+LENGTH_FIELD = {"control": "steps", "language": "total_tokens"}
+"""The field that says how long a run is."""
 OVERRIDABLE_FIELDS = {
     "device",
     "env_options",
@@ -60,11 +62,11 @@ def resume(
         run: its directory.
         checkpoint: the name of one under RUN/checkpoints, and no other; by default the newest that is whole, or the
             beginning where there is none.
-        steps: a new total, for a run that is to go on further; schedules then follow it.
+        steps: a new total of environment steps or tokens, for a run that is to go on further; schedules then follow it.
         env, evaluation_env, policy: control, a user's own objects or functions, where the run began with them; or, as env,
             the id of its environment; or, as policy, FILE.py:NAME or module:NAME of the network or of what makes it.
         engine: language, who samples, where the run began with one.
-        own: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
+        overrides: fields of the config that may name code of the user's: env_options, wrappers, reward, gold, reply,
             trust_remote_code (another value than the run's is said, and written to its config.json); or rows it began
             with: data, pretraining; or device, where the run's own is not here: on another one the run goes on, but not
             to the same bytes.
@@ -93,14 +95,16 @@ def resume(
     env_override = {"env"} if env is not None else set()
     for code in require_trusted_code(path, fields, overridden={*named_overrides, *env_override}):
         importlib.import_module("understudy.control.environment").check_env_or_wrapper(code.field, code.name)
-    config = rebuild_config(recipe.Config, fields | named_overrides | {"out": str(path)})
+    config = rebuild_config(recipe.Config, fields | named_overrides | {"output_dir": str(path)})
     for name in IN_MEMORY_FIELDS & named_overrides.keys():
         if str(getattr(config, name)) != str(fields.get(name)):
             raise RequestError(
                 f"{name} is {str(getattr(config, name))!r}, and the run began with {str(fields.get(name))!r}: give those"
             )
-    if steps is not None and steps < config.steps:
-        raise RequestError(f"steps is {steps}: must be {config.steps} or more, what the run has")
+    length_field = LENGTH_FIELD[world]
+    length = getattr(config, length_field)
+    if steps is not None and steps < length:
+        raise RequestError(f"steps is {steps}: must be {length} or more, what the run has")
     reopened, checkpoint_path = Run.reopen(path, checkpoint)
     try:
         event_fields: dict[str, Any] = {"checkpoint": None if checkpoint_path is None else checkpoint_path.name}
@@ -118,11 +122,11 @@ def resume(
             event_fields |= {"replaced": other}
             reopened.changed += other
         now = fields | {field: change["to"] for field, change in other.items()}
-        if steps is not None and steps != config.steps:
-            event_fields |= {"extended": {"from": config.steps, "to": steps}}
+        if steps is not None and steps != length:
+            event_fields |= {"extended": {"from": length, "to": steps}}
             reopened.changed.append("steps")
-            config = dataclasses.replace(config, steps=steps)
-            now |= {"steps": steps}
+            config = dataclasses.replace(config, **{length_field: steps})
+            now |= {length_field: steps}
 
         def accepted() -> None:
             for field, change in other.items():

@@ -11,8 +11,9 @@ from torch import Tensor
 class ActorCritic(Protocol):
     """Anything that says how it would act and how much it expects: `policy(obs) -> distribution, value [B, T]`.
 
-    A policy with `memory` reads whole rows. If it is recurrent it is `policy(obs, state, start) -> distribution, value,
-    state`: `state` [B, S] before column 0, `start` [B, T] True where an episode begins, so that the state is zeroed there.
+    A policy with `needs_whole_rows` reads whole rows. If it is recurrent it is `policy(obs, state, start) ->
+    distribution, value, state`: `state` [B, S] before column 0, `start` [B, T] True where an episode begins, so that
+        the state is zeroed there.
     """
 
     @property

@@ -33,7 +33,7 @@ def handle_truncation(
     A score that is nan is missing: its row is masked out, never paid zero. score [B]; the others bool [B, T].
 
     Args:
-        how: "terminal", the score is paid and nothing follows (as published RLHF systems do); "penalty", `penalty` is paid
+        mode: "terminal", the score is paid and nothing follows (as published RLHF systems do); "penalty", `penalty` is paid
             instead of the score; "bootstrap", no score is paid and V after the last token stands for what would follow;
             "drop", the row is masked out.
         missing_eos_penalty: taken off the score of a cut row, in "terminal".
@@ -64,7 +64,7 @@ def adapt_kl_reference_coef(coef: float, kl: float, *, target: float, num_rows: 
 
     Args:
         kl: mean KL(pi, pi_ref) of a whole row in nats.  target: what it should be.
-        rows: sampled this time.  horizon: in rows; how many it takes to change the coefficient by up to 20 %.
+        num_rows: sampled this time.  horizon: in rows; how many it takes to change the coefficient by up to 20 %.
     """
     return coef * (1 + max(-0.2, min(0.2, kl / target - 1)) * num_rows / horizon)
 

@@ -47,25 +47,25 @@ def update(
     verify: Callable[[], dict[str, float]] = dict,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Improve the policy on a record: `epochs` passes over it in shuffled minibatches, one optimizer step each.
+    """Improve the policy on a record: `num_epochs` passes over it in shuffled minibatches, one optimizer step each.
 
     A policy without memory learns from the chosen steps alone, shuffled; one with memory from whole rows. One weight a
     minibatch step is built before it is cut into micro-batches, so any cut gives the same gradient. A minibatch without
     a chosen step makes no optimizer step.
 
     Args:
-        record: a `Batch`; or what else a policy with memory learns from: `Text`, `Pairs`, `Labelled`.
+        batch: a `Batch`; or what else a policy with memory learns from: `TokenBatch`, `PreferencePairs`, `LabelledText`.
         objective: `(policy, batch) -> loss per step, metrics per step`.
-        minibatches: how many an epoch is split into, sizes differing by at most one; at most one a row.
+        num_minibatches: how many an epoch is split into, sizes differing by at most one; at most one a row.
         max_grad_norm: joint bound on the gradient's norm; None for none. A parameter group with a `max_grad_norm` of its
             own is clipped apart by that.
-        micro: rows a single forward pass sees; None for a whole minibatch.
-        weigh: mask [B, T] -> weights [B, T] of losses and metrics.
-        refresh: makes the record anew before every epoch but the first (advantages under the current critic).
-        prepare: what needs a whole minibatch before it is cut (advantage standardisation).
-        steer: sees a minibatch's metrics before its optimizer step; True ends the update without that step.
+        micro_batch_size: rows a single forward pass sees; None for a whole minibatch.
+        loss_weights: mask [B, T] -> weights [B, T] of losses and metrics.
+        recompute: makes the record anew before every epoch but the first (advantages under the current critic).
+        transform_minibatch: what needs a whole minibatch before it is cut (advantage standardisation).
+        on_minibatch: sees a minibatch's metrics before its optimizer step; True ends the update without that step.
         reshuffle: draw a new order for every epoch; otherwise one for them all.
-        guard: told of a loss or gradient that is not finite, and then the update is left out: parameters, buffers and
+        on_nonfinite: told of a loss or gradient that is not finite, and then the update is left out: parameters, buffers and
             optimizer are, bit for bit, what they were before it. Costs a copy of what learns, and of the optimizer, while
             an update makes more than one step.
         verify: called after the last optimizer step; returns further metrics. Where it raises `UpdateRejected`, the update
@@ -155,7 +155,7 @@ def require_finite(name: str, value: Tensor, fix: str) -> Tensor:
 def undo_update(
     error: ArithmeticError, on_nonfinite: Any, policy: Any, optimizer: Any, snapshot: Any
 ) -> dict[str, float]:
-    """Undo an update that is not finite or was rejected: back to `before`, where steps were made since; tell the guard."""
+    """Undo an update that is not finite or was rejected: back to `snapshot`, where steps were made since; tell the guard."""
     if on_nonfinite is None:
         raise error
     if snapshot is not None:

@@ -54,7 +54,7 @@ def next_value(value: Tensor, trajectory: Trajectory) -> Tensor:
 def forward_in_chunks(
     forward: Callable[[Any, Any], tuple[Any, Tensor]], policy: Any, trajectory: Trajectory
 ) -> tuple[Any, Tensor]:
-    """`ask(policy, record)`, which is as `consult`, about `MANY` steps at a time.
+    """`forward(policy, trajectory)`, which is as `policy_forward`, about `CHUNK_STEPS` steps at a time.
 
     With memory, whole rows. Without, each column is a row of its own, and the last piece is filled up, so that few numbers
     of rows come.

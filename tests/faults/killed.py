@@ -40,66 +40,129 @@ CONTROL: dict[str, tuple[Any, dict[str, Any]]] = {
     "reinforce": (reinforce, {"env": "CartPole-v1", "num_envs": 4, "steps": 700, "baseline": "value"}),
     "actor-critic": (
         actor_critic,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 8, "steps": 320, "optimizer": "rmsprop"},
+        {"env": "CartPole-v1", "num_envs": 4, "num_steps_per_env": 8, "steps": 320, "optimizer": "rmsprop"},
     ),
     "ppo": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "normalize_obs": True}
+        {
+            "env": "CartPole-v1",
+            "num_envs": 4,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 640,
+            "normalize_obs": True,
+        }
         | {"normalize_reward": True, "learning_rate_schedule": "linear", "evaluate_every": 3, "evaluate_episodes": 2},
     ),
     "ppo-compiled": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "normalize_obs": True}
+        {
+            "env": "CartPole-v1",
+            "num_envs": 4,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 640,
+            "normalize_obs": True,
+        }
         | {"compile": "on", "clip_schedule": "linear", "normalize_reward": True},
     ),
     "ppo-kl-penalty": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "objective": "penalty"}
+        {
+            "env": "CartPole-v1",
+            "num_envs": 4,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 640,
+            "objective": "penalty",
+        }
         | {"adaptive_kl_target": 0.001, "log_every": 3},
     ),
     "ppo-recurrent": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "memory": "gru"}
-        | {"memory_size": 8},
+        {"env": "CartPole-v1", "num_envs": 4, "num_steps_per_env": 16, "num_epochs": 2, "steps": 640, "rnn_type": "gru"}
+        | {"rnn_hidden_size": 8},
     ),
     "ppo-long-episodes": (  # older than two rollouts, held noise; an end at a rollout's last column: 200 is 25 times 8
         control_ppo,
-        {"env": "Pendulum-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 480, "exploration": "held"}
+        {
+            "env": "Pendulum-v1",
+            "num_envs": 2,
+            "num_steps_per_env": 8,
+            "num_epochs": 1,
+            "steps": 480,
+            "exploration": "held",
+        }
         | {"checkpoint_every": 5},
     ),
     "ppo-native": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640, "vectorization": "native"},
+        {
+            "env": "CartPole-v1",
+            "num_envs": 4,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 640,
+            "vectorization": "native",
+        },
     ),
     "ppo-async": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 2, "rollout": 16, "epochs": 2, "steps": 320, "vectorization": "async"},
+        {
+            "env": "CartPole-v1",
+            "num_envs": 2,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 320,
+            "vectorization": "async",
+        },
     ),
     "ppo-supervised": (
         control_ppo,
-        {"env": "CartPole-v1", "num_envs": 2, "rollout": 16, "epochs": 2, "steps": 320, "vectorization": "supervised"},
+        {
+            "env": "CartPole-v1",
+            "num_envs": 2,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 320,
+            "vectorization": "fault_tolerant",
+        },
     ),
     "ppo-mujoco": (
         control_ppo,
-        {"env": "HalfCheetah-v5", "num_envs": 2, "rollout": 16, "epochs": 1, "steps": 320},
+        {"env": "HalfCheetah-v5", "num_envs": 2, "num_steps_per_env": 16, "num_epochs": 1, "steps": 320},
     ),
     "ppo-remembering-env": (  # its drift goes on from episode to episode: it is made anew at every checkpoint
         control_ppo,
-        {"env": "tests.faults.own_envs:Remembers", "num_envs": 4, "rollout": 16, "epochs": 2, "steps": 640},
+        {
+            "env": "tests.faults.own_envs:Remembers",
+            "num_envs": 4,
+            "num_steps_per_env": 16,
+            "num_epochs": 2,
+            "steps": 640,
+        },
     ),
     "ppo-env-with-state": (
         control_ppo,
-        {"env": "tests.faults.own_envs:SaysItself", "num_envs": 2, "rollout": 16, "epochs": 1, "steps": 320},
+        {
+            "env": "tests.faults.own_envs:SaysItself",
+            "num_envs": 2,
+            "num_steps_per_env": 16,
+            "num_epochs": 1,
+            "steps": 320,
+        },
     ),
 }
 LANGUAGE: dict[str, Callable[[Path, Path], tuple[Any, Any]]] = {
-    "sft": lambda home, out: (sft, sft_config(home, out, checkpoint_every=2, epochs=3)),
-    "reward-model": lambda home, out: (reward_model, reward_config(home, out, checkpoint_every=2, epochs=3)),
+    "sft": lambda home, out: (sft, sft_config(home, out, checkpoint_every=2, num_epochs=3)),
+    "reward-model": lambda home, out: (reward_model, reward_config(home, out, checkpoint_every=2, num_epochs=3)),
     "language-ppo": lambda home, out: (
         language_ppo,
-        ppo_config(home, out, checkpoint_every=2, steps=300, kl_reference_target=1.0, samples=1, evaluate_every=3),
+        ppo_config(
+            home, out, checkpoint_every=2, total_tokens=300, kl_reference_target=1.0, log_samples=1, evaluate_every=3
+        ),
     ),
-    "grpo": lambda home, out: (grpo, _rollouts(grpo, home, out, group=4, resample=1)),
+    "grpo": lambda home, out: (grpo, _rollouts(grpo, home, out, group_size=4, dynamic_sampling_rounds=1)),
     "language-reinforce": lambda home, out: (
         language_reinforce,
         _rollouts(language_reinforce, home, out, baseline="moving", log_every=3),
@@ -109,12 +172,12 @@ LANGUAGE: dict[str, Callable[[Path, Path], tuple[Any, Any]]] = {
         dpo.Config(
             model=str(home),
             data=str(home / "preferences.jsonl"),
-            out=str(out),
-            minibatch_rows=8,
+            output_dir=str(out),
+            batch_size=8,
             quiet=True,
             held_out=8,
             checkpoint_every=2,
-            epochs=3,
+            num_epochs=3,
         ),
     ),
 }
@@ -122,9 +185,22 @@ NAMES = (*CONTROL, *LANGUAGE)
 
 
 def _rollouts(recipe: Any, home: Path, out: Path, **fields: Any) -> Any:
-    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "reward": "length:4", "rows": 8, "max_new": 6}
-    given |= {"steps": 300, "preflight": False, "quiet": True, "samples": 1, "evaluate_rows": 4, "checkpoint_every": 2}
-    return recipe.Config(out=str(out), **given, **fields)
+    given = {
+        "model": str(home),
+        "data": str(home / "prompts.jsonl"),
+        "reward": "length:4",
+        "completions_per_iteration": 8,
+        "max_new_tokens": 6,
+    }
+    given |= {
+        "total_tokens": 300,
+        "preflight": False,
+        "quiet": True,
+        "log_samples": 1,
+        "evaluate_rows": 4,
+        "checkpoint_every": 2,
+    }
+    return recipe.Config(output_dir=str(out), **given, **fields)
 
 
 def configured(name: str, home: Path, out: Path) -> tuple[Any, Any]:
@@ -132,7 +208,7 @@ def configured(name: str, home: Path, out: Path) -> tuple[Any, Any]:
     if name in LANGUAGE:
         return LANGUAGE[name](home, out)
     recipe, fields = CONTROL[name]
-    return recipe, recipe.Config(seed=1, out=str(out), **QUICK | fields)
+    return recipe, recipe.Config(seed=1, output_dir=str(out), **QUICK | fields)
 
 
 def in_fork(job: Callable[[], None]) -> int:

@@ -120,7 +120,7 @@ def command(note: Path, out: Path) -> None:
 
 def library(note: Path, out: Path) -> None:
     options = {"note": str(note)}
-    reinforce.train(reinforce.Config(env=ENV, env_options=options, out=str(out), quiet=True, num_envs=1))
+    reinforce.train(reinforce.Config(env=ENV, env_options=options, output_dir=str(out), quiet=True, num_envs=1))
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,20 @@ from understudy.run import trust
 from understudy.run.config import RequestError
 from understudy.run.foreign import SAFE_WRAPPERS, restricted_settings
 
-CONFIG: dict[str, Any] = {"env": "CartPole-v1", "num_envs": 1, "rollout": 8, "epochs": 1, "steps": 8, "quiet": True}
+CONFIG: dict[str, Any] = {
+    "env": "CartPole-v1",
+    "num_envs": 1,
+    "num_steps_per_env": 8,
+    "num_epochs": 1,
+    "steps": 8,
+    "quiet": True,
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     path = tmp_path_factory.mktemp("made") / "run"
-    ppo.train(ppo.Config(out=str(path), **CONFIG))
+    ppo.train(ppo.Config(output_dir=str(path), **CONFIG))
     return path
 
 
@@ -65,8 +72,8 @@ ASKED = {
     "a deep option": {"env_options": {"x": [[[[[[[[[[1]]]]]]]]]]}},
     "many options": {"env_options": {"x": [0] * 20_000}},
     "environments": {"num_envs": 10**9},
-    "rows": {"rollout": 10**12},
-    "threads": {"threads": 2**31},
+    "rows": {"num_steps_per_env": 10**12},
+    "threads": {"num_threads": 2**31},
 }
 
 
@@ -96,7 +103,7 @@ ALLOWED = {
 
 
 def test_ordinary_arguments_of_anybodys_run_are_allowed(tmp_path):
-    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONFIG, **ALLOWED)).path
+    run = ppo.train(ppo.Config(output_dir=str(tmp_path / "run"), **CONFIG, **ALLOWED)).path
     lineage = json.loads((run / "lineage.json").read_text())
     assert "vouched" not in lineage
 
@@ -106,7 +113,7 @@ def test_ordinary_arguments_of_anybodys_run_are_allowed(tmp_path):
 
 def test_the_users_own_run_may_have_any_arguments(tmp_path):
     fields = {"wrappers": ("FrameStackObservation stack_size=20",), "env_options": {"render_mode": None}}
-    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONFIG, **fields)).path
+    run = ppo.train(ppo.Config(output_dir=str(tmp_path / "run"), **CONFIG, **fields)).path
 
     assert main(["evaluate", str(run), "--episodes", "1"]) == 0
     assert understudy.resume(run, steps=16).metrics[-1]["steps"] == 16

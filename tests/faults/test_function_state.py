@@ -64,9 +64,15 @@ def reward(tmp_path) -> str:
 
 
 def run_of(home: Path, out: Path, **fields: Any) -> recipe.Config:
-    given = {"model": str(home), "data": str(home / "prompts.jsonl"), "rows": 8, "max_new": 6, "steps": 160}
+    given = {
+        "model": str(home),
+        "data": str(home / "prompts.jsonl"),
+        "completions_per_iteration": 8,
+        "max_new_tokens": 6,
+        "total_tokens": 160,
+    }
     given |= {"evaluate_rows": 4, "checkpoint_every": 2, "quiet": True, "preflight": False, "baseline": "none"}
-    return recipe.Config(out=str(out), **given | fields)
+    return recipe.Config(output_dir=str(out), **given | fields)
 
 
 def trained(cfg: recipe.Config, moment: killed.Moment | None = None) -> int:
@@ -233,7 +239,13 @@ def test_gold_constraints_and_replies_have_states_of_their_own(home, tmp_path):
     bound.write_text(COUNTS.replace("def score", "def bound") + STATE)
     score, gold, reply = Counts(), Counts(), Replies()
     score.calls, gold.calls, reply.calls = 1, 2, 3
-    fields = {"reward": score, "gold": gold, "reply": reply, "turns": 2, "constraint": (f"{bound}:bound <= 3:warn",)}
+    fields = {
+        "reward": score,
+        "gold": gold,
+        "reply": reply,
+        "max_turns": 2,
+        "constraint": (f"{bound}:bound <= 3:warn",),
+    }
     cast = RLHFModels(ppo_config(home, tmp_path / "run", **fields))
     try:
         states = function_state.get_states(cast)

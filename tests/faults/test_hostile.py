@@ -53,10 +53,17 @@ class Bomb:
 def made(tmp_path_factory):
     """A control run, and what a language run needs; copied before anything is done to them."""
     home = tmp_path_factory.mktemp("made")
-    config = {"num_envs": 2, "rollout": 8, "epochs": 1, "steps": 48, "quiet": True, "checkpoint_every": 1}
-    ppo.train(ppo.Config(env="CartPole-v1", out=str(home / "control"), **config))
+    config = {
+        "num_envs": 2,
+        "num_steps_per_env": 8,
+        "num_epochs": 1,
+        "steps": 48,
+        "quiet": True,
+        "checkpoint_every": 1,
+    }
+    ppo.train(ppo.Config(env="CartPole-v1", output_dir=str(home / "control"), **config))
     furnish(home / "model") if (home / "model").mkdir() is None else None
-    language_ppo.train(ppo_config(home / "model", home / "language", steps=40))
+    language_ppo.train(ppo_config(home / "model", home / "language", total_tokens=40))
     return home
 
 
@@ -175,7 +182,7 @@ SIZES = {
     "a layer 10^9 wide": {"network": {"hidden": [10**9]}},
     "a million layers": {"network": {"hidden": [1] * 1_000_000}},
     "a width below": {"network": {"hidden": [-4]}},
-    "a memory 10^9 wide": {"network": {"memory": "gru", "memory_size": 10**9}},
+    "a memory 10^9 wide": {"network": {"rnn_type": "gru", "rnn_hidden_size": 10**9}},
     "a layer of a million": {"network": {"hidden": [1_000_000, 1_000_000]}},
     "a Box of 10^9": {"observation_space": {"kind": "Box", "shape": [10**9], "dtype": "float32", "low": 0, "high": 1}},
     "a Discrete of 10^9": {"action_space": {"kind": "Discrete", "n": 10**9, "start": 0, "dtype": "int64"}},
@@ -328,8 +335,8 @@ def test_a_digest_that_somebody_else_wrote_down_vouches_for_nothing(place):
 
 def own_run(place: Path) -> Path:
     (place / "own_tool.py").write_text(FILES["own_tool"])
-    config = {"num_envs": 2, "rollout": 8, "epochs": 1, "steps": 32, "quiet": True}
-    ppo.train(ppo.Config(env="own_tool:Own", out=str(place / "own"), **config))
+    config = {"num_envs": 2, "num_steps_per_env": 8, "num_epochs": 1, "steps": 32, "quiet": True}
+    ppo.train(ppo.Config(env="own_tool:Own", output_dir=str(place / "own"), **config))
     return place / "own"
 
 
@@ -507,16 +514,26 @@ def test_an_adapter_that_is_a_pickle_or_names_a_module_or_itself_is_refused(plac
     refused(lambda: Policy.from_pretrained(adapter), "an adapter whose base .* is an adapter too")
 
 
-def test_earlier_forms_are_read_and_later_ones_refused_by_number(place):
-    files = [*(place / "control").glob("*.json"), place / "control/policy/policy.json"]
-    files += [place / "language/policy/understudy.json", place / "language/config.json"]
-    for file in files:
-        about = json.loads(file.read_text())
-        assert about.pop("schema") == 1, file
-        file.write_text(json.dumps(about))  # as releases before it had a number wrote it
-    understudy.load(place / "control")
-    understudy.load(place / "language")
-    assert read_config(place / "control")["recipe"] == "control ppo"
+@pytest.mark.parametrize("schema", [None, 1, 3])
+@pytest.mark.parametrize(
+    ("world", "file"),
+    [
+        ("control", "config.json"),
+        ("control", "policy/policy.json"),
+        ("language", "config.json"),
+        ("language", "policy/understudy.json"),
+    ],
+)
+def test_a_run_of_another_format_is_refused_by_its_number(place, world, file, schema):
+    path = place / world / file
+    about = json.loads(path.read_text())
+    assert about.pop("schema") == 2
+    path.write_text(json.dumps(about if schema is None else about | {"schema": schema}))
 
-    rewrite(place / "control/policy/policy.json", schema=2)
-    refused(lambda: understudy.load(place / "control"), "schema 2, this version reads 0 to 1")
+    fix = "use a newer version" if schema == 3 else "use the version that wrote it, or make it anew"
+    sentence = f"has schema {schema or 0}, this version reads 2; {fix}"
+    if file != "config.json":
+        refused(lambda: understudy.load(place / world), sentence)
+    else:
+        refused(lambda: understudy.resume(place / world), sentence)
+        assert main(["evaluate", str(place / world)]) == main(["compare", str(place / world)]) == 2

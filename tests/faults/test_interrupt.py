@@ -22,7 +22,14 @@ from understudy.control import ppo
 from understudy.run import checkpoint, interrupt
 from understudy.run.interrupt import InterruptHandler
 
-SMALL: dict[str, Any] = {"num_envs": 1, "rollout": 8, "epochs": 1, "minibatches": 1, "hidden": (4,), "quiet": True}
+SMALL: dict[str, Any] = {
+    "num_envs": 1,
+    "num_steps_per_env": 8,
+    "num_epochs": 1,
+    "num_minibatches": 1,
+    "hidden": (4,),
+    "quiet": True,
+}
 HERE = "tests.faults.test_interrupt"
 ENDS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
 
@@ -84,7 +91,7 @@ class Draws(Walk):
 
 
 def config(env: str, out: Path | str | None, **fields) -> ppo.Config:
-    return ppo.Config(**SMALL | {"env": f"{HERE}:{env}", "out": str(out), "steps": 40} | fields)
+    return ppo.Config(**SMALL | {"env": f"{HERE}:{env}", "output_dir": str(out), "steps": 40} | fields)
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +169,8 @@ def test_a_run_whose_environment_takes_sigterm_for_itself_still_obeys_it(tmp_pat
 LEFT_OPEN = """
 import sys
 from understudy.control import ppo
-iterations = ppo.iterate(ppo.Config(env="CartPole-v1", out=sys.argv[1], num_envs=2, rollout=8, steps=64, quiet=True))
+fields = dict(num_envs=2, num_steps_per_env=8, steps=64, quiet=True)
+iterations = ppo.iterate(ppo.Config(env="CartPole-v1", output_dir=sys.argv[1], **fields))
 next(iterations)
 """
 
@@ -181,9 +189,9 @@ def test_a_generator_left_open_at_the_interpreters_exit_is_saved_and_says_nothin
 def test_an_environment_that_changes_the_folder_does_not_move_the_run(out, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = ppo.train(config("Walk", tmp_path / "first"))
-    fields = {"init": "first", "evaluate_every": 2, "evaluate_episodes": 1, "checkpoint_every": 2}
+    fields = {"init_from": "first", "evaluate_every": 2, "evaluate_episodes": 1, "checkpoint_every": 2}
 
-    run = ppo.train(ppo.Config(**SMALL, env=f"{HERE}:Moves", out=out, steps=40, **fields))
+    run = ppo.train(ppo.Config(**SMALL, env=f"{HERE}:Moves", output_dir=out, steps=40, **fields))
 
     assert run.path.parent == (tmp_path if out else tmp_path / "runs") and first.path == tmp_path / "first"
     assert {"config.json", "lineage.json", "metrics.jsonl", "policy", "checkpoints", "best"} <= set(
@@ -197,7 +205,7 @@ def test_an_environment_that_changes_the_folder_does_not_move_the_run(out, tmp_p
 def test_a_run_that_is_gone_on_with_does_not_need_the_policy_it_began_with(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ppo.train(config("Walk", "first"))
-    ppo.train(config("Walk", "run", init="first"))
+    ppo.train(config("Walk", "run", init_from="first"))
     (tmp_path / "first").rename(tmp_path / "elsewhere")
 
     assert understudy.resume("run", steps=80).metrics[-1]["steps"] == 80

@@ -29,7 +29,7 @@ RECIPES = {
         lambda home, out, data=None, **fields: dpo.Config(
             model=str(home),
             data=data or str(home / "preferences.jsonl"),
-            out=str(out),
+            output_dir=str(out),
             held_out=8,
             quiet=True,
             **fields,
@@ -176,10 +176,12 @@ def says_only(token: int, home: Path) -> None:
 def test_a_policy_that_ends_at_once_or_never_is_counted_and_harms_nothing(token, length, stopped, other, tmp_path):
     says_only(token, other)
 
-    run = ppo.train(ppo_config(other, tmp_path / "run", reward="length", truncation="drop", steps=60, samples=2))
+    run = ppo.train(
+        ppo_config(other, tmp_path / "run", reward="length", truncation="drop", total_tokens=60, log_samples=2)
+    )
 
     for line in run.metrics:
-        assert (line["length_mean"], line["stopped"], line["score_missing"]) == (length, stopped, 0.0)
+        assert (line["length_mean"], line["stopped"], line["score_missing_fraction"]) == (length, stopped, 0.0)
         assert line["score_mean"] == length
         assert (line["optimizer_steps"] > 0) == bool(stopped)  # what was cut short is masked: nothing to learn from
         assert "updates_skipped" not in line
@@ -233,7 +235,7 @@ def test_rows_that_are_all_the_same_are_learned_from_and_none_is_held_out(home, 
 
 @pytest.mark.parametrize("where", ["samples", "evaluation.json.part"])
 def test_samples_that_cannot_be_written_are_said_once_and_the_run_goes_on(where, home, tmp_path, capsys):
-    fields = {"samples": 2, "evaluate_every": 1, "steps": 120}
+    fields = {"log_samples": 2, "evaluate_every": 1, "total_tokens": 120}
     whole = ppo.train(ppo_config(home, tmp_path / "whole", **fields))
     path = tmp_path / "run" / where
     path.parent.mkdir()
@@ -252,7 +254,7 @@ def test_samples_that_cannot_be_written_are_said_once_and_the_run_goes_on(where,
 
 def test_spikes_of_a_language_run_are_events_and_change_nothing(home, tmp_path, monkeypatch):
     """As in the control world: of a spike of one step and of one of five, each line is a finding."""
-    plain = sft.train(sft_config(home, tmp_path / "plain", epochs=12))
+    plain = sft.train(sft_config(home, tmp_path / "plain", num_epochs=12))
     clip, calls = room._clip_gradients, 0
 
     def hundredfold(optimizer, bound):
@@ -262,7 +264,7 @@ def test_spikes_of_a_language_run_are_events_and_change_nothing(home, tmp_path, 
         return 100 * norm if calls in (25, 31, 32, 33, 34, 35) else norm
 
     monkeypatch.setattr(room, "_clip_gradients", hundredfold)
-    run = sft.train(sft_config(home, tmp_path / "run", epochs=12))
+    run = sft.train(sft_config(home, tmp_path / "run", num_epochs=12))
 
     lines = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     found = [(line["iteration"], line["metric"]) for line in lines if line["kind"] == "spike"]
@@ -288,7 +290,7 @@ def test_a_secret_that_a_judge_tells_is_in_no_file_of_a_run(how, home, tmp_path,
     head = "import os, sys\nSECRET = os.environ['JUDGE_API_KEY']\ndef score(completions):\n"
     (tmp_path / "mine.py").write_text(head + body)
 
-    run = ppo.train(ppo_config(home, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:score", samples=2))
+    run = ppo.train(ppo_config(home, tmp_path / "run", reward=f"{tmp_path / 'mine.py'}:score", log_samples=2))
 
     files = [file for file in run.path.rglob("*") if file.is_file()]
     assert "metrics.jsonl" in {file.name for file in files}

@@ -16,7 +16,7 @@ from understudy.run import lineage
 from understudy.run.config import RequestError
 from understudy.run.redact import printable, redact
 
-CONTROL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 32, "quiet": True}
+CONTROL = {"env": "CartPole-v1", "num_envs": 2, "num_steps_per_env": 8, "num_epochs": 1, "steps": 32, "quiet": True}
 CANARY = "hf_canarycanarycanary"
 
 
@@ -83,7 +83,7 @@ def test_what_has_changed_or_gone_since_is_named(runs, capsys):
 
 def test_a_config_that_was_edited_differs(runs, capsys):
     config = runs / "sft/config.json"
-    config.write_text(config.read_text().replace('"epochs": 1', '"epochs": 2'))
+    config.write_text(config.read_text().replace('"num_epochs": 1', '"num_epochs": 2'))
 
     assert [line.strip() for line in states(capsys, runs / "sft")] == ["differs  config"]
 
@@ -171,7 +171,11 @@ def test_a_large_file_that_is_all_holes_is_not_hashed(tmp_path, capsys):
 @pytest.mark.parametrize("moment", ["before config.json", "after it"])
 def test_an_extension_that_is_killed_leaves_no_digest_that_differs(moment, tmp_path, capsys, monkeypatch):
     out = tmp_path / "run"
-    ppo.train(ppo.Config(env="CartPole-v1", num_envs=2, rollout=8, epochs=1, steps=16, quiet=True, out=str(out)))
+    ppo.train(
+        ppo.Config(
+            env="CartPole-v1", num_envs=2, num_steps_per_env=8, num_epochs=1, steps=16, quiet=True, output_dir=str(out)
+        )
+    )
     write, killed = lineage.write_json, False
 
     def kills(path, data):
@@ -227,14 +231,14 @@ def test_a_run_does_not_go_on_with_other_data_or_another_model(runs, name):
 
 
 def test_an_extended_run_has_the_digest_of_its_new_config(tmp_path, capsys):
-    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONTROL))
+    run = ppo.train(ppo.Config(output_dir=str(tmp_path / "run"), **CONTROL))
     understudy.resume(run.path, steps=64)
 
     assert main(["lineage", str(run.path), "--verify"]) == 0
 
 
 def test_an_extended_run_that_other_versions_went_on_with_is_compared_again(tmp_path):
-    run = ppo.train(ppo.Config(out=str(tmp_path / "run"), **CONTROL))
+    run = ppo.train(ppo.Config(output_dir=str(tmp_path / "run"), **CONTROL))
     file = run.path / lineage.FILE
     about = json.loads(file.read_text())
     file.write_text(json.dumps(about | {"packages": about["packages"] | {"torch": "2.9"}}))
@@ -247,8 +251,8 @@ def test_an_extended_run_that_other_versions_went_on_with_is_compared_again(tmp_
 
 
 def test_a_control_run_leads_to_the_policy_it_began_with(tmp_path, capsys):
-    first = ppo.train(ppo.Config(out=str(tmp_path / "first"), **CONTROL))
-    ppo.train(ppo.Config(out=str(tmp_path / "second"), init=str(first.path), **CONTROL))
+    first = ppo.train(ppo.Config(output_dir=str(tmp_path / "first"), **CONTROL))
+    ppo.train(ppo.Config(output_dir=str(tmp_path / "second"), init_from=str(first.path), **CONTROL))
 
     assert main(["lineage", str(tmp_path / "second"), "--verify"]) == 0
     assert re.search(rf"init: {first.path}/policy  \w+\n +{first.path}  control ppo", capsys.readouterr().out)
@@ -261,8 +265,8 @@ def test_a_secret_is_in_no_file_of_a_run(tmp_path, monkeypatch, name):
     options = {"render_mode": f"{CANARY}"}
 
     with pytest.raises(RequestError, match="env is"):
-        ppo.train(ppo.Config(out=str(tmp_path / "refused"), env_options={CANARY: 1}, **CONTROL))
-    iterations = ppo.iterate(ppo.Config(out=str(out), log_every=1, **CONTROL | {"init": None}))
+        ppo.train(ppo.Config(output_dir=str(tmp_path / "refused"), env_options={CANARY: 1}, **CONTROL))
+    iterations = ppo.iterate(ppo.Config(output_dir=str(out), log_every=1, **CONTROL | {"init_from": None}))
     next(iterations)
     with pytest.raises(RuntimeError, match=CANARY):
         iterations.throw(RuntimeError(f"{options} https://me:{CANARY}@example.org"))
@@ -278,7 +282,7 @@ def test_a_secret_in_a_config_is_in_no_file_of_a_run(tmp_path, monkeypatch):
     home.mkdir()
     furnish(home)
 
-    language_ppo.train(ppo_config(home, tmp_path / "run", samples=2, reward=f"contains:{CANARY}"))
+    language_ppo.train(ppo_config(home, tmp_path / "run", log_samples=2, reward=f"contains:{CANARY}"))
 
     written = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
     assert {"config.json", "lineage.json", "000001.jsonl"} <= {file.name for file in written}
@@ -292,7 +296,7 @@ def test_a_secret_that_is_in_the_data_is_not_in_the_samples(tmp_path, monkeypatc
     furnish(home)
     (home / "prompts.jsonl").write_text('{"prompt": "many cheerful horses"}\n')
 
-    run = language_ppo.train(ppo_config(home, tmp_path / "run", samples=2))
+    run = language_ppo.train(ppo_config(home, tmp_path / "run", log_samples=2))
 
     written = [file.read_text() for file in (run.path / "samples").iterdir()]
     assert "many [MY_SECRET] horses" in "".join(written)
@@ -331,6 +335,6 @@ def test_what_a_model_says_cannot_steer_the_terminal(tmp_path, capsys):
     about["model"]["vocab"] = {f"\x1b[{i}m" if i > 5 else word: i for word, i in about["model"]["vocab"].items()}
     file.write_text(json.dumps(about))
 
-    assert main(["generate", str(home), "--prompt", "", "--max-new", "8", "--count", "4"]) == 0
+    assert main(["generate", str(home), "--prompt", "", "--max-new-tokens", "8", "--count", "4"]) == 0
     said = capsys.readouterr().out
     assert r"\x1b[" in said and "\x1b" not in said

@@ -26,11 +26,19 @@ from understudy.run import checkpoint
 from understudy.run.config import RequestError
 from understudy.run.spikes import find_spikes
 
-SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
+SMALL = {
+    "env": "CartPole-v1",
+    "num_envs": 2,
+    "num_steps_per_env": 8,
+    "num_epochs": 1,
+    "steps": 96,
+    "seed": 3,
+    "quiet": True,
+}
 
 
 def run_of(out, **fields) -> ppo.Config:
-    return ppo.Config(out=str(out), **SMALL | fields)
+    return ppo.Config(output_dir=str(out), **SMALL | fields)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def test_a_directory_that_cannot_be_made_is_refused_before_anything_is_learned(w
     (tmp_path / "file").write_text("")
     out = {"a file": tmp_path / "file", "under a file": tmp_path / "file/run", "/proc": "/proc/run"}[where]
 
-    with pytest.raises(RequestError, match=r"out is .* which cannot be made"):
+    with pytest.raises(RequestError, match=r"output_dir is .* which cannot be made"):
         ppo.train(run_of(out))
 
 
@@ -148,7 +156,7 @@ def test_a_directory_that_may_not_be_written_to_ends_the_run_in_a_sentence(when,
     assert killed.in_fork(confined) == 3
     said = (everybodys / "said").read_text()
     if when == "from the start":
-        assert said.startswith("RequestError: out is ") and "which cannot be made (Permission denied)" in said
+        assert said.startswith("RequestError: output_dir is ") and "which cannot be made (Permission denied)" in said
     else:
         assert "3 checkpoints in a row could not be written" in said and "Permission denied" in said
         found, wrong = checkpoint.find_newest(everybodys / "run/checkpoints")
@@ -283,7 +291,9 @@ STOPS = {
 @pytest.mark.parametrize("name", STOPS)
 def test_what_is_no_observation_reward_end_or_info_ends_the_run_at_its_step(name, tmp_path):
     """Without supervision there is nobody to mask it; what was learned before is whole."""
-    iterations = ppo.iterate(run_of(tmp_path / "run", num_envs=1, rollout=5, checkpoint_every=1), env=Odd(STOPS[name]))
+    iterations = ppo.iterate(
+        run_of(tmp_path / "run", num_envs=1, num_steps_per_env=5, checkpoint_every=1), env=Odd(STOPS[name])
+    )
     next(iterations)  # five steps
     with pytest.raises((FloatingPointError, ValueError, TypeError, AttributeError)):
         next(iterations)
@@ -431,7 +441,7 @@ def test_spikes_of_a_run_are_events_and_change_nothing(tmp_path, monkeypatch):
         return clip(optimizer, bound)
 
     monkeypatch.setattr(room, "_clip_gradients", hundredfold)
-    run = ppo.train(run_of(tmp_path / "run", steps=16 * 30, minibatches=4))
+    run = ppo.train(run_of(tmp_path / "run", steps=16 * 30, num_minibatches=4))
 
     events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert [(e["iteration"], e["metric"]) for e in events if e["kind"] == "spike"] == [(25, "grad_norm")]
@@ -513,7 +523,14 @@ def test_odd_prompts_are_read_or_refused_with_their_row(kind, home, tmp_path):
     prompt, read = ODD[kind]
     rows = [{"prompt": "the old"}, {"prompt": prompt}] * 2
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = ppo_config(home, tmp_path / "run", data=str(tmp_path / "rows.jsonl"), steps=20, rows=4, evaluate_rows=1)
+    config = ppo_config(
+        home,
+        tmp_path / "run",
+        data=str(tmp_path / "rows.jsonl"),
+        total_tokens=20,
+        completions_per_iteration=4,
+        evaluate_rows=1,
+    )
     if read:
         run = language_ppo.train(config)
         assert run.metrics[-1]["optimizer_steps"] > 0

@@ -52,7 +52,15 @@ FEW = {  # by name of the run, moments that differ in kind from one to the next
     "language-reinforce": [("iteration", 5)],
     "dpo": [("iteration", 1)],
 }
-SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 1, "steps": 96, "seed": 3, "quiet": True}
+SMALL = {
+    "env": "CartPole-v1",
+    "num_envs": 2,
+    "num_steps_per_env": 8,
+    "num_epochs": 1,
+    "steps": 96,
+    "seed": 3,
+    "quiet": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +102,7 @@ def test_what_a_checkpoint_holds_is_needed(lost, home, tmp_path, monkeypatch):
 
 
 def run_of(out: Path, **fields) -> ppo.Config:
-    return ppo.Config(out=str(out), **SMALL | fields)
+    return ppo.Config(output_dir=str(out), **SMALL | fields)
 
 
 def test_checkpoints_and_evaluations_change_no_byte_of_a_run(tmp_path):
@@ -294,7 +302,7 @@ def test_a_second_interrupt_exits_within_two_seconds_and_harms_nothing(tmp_path)
         "--out",
         str(tmp_path / "run"),
     ]
-    words += ["--num-envs", "1", "--rollout", "80", "--checkpoint-every", "1", "--compile", "off"]
+    words += ["--num-envs", "1", "--num-steps-per-env", "80", "--checkpoint-every", "1", "--compile", "off"]
     root = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code, *words], cwd=root, stderr=subprocess.PIPE, text=True)
     try:
@@ -479,7 +487,7 @@ class FailsAtFirst(SaysItself):
 
 
 def test_a_fault_in_a_reset_leaves_resume_exact_and_its_restart_counted(tmp_path, capsys):
-    fields = {"env": "tests.faults.test_resume:FailsAtFirst", "checkpoint_every": 2, "vectorization": "supervised"}
+    fields = {"env": "tests.faults.test_resume:FailsAtFirst", "checkpoint_every": 2, "vectorization": "fault_tolerant"}
     whole = ppo.train(run_of(tmp_path / "whole", **fields))
     iterations = ppo.iterate(run_of(tmp_path / "run", **fields))
     for _ in range(3):

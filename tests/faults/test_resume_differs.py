@@ -29,13 +29,23 @@ def home(tmp_path_factory) -> Path:
 
 
 def control(out: Path, env: str = "CountsNothing", **fields: Any) -> ppo.Config:
-    given = {"num_envs": 2, "rollout": 8, "epochs": 1, "minibatches": 1, "hidden": (4,), "steps": 96, "quiet": True}
+    given = {
+        "num_envs": 2,
+        "num_steps_per_env": 8,
+        "num_epochs": 1,
+        "num_minibatches": 1,
+        "hidden": (4,),
+        "steps": 96,
+        "quiet": True,
+    }
     given |= {"env": f"tests.faults.own_envs:{env}", "checkpoint_every": 2}
-    return ppo.Config(out=str(out), **given | fields)
+    return ppo.Config(output_dir=str(out), **given | fields)
 
 
 def language(home: Path, out: Path, **fields: Any) -> language_ppo.Config:
-    return ppo_config(home, out, **{"steps": 260, "checkpoint_every": 2, "epochs": 1, "minibatches": 1} | fields)
+    return ppo_config(
+        home, out, **{"total_tokens": 260, "checkpoint_every": 2, "num_epochs": 1, "num_minibatches": 1} | fields
+    )
 
 
 def is_killed(recipe: Any, config: Any) -> None:

@@ -21,8 +21,8 @@ from understudy.run.store import Run
 SMALL: dict[str, Any] = {
     "env": "CartPole-v1",
     "num_envs": 2,
-    "rollout": 8,
-    "epochs": 1,
+    "num_steps_per_env": 8,
+    "num_epochs": 1,
     "steps": 96,
     "seed": 3,
     "quiet": True,
@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 
 
 def run_of(out: Path, **fields) -> ppo.Config:
-    return ppo.Config(out=str(out), **SMALL | fields)
+    return ppo.Config(output_dir=str(out), **SMALL | fields)
 
 
 def events(run: Path, kind: str) -> list[dict]:

@@ -628,11 +628,11 @@ def test_without_faults_every_answer_is_that_of_a_sync_vector_env_to_the_bit(mod
 
 
 HERE = "tests.faulty"
-FIELDS = {"num_envs": 4, "steps": 200, "quiet": True, "vectorization": "supervised", "hidden": (8,)}
+FIELDS = {"num_envs": 4, "steps": 200, "quiet": True, "vectorization": "fault_tolerant", "hidden": (8,)}
 RECIPES = {
-    "ppo": (ppo, {"rollout": 16, "epochs": 1}),
-    "ppo with memory": (ppo, {"rollout": 16, "epochs": 1, "memory": "gru", "memory_size": 4}),
-    "one-step actor-critic": (actor_critic, {"rollout": 1}),
+    "ppo": (ppo, {"num_steps_per_env": 16, "num_epochs": 1}),
+    "ppo with memory": (ppo, {"num_steps_per_env": 16, "num_epochs": 1, "rnn_type": "gru", "rnn_hidden_size": 4}),
+    "one-step actor-critic": (actor_critic, {"num_steps_per_env": 1}),
     "reinforce": (reinforce, {}),
     "reinforce in groups": (reinforce, {"baseline": "group", "group_size": 2}),
 }
@@ -645,7 +645,7 @@ def events(run):
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_goes_on_over_faults_and_writes_each_down(name, tmp_path):
     recipe, fields = RECIPES[name]
-    run = recipe.train(recipe.Config(env=f"{HERE}:Wild", out=str(tmp_path / "run"), **(FIELDS | fields)))
+    run = recipe.train(recipe.Config(env=f"{HERE}:Wild", output_dir=str(tmp_path / "run"), **(FIELDS | fields)))
 
     assert run.metrics[-1]["steps"] >= 200
     found = [event for event in events(run.path) if event["kind"] == "env_fault"]
@@ -657,36 +657,43 @@ def test_a_run_goes_on_over_faults_and_writes_each_down(name, tmp_path):
 
 
 def test_a_run_waits_for_a_step_as_long_as_it_was_told(tmp_path):
-    fields = FIELDS | {"env_options": {"file": str(tmp_path / "hung")}, "step_timeout": 1.5, "steps": 40, "rollout": 8}
-    run = ppo.train(ppo.Config(env=f"{HERE}:HangsOnce", out=str(tmp_path / "run"), **fields))
+    fields = FIELDS | {
+        "env_options": {"file": str(tmp_path / "hung")},
+        "step_timeout": 1.5,
+        "steps": 40,
+        "num_steps_per_env": 8,
+    }
+    run = ppo.train(ppo.Config(env=f"{HERE}:HangsOnce", output_dir=str(tmp_path / "run"), **fields))
 
     assert {event["message"] for event in events(run.path)} == {"no answer within 1.5 s"}
 
 
 def test_faults_are_written_down_while_the_run_goes_on(tmp_path):
-    config = ppo.Config(env=f"{HERE}:Wild", out=str(tmp_path / "run"), rollout=16, epochs=1, **FIELDS)
+    config = ppo.Config(
+        env=f"{HERE}:Wild", output_dir=str(tmp_path / "run"), num_steps_per_env=16, num_epochs=1, **FIELDS
+    )
     written = [(tmp_path / "run" / "events.jsonl").exists() for _ in ppo.iterate(config)]
 
     assert any(written)
 
 
 def test_a_run_without_faults_learns_to_the_bit_what_one_of_sync_environments_does(tmp_path):
-    wild = {"env": f"{HERE}:Wild", "env_options": {"calm": True}, "rollout": 16, "epochs": 1}
+    wild = {"env": f"{HERE}:Wild", "env_options": {"calm": True}, "num_steps_per_env": 16, "num_epochs": 1}
     policies = []
-    for vectorization in ("sync", "supervised"):
-        fields = FIELDS | wild | {"vectorization": vectorization, "out": str(tmp_path / vectorization)}
+    for vectorization in ("sync", "fault_tolerant"):
+        fields = FIELDS | wild | {"vectorization": vectorization, "output_dir": str(tmp_path / vectorization)}
         policies.append((ppo.train(ppo.Config(**fields)).path / "policy" / "policy.safetensors").read_bytes())
 
     assert policies[0] == policies[1]
 
 
 def test_when_the_restarts_are_spent_the_run_is_saved_and_says_so(tmp_path):
-    fields = FIELDS | {"env_options": {"file": str(tmp_path / "steps")}, "steps": 10_000, "rollout": 8}
+    fields = FIELDS | {"env_options": {"file": str(tmp_path / "steps")}, "steps": 10_000, "num_steps_per_env": 8}
     fields |= {"compile": "off"}
     with pytest.raises(
         RestartsExhaustedError, match=r"all 100 restarts of environments are spent, and env . failed again"
     ):
-        ppo.train(ppo.Config(env=f"{HERE}:WearsOut", out=str(tmp_path / "run"), **fields))
+        ppo.train(ppo.Config(env=f"{HERE}:WearsOut", output_dir=str(tmp_path / "run"), **fields))
 
     *faults, failed = events(tmp_path / "run")
     assert len(faults) == 101 and {event["kind"] for event in faults} == {"env_fault"}
@@ -696,7 +703,7 @@ def test_when_the_restarts_are_spent_the_run_is_saved_and_says_so(tmp_path):
 
 
 def test_an_environment_that_fails_at_once_is_refused_before_there_is_a_run(tmp_path):
-    config = ppo.Config(env="tests.badly_behaved:RaisesAtOnce", out=str(tmp_path / "run"), **FIELDS)
+    config = ppo.Config(env="tests.badly_behaved:RaisesAtOnce", output_dir=str(tmp_path / "run"), **FIELDS)
     with pytest.raises(
         RequestError, match=r"in its first steps: the simulator is not there \(badly_behaved.py, line 68\); mend it"
     ):
@@ -707,6 +714,6 @@ def test_an_environment_that_fails_at_once_is_refused_before_there_is_a_run(tmp_
 
 def test_an_environment_that_hangs_at_once_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "START_SECONDS", 0.1)
-    config = ppo.Config(env=f"{HERE}:HangsAtOnce", out=str(tmp_path / "run"), step_timeout=0.1, **FIELDS)
+    config = ppo.Config(env=f"{HERE}:HangsAtOnce", output_dir=str(tmp_path / "run"), step_timeout=0.1, **FIELDS)
     with pytest.raises(RequestError, match=r"HangsAtOnce' cannot be made or used: no answer within 0.5 s; mend it"):
         ppo.train(config)

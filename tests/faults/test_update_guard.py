@@ -20,7 +20,15 @@ from understudy.objective import ppo as clipped
 from understudy.run import checkpoint
 from understudy.update import update
 
-SMALL = {"env": "CartPole-v1", "num_envs": 2, "rollout": 8, "epochs": 2, "steps": 160, "seed": 3, "quiet": True}
+SMALL = {
+    "env": "CartPole-v1",
+    "num_envs": 2,
+    "num_steps_per_env": 8,
+    "num_epochs": 2,
+    "steps": 160,
+    "seed": 3,
+    "quiet": True,
+}
 RECIPES = ("reinforce", "actor-critic", "ppo", "ppo-recurrent", *killed.LANGUAGE)
 
 
@@ -235,7 +243,7 @@ def test_every_recipe_goes_on_after_an_update_that_was_left_out(name, home, tmp_
 
 def test_three_in_a_row_end_the_run_and_name_the_last_good_checkpoint(tmp_path, monkeypatch):
     """A rollout is 2 epochs of 4 steps: after three updates, the first step of each of the next three."""
-    config = ppo.Config(**SMALL, out=str(tmp_path / "run"), checkpoint_every=1)
+    config = ppo.Config(**SMALL, output_dir=str(tmp_path / "run"), checkpoint_every=1)
     nan_in_gradients(monkeypatch, {24 + 3, 27 + 1, 28 + 1})
 
     with pytest.raises(FloatingPointError, match=r"3 updates in a row .*run/checkpoints/000005'.* `understudy resume "):
@@ -257,14 +265,14 @@ def test_before_there_is_a_checkpoint_three_in_a_row_say_so(tmp_path, monkeypatc
     with pytest.raises(
         FloatingPointError, match=r"3 updates in a row .* no checkpoint under .*start again with another"
     ):
-        ppo.train(ppo.Config(**SMALL, out=str(tmp_path / "run"), checkpoint_every=100))
+        ppo.train(ppo.Config(**SMALL, output_dir=str(tmp_path / "run"), checkpoint_every=100))
 
 
 @pytest.mark.parametrize("quiet", [False, True])
 def test_an_update_that_was_left_out_is_said_unless_the_run_is_quiet(quiet, tmp_path, monkeypatch, capsys):
     nan_in_gradients(monkeypatch, {9})
 
-    ppo.train(ppo.Config(**SMALL | {"quiet": quiet}, out=str(tmp_path / "run")))
+    ppo.train(ppo.Config(**SMALL | {"quiet": quiet}, output_dir=str(tmp_path / "run")))
 
     said = "understudy: update 2 is left out: the gradient's norm is nan" in capsys.readouterr().err
     assert said is not quiet
@@ -273,14 +281,14 @@ def test_an_update_that_was_left_out_is_said_unless_the_run_is_quiet(quiet, tmp_
 def test_two_in_a_row_and_two_in_a_row_do_not(tmp_path, monkeypatch):
     nan_in_gradients(monkeypatch, {1, 2, 11, 12})  # a whole update of 8 between them
 
-    run = ppo.train(ppo.Config(**SMALL, out=str(tmp_path / "run")))
+    run = ppo.train(ppo.Config(**SMALL, output_dir=str(tmp_path / "run")))
 
     assert [event["iteration"] for event in events(run.path, "update_skipped")] == [1, 2, 4, 5]
 
 
 def test_a_resumed_run_counts_on(tmp_path, monkeypatch):
     nan_in_gradients(monkeypatch, {9, 10})  # the first steps of the second and the third update
-    iterations = ppo.iterate(ppo.Config(**SMALL, out=str(tmp_path / "run"), checkpoint_every=1))
+    iterations = ppo.iterate(ppo.Config(**SMALL, output_dir=str(tmp_path / "run"), checkpoint_every=1))
     for _ in range(3):
         next(iterations)
     iterations.close()
@@ -291,7 +299,7 @@ def test_a_resumed_run_counts_on(tmp_path, monkeypatch):
 
 
 def test_parameters_that_are_not_finite_are_in_no_checkpoint_and_end_the_run(tmp_path):
-    iterations = ppo.iterate(ppo.Config(**SMALL, out=str(tmp_path / "run"), checkpoint_every=1))
+    iterations = ppo.iterate(ppo.Config(**SMALL, output_dir=str(tmp_path / "run"), checkpoint_every=1))
     next(iterations)
     next(iterations)
     stage = iterations.gi_frame.f_locals["run"]

@@ -46,19 +46,20 @@ TINY = {
     "quiet": True,
     "seed": 1,
 }
-PPO = {"rollout": 32, "epochs": 3, "minibatches": 4, "learning_rate": 3e-3}
+PPO = {"num_steps_per_env": 32, "num_epochs": 3, "num_minibatches": 4, "learning_rate": 3e-3}
 RUNS: dict[str, tuple[ModuleType, dict[str, Any]]] = {
     "ppo": (ppo, PPO | {"entropy_coef": 0.01, "learning_rate_schedule": "linear", "normalize_obs": True}),
     "ppo_penalty": (
         ppo,
-        PPO | {"objective": "penalty", "adaptive_kl_target": 0.01, "refresh": True, "normalize_reward": True},
+        PPO
+        | {"objective": "penalty", "adaptive_kl_target": 0.01, "recompute_advantages": True, "normalize_reward": True},
     ),
-    "ppo_gru": (ppo, PPO | {"memory": "gru", "memory_size": 8, "value_clip": 0.2, "target_kl": 0.02}),
+    "ppo_gru": (ppo, PPO | {"rnn_type": "gru", "rnn_hidden_size": 8, "value_clip": 0.2, "target_kl": 0.02}),
     "reinforce": (reinforce, {"baseline": "standardize"}),
     "reinforce_value": (reinforce, {"baseline": "value", "episodes": 2}),
     "reinforce_group": (reinforce, {"baseline": "group", "group_size": 2}),
-    "actor_critic": (actor_critic, {"rollout": 5, "shared": True, "entropy_coef": 0.01}),
-    "actor_critic_one_step": (actor_critic, {"rollout": 1, "num_envs": 1, "lam": 0.0}),
+    "actor_critic": (actor_critic, {"num_steps_per_env": 5, "shared": True, "entropy_coef": 0.01}),
+    "actor_critic_one_step": (actor_critic, {"num_steps_per_env": 1, "num_envs": 1, "lam": 0.0}),
 }
 
 
@@ -93,7 +94,7 @@ def run(name: str, iterations: int = ITERATIONS) -> dict[str, list[float | None]
     """Each metric of a run, iteration by iteration; null for one that is not there, or is not a number."""
     recipe, fields = RUNS[name]
     with tempfile.TemporaryDirectory() as out:
-        going = recipe.iterate(recipe.Config(**(TINY | fields), out=out))
+        going = recipe.iterate(recipe.Config(**(TINY | fields), output_dir=out))
         lines = list(islice(going, iterations))
         going.close()
     names = dict.fromkeys(metric for line in lines for metric in line if metric not in CLOCK_METRICS)

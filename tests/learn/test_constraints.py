@@ -55,8 +55,17 @@ ENTROPY, LIMIT = 0.2, 0.75
 FEW = {"num_envs": 16, "hidden": (16,), "entropy_coef": ENTROPY, "learning_rate": 0.02, "quiet": True}
 GENTLE = {"max_grad_norm": 10.0, "learning_rate": 0.006, "constraint_rate": 0.01, "steps": 24_000}
 RECIPES = {
-    "ppo": (ppo, {"rollout": 16, "epochs": 4, "minibatches": 2, "standardize": "none", "steps": 12_000}),
-    "actor-critic": (actor_critic, {"rollout": 4, **GENTLE}),
+    "ppo": (
+        ppo,
+        {
+            "num_steps_per_env": 16,
+            "num_epochs": 4,
+            "num_minibatches": 2,
+            "normalize_advantage": "none",
+            "steps": 12_000,
+        },
+    ),
+    "actor-critic": (actor_critic, {"num_steps_per_env": 4, **GENTLE}),
     "reinforce": (
         reinforce,
         {"episodes": 4, "baseline": "value", **GENTLE},
@@ -76,7 +85,9 @@ def cost(multiplier: float) -> float:
 def last_quarter(path, name: str, response: str, **more) -> dict[str, float]:
     """What the last quarter of a run came to on average."""
     recipe, sizes = RECIPES[name]
-    fields = FEW | sizes | {"env": "Places", "out": str(path), "constraint": (f"cost<={LIMIT}:{response}",)} | more
+    fields = (
+        FEW | sizes | {"env": "Places", "output_dir": str(path), "constraint": (f"cost<={LIMIT}:{response}",)} | more
+    )
     lines = recipe.train(recipe.Config(**fields), env=vector([Places] * 16)).metrics
     lines = lines[-len(lines) // 4 :]
     return {

@@ -56,8 +56,15 @@ def noise(prompts, completions, completion_ids):
 
 
 def learn(model: str, out, reward, **fields):
-    fixed = {"fixed_length": LENGTH, "steps": 20_000, "rows": 64, "learning_rate": 0.005, "seed": 1, "quiet": True}
-    fixed |= {"kl_reference_coef": 0.0, "samples": 0, "evaluate_rows": 8, "out": str(out)}
+    fixed = {
+        "fixed_length": LENGTH,
+        "total_tokens": 20_000,
+        "completions_per_iteration": 64,
+        "learning_rate": 0.005,
+        "seed": 1,
+        "quiet": True,
+    }
+    fixed |= {"kl_reference_coef": 0.0, "log_samples": 0, "evaluate_rows": 8, "output_dir": str(out)}
     return ppo.train(ppo.Config(model=model, data=f"{model}/prompts.jsonl", reward=reward, **(fixed | fields)))
 
 
@@ -102,6 +109,6 @@ def test_the_critic_explains_what_is_paid(taught):
 
 
 def test_control_a_critic_that_does_not_learn_explains_nothing(model, tmp_path):
-    run = learn(model, tmp_path / "blind", share, steps=4_000, value_coef=0.0)
+    run = learn(model, tmp_path / "blind", share, total_tokens=4_000, value_coef=0.0)
 
     assert all(abs(line["explained_variance"]) < 0.1 for line in run.metrics)

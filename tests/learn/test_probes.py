@@ -18,12 +18,19 @@ FOREVER = 10**6  # log_every: one line at the end, and no picture
 def learn(path, make, recipe=ppo, *, rows=8, **fields) -> Policy:
     """The policy that a recipe learns in `rows` copies of an environment."""
     envs = vector([make] * rows)
-    common = {"env": "Probe", "out": str(path), "quiet": True, "log_every": FOREVER, "num_envs": rows, "hidden": (16,)}
+    common = {
+        "env": "Probe",
+        "output_dir": str(path),
+        "quiet": True,
+        "log_every": FOREVER,
+        "num_envs": rows,
+        "hidden": (16,),
+    }
     sizes = {"learning_rate": 0.01, "steps": 1500} | (
-        {"memory_size": 8} if fields.get("memory", "none") != "none" else {}
+        {"rnn_hidden_size": 8} if fields.get("memory", "none") != "none" else {}
     )
     if recipe is ppo:
-        sizes |= {"rollout": 16, "epochs": 4, "minibatches": 2, "lam": 0.9}
+        sizes |= {"num_steps_per_env": 16, "num_epochs": 4, "num_minibatches": 2, "lam": 0.9}
     cfg = recipe.Config(**(common | sizes | fields))
     policy = Policy.build(envs.single_observation_space, envs.single_action_space, cfg, seed=derive_seed(1, "weights"))
     torch.nn.init.zeros_(policy.network.value.weight)  # a critic that expects nothing, so that all it says was learnt
@@ -128,7 +135,7 @@ def test_control_what_is_not_seen_is_not_learnt(tmp_path, action):
 
 def test_control_without_an_advantage_nothing_is_learnt(tmp_path):
     # every action pays the same; standardised, the smallest advantage would be as large as any
-    policy = learn(tmp_path, Announced, standardize="none")
+    policy = learn(tmp_path, Announced, normalize_advantage="none")
 
     assert abs(mean_return(policy, Task, sample=True)) < 0.5
 
@@ -169,7 +176,7 @@ def test_credit_goes_to_an_earlier_choice(tmp_path):
 
 
 def test_control_no_credit_goes_back_without_a_future(tmp_path):
-    fields = {"gamma": 0.0, "standardize": "none"}
+    fields = {"gamma": 0.0, "normalize_advantage": "none"}
     policy = learn(tmp_path, lambda: Chain(lambda step, first, _: step == 1 and first == 1, length=2), **fields)
 
     assert choice(policy, 2) < 0.75  # a drift without a direction
@@ -178,12 +185,12 @@ def test_control_no_credit_goes_back_without_a_future(tmp_path):
 # memory, images, masks
 
 
-RECALL = {"rows": 16, "rollout": 16, "steps": 8000, "learning_rate": 0.01, "entropy_coef": 0.02}
+RECALL = {"rows": 16, "num_steps_per_env": 16, "steps": 8000, "learning_rate": 0.01, "entropy_coef": 0.02}
 
 
 @pytest.mark.parametrize("memory", ["gru", "lstm"])
 def test_what_was_said_is_recalled_with_memory(tmp_path, memory):
-    policy = learn(tmp_path, lambda: Task(delay=1), memory=memory, **RECALL)
+    policy = learn(tmp_path, lambda: Task(delay=1), rnn_type=memory, **RECALL)
 
     assert mean_return(policy, lambda: Task(delay=1)) > 0.9
 
@@ -196,7 +203,7 @@ def test_control_what_was_said_is_not_recalled_without_memory(tmp_path):
 
 @pytest.mark.parametrize("memory", ["none", "gru"])
 def test_what_is_in_a_picture_is_seen(tmp_path, memory):
-    policy = learn(tmp_path, lambda: Task(show="image"), learning_rate=0.003, steps=2000, memory=memory)
+    policy = learn(tmp_path, lambda: Task(show="image"), learning_rate=0.003, steps=2000, rnn_type=memory)
 
     assert mean_return(policy, lambda: Task(show="image")) > 0.9
 
@@ -218,7 +225,7 @@ def test_control_nothing_is_seen_in_the_dark(tmp_path):
 def test_a_masked_action_is_never_taken_however_well_it_pays(tmp_path, memory):
     envs = [Tempting(masked=True) for _ in range(4)]
     makers = iter(envs)
-    policy = learn(tmp_path, lambda: next(makers), rows=4, steps=800, memory=memory)
+    policy = learn(tmp_path, lambda: next(makers), rows=4, steps=800, rnn_type=memory)
     taken = [action for env in envs for action in env.taken]
 
     assert len(taken) >= 800 and set(taken) == {0, 1}
@@ -299,7 +306,7 @@ def test_control_without_groups_every_row_starts_from_its_own(tmp_path):
 
 @pytest.mark.parametrize("rollout", [1, 5])
 def test_actor_critic_learns_the_right_action(tmp_path, rollout):
-    fields = {"rollout": rollout, "rows": 1 if rollout == 1 else 8, "lam": 0.0 if rollout == 1 else 1.0}
+    fields = {"num_steps_per_env": rollout, "rows": 1 if rollout == 1 else 8, "lam": 0.0 if rollout == 1 else 1.0}
     policy = learn(tmp_path, Task, actor_critic, steps=800 if rollout == 1 else 3000, **fields)
 
     assert mean_return(policy, Task, sample=True) > 0.9
@@ -307,7 +314,9 @@ def test_actor_critic_learns_the_right_action(tmp_path, rollout):
 
 @pytest.mark.parametrize("mode", [AutoresetMode.DISABLED, AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP])
 def test_one_step_actor_critic_makes_one_optimizer_step_a_chosen_step(tmp_path, mode):
-    cfg = actor_critic.Config(env="Probe", out=str(tmp_path), quiet=True, steps=50, rollout=1, num_envs=1, lam=0.0)
+    cfg = actor_critic.Config(
+        env="Probe", output_dir=str(tmp_path), quiet=True, steps=50, num_steps_per_env=1, num_envs=1, lam=0.0
+    )
     run = actor_critic.train(cfg, env=vector([lambda: Chain(lambda *_: 1, length=3)], mode))
 
     assert sum(line["optimizer_steps"] for line in run.metrics) == run.metrics[-1]["steps"] == 50

@@ -63,7 +63,7 @@ CASES = {
 
 
 def config(**fields) -> ppo.Config:
-    fixed = {"kl_reference_coef": 0.0, "standardize": "none", "learning_rate": 0.5, "micro": ROWS}
+    fixed = {"kl_reference_coef": 0.0, "normalize_advantage": "none", "learning_rate": 0.5, "micro_batch_size": ROWS}
     return ppo.Config(model="-", data="-", reward=("length",), **(fixed | fields))
 
 

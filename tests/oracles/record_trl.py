@@ -199,7 +199,7 @@ def record_case(
     accumulate = case.get("gradient_accumulation_steps", 1)
     scores = [None if i == 4 else x for i, x in enumerate(SCORES)] if name == "missing" else SCORES
     args = config(
-        output_dir=str(place / "out"),
+        out=str(place / "out"),
         per_device_train_batch_size=len(ANSWERS) // accumulate,
         num_generations=GROUP,
         num_iterations=2,

@@ -117,8 +117,15 @@ def told(record: Trajectory, how: str) -> Rollout:
 
 
 def config(kind, **fields):
-    common = {"gamma": 0.9, "lam": 0.8, "epochs": 3, "minibatches": 1, "standardize": "batch", "max_grad_norm": 0.5}
-    losses = {"clip": 0.2, "value_coef": 0.5, "value_clip": 0.2, "entropy_coef": 0.01, "kl_coef": 0.5}
+    common = {
+        "gamma": 0.9,
+        "lam": 0.8,
+        "num_epochs": 3,
+        "num_minibatches": 1,
+        "normalize_advantage": "batch",
+        "max_grad_norm": 0.5,
+    }
+    losses = {"clip": 0.2, "value_coef": 0.5, "value_clip": 0.2, "entropy_coef": 0.01, "kl_old_coef": 0.5}
     return kind(**(common | losses | fields))
 
 
@@ -136,7 +143,7 @@ class Control:
         paid = record.reward - self.coef * torch.where(record.mask, record.behavior_logprob - referred, 0.0)
         old, value = estimate_values(self.policy, record)
         batch = control_ppo.compute_advantages(record, paid, value, old, cfg)
-        chosen = {"clip": partial(ppo, clip=cfg.clip), "penalty": partial(ppo_penalty, kl_old_coef=cfg.kl_coef)}
+        chosen = {"clip": partial(ppo, clip=cfg.clip), "penalty": partial(ppo_penalty, kl_old_coef=cfg.kl_old_coef)}
         objective = partial(
             chosen[cfg.objective],
             value_coef=cfg.value_coef,
@@ -162,13 +169,13 @@ class Language:
         )
         old, value = language_ppo.estimate_values(self.policy, record, self.cfg)
         batch = language_ppo.compute_advantages(record, reward, value, old, referred, self.cfg)
-        improve(self, batch, language_ppo.make_objective(self.cfg, self.cfg.kl_coef, self.coef))
+        improve(self, batch, language_ppo.make_objective(self.cfg, self.cfg.kl_old_coef, self.coef))
 
 
 def improve(side, batch, objective):
     fixed = {
-        "num_epochs": side.cfg.epochs,
-        "num_minibatches": side.cfg.minibatches,
+        "num_epochs": side.cfg.num_epochs,
+        "num_minibatches": side.cfg.num_minibatches,
         "max_grad_norm": side.cfg.max_grad_norm,
     }
     update(side.policy, side.optimizer, batch, objective, generator=seeded(), **fixed)

@@ -92,7 +92,10 @@ def _size_refusal(error: Exception) -> str | None:
     if ran_out_of_memory(error):
         match = re.search(r"you tried to allocate (\d+ bytes)", text)
         amount = f" ({match[1]} at once)" if match else ""
-        return f"memory ran out{amount}: lower the sizes asked for, such as hidden, num_envs, rollout, rows or max_new"
+        return (
+            f"memory ran out{amount}: lower the sizes asked for, such as hidden, num_envs, num_steps_per_env, "
+            "completions_per_iteration or max_new_tokens"
+        )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:40]!r}... is too long for the name of a file: give a shorter one"
     return None

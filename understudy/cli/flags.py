@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 import yaml
 
-from understudy.cli.help import field_docs
+from understudy.cli.help import SHORT_FLAGS, field_docs
 from understudy.cli.peers import own_name
 from understudy.run.config import RequestError, did_you_mean, format_value
 
@@ -46,6 +46,7 @@ def parse_flags(config_class: Any, argv: list[str], *, prog: str) -> dict[str, A
     switches = {f"--no-{name.replace('_', '-')}" for name, hint in hints.items() if hint is bool}
     fields: dict[str, Any] = {}
     for flag, words in _group_by_flag(argv, prog):
+        flag = SHORT_FLAGS.get(flag, flag)
         if flag not in flags | switches:
             hint = _known_elsewhere(config_class, flag, "--") or did_you_mean(flag, flags | switches | {"--config"})
             raise RequestError(f"{flag} is not a flag of `{prog}`{hint}")
@@ -243,6 +244,6 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def refuse(self, word: str, args: argparse.Namespace) -> NoReturn:
-        """Refuse a word that is no flag; `found` is what the other words say."""
+        """Refuse a word that is no flag; `args` is what the other words say."""
         flags: Iterable[str] = self._option_string_actions
         raise RequestError(f"{word} is not a flag of `{self.prog}`{did_you_mean(word, flags)}")

@@ -16,17 +16,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 GROUPS = {  # the first group with a pattern that fits a field's name; one that fits none belongs to optimisation
     "environment": "env env_* wrappers vectorization step_timeout num_envs",
     "model": (
-        "model init init_* hidden activation shared memory memory_* rnn_* orthogonal squash log_std scalar_std "
+        "model init_* hidden activation shared rnn_* orthogonal squash log_std scalar_std "
         "critic critic_layers critic_init dtype lora* train_layers reference reference_mode trust_remote_code"
     ),
     "data": (
-        "data data_* evaluation_data columns unconditional held_out template chat_template add_bos stop max_length too_long "
+        "data data_* evaluation_data columns unconditional held_out chat_template add_bos stop max_length too_long "
         "packing train_on pretraining"
     ),
     "sampling": (
-        "rollout num_steps_per_env episodes exploration noise_hold rows completions_per_iteration max_new* fixed_length "
-        "temperature slots max_num_seqs group group_size resample dynamic_sampling_rounds keep_special_tokens "
-        "reply turns max_turns"
+        "num_steps_per_env episodes exploration noise_hold completions_per_iteration max_new_tokens fixed_length "
+        "temperature max_num_seqs group_size dynamic_sampling_rounds keep_special_tokens reply max_turns"
     ),
     "reward": (
         "reward reward_* gold gamma normalize_reward truncation truncation_penalty missing_eos_penalty whiten_rewards "
@@ -34,10 +33,13 @@ GROUPS = {  # the first group with a pattern that fits a field's name; one that 
     ),
     "optimisation": "",
     "run, evaluation and logging": (
-        "steps total_tokens seed out output_dir preset device threads num_threads log log_* checkpoint_every "
-        "keep_checkpoints evaluate* evaluation* samples stop_at_return fail_if_worse video preflight quiet"
+        "steps total_tokens seed output_dir preset device num_threads log log_* checkpoint_every "
+        "keep_checkpoints evaluate* evaluation* log_samples stop_at_return fail_if_worse video preflight quiet"
     ),
 }
+
+SHORT_FLAGS = {"--out": "--output-dir"}
+"""A short way to write a flag."""
 
 
 def show_help(
@@ -99,6 +101,7 @@ def field_docs(config_class: Any) -> dict[str, str]:
 def _add_flag(section: Any, name: str, hint: Any, text: str) -> None:
     """One flag with its line of help."""
     flag = "--" + name.replace("_", "-")
+    short_flags = [short for short, long in SHORT_FLAGS.items() if long == flag]
     if hint is bool:
         section.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         return
@@ -108,7 +111,7 @@ def _add_flag(section: Any, name: str, hint: Any, text: str) -> None:
     metavar = {int: "INT", float: "FLOAT", str: "TEXT"}.get(hint, "JSON")
     if get_origin(hint) is Literal:
         metavar = "{" + ",".join(map(str, get_args(hint))) + "}"
-    section.add_argument(flag, metavar=metavar, help=text, **options)
+    section.add_argument(*short_flags, flag, metavar=metavar, help=text, **options)
 
 
 def _default(field: Any) -> Any:

@@ -171,8 +171,8 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="talk: a line of standard input is a turn")
     parser.add_argument(
         "--max-new-tokens",
-        "--max-new",
-        dest="max_new",
+        "--max-new-tokens",
+        dest="max_new_tokens",
         type=whole_number,
         default=64,
         help="tokens a completion may have, within the model's context (default 64)",
@@ -197,7 +197,7 @@ def generate(argv: list[str]) -> int:
     for warning in policy.warnings:
         print(f"understudy: {printable(warning)}", file=sys.stderr)
 
-    options = {"max_new_tokens": args.max_new, "temperature": args.temperature, "greedy": args.greedy}
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "greedy": args.greedy}
     if args.chat:
         return _chat(lambda turns, seed: policy.generate([turns], seed=seed, **options)[0][0], args.seed)
     [texts] = policy.generate([args.prompt], num_completions=args.count, seed=args.seed, **options)
@@ -286,7 +286,7 @@ def _held_out_loss(path: Path, cfg: sft.Config) -> dict[str, Any]:
 def _held_out_accuracy(path: Path, cfg: reward_model.Config) -> dict[str, Any]:
     trust = cfg.trust_remote_code
     model = RewardModel.from_pretrained(
-        path / "reward_model", stop=cfg.stop, chat_template=cfg.template, trust_remote_code=trust
+        path / "reward_model", stop=cfg.stop, chat_template=cfg.chat_template, trust_remote_code=trust
     )
     _, held_out_rows = reward_model.load_training_rows(model, cfg)
     return reward_model.evaluate_reward_model(model, _require_held_out(held_out_rows, cfg))
@@ -334,7 +334,7 @@ def run_directory(path: Path) -> Path:
 def _held_out_completions(path: Path, policy: Path, cfg: Any, rows: int) -> dict[str, Any]:
     """A policy of a run beside the reference it was held to, whose digest must be the one the run wrote down."""
     fields = {"model": str(policy), "reference": cfg.reference or cfg.model, "reference_mode": None, "constraint": ()}
-    fields |= {"lora": 0, "train_layers": 0}  # nothing learns
+    fields |= {"lora_rank": 0, "train_layers": 0}  # nothing learns
     models = RLHFModels(dataclasses.replace(cfg, **fields, **({"critic": "shared"} if hasattr(cfg, "critic") else {})))
     try:
         _require_same_reference(models.reference.digest, path, cfg)

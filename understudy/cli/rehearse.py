@@ -136,13 +136,13 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, report: Callable[[str], None
     reward_fields = {
         **COMMON_FIELDS,
         "seed": seed,
-        "epochs": 2,
+        "num_epochs": 2,
         "learning_rate": 3e-3,
-        "minibatch_rows": 32,
+        "batch_size": 32,
         "held_out": 400,
     }
     reward_config = reward_model.Config(
-        model=str(out / "sft"), data=data, out=str(out / "reward_model"), **reward_fields
+        model=str(out / "sft"), data=data, output_dir=str(out / "reward_model"), **reward_fields
     )
     accuracy = reward_model.train(reward_config).metrics[-1]["evaluation_accuracy"]
     ceiling = statistics.fmean(_label_accuracy(*pair) for pair in drawn_pairs)
@@ -173,7 +173,7 @@ def train_sft_policy(out: Path, seed: int, sizes: Sizes, *, report: Callable[[st
     """The policy after pretraining and fine-tuning, in OUT/sft; data and the fresh model are written first."""
     torch.set_num_threads(1)
     _write_data(out, seed, sizes)
-    common: dict[str, Any] = {**COMMON_FIELDS, "seed": seed, "minibatch_rows": 64}
+    common: dict[str, Any] = {**COMMON_FIELDS, "seed": seed, "batch_size": 64}
 
     def path_to(name: str) -> str:
         return str(out / name)
@@ -181,13 +181,15 @@ def train_sft_policy(out: Path, seed: int, sizes: Sizes, *, report: Callable[[st
     report("1 pretraining a base model on the made-up language")
     # 1e-2 would lower this loss by 0.005 more, and leave weights on which no reward model learns well
     base = sft.Config(
-        model=path_to("fresh"), data=path_to("texts.jsonl"), out=path_to("base"), learning_rate=3e-3, **common
+        model=path_to("fresh"), data=path_to("texts.jsonl"), output_dir=path_to("base"), learning_rate=3e-3, **common
     )
     report(f"  loss {sft.train(base).metrics[-1]['evaluation_loss']:.3f} nats a token")
 
     report("2 supervised fine-tuning on demonstrations")
     data = path_to("demonstrations.jsonl")
-    tuned = sft.Config(model=path_to("base"), data=data, out=path_to("sft"), epochs=2, learning_rate=1e-3, **common)
+    tuned = sft.Config(
+        model=path_to("base"), data=data, output_dir=path_to("sft"), num_epochs=2, learning_rate=1e-3, **common
+    )
     report(f"  loss {sft.train(tuned).metrics[-1]['evaluation_loss']:.3f} nats a token")
     return load(out / "sft")
 
@@ -202,19 +204,19 @@ def ppo_config(out: Path, seed: int, sizes: Sizes) -> ppo.Config:
         # the reward model's trunk begins far from V: explained variance is below -2 in the first iterations, and advantages
         # made with such a V led updates out of the trust region in 4 of 8 runs
         critic_warmup=min(4, sizes.num_iterations // 10),
-        rows=sizes.completions_per_iteration,
-        slots=sizes.completions_per_iteration,
-        max_new=MAX_NEW_TOKENS,
-        steps=sizes.num_iterations * sizes.completions_per_iteration * 9,  # a completion has about 9 tokens
-        epochs=2,
-        minibatches=4,
+        completions_per_iteration=sizes.completions_per_iteration,
+        max_num_seqs=sizes.completions_per_iteration,
+        max_new_tokens=MAX_NEW_TOKENS,
+        total_tokens=sizes.num_iterations * sizes.completions_per_iteration * 9,  # a completion has about 9 tokens
+        num_epochs=2,
+        num_minibatches=4,
         # 1e-3 left the trust region in 5 of 19 runs after the warm-up, 7e-4 in 1 of 16; the critic alone can bear it
         learning_rate=5e-4,
         critic_learning_rate=1e-3,
         value_coef=0.5,
         kl_reference_coef=0.15,
         seed=seed,
-        out=str(out / "ppo"),
+        output_dir=str(out / "ppo"),
         quiet=True,
     )
 
@@ -278,7 +280,7 @@ def mean_kl(policy: Policy, reference: Policy, samples: Sequence[SampledText]) -
 
 
 def sample_completions(policy: Policy, prompts: Sequence[str], first_seed: int) -> list[SampledText]:
-    """A completion of each prompt; the n-th is sampled with seed `first + n`."""
+    """A completion of each prompt; the n-th is sampled with seed `first_seed + n`."""
     tokenizer = policy.tokenizer
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     seeds = range(first_seed, first_seed + len(ids))

@@ -65,7 +65,8 @@ def resume_run(argv: list[str]) -> int:
     last_metrics, code = run.metrics[-1], int(args.fail_if_worse and run.ended_worse is not None)
     if last_metrics["iteration"] <= run.began:
         print(
-            f"understudy: the run was finished: nothing was left to do; --steps M extends it, and other settings take a new "
+            "understudy: the run was finished: nothing was left to do; --steps M extends it, and other "
+            "settings take a new "
             f"run with {START_FLAG[world]} {args.run}",
             file=sys.stderr,
         )

@@ -110,7 +110,7 @@ def _show_samples(path: Path, recipe: str, args: Any) -> int:
     if not files:
         raise RequestError(
             f"run is '{path}', which has no samples of training ({recipe}): ppo, grpo and reinforce keep some where "
-            "samples is above 0; `understudy generate` samples anew"
+            "log_samples is above 0; `understudy generate` samples anew"
         )
     if args.iteration is not None:
         files = [file for file in files if int(file.stem) == args.iteration]

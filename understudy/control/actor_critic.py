@@ -28,13 +28,13 @@ from understudy.value import estimate_values, next_value
 class Config(config.Config):
     """One optimizer step an iteration. rollout 1, num_envs 1 and lam 0 is the online form: it learns at every step."""
 
-    rollout: PositiveInt = 5
+    num_steps_per_env: PositiveInt = 5
     """Env calls an iteration; 1 for the online form."""
     lam: UnitInterval = 1.0
     """GAE's lambda: 1 for n-step returns, 0 for the TD error."""
     value_loss: Literal["squared", "huber"] = "squared"
     """The critic's error: half the square, or Huber's."""
-    standardize: bool = False
+    normalize_advantage: Literal["none", "batch"] = "none"
     """Standardise advantages over the record."""
     learning_rate: config.LearningRate = 7e-4
     """The optimizer's step size at the start."""
@@ -66,7 +66,7 @@ def iterate(
         )
         while run.is_active:
             learning_rate = run.update_learning_rate()
-            trajectory = run.collector.collect(run.policy, cfg.rollout)  # 1 sample
+            trajectory = run.collector.collect(run.policy, cfg.num_steps_per_env)  # 1 sample
             rewards = run.compute_rewards(trajectory)  # 2 score: the environment pays, and constraints charge
             old_distribution, value = estimate_values(run.policy, trajectory)  # 3 value
             ends = trajectory.terminated, trajectory.truncated, trajectory.mask
@@ -80,7 +80,7 @@ def iterate(
                 target=advantage + value,
                 old_distribution=old_distribution,
             )
-            if cfg.standardize:
+            if cfg.normalize_advantage == "batch":
                 batch = Batch.of(batch, advantage=standardize(advantage, batch.mask))
             metrics = update(  # 5 update
                 run.policy,
@@ -94,7 +94,7 @@ def iterate(
                 generator=run.shuffle_generator,
             )
             run.policy.update_normalizers(trajectory)
-            if cfg.rollout * cfg.num_envs > 1:
+            if cfg.num_steps_per_env * cfg.num_envs > 1:
                 metrics["explained_variance"] = float(explained_variance(batch.value, batch.target, batch.mask))
             yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run

@@ -70,7 +70,7 @@ class RolloutCollector:
         envs: any `gymnasium.vector.VectorEnv`; its mode is `metadata["autoreset_mode"]`, NEXT_STEP where it says none.
         seed_of: (row, episode index) -> the seed of that episode. Rows reset by us get it; others where they allow it.
         generator: the randomness of the choices.
-        hold: noise is drawn anew every `hold` calls.
+        noise_interval: noise is drawn anew every `noise_interval` calls.
         sample: draw from the policy's distribution; otherwise take its mode.
         log_info: keys of info whose numbers at an episode's last step are kept.
         exact: observations that float32 cannot hold are recorded as float64.
@@ -153,11 +153,11 @@ class RolloutCollector:
         return [call.mask for call in self.calls]
 
     def collect(self, policy: Any, num_steps: int) -> Trajectory:
-        """The record of the next `steps` calls of the env; [rows, T], T >= steps + 1."""
+        """The record of the next `num_steps` calls of the env; [rows, T], T >= steps + 1."""
         return self._collect(policy, lambda calls: self.all_rows if len(calls) < num_steps else None)
 
     def collect_episodes(self, policy: Any, num_episodes: int) -> Trajectory:
-        """The record of `episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
+        """The record of `num_episodes` whole, fresh episodes in every row: as many from a slow row as from a fast one."""
         self.reset()
         return self._collect(
             policy, lambda _: rows if (rows := self.num_finished < num_episodes).any() else None, whole_episodes=True
@@ -166,7 +166,8 @@ class RolloutCollector:
     def play_episodes(
         self, policy: Any, num_episodes: int, should_stop: Callable[[], bool] | None = None
     ) -> list[Episode] | None:
-        """Play `episodes` whole, fresh episodes in every row without keeping a record; None where `stop` ended it."""
+        """Play `num_episodes` whole, fresh episodes in every row without keeping a record; None where `should_stop`
+        ended it."""
         self.reset()
         self.recurrent_state = policy.initial_state(self.num_envs)
         self.numpy_actor = make_numpy_actor(policy, self)
@@ -282,7 +283,7 @@ class RolloutCollector:
     def _collect(
         self, policy: Any, select_rows: Callable[..., np.ndarray | None], *, whole_episodes: bool = False
     ) -> Trajectory:
-        """Call the env while rows are `wanted`, given the calls made."""
+        """Call the env for as long as `select_rows` names rows, given the calls made."""
         self.abandoned_rows = self.no_rows
         if self.current_obs is None:
             self.reset()

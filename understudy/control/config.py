@@ -32,9 +32,9 @@ class NetworkConfig:
     """Nonlinearity of hidden layers."""
     shared: bool = False
     """One trunk for actor and critic, instead of a network each."""
-    memory: Literal["none", "gru", "lstm"] = "none"
+    rnn_type: Literal["none", "gru", "lstm"] = "none"
     """Recurrent layer after the hidden ones."""
-    memory_size: PositiveInt = 64
+    rnn_hidden_size: PositiveInt = 64
     """Width of the recurrent layer."""
     orthogonal: bool = True
     """Orthogonal initial weights (gains sqrt 2, actor 0.01, critic 1), instead of torch's."""
@@ -60,7 +60,7 @@ class Config(NetworkConfig):
     """Keyword arguments of the environment, as JSON."""
     wrappers: tuple[str, ...] = ()
     """Wrappers, innermost first, each 'Name key=value ...'; Name from gymnasium.wrappers or module:Class."""
-    vectorization: Literal["sync", "async", "supervised", "native", "envpool"] = "sync"
+    vectorization: Literal["sync", "async", "fault_tolerant", "native", "envpool"] = "sync"
     """How copies run: in turn, a process each, the same and restarted on faults, the id's own vector env, or EnvPool."""
     step_timeout: Seconds = 60.0
     """Seconds that a step or a reset of a supervised environment may take before it is restarted."""
@@ -74,9 +74,9 @@ class Config(NetworkConfig):
     """Chosen steps in all, over all copies; the run ends at the first iteration boundary at or after it."""
     seed: NonNegativeInt = 0
     """Seed of everything: weights, choices, shuffling, episodes."""
-    out: str | None = None
+    output_dir: str | None = None
     """Directory of the run; runs/NAME-N by default."""
-    init: str | None = None
+    init_from: str | None = None
     """Run or policy directory to start from, instead of fresh weights."""
     init_optimizer: bool = False
     """Start with the moments and step counts of the optimizer of the run in init, too; not with its learning rate."""
@@ -84,7 +84,7 @@ class Config(NetworkConfig):
     """Where defaults come from: tuned (this env's own; the command line's default), none, cleanrl, sb3, rsl_rl."""
     device: str = "cpu"
     """Torch device of policy and update."""
-    threads: Threads = 1
+    num_threads: Threads = 1
     """Torch threads; tiny tensors are fastest with one."""
 
     gamma: UnitInterval = 0.99
@@ -156,11 +156,13 @@ class Config(NetworkConfig):
         """The fields without effect in this combination, and why."""
         constraints = [Constraint.parse(text).response for text in self.constraint]
         reasons = {
-            "init_optimizer": "init is not set" if self.init is None else "",
+            "init_optimizer": "init_from is not set" if self.init_from is None else "",
             "activation": "hidden is ()" if not self.hidden else "",
-            "memory_size": "memory is 'none'" if self.memory == "none" else "",
+            "rnn_hidden_size": "rnn_type is 'none'" if self.rnn_type == "none" else "",
             "noise_hold": "exploration is 'independent'" if self.exploration == "independent" else "",
-            "step_timeout": f"vectorization is {self.vectorization!r}" if self.vectorization != "supervised" else "",
+            "step_timeout": f"vectorization is {self.vectorization!r}"
+            if self.vectorization != "fault_tolerant"
+            else "",
             "evaluate_episodes": "evaluate_every is 0" if not self.evaluate_every else "",
             "constraint_rate": "no constraint is held" if "hold" not in constraints else "",
             "constraint_rollbacks": "no constraint rolls back" if "rollback" not in constraints else "",

@@ -61,7 +61,7 @@ class CostRecorder(VectorWrapper):
         """The costs of the record that was just walked, [B, T] by name; and the sums of the episodes that ended in it.
 
         Args:
-            chosen: which rows chose, bool [rows], in each of the calls that the record is made of.
+            masks: which rows chose, bool [rows], in each of the calls that the record is made of.
 
         Raises:
             RequestError: a step has no cost.

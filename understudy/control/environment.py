@@ -119,11 +119,11 @@ def make(
     """A vector env of `num_envs` copies; sync, async and supervised ones never reset by themselves.
 
     Args:
-        env, options, wrappers: of `Maker`, as are `more`.
-        vectorization: "sync", "async" (a process each), "supervised" (the same, restarted on faults), "native" (the id's
+        env, options, wrappers: of `EnvFactory`, as are `factory_options`.
+        vectorization: "sync", "async" (a process each), "fault_tolerant" (the same, restarted on faults), "native" (the id's
             own vector env), or "envpool".
         step_timeout: only for supervised ones, seconds that a step or a reset may take; None for no limit.
-        bounds: only for supervised ones, whether an observation outside the bounds of its space is a fault.
+        check_bounds: only for supervised ones, whether an observation outside the bounds of its space is a fault.
         seed: only for EnvPool, which takes it when it is made.
 
     Raises:
@@ -202,7 +202,7 @@ def as_vector_env(
     its resets are seeded; other vector envs that reset by themselves are seeded once, at the start.
 
     Args:
-        outer: wrappers of our own around a single env.
+        outer_wrappers: wrappers of our own around a single env.
     """
     if isinstance(env, gymnasium.Env) and isinstance(env, VectorEnv):  # EnvPool's are both
         return EnvPoolVectorEnv(env)

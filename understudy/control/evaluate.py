@@ -50,10 +50,10 @@ def evaluate(
         sample: choose as in training, noise held as there; otherwise the distribution's mode.
         video: record the episodes there (needs the extra "video").
         source: where the environments come from; by default from the config.
-        stop: asked at every step whether to leave off.
+        should_stop: asked at every step whether to leave off.
 
     Raises:
-        Stopped: `stop` said so.
+        Stopped: `should_stop` said so.
     """
     if source is None:
         source = EnvSource(cfg)

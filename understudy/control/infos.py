@@ -17,7 +17,7 @@ _PICKLABLE_TYPES = (*_NUMBER_TYPES, str, bytes, type(None), np.generic)
 
 
 class ExactInfos:
-    """A vector env of single environments that merges their infos with `merge`."""
+    """A vector env of single environments that merges their infos with `merge_info`."""
 
     num_envs: int
 

@@ -34,10 +34,11 @@ def make_initial_policy(policy: nn.Module | None, cfg: Config, envs: VectorEnv, 
     loaded = Policy.load(init)
     if (loaded.observation_space, loaded.action_space) != spaces:
         raise RequestError(
-            f"init is {cfg.init!r}, a policy for {loaded.observation_space} and {loaded.action_space}, but env has "
+            f"init_from is {cfg.init_from!r}, a policy for {loaded.observation_space} and "
+            f"{loaded.action_space}, but env has "
             f"{spaces[0]} and {spaces[1]}: choose a policy of the same spaces"
         )
-    return _check_against_config(loaded, cfg, f"init is {cfg.init!r}")
+    return _check_against_config(loaded, cfg, f"init_from is {cfg.init_from!r}")
 
 
 def _check_against_config(policy: Policy, cfg: Config, description: str) -> Policy:

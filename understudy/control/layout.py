@@ -16,7 +16,8 @@ from understudy.control.spaces import fast_stack
 class Call(NamedTuple):
     """One call of `step`, everything [rows, ...]: where it was made, what it led to, and which rows chose in it.
 
-    `after` is None where no row ended in it. `said` is the log-prob of the action, or what its `Quick` makes that of.
+    `next_obs` is None where no row ended in it. `policy_output` is the log-prob of the action, or what its
+    `NumpyActor` makes that of.
     """
 
     obs: Tree
@@ -34,12 +35,12 @@ def build_trajectory(
 ) -> Trajectory:
     """Lay calls, last observations of episodes, and the observation after it all, out as one record [rows, T].
 
-    Every call has two slots, the choice and what it led to; one more holds `last`. Kept are the choices that were made,
-    the last observations of episodes, and `last` where no episode ended just before it; they move up to the left.
+    Every call has two slots, the choice and what it led to; one more holds `last_obs`. Kept are the choices that were made,
+    the last observations of episodes, and `last_obs` where no episode ended just before it; they move up to the left.
 
     Args:
         calls: K of them.  last: the observations after the last call, [rows, ...].  state: before the first, [rows, S].
-        quick: what made log-probs out of what was said; None where that is what was said.
+        numpy_actor: what made log-probs out of what was said; None where that is what was said.
     """
     call_obs, next_obs, action, policy_output, mask, reward, terminated, truncated = zip(*calls, strict=True)
     keep_slot = (

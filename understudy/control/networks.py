@@ -39,7 +39,7 @@ class ActorCriticNetwork(nn.Module):
         self.critic = None if cfg.shared else FeatureExtractor(observation_space, cfg)
         self.head = make_head(action_space, self.actor.width, cfg)
         self.value = _make_linear(self.actor.width, 1, gain=1.0, orthogonal=cfg.orthogonal)
-        self.state_size = 0 if cfg.memory == "none" else self.actor.state_size * (1 if cfg.shared else 2)
+        self.state_size = 0 if cfg.rnn_type == "none" else self.actor.state_size * (1 if cfg.shared else 2)
 
     def forward(self, obs: Any, state: Tensor | None = None, start: Tensor | None = None) -> Any:
         obs = obs if isinstance(obs, dict) else {OBS_KEY: obs}
@@ -84,8 +84,8 @@ class FeatureExtractor(nn.Module):
             ]
             width = hidden
         self.mlp = nn.Sequential(*layers)
-        self.memory = None if cfg.memory == "none" else RecurrentLayer(width, cfg.memory_size, cfg.memory)
-        self.width = width if self.memory is None else cfg.memory_size
+        self.memory = None if cfg.rnn_type == "none" else RecurrentLayer(width, cfg.rnn_hidden_size, cfg.rnn_type)
+        self.width = width if self.memory is None else cfg.rnn_hidden_size
         self.state_size = 0 if self.memory is None else self.memory.state_size
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:

@@ -100,7 +100,7 @@ class RewardNormalizer(nn.Module):
         """Before a record is scaled: the first one is gathered now, for until then nothing is known of the scale.
 
         Args:
-            abandoned: rows whose episode from the record before was cut without a step that ended it, bool [B].
+            abandoned_rows: rows whose episode from the record before was cut without a step that ended it, bool [B].
         """
         if len(self.running_returns) == len(trajectory):
             self.running_returns = torch.where(torch.from_numpy(abandoned_rows), 0.0, self.running_returns)

@@ -50,7 +50,8 @@ def load_moments(optimizer: torch.optim.Optimizer, cfg: Config, policy: Path) ->
             raise ValueError("its optimizer did not move all parameters that learn here, such as the critic's")
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise RequestError(
-            f"init_optimizer is True, and init is {cfg.init!r}, but {' '.join(str(error).split())}: name a run with the "
+            f"init_optimizer is True, and init_from is {cfg.init_from!r}, but {' '.join(str(error).split())}: "
+            "name a run with the "
             "same network and optimizer, or one of its checkpoints, or leave init_optimizer out"
         ) from error
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

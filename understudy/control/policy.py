@@ -304,9 +304,10 @@ def _parse_network_config(data: dict[str, Any]) -> NetworkConfig:
     fields: dict[str, Any] = data | {"hidden": tuple(data["hidden"])}
     network_config = NetworkConfig(**fields)
     check_fields(network_config)
-    if max((*network_config.hidden, network_config.memory_size)) > MAX_WIDTH:
+    if max((*network_config.hidden, network_config.rnn_hidden_size)) > MAX_WIDTH:
         raise ValueError(
-            f"hidden is {network_config.hidden}, memory_size {network_config.memory_size}: at most {MAX_WIDTH} is read"
+            f"hidden is {network_config.hidden}, rnn_hidden_size {network_config.rnn_hidden_size}: at most "
+            f"{MAX_WIDTH} is read"
         )
     return network_config
 

@@ -32,11 +32,11 @@ MIN_STEPS_TO_COMPILE = 12_000
 class Config(config.Config):
     """PPO: every published variant is a field."""
 
-    rollout: PositiveInt = 128
+    num_steps_per_env: PositiveInt = 128
     """Env calls an iteration; num_envs times as many steps, reset rows of self-resetting envs apart."""
-    epochs: PositiveInt = 10
+    num_epochs: PositiveInt = 10
     """Passes over the record."""
-    minibatches: PositiveInt = 4
+    num_minibatches: PositiveInt = 4
     """Optimizer steps a pass."""
     lam: UnitInterval = 0.95
     """GAE's lambda, from 0 (TD error) to 1 (Monte Carlo)."""
@@ -48,17 +48,17 @@ class Config(config.Config):
     """How clip goes on: constant, or linear to 0 over the run's steps."""
     value_clip: NonNegativeFloat = 0.0
     """How far the value may go from the old one before its loss is clipped; 0 for off."""
-    kl_coef: NonNegativeFloat = 1.0
+    kl_old_coef: NonNegativeFloat = 1.0
     """Coefficient of the KL penalty, initial where it adapts."""
     adaptive_kl_target: NonNegativeFloat = 0.0
     """KL(old, new) in nats an adaptive coefficient aims at, by doubling and halving; 0 for a fixed one."""
     target_kl: NonNegativeFloat = 0.0
     """End the update before a minibatch whose mean KL(old, new) is above this, in nats; 0 for off."""
-    adapt_learning_rate: NonNegativeFloat = 0.0
+    desired_kl: NonNegativeFloat = 0.0
     """KL in nats around which the learning rate is divided or multiplied by 1.5 every minibatch (rsl_rl); 0 for off."""
-    standardize: Literal["none", "minibatch", "batch"] = "minibatch"
+    normalize_advantage: Literal["none", "minibatch", "batch"] = "minibatch"
     """Over what advantages are standardised."""
-    refresh: bool = False
+    recompute_advantages: bool = False
     """Compute values and advantages anew before every epoch."""
     reshuffle: bool = True
     """Draw a new order for every epoch, instead of one an iteration."""
@@ -69,19 +69,22 @@ class Config(config.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.minibatches > self.num_envs * self.rollout:
+        if self.num_minibatches > self.num_envs * self.num_steps_per_env:
             raise RequestError(
-                f"minibatches is {self.minibatches}: an iteration has num_envs {self.num_envs} times rollout {self.rollout} "
+                f"num_minibatches is {self.num_minibatches}: an iteration has num_envs {self.num_envs} times "
+                f"num_steps_per_env {self.num_steps_per_env} "
                 "steps, and a minibatch needs at least one"
             )
 
     def fields_without_effect(self) -> dict[str, str]:
-        field_names = ["clip", "clip_schedule"] if self.objective == "penalty" else ["kl_coef", "adaptive_kl_target"]
+        field_names = (
+            ["clip", "clip_schedule"] if self.objective == "penalty" else ["kl_old_coef", "adaptive_kl_target"]
+        )
         reasons: dict[str, str] = dict.fromkeys(field_names, f"objective is {self.objective!r}")
         if not self.value_coef:
             reasons["value_clip"] = "value_coef is 0"
-        if self.epochs == 1:
-            reasons |= {"refresh": "epochs is 1", "reshuffle": "epochs is 1"}
+        if self.num_epochs == 1:
+            reasons |= {"recompute_advantages": "num_epochs is 1", "reshuffle": "num_epochs is 1"}
         return super().fields_without_effect() | reasons
 
 
@@ -99,15 +102,15 @@ def iterate(
         "ppo", cfg, env, policy, evaluation_env=evaluation_env, optimizer=make_optimizer, resume=resume
     ) as run:
         while run.is_active:
-            kl_coef = run.recipe_state.setdefault("kl_coef", cfg.kl_coef)
+            kl_old_coef = run.recipe_state.setdefault("kl_old_coef", cfg.kl_old_coef)
             learning_rate, clip = (
                 run.update_learning_rate(),
                 cfg.clip * (run.progress_remaining if cfg.clip_schedule == "linear" else 1),
             )
             surrogate = (
-                partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_old_coef=kl_coef)
+                partial(ppo, clip=clip) if cfg.objective == "clip" else partial(ppo_penalty, kl_old_coef=kl_old_coef)
             )
-            trajectory = run.collector.collect(run.policy, cfg.rollout)  # 1 sample
+            trajectory = run.collector.collect(run.policy, cfg.num_steps_per_env)  # 1 sample
             rewards = run.compute_rewards(trajectory)  # 2 score: the environment pays, and constraints charge
             old_distribution, value = estimate_values(run.policy, trajectory)  # 3 value
             batch = compute_advantages(trajectory, rewards, value, old_distribution, cfg)  # 4 advantage
@@ -116,14 +119,12 @@ def iterate(
                 run.optimizer,
                 batch,
                 partial(surrogate, value_coef=cfg.value_coef, entropy_coef=cfg.entropy_coef, value_clip=cfg.value_clip),
-                num_epochs=cfg.epochs,
-                num_minibatches=cfg.minibatches,
+                num_epochs=cfg.num_epochs,
+                num_minibatches=cfg.num_minibatches,
                 max_grad_norm=cfg.max_grad_norm,
-                recompute=partial(recompute_advantages, run.policy, rewards, cfg) if cfg.refresh else None,
-                transform_minibatch=standardize_advantages if cfg.standardize == "minibatch" else None,
-                on_minibatch=partial(on_minibatch, run.optimizer, cfg)
-                if cfg.target_kl or cfg.adapt_learning_rate
-                else None,
+                recompute=partial(recompute_advantages, run.policy, rewards, cfg) if cfg.recompute_advantages else None,
+                transform_minibatch=standardize_advantages if cfg.normalize_advantage == "minibatch" else None,
+                on_minibatch=partial(on_minibatch, run.optimizer, cfg) if cfg.target_kl or cfg.desired_kl else None,
                 reshuffle=cfg.reshuffle,
                 on_nonfinite=run.guard,
                 generator=run.shuffle_generator,
@@ -164,11 +165,11 @@ def resolve_compile(cfg: Config, *, is_user_policy: bool) -> tuple[Config, Any]:
         RequestError: on, with what cannot be compiled.
     """
     not_compilable = {
-        "memory": cfg.memory != "none",
+        "rnn_type": cfg.rnn_type != "none",
         "exploration": cfg.exploration == "gsde",
-        "refresh": cfg.refresh,
+        "recompute_advantages": cfg.recompute_advantages,
         "target_kl": cfg.target_kl > 0,
-        "adapt_learning_rate": cfg.adapt_learning_rate > 0,
+        "desired_kl": cfg.desired_kl > 0,
         "clip_grad_apart": cfg.clip_grad_apart,
         "device": not cfg.device.startswith("cpu"),
     }
@@ -179,7 +180,9 @@ def resolve_compile(cfg: Config, *, is_user_policy: bool) -> tuple[Config, Any]:
         )
     if cfg.compile == "on" and not is_compiler_available():
         raise RequestError("compile is 'on', and there is no C++ compiler: install g++, or start with compile off")
-    num_optimizer_steps = math.ceil(cfg.steps / (cfg.num_envs * cfg.rollout)) * cfg.epochs * cfg.minibatches
+    num_optimizer_steps = (
+        math.ceil(cfg.steps / (cfg.num_envs * cfg.num_steps_per_env)) * cfg.num_epochs * cfg.num_minibatches
+    )
     is_worthwhile = (
         num_optimizer_steps >= MIN_STEPS_TO_COMPILE
         and not is_user_policy
@@ -187,7 +190,7 @@ def resolve_compile(cfg: Config, *, is_user_policy: bool) -> tuple[Config, Any]:
         and is_compiler_available()
     )
     if cfg.compile == "on" or (cfg.compile == "auto" and is_worthwhile):
-        return replace(cfg, compile="on"), CompiledUpdate(cfg.rollout, varying=("clip", "kl_old_coef")).update
+        return replace(cfg, compile="on"), CompiledUpdate(cfg.num_steps_per_env, varying=("clip", "kl_old_coef")).update
     return replace(cfg, compile="off"), update
 
 
@@ -200,7 +203,7 @@ def compute_advantages(
     batch = Batch.of(
         trajectory, value=value, advantage=advantage, target=advantage + value, old_distribution=old_distribution
     )
-    return standardize_advantages(batch) if cfg.standardize == "batch" else batch
+    return standardize_advantages(batch) if cfg.normalize_advantage == "batch" else batch
 
 
 def recompute_advantages(policy: Policy, rewards: torch.Tensor, cfg: Config, batch: Batch) -> Batch:
@@ -216,11 +219,11 @@ def standardize_advantages(batch: Batch) -> Batch:
 def on_minibatch(optimizer: torch.optim.Optimizer, cfg: Config, metrics: dict[str, float]) -> bool:
     """Before an optimizer step: let the KL set the learning rate, or end the update, where the config says so."""
     kl = metrics["kl_old"]
-    if cfg.adapt_learning_rate:
+    if cfg.desired_kl:
         for group in optimizer.param_groups:
-            if kl > 2 * cfg.adapt_learning_rate:
+            if kl > 2 * cfg.desired_kl:
                 group["lr"] = max(group["lr"] / 1.5, 1e-5)
-            elif 0 < kl < cfg.adapt_learning_rate / 2:
+            elif 0 < kl < cfg.desired_kl / 2:
                 group["lr"] = min(group["lr"] * 1.5, 1e-2)
     return 0 < cfg.target_kl < kl
 
@@ -231,10 +234,10 @@ def adapt_kl_penalty(run: TrainingRun, batch: Batch, cfg: Config, *, was_skipped
     The KL is that of the policy that acted: it is measured before the observations' scale moves. A skipped update has led to
     none, and leaves the coefficient.
     """
-    coef, kl = run.recipe_state["kl_coef"], measure_kl_old(run.policy, batch)
+    coef, kl = run.recipe_state["kl_old_coef"], measure_kl_old(run.policy, batch)
     if cfg.adaptive_kl_target and not was_skipped:
-        run.recipe_state["kl_coef"] = adapt_kl_old_coef(coef, kl, target=cfg.adaptive_kl_target)
-    return {"kl_coef": coef, "kl_old": kl}
+        run.recipe_state["kl_old_coef"] = adapt_kl_old_coef(coef, kl, target=cfg.adaptive_kl_target)
+    return {"kl_old_coef": coef, "kl_old": kl}
 
 
 @torch.no_grad()

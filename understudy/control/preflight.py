@@ -38,7 +38,7 @@ def check_env(
 
     Args:
         out_of_space: "refuse" an observation beyond the bounds of its space; otherwise let it pass.
-        keep: leave the environment open.
+        keep_open: leave the environment open.
 
     Raises:
         RequestError: a space no policy can use; an observation outside its space; a reward that is no finite number; an

@@ -21,7 +21,7 @@ def preset(config_class: type[Recipe], env: str, preset: str = "tuned", **fields
     """A recipe's config for an environment: the preset's settings, then the fields given.
 
     Args:
-        kind: a recipe's Config, `control.ppo.Config` say.
+        config_class: a recipe's Config, `control.ppo.Config` say.
         preset: "tuned" (this env's own; the recipe's defaults where none ships), "none", "cleanrl", "sb3" or "rsl_rl".
     """
     field_values: dict[str, Any] = settings(config_class, env, preset) | {"env": env} | fields
@@ -51,7 +51,7 @@ def refuse_fields_without_effect(cfg: Config, without_effect: dict[str, str]) ->
     """Refuse a field without effect that has a value of the user's: neither its default nor the preset's.
 
     Args:
-        idle: the fields without effect, and why.
+        without_effect: the fields without effect, and why.
     """
     defaults = {field.name: field.default for field in fields(cfg)}
     for name, reason in without_effect.items():

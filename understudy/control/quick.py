@@ -30,9 +30,10 @@ ACTIVATIONS = {
 class NumpyActor:
     """`quick(obs) -> action, said`: what a policy chooses, as its weights are now, to rounding.
 
-    `said` are the numbers that its distribution is made of; `sampled` makes that of those of a whole record at once.
-    Noise is drawn for many choices at once, too; what is left at the end of a record is thrown away. Without a generator it
-    chooses the mode. `small`: how many rows it chooses for in NumPy, 0 for as many as come, by the modules.
+    `said` are the numbers that its distribution is made of; `distribution_and_logprob` makes that of those of a whole
+    record at once. Noise is drawn for many choices at once, too; what is left at the end of a record is thrown away.
+    Without a generator it chooses the mode. `small`: how many rows it chooses for in NumPy, 0 for as many as come, by
+    the modules.
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class Config(config.Config):
     """What the reward-to-go is held against; group and leave_one_out compare episodes from one start state."""
     group_size: PositiveInt = 4
     """Episodes from one start state, for the group baselines."""
-    group_scale: bool = True
+    scale_by_std: bool = True
     """Divide the group baseline by the group's standard deviation (GRPO)."""
     learning_rate: config.LearningRate = 1e-3
     """Adam's step size at the start."""
@@ -55,9 +55,9 @@ class Config(config.Config):
 
     def fields_without_effect(self) -> dict[str, str]:
         reason = f"baseline is {self.baseline!r}"
-        reasons = {} if self.is_grouped else {"group_size": reason, "group_scale": reason}
+        reasons = {} if self.is_grouped else {"group_size": reason, "scale_by_std": reason}
         if self.baseline == "leave_one_out":
-            reasons["group_scale"] = reason
+            reasons["scale_by_std"] = reason
         if self.baseline != "value":
             reasons["value_coef"] = reason
         if self.is_grouped and not self.normalize_reward:
@@ -142,7 +142,7 @@ def compute_advantages(
         row_advantage = (
             leave_one_out(score, group_ids)
             if cfg.baseline == "leave_one_out"
-            else group_relative(score, group_ids, scale_by_std=cfg.group_scale)
+            else group_relative(score, group_ids, scale_by_std=cfg.scale_by_std)
         )
         advantage = row_advantage[:, None] * trajectory.mask
     elif cfg.baseline == "value":

@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 @torch.no_grad()
 def replay(policy: Policy, cfg: Config, *, episode: int, num_steps: int, sample: bool) -> list[Step]:
-    """The first `steps` steps of an evaluation episode; the same at every call.
+    """The first `num_steps` steps of an evaluation episode; the same at every call.
 
     Args:
         episode: its number, from 0: the seeds are those of `evaluate` in any number of copies.

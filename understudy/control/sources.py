@@ -30,7 +30,7 @@ from understudy.run.seeds import derive_seed, preserve_shared_generators
 
 EnvLike = gymnasium.Env | VectorEnv | EnvFunction | None
 """A user's own environment or vector env; or a function that makes one environment, which is called for every copy."""
-SINGLE_ENV_VECTORIZATIONS = ("sync", "async", "supervised")
+SINGLE_ENV_VECTORIZATIONS = ("sync", "async", "fault_tolerant")
 """Vectorizations whose copies are single environments."""
 COPY_FIELDS = ("env_options", "wrappers", "vectorization", "step_timeout", "out_of_space")
 """Fields that say how copies are made, and have no effect on an object that is there."""
@@ -117,7 +117,7 @@ class EnvSource:
         """
         if self.env_object is not None:
             self._check_object(self.env_object)
-        elif self.cfg.vectorization == "supervised":
+        elif self.cfg.vectorization == "fault_tolerant":
             timeout_seconds = START_SECONDS + 4 * self.cfg.step_timeout  # a reset and three steps
             self.preflight = run_in_fork(self._check_single, f"env {self.name!r}", seconds=timeout_seconds)
         elif self.cfg.vectorization in SINGLE_ENV_VECTORIZATIONS:
@@ -209,7 +209,7 @@ class EnvSource:
         """Environments to evaluate in: `num_envs` copies, or the one object that was given; and each without the rest.
 
         Args:
-            video: record this many `episodes` of a single copy there.
+            video: record this many `num_episodes` of a single copy there.
 
         Raises:
             RequestError: they cannot be made, or cannot be recorded.

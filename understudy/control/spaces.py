@@ -77,7 +77,7 @@ def make_obs_reader(
     """Reads batched observations of a space, as the space nests them, as fresh arrays [B, ...].
 
     Args:
-        exact: numbers that float32 cannot hold are read as float64.
+        keep_float64: numbers that float32 cannot hold are read as float64.
     """
     converters = {path: _make_converter(leaf, path, keep_float64) for path, leaf in leaf_spaces(space)}
     if not isinstance(space, spaces.Dict | spaces.Tuple):
@@ -111,7 +111,7 @@ def find_violation(space: gymnasium.Space, obs: Any, path: str, *, check_bounds:
     Numbers are compared with a Box's bounds in its own dtype: as a float64, 0.1 is below a bound of float32 0.1.
 
     Args:
-        bounds: whether the bounds of Boxes count.
+        check_bounds: whether the bounds of Boxes count.
     """
     if isinstance(space, spaces.Dict):
         if not isinstance(obs, dict) or set(obs) != set(space.spaces):

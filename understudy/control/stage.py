@@ -64,7 +64,7 @@ class TrainingRun:
     """The open run of a recipe.
 
     Attributes:
-        kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
+        recipe_state: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
     """
 
     def __init__(
@@ -392,16 +392,16 @@ def open_run(
         resume: the run to go on with, instead of a new one.
     """
     refuse_fields_without_effect(cfg, cfg.fields_without_effect())
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.num_threads)
     seed_shared_generators(cfg.seed)
     keep_freed_memory()
     base_dir = Path.cwd()  # an environment may change the working directory
     checkpoint = None if resume is None else resume.checkpoint
-    if cfg.init is not None and policy is not None and resume is None:
+    if cfg.init_from is not None and policy is not None and resume is None:
         raise RequestError(
-            f"init is {cfg.init!r}, which has no effect beside a policy of your own: leave one of them out"
+            f"init_from is {cfg.init_from!r}, which has no effect beside a policy of your own: leave one of them out"
         )
-    init = None if cfg.init is None else checkpoint or base_dir / policy_path(Path(cfg.init), "init")
+    init = None if cfg.init_from is None else checkpoint or base_dir / policy_path(Path(cfg.init_from), "init_from")
     check_trackers(cfg.log)
     if cfg.video:
         require_package("moviepy", "video", "video is on")
@@ -432,7 +432,7 @@ def open_run(
             description |= {"own_env": env is not None, "own_policy": policy.network_config is None}
             description |= {"reproducible": source.is_seeded}
             name = re.sub(r"[^\w.-]+", "-", source.name.rpartition(":")[2])
-            run = Run.create(cfg.out, f"{recipe}-{name}-s{cfg.seed}", description, origin, base_dir)
+            run = Run.create(cfg.output_dir, f"{recipe}-{name}-s{cfg.seed}", description, origin, base_dir)
         else:
             run = resume.run
             run.changed += lineage.resume_lineage(

@@ -46,7 +46,7 @@ def choose_restore_method(envs: VectorEnv, *, resets_are_reproducible: bool) -> 
     """How this vector env is put back.
 
     Args:
-        forgets: a reset with a seed leaves nothing of what was before.
+        resets_are_reproducible: a reset with a seed leaves nothing of what was before.
     """
     unwrapped: Any = envs.unwrapped
     if envs is unwrapped and (_has_state_methods(unwrapped) or _has_plain_state(unwrapped)):

@@ -85,18 +85,19 @@ class FaultTolerantVectorEnv(ExactInfos, VectorEnv):
     """Environments in processes of their own; one that fails is restarted, and its episode ends where it was last seen.
 
     At the call that it leaves unanswered its row holds the last observation that it gave, reward 0, not terminated but
-    truncated, and `info["fault"]` a `Fault` (`info["_fault"]` tells in which rows). The row then begins a new episode with a
-    new seed, as its autoreset mode has it. A failure in a reset is mended within it. At every step observations are checked
-    against their space, and they and rewards for being finite. Where nothing fails, it is `SyncVectorEnv` to the bit.
+    truncated, and `info["fault"]` a `EnvFault` (`info["_fault"]` tells in which rows). The row then begins a new
+    episode with a new seed, as its autoreset mode has it. A failure in a reset is mended within it. At every step
+    observations are checked against their space, and they and rewards for being finite. Where nothing fails, it is
+    `SyncVectorEnv` to the bit.
 
     Args:
         make_envs: a function for each environment; all spaces must be equal.
         step_timeout: seconds that a step or a reset may take; None for no limit.
-        bounds: whether an observation outside the bounds of its space is a fault.
-        restarts: how many are allowed, over all environments; one more fault raises `RestartsSpent`.
+        check_bounds: whether an observation outside the bounds of its space is a fault.
+        max_restarts: how many are allowed, over all environments; one more fault raises `RestartsExhaustedError`.
 
     Attributes:
-        faults: every `Fault` so far, for whoever wants to note and clear them; `restarted` counts on, for each row.
+        faults: every `EnvFault` so far, for whoever wants to note and clear them; `num_restarts` counts on, for each row.
         seeds: what each row was last reset with.
 
     Raises:
@@ -114,7 +115,9 @@ class FaultTolerantVectorEnv(ExactInfos, VectorEnv):
     ) -> None:
         self._owner_pid: int | None = None  # until there is something to close
         if not hasattr(os, "fork"):
-            raise RequestError("vectorization is 'supervised', which needs fork, and this system has none: use async")
+            raise RequestError(
+                "vectorization is 'fault_tolerant', which needs fork, and this system has none: use async"
+            )
         description = run_in_fork(lambda: _describe_env(make_envs[0]), "env 0", seconds=START_SECONDS)
         try:
             list(leaf_spaces(description["observation_space"]))
@@ -389,7 +392,8 @@ def run_in_fork(function: Callable[[], Any], subject: str, *, seconds: float | N
     """What a function returns in a process of its own, a fork of this one, which is ended in any case.
 
     Raises:
-        RequestError: it raised that; or, with `who` in front: it raised anything else, took longer, or ended its process.
+        RequestError: it raised that; or, with `subject` in front: it raised anything else, took longer, or ended its
+            process.
     """
     parent_pipe, child_pipe = Pipe()
 
@@ -657,7 +661,7 @@ def _describe_error(error: BaseException) -> _Failure:
 
 
 def _fork(target: Callable[[], None]) -> int:
-    """A new process that lives through `life` and ends, deaf to SIGINT and SIGTERM, which are the trainer's; its id."""
+    """A new process that lives through `target` and ends, deaf to SIGINT and SIGTERM, which are the trainer's; its id."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.flush()  # or it would be written twice

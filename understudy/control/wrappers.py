@@ -39,7 +39,7 @@ class ClippedObservation(gymnasium.ObservationWrapper):
 
 
 class RewardAccumulator(gymnasium.Wrapper):
-    """Stands below other wrappers and sums the environment's own reward until `take` asks for it."""
+    """Stands below other wrappers and sums the environment's own reward until `pop_total` asks for it."""
 
     def __init__(self, env: gymnasium.Env) -> None:
         super().__init__(env)
@@ -60,7 +60,7 @@ class EvaluationWrapper(gymnasium.Wrapper):
     """Gives the environment's own reward, whatever wrappers make of it, and truncates an episode after `max_steps`.
 
     Attributes:
-        cut: the numbers of the episodes that were ended so.
+        truncated_episodes: the numbers of the episodes that were ended so.
     """
 
     def __init__(self, env: gymnasium.Env, accumulator: RewardAccumulator, max_steps: int) -> None:

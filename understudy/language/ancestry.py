@@ -57,8 +57,8 @@ def collect_links(cfg: Any, recipe: str) -> list[dict[str, Any]]:
                 links.append(make_link(role, file))
     if (reply := getattr(cfg, "reply", None)) and (file := Path(str(reply).rpartition(":")[0])).is_file():
         links.append(make_link("reply", file))
-    if cfg.template and len(cfg.template) < 1000 and Path(cfg.template).is_file():
-        links.append(make_link("template", Path(cfg.template)))
+    if cfg.chat_template and len(cfg.chat_template) < 1000 and Path(cfg.chat_template).is_file():
+        links.append(make_link("template", Path(cfg.chat_template)))
     return links
 
 
@@ -92,7 +92,7 @@ def check_reference(source: str, reference: Any, policy: Any) -> None:
     """Refuse a reference to whom the ids that a policy says mean other tokens, or none. One without a tokenizer has no say.
 
     Args:
-        given: as the config names it.  reference, policy: each a `Policy`; the latter with its tokenizer.
+        source: as the config names it.  reference, policy: each a `Policy`; the latter with its tokenizer.
 
     Raises:
         RequestError: with the two sizes, or the two digests.

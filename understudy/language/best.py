@@ -20,7 +20,7 @@ def save_if_best(run: TrainingRun, evaluation: dict[str, Any], metric: str) -> N
     writes the same.
 
     Args:
-        found: the evaluation.  by: which of its numbers counts, the higher the better.
+        evaluation: the evaluation.  by: which of its numbers counts, the higher the better.
 
     Raises:
         OSError: the disk refuses.

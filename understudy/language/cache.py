@@ -159,7 +159,7 @@ class KVCache:
         return output.last_hidden_state[:, 0]
 
     def compact(self, source_slots: Tensor, destination_slots: Tensor, num_slots: int) -> None:
-        """Go on with the first `count` slots alone, some of which give their places to others behind them."""
+        """Go on with the first `num_slots` slots alone, some of which give their places to others behind them."""
         for layer in self.layers:
             layer.compact(source_slots, destination_slots, num_slots)
         self.length, self.mask = (
@@ -168,6 +168,6 @@ class KVCache:
 
 
 def _compact(rows: Tensor, source_rows: Tensor, destination_rows: Tensor, num_rows: int) -> Tensor:
-    """The first `count` of the rows, the moved ones among them."""
+    """The first `num_rows` of the rows, the moved ones among them."""
     rows[destination_rows] = rows[source_rows]
     return rows[:num_rows]

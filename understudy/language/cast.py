@@ -56,7 +56,7 @@ from understudy.score import adapt_kl_reference_coef, handle_truncation, kl_rewa
 
 CONSTRAINT_METRICS = (
     "score_mean",
-    "score_missing",
+    "score_missing_fraction",
     "kl_reference",
     "length_mean",
     "stopped",
@@ -89,7 +89,7 @@ class RLHFModels:
         self._init_critic_from_reward_model()
         self.reference = self._make_reference()
         select_trainable_parameters(self.policy, cfg)
-        name = "fixed_length" if self.has_fixed_length else "max_new"
+        name = "fixed_length" if self.has_fixed_length else "max_new_tokens"
         limit = Limit.of(self.policy.model, cfg.max_length, num_completion_tokens=cfg.limit, field_name=name)
         if limit.max_tokens < 1:
             raise RequestError(f"{name} is {cfg.limit}: the model's context leaves no room for a prompt; lower it")
@@ -154,7 +154,7 @@ class RLHFModels:
                     print(f"understudy: {text}", file=sys.stderr)
 
     def next_pretraining_text(self, num_rows: int) -> TokenBatch | None:
-        """The iteration's rows of pretraining text, `count` of them, if any is mixed in; they come in turn."""
+        """The iteration's rows of pretraining text, `num_rows` of them, if any is mixed in; they come in turn."""
         if not self.pretraining_examples:
             return None
         first = (self.run.iteration + 1) * num_rows
@@ -197,7 +197,7 @@ class RLHFModels:
         policy_ids = [completion.policy_ids for completion in rollout.completions]
         metrics = {
             "score_mean": float(scores.score.nanmean()),
-            "score_missing": float(scores.score.isnan().float().mean()),
+            "score_missing_fraction": float(scores.score.isnan().float().mean()),
             "kl_reference": float(kl.sum() / row_mask.sum().clamp(min=1)),
             "length_mean": sum(map(len, policy_ids)) / len(policy_ids),
             "stopped": sum(completion.stopped for completion in rollout.completions) / len(policy_ids),
@@ -213,7 +213,7 @@ class RLHFModels:
         return metrics
 
     def _write_samples(self, rollout: Rollout, scores: Scores, batch: Batch, reward: Tensor, kl: Tensor) -> None:
-        num_samples = min(self.cfg.samples, len(batch))
+        num_samples = min(self.cfg.log_samples, len(batch))
         if not num_samples:
             return
         entropy = self.policy(batch.obs[:num_samples])[0].entropy()
@@ -338,7 +338,7 @@ class RLHFModels:
         if self.cfg.reference_mode == "copy":
             return []
         frozen_names = frozen_parameter_names(self.policy.model, self.cfg.train_layers) if self.cfg.train_layers else ()
-        return [p for name, p in self.policy.model.named_parameters() if self.cfg.lora or name in frozen_names]
+        return [p for name, p in self.policy.model.named_parameters() if self.cfg.lora_rank or name in frozen_names]
 
     def _engine_with_truncation(self, engine: Engine | None) -> Engine | None:
         """The engine given, or our own generation from the likeliest tokens alone, which is one too; None for neither."""
@@ -353,7 +353,7 @@ class RLHFModels:
         ends = (
             self.tokenizer.ends_with_stop_string if self.tokenizer.stop_strings and not self.has_fixed_length else None
         )
-        return partial(generate, max_num_seqs=self.cfg.slots, stop_condition=ends, top_k=top_k, top_p=top_p)
+        return partial(generate, max_num_seqs=self.cfg.max_num_seqs, stop_condition=ends, top_k=top_k, top_p=top_p)
 
     def _make_sampler(self, records: list[Any], engine: Engine | None = None) -> Sampler:
         cfg = self.cfg
@@ -361,10 +361,15 @@ class RLHFModels:
             "limit": cfg.limit,
             "has_fixed_length": self.has_fixed_length,
             "seed": cfg.seed,
-            "max_num_seqs": cfg.slots,
+            "max_num_seqs": cfg.max_num_seqs,
         }
         return Sampler(
-            records, self.tokenizer, **options, reply_function=self.reply_function, max_turns=cfg.turns, engine=engine
+            records,
+            self.tokenizer,
+            **options,
+            reply_function=self.reply_function,
+            max_turns=cfg.max_turns,
+            engine=engine,
         )
 
     def _load_pretraining_examples(self) -> list[Example]:
@@ -400,7 +405,7 @@ def open_rlhf_run(
     """A run with everybody in place: preflight checked, digests written, judges closed at the end."""
     if resume is None:
         check_effects(cfg, cfg.needs())
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.num_threads)
     seed_shared_generators(cfg.seed)  # a fresh value head is drawn by torch's own
     models = RLHFModels(cfg, engine)
     try:
@@ -411,7 +416,9 @@ def open_rlhf_run(
         function_state.set_states(models, states)  # preflight's calls are none of the run's
         not_saved = function_state.unsaved_state_warnings(models)
         models.policy.warnings += not_saved if resume is not None else []  # where it matters it is printed
-        with stage.open_run(recipe, cfg, models.policy, models.optimizer, total_steps=cfg.steps, resume=resume) as run:
+        with stage.open_run(
+            recipe, cfg, models.policy, models.optimizer, total_steps=cfg.total_tokens, resume=resume
+        ) as run:
             models.run, run.constraints = run, models.constraints
             run.function_states = partial(function_state.save, models)
             if resume is not None and resume.checkpoint is not None:
@@ -467,14 +474,14 @@ def off_policy_weights(
     trajectory = rollout.trajectory
     if cfg.off_policy == "none":
         return rollout, torch.ones_like(trajectory.behavior_logprob), {}
-    old_logprob = forward_in_chunks(policy, trajectory.obs, cfg.micro)[0].log_prob(trajectory.action)
+    old_logprob = forward_in_chunks(policy, trajectory.obs, cfg.micro_batch_size)[0].log_prob(trajectory.action)
     options = {"ratio": cfg.off_policy_ratio, "low": cfg.off_policy_low, "high": cfg.off_policy_high}
     weight = importance_weight(
         old_logprob, trajectory.behavior_logprob, trajectory.mask, mode=cfg.off_policy, **options
     )
     metrics = {
-        "weight_mean": float(masked_mean(weight, trajectory.mask)),
-        "weight_effective": float(effective_sample_fraction(weight, trajectory.mask)),
+        "importance_weight_mean": float(masked_mean(weight, trajectory.mask)),
+        "effective_sample_fraction": float(effective_sample_fraction(weight, trajectory.mask)),
         "kl_sampler": float(masked_mean(trajectory.behavior_logprob - old_logprob, trajectory.mask)),
     }
     return replace(rollout, trajectory=replace(trajectory, behavior_logprob=old_logprob)), weight, metrics
@@ -510,7 +517,7 @@ def compute_rewards(
         if reference_coef
         else replace(trajectory.obs, mask=mask & _rows_read_by_reference(len(mask), cfg)[:, None].to(mask.device))
     )
-    reference_distribution = forward_in_chunks(reference, reference_tokens, cfg.micro)
+    reference_distribution = forward_in_chunks(reference, reference_tokens, cfg.micro_batch_size)
     reward = reward_at_last_step(score, mask)
     if cfg.kl_reference == "reward":
         reward = reward + kl_reward(
@@ -526,7 +533,7 @@ def _rows_read_by_reference(num_rows: int, cfg: RolloutConfig) -> Tensor:
     """
     needs_all_rows = cfg.kl_reference_target or cfg.constraint
     return torch.arange(num_rows) < (
-        num_rows if needs_all_rows else max(cfg.samples, -(-num_rows // REFERENCE_ROW_DIVISOR))
+        num_rows if needs_all_rows else max(cfg.log_samples, -(-num_rows // REFERENCE_ROW_DIVISOR))
     )
 
 
@@ -535,7 +542,7 @@ def next_reference_coef(coef: float, kl: float, cfg: RolloutConfig) -> float:
     if not cfg.kl_reference_target:
         return coef
     target, horizon = cfg.kl_reference_target, cfg.kl_reference_horizon
-    return adapt_kl_reference_coef(coef, kl, target=target, num_rows=cfg.rows, horizon=horizon)
+    return adapt_kl_reference_coef(coef, kl, target=target, num_rows=cfg.completions_per_iteration, horizon=horizon)
 
 
 def reference_kl_penalty(coef: float, cfg: RolloutConfig) -> ReferenceKLPenalty | None:

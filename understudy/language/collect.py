@@ -36,9 +36,9 @@ class Sampler:
 
     Args:
         limit: tokens a completion may have.
-        endless: there is no end but the limit; reaching it terminates.
-        slots: rows continued at a time.
-        reply: who speaks after each of the policy's turns, up to `turns` of them; None for one turn.
+        has_fixed_length: there is no end but the limit; reaching it terminates.
+        max_num_seqs: rows continued at a time.
+        reply_function: who speaks after each of the policy's turns, up to `max_turns` of them; None for one turn.
         engine: who samples in `collect`, in place of our own generation.
     """
 
@@ -68,7 +68,8 @@ class Sampler:
         return len(self.prompts)
 
     def collect(self, policy: Policy, prompt_indices: Sequence[int], *, first_row: int) -> Rollout:
-        """Answers to the prompts of these numbers. `first` is the first row's number in the run; the others follow it."""
+        """Answers to the prompts of these numbers. `first_row` is the first row's number in the run; the others
+        follow it."""
         row_numbers = range(first_row, first_row + len(prompt_indices))
         seeds = [derive_seed(self.seed, "sample", row) for row in row_numbers]
         return replace(self.sample(policy, prompt_indices, seeds, engine=self.engine), row_numbers=row_numbers)

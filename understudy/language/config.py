@@ -80,11 +80,11 @@ class Config:
     """Which split of a datasets name or directory is read."""
     columns: tuple[str, ...] = ()
     """Names in the data for ours, each ours=theirs: prompt=question."""
-    steps: NonNegativeInt = 0
+    total_tokens: NonNegativeInt = 0
     """Tokens chosen (or learned from) in all; 0 for what `epochs` or the recipe's default come to."""
     seed: NonNegativeInt = 0
     """Seed of everything: weights, samples, order."""
-    out: str | None = None
+    output_dir: str | None = None
     """Directory of the run; runs/NAME-N by default."""
     held_out: NonNegativeInt = 64
     """Rows kept for evaluation, at most a quarter of the data, chosen by their content alone."""
@@ -92,7 +92,7 @@ class Config:
     """Rows to evaluate on, in a file like data, instead of rows held out; all of data is then learned from."""
     stop: tuple[str, ...] = ()
     r"""Tokens (text or ids) or longer texts that end a completion; a flag's \n is a line's end; default: the model's."""
-    template: str | None = None
+    chat_template: str | None = None
     """Jinja chat template, or its file, instead of the tokenizer's own."""
     add_bos: bool = False
     """Begin text with BOS even where the tokenizer adds none of itself; saved with the tokenizer."""
@@ -102,12 +102,12 @@ class Config:
     """A row that is longer: refused, left out, or cut at its beginning where an answer follows; how many is said."""
     device: str = "cpu"
     """Torch device."""
-    threads: Threads = 1
+    num_threads: Threads = 1
     """Torch threads; small models are fastest with one or two."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of parameters and activations; logits and losses are float32. AdamW keeps float32 copies of bfloat16 parameters that
     learn: 12 bytes each."""
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: slower, less memory."""
     trust_remote_code: bool = False
     """Run code that comes with a model or tokenizer (auto_map); without it such a model is refused."""
@@ -126,7 +126,7 @@ class Config:
     """AdamW's weight decay."""
     max_grad_norm: PositiveFloat = 1.0
     """Bound on the gradient's norm."""
-    micro: NonNegativeInt = 0
+    micro_batch_size: NonNegativeInt = 0
     """Rows a single forward pass sees; 0 for a whole minibatch."""
 
     evaluate_every: NonNegativeInt = 0
@@ -176,27 +176,32 @@ class Config:
 class FineTuningConfig(Config):
     """Fields of every recipe that ends with a policy: how much of it learns."""
 
-    lora: NonNegativeInt = 0
+    lora_rank: NonNegativeInt = 0
     """Rank of a low-rank adapter that learns in place of the model's own weights; 0 for off."""
     lora_alpha: Annotated[float, Range(0, 1_000_000, exclude_low=True)] = 32.0
     """Its scale: what it says counts alpha / rank."""
-    lora_targets: tuple[str, ...] = ()
+    lora_target_modules: tuple[str, ...] = ()
     """Linear layers that get one, by their last names (q_proj v_proj); all of the trunk's by default."""
     train_layers: NonNegativeInt = 0
     """Layers that learn, counted from the top, with the norm behind them; embeddings and head stand still. 0 for all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lora and self.train_layers:
+        if self.lora_rank and self.train_layers:
             raise RequestError(
-                f"train_layers is {self.train_layers} beside lora {self.lora}: an adapter learns in place of the layers; "
+                f"train_layers is {self.train_layers} beside lora_rank {self.lora_rank}: an adapter learns in "
+                "place of the layers; "
                 "leave one of them out"
             )
 
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
-            (self.lora > 0, "lora_alpha lora_targets", "has no effect without an adapter: give lora a rank"),
+            (
+                self.lora_rank > 0,
+                "lora_alpha lora_target_modules",
+                "has no effect without an adapter: give lora_rank a rank",
+            ),
         ]
 
 
@@ -204,7 +209,7 @@ class FineTuningConfig(Config):
 class RolloutConfig(FineTuningConfig):
     """Fields of every recipe that lets the policy answer prompts and be paid for it."""
 
-    steps: NonNegativeInt = 200_000
+    total_tokens: NonNegativeInt = 200_000
     """Tokens chosen in all; the run ends at the first iteration boundary at or after it."""
     reward: tuple[str, ...]
     """What is paid: each DIR of a reward model, file.py:function or builtin[:args], optionally *WEIGHT; summed."""
@@ -219,7 +224,7 @@ class RolloutConfig(FineTuningConfig):
     failure always leaves out the row."""
     reply: str | None = None
     """What others say after each turn of the policy, file.py:function: text, ids or messages; None ends the completion."""
-    turns: PositiveInt = 8
+    max_turns: PositiveInt = 8
     """Turns the policy has at most, where there is a reply."""
     constraint: tuple[str, ...] = ()
     """Bounds on a mean over completions: repetition<=0.1, then :hold (default), :warn, :stop or :rollback. Bounded is a part
@@ -230,9 +235,9 @@ class RolloutConfig(FineTuningConfig):
     """How often a run may go back to its last state inside a bound, the learning rate halved, before it stops."""
     reward_timeout: PositiveFloat = 30.0
     """Seconds a file's function may take for a batch."""
-    rows: Size = 64
+    completions_per_iteration: Size = 64
     """Completions an iteration."""
-    max_new: PositiveInt = 64
+    max_new_tokens: PositiveInt = 64
     """Tokens a completion may have."""
     fixed_length: NonNegativeInt = 0
     """Every completion has this many tokens and no other end; 0 for off."""
@@ -242,7 +247,7 @@ class RolloutConfig(FineTuningConfig):
     """Sample from the k likeliest tokens only; 0 for all. It needs off_policy, which weighs what is sampled so."""
     top_p: Annotated[float, Range(0, 1, exclude_low=True)] = 1.0
     """Sample from the fewest likeliest tokens whose probability reaches this; 1 for all. It needs off_policy, too."""
-    slots: Size = 64
+    max_num_seqs: Size = 64
     """Completions continued at a time."""
     reference: str | None = None
     """Directory of the frozen reference; by default the policy as it starts."""
@@ -290,7 +295,7 @@ class RolloutConfig(FineTuningConfig):
     """Completions an evaluation samples; prompts come again where there are fewer."""
     best_by: Literal["none", "score", "gold"] = "none"
     """Which mean of the evaluations decides the policy that RUN/best holds; none for no such directory."""
-    samples: NonNegativeInt = 4
+    log_samples: NonNegativeInt = 4
     """Completions an iteration keeps under samples/, token by token."""
     preflight: bool = True
     """Check before the first step that sampler, trainer, reference and reward agree."""
@@ -305,7 +310,7 @@ class RolloutConfig(FineTuningConfig):
             raise RequestError("too_long is 'cut': a judge would read a prompt that the policy did not; use skip")
         if self.reply is not None and self.fixed_length:
             raise RequestError(
-                f"fixed_length is {self.fixed_length}: without a stop no turn ends; give max_new instead"
+                f"fixed_length is {self.fixed_length}: without a stop no turn ends; give max_new_tokens instead"
             )
         if self.off_policy_low > self.off_policy_high:
             raise RequestError(
@@ -334,7 +339,7 @@ class RolloutConfig(FineTuningConfig):
         has_reference_kl, has_kl_target = self.kl_reference_coef > 0, self.kl_reference_target > 0
         return [
             *super().needs(),
-            (self.reply is not None, "turns", "has no effect without a reply: name one in reply"),
+            (self.reply is not None, "max_turns", "has no effect without a reply: name one in reply"),
             (self.trust_region_kl > 0, "trust_region_fraction", "has no effect without a bound: set trust_region_kl"),
             (self.evaluate_every > 0, "best_by", "has no effect on one evaluation at the end: set evaluate_every"),
             (has_several_terms, "missing_score", "has no effect on one reward: name several"),
@@ -354,14 +359,14 @@ class RolloutConfig(FineTuningConfig):
                 "has no effect without a file.py:function: name one in reward, gold or reply",
             ),
             (
-                self.fixed_length <= self.max_new,
-                "max_new",
+                self.fixed_length <= self.max_new_tokens,
+                "max_new_tokens",
                 "has no effect with a longer fixed_length: leave that out",
             ),
             (
                 has_free_length,
                 "truncation truncation_penalty missing_eos_penalty",
-                "has no effect with a fixed_length: give max_new instead",
+                "has no effect with a fixed_length: give max_new_tokens instead",
             ),
             (
                 self.truncation == "penalty",
@@ -407,14 +412,14 @@ class RolloutConfig(FineTuningConfig):
             return ""
         if self.reference is not None:
             return f" beside reference {self.reference!r}, which is a model of its own: leave one of them out"
-        if self.reference_mode == "adapter_off" and not self.lora:
-            return " with lora 0: there is no adapter to switch off; give lora a rank, or leave the mode out"
+        if self.reference_mode == "adapter_off" and not self.lora_rank:
+            return " with lora_rank 0: there is no adapter to switch off; give lora_rank a rank, or leave the mode out"
         if self.reference_mode == "frozen_top" and not self.train_layers:
-            layers = "the adapter changes every layer" if self.lora else "every layer learns"
+            layers = "the adapter changes every layer" if self.lora_rank else "every layer learns"
             return f" with train_layers 0: {layers}; give train_layers a number, or leave the mode out"
         return ""
 
     @property
     def limit(self) -> int:
         """Tokens a completion may have."""
-        return self.fixed_length or self.max_new
+        return self.fixed_length or self.max_new_tokens

@@ -152,7 +152,7 @@ def convert_rows(
     text_columns: tuple[str, ...],
     other_columns: tuple[str, ...] = (),
 ) -> list[Any]:
-    """`one` of every row and its number, once its cells are there; all of `texts` chat, or all of them text."""
+    """`convert` of every row and its number, once its cells are there; all of `text_columns` chat, or all of them text."""
     _check_columns(rows, (*text_columns, *other_columns))
     records, is_chat = [], bool(text_columns) and isinstance(rows[0].get(text_columns[0]), list)
     for number, row in enumerate(rows, 1):

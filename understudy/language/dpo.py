@@ -43,15 +43,15 @@ class Config(config.FineTuningConfig):
 
     learning_rate: LearningRate = 1e-5
     """AdamW's step size after the warm-up."""
-    epochs: PositiveInt = 1
+    num_epochs: PositiveInt = 1
     """Passes over the data."""
-    minibatch_rows: PositiveInt = 16
+    batch_size: PositiveInt = 16
     """Pairs an optimizer step sees; the last of an epoch may have fewer."""
-    form: Literal["sigmoid", "ipo"] = "sigmoid"
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"
     """The loss: DPO's own, or IPO's squared one."""
-    kl_reference_coef: PositiveFloat = 0.1
+    beta: PositiveFloat = 0.1
     """How dear it is to leave the reference (DPO's beta)."""
-    smoothing: UnitInterval = 0.0
+    label_smoothing: UnitInterval = 0.0
     """Share of labels taken to be wrong (cDPO); for sigmoid."""
     reference: str | None = None
     """Directory of the frozen reference; by default the policy as it starts."""
@@ -59,13 +59,13 @@ class Config(config.FineTuningConfig):
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
-            (self.steps == 0, "epochs", "has no effect beside a number of steps: leave steps out"),
+            (self.total_tokens == 0, "num_epochs", "has no effect beside a number of tokens: leave total_tokens out"),
             (
                 self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
                 "has no effect without rows to evaluate on: make held_out more than 0",
             ),
-            (self.form == "sigmoid", "smoothing", "has no effect with IPO's loss: make form sigmoid"),
+            (self.loss_type == "sigmoid", "label_smoothing", "has no effect with IPO's loss: make loss_type sigmoid"),
         ]
 
 
@@ -73,7 +73,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.num_threads)
     seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
     train_pairs, held_out_pairs = load_preferences(policy, cfg)
@@ -83,13 +83,15 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     )
     select_trainable_parameters(policy, cfg)
     objective = make_objective(cfg)
-    total_tokens = cfg.epochs * sum(map(num_tokens, train_pairs))
+    total_tokens = cfg.num_epochs * sum(map(num_tokens, train_pairs))
     optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
-    with stage.open_run("dpo", cfg, policy, optimizer, total_steps=cfg.steps or total_tokens, resume=resume) as run:
+    with stage.open_run(
+        "dpo", cfg, policy, optimizer, total_steps=cfg.total_tokens or total_tokens, resume=resume
+    ) as run:
         stage.check_reference_digest(run.run, reference_digest)
         while run.is_active:
             learning_rate = run.update_learning_rate()
-            indices = run.next_minibatch(len(train_pairs), cfg.minibatch_rows)
+            indices = run.next_minibatch(len(train_pairs), cfg.batch_size)
             pairs = collate([train_pairs[i] for i in indices], reference_logprobs["train"][indices]).to(cfg.device)
             run.steps += sum(num_tokens(train_pairs[i]) for i in indices)
             metrics = update(  # 5 update
@@ -100,7 +102,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
                 num_epochs=1,
                 num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
+                micro_batch_size=cfg.micro_batch_size or None,
                 on_nonfinite=run.guard,
                 generator=run.shuffle_generator,
             )
@@ -119,7 +121,7 @@ def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
 
 def make_objective(cfg: Config) -> Callable[[Any, PreferencePairs], Losses]:
     """The objective that the config describes."""
-    return partial(dpo_loss, beta=cfg.kl_reference_coef, label_smoothing=cfg.smoothing, loss_type=cfg.form)
+    return partial(dpo_loss, beta=cfg.beta, label_smoothing=cfg.label_smoothing, loss_type=cfg.loss_type)
 
 
 def load_preferences(policy: Policy, cfg: Config) -> tuple[list[Preference], list[Preference]]:
@@ -216,7 +218,7 @@ def evaluate_preferences(
     metrics = {name: torch.cat([values[name] for values in batch_metrics]) for name in batch_metrics[0]}
     cluster = cluster_ids(list(map(stage.preference_split_key, data)))
     accuracy, low, high = fraction_interval(metrics["accuracy"][:, 0].cpu(), cluster)
-    names = ("loss", "margin", "chosen_gain", "rejected_gain")
+    names = ("loss", "margin", "chosen_logratio", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}
     chosen_is_longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
     baseline = sum(chosen_is_longer) / len(chosen_is_longer)

@@ -104,8 +104,8 @@ def explain_ended_worse(metrics: Mapping[str, Any], *, kl_reference_target: floa
     their distinct 4-grams where they are long enough to have some, are less than half of the reference's.
 
     Args:
-        line: metrics with `evaluation_...`, as in the last line of metrics.jsonl.
-        kl_target: `kl_reference_target`, nats a completion; 0 for none.
+        metrics: metrics with `evaluation_...`, as in the last line of metrics.jsonl.
+        kl_reference_target: `kl_reference_target`, nats a completion; 0 for none.
     """
     present = {name: x for name, x in metrics.items() if x is not None and x == x}  # nan, in JSON null: equal scores
     evaluation = {name.removeprefix("evaluation_"): x for name, x in present.items() if name.startswith("evaluation_")}

@@ -21,7 +21,7 @@ class FilteredRecords(list[Record]):
     """The records of rows that the context holds, in their order, and how many rows are not among them, or not whole.
 
     Attributes:
-        cut: rows that lost their beginning.  skipped: rows left out for their length.  equal: pairs of equals, left out.
+        num_cut: rows that lost their beginning.  skipped: rows left out for their length.  equal: pairs of equals, left out.
         notes: what else is to be known about how the data were read.
     """
 
@@ -48,8 +48,10 @@ class Limit(NamedTuple):
     reason: str
 
     @classmethod
-    def of(cls, model: Any, max_length: int, *, num_completion_tokens: int = 0, field_name: str = "max_new") -> Limit:
-        """The lower of max_length and what a model's context leaves beside a completion, whose field is `name`."""
+    def of(
+        cls, model: Any, max_length: int, *, num_completion_tokens: int = 0, field_name: str = "max_new_tokens"
+    ) -> Limit:
+        """The lower of max_length and what a model's context leaves beside a completion, whose field is `field_name`."""
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is None or max_length <= context - num_completion_tokens:
             context_text = "" if context is None else f" (the model reads {context})"
@@ -106,7 +108,7 @@ class RecordBuilder:
         return tokenizer
 
     def count_tokens_to_cut(self, name: str, ids: list[int], max_cut: int) -> int | None:
-        """Tokens that a row loses at its beginning, at most `spare`; None for a row that is left out."""
+        """Tokens that a row loses at its beginning, at most `max_cut`; None for a row that is left out."""
         if (excess := len(ids) - self.limit.max_tokens) <= 0:
             return 0
         if self.too_long == "refuse":

@@ -96,16 +96,16 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> list[Completion]:
-    """Continue each prompt until a stop id, until it `ends`, or for `limit` tokens.
+    """Continue each prompt until a stop id, until `stop_condition` says so, or for `limit` tokens.
 
     Args:
         prompts: token ids, each at least one.
         seeds: one a prompt; equal seeds, prompts and parameters give equal completions, whoever the neighbours.
         starts: how many of its `limit` tokens each prompt already holds, at its end; none by default. A token's randomness
             hangs on its seed and its place, so a completion that is taken up again goes on as it would have.
-        ends: asked after each token whether it was the last, as `Tokenizer.at_stop_string` says it.
+        stop_condition: asked after each token whether it was the last, as `Tokenizer.ends_with_stop_string` says it.
         sample: draw from the policy at its temperature; otherwise its likeliest token.
-        slots: how many rows are continued at a time.
+        max_num_seqs: how many rows are continued at a time.
         top_k, top_p: draw from the likeliest tokens only, as `truncate` says it. The log-probs are those of the truncated
             distribution, so they are above the policy's own by -log of the probability that was kept.
 
@@ -348,7 +348,7 @@ def _generate_by_hugging_face(
 
 
 def _stopping_criterion(stop_condition: StopCondition, prompt_length: int, ids: Tensor, _: Any, **__: Any) -> Tensor:
-    """`ends` as one of Hugging Face's stopping criteria, of one row whose prompt has `start` tokens."""
+    """`stop_condition` as one of Hugging Face's stopping criteria, of one row whose prompt has `prompt_length` tokens."""
     row = ids[0].tolist()
     return torch.tensor([stop_condition(row[:prompt_length], row[prompt_length:])], device=ids.device)
 
@@ -370,7 +370,7 @@ def build_trajectory(
     stands between its choices, masked: one episode, whose end is at its last choice.
 
     Args:
-        endless: the task has no end but the limit, so reaching it terminates.
+        has_fixed_length: the task has no end but the limit, so reaching it terminates.
     """
     lengths = [len(p) + len(c.ids) for p, c in zip(prompts, completions, strict=True)]
     shape = len(lengths), max(lengths)

@@ -38,13 +38,18 @@ OBJECTIVES = {"grpo": grpo, "gspo": gspo, "cispo": cispo}
 
 @dataclass(frozen=True, kw_only=True)
 class Config(config.RolloutConfig):
-    """GRPO on prompts. Dr. GRPO: scale off, aggregate budget. DAPO: clip_high 0.28, aggregate step, resample, overlong."""
+    """GRPO on prompts. Dr. GRPO: scale_by_std off, loss_aggregation token_sum_over_budget.
 
-    group: PositiveInt = 8
+    DAPO: clip_high 0.28, loss_aggregation token_mean, dynamic_sampling_rounds, overlong.
+    """
+
+    group_size: PositiveInt = 8
     """Answers to each prompt; rows / group prompts an iteration."""
-    scale: bool = True
+    scale_by_std: bool = True
     """Divide by the group's standard deviation; off for Dr. GRPO."""
-    aggregate: Literal["row", "step", "budget"] = "row"
+    loss_aggregation: Literal["sequence_mean_token_mean", "token_mean", "token_sum_over_budget"] = (
+        "sequence_mean_token_mean"
+    )
     """What weighs the same: every row (GRPO), every token (DAPO), or a token as one of limit (Dr. GRPO)."""
     objective: Literal["grpo", "gspo", "cispo"] = "grpo"
     """Ratio a token, clipped; ratio a row, clipped (GSPO); clipped weight on every token (CISPO)."""
@@ -52,15 +57,15 @@ class Config(config.RolloutConfig):
     """How far the ratio may go below 1 before it is clipped."""
     clip_high: NonNegativeFloat = 0.0
     """How far it may go above 1; 0 for the same as clip (DAPO: 0.28)."""
-    epochs: PositiveInt = 1
+    num_epochs: PositiveInt = 1
     """Passes over the record."""
-    minibatches: PositiveInt = 1
+    num_minibatches: PositiveInt = 1
     """Optimizer steps a pass."""
     target_kl: NonNegativeFloat = 0.0
     """End the update before a minibatch whose KL(old, new) is above this, in nats a token; 0 for off."""
     entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus."""
-    resample: NonNegativeInt = 0
+    dynamic_sampling_rounds: NonNegativeInt = 0
     """How often prompts whose answers all score the same are replaced by others (DAPO's dynamic sampling)."""
     overlong: NonNegativeInt = 0
     """Tokens before the limit over which a completion is charged, up to 1 at the limit (DAPO); 0 for off."""
@@ -71,37 +76,46 @@ class Config(config.RolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.group < 2 or self.rows % self.group:
-            raise RequestError(f"group is {self.group}: must be 2 or more, and rows ({self.rows}) a multiple of it")
+        if self.group_size < 2 or self.completions_per_iteration % self.group_size:
+            raise RequestError(
+                f"group_size is {self.group_size}: must be 2 or more, and completions_per_iteration "
+                f"({self.completions_per_iteration}) a multiple of it"
+            )
         if self.truncation == "bootstrap":
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
-        if self.objective == "gspo" and self.aggregate != "row":
-            raise RequestError(f"aggregate is {self.aggregate!r}: GSPO's ratio is a row's; use aggregate row")
+        if self.objective == "gspo" and self.loss_aggregation != "sequence_mean_token_mean":
+            raise RequestError(
+                f"loss_aggregation is {self.loss_aggregation!r}: GSPO's ratio is a row's; use sequence_mean_token_mean"
+            )
 
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
             (
-                self.epochs * self.minibatches > 1,
+                self.num_epochs * self.num_minibatches > 1,
                 "target_kl",
-                "has no effect on a single step: raise epochs or minibatches",
+                "has no effect on a single step: raise num_epochs or num_minibatches",
             ),
             (
                 not self.fixed_length,
                 "overlong",
-                "has no effect where every completion has the same length: give max_new instead",
+                "has no effect where every completion has the same length: give max_new_tokens instead",
             ),
             (
                 False,
                 "whiten_rewards",
-                "scales rewards token by token, where GRPO compares whole completions: use scale",
+                "scales rewards token by token, where GRPO compares whole completions: use scale_by_std",
             ),
         ]
 
 
 def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
-    loss_weights = {"row": per_row, "step": per_step, "budget": partial(per_budget, budget=cfg.limit)}[cfg.aggregate]
+    loss_weights = {
+        "sequence_mean_token_mean": per_row,
+        "token_mean": per_step,
+        "token_sum_over_budget": partial(per_budget, budget=cfg.limit),
+    }[cfg.loss_aggregation]
     with open_rlhf_run("grpo", cfg, engine, resume=resume) as (run, models):
         policy, recipe_state = models.policy, run.recipe_state
         recipe_state.setdefault("kl_reference_coef", cfg.kl_reference_coef)
@@ -114,9 +128,14 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             trajectory, reward, reference_distribution = compute_rewards(
                 rollout, score, models.reference, reference_coef, cfg
             )  # 2 score
-            group_index = torch.arange(cfg.rows, device=policy.device) // cfg.group  # 3 value: what the group scores
+            group_index = (
+                torch.arange(cfg.completions_per_iteration, device=policy.device) // cfg.group_size
+            )  # 3 value: what the group scores
             advantage = group_advantage(
-                episode_score(reward, trajectory.mask), group_index, trajectory.mask.any(dim=1), scale_by_std=cfg.scale
+                episode_score(reward, trajectory.mask),
+                group_index,
+                trajectory.mask.any(dim=1),
+                scale_by_std=cfg.scale_by_std,
             )
             batch = Batch.of(  # 4 advantage: better or worse than the others of the group
                 trajectory,
@@ -127,17 +146,17 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
                 reference=reference_distribution
                 if cfg.kl_reference == "exact"
                 else reference_distribution.log_prob(trajectory.action),
-                pretraining_text=models.next_pretraining_text(cfg.rows),
+                pretraining_text=models.next_pretraining_text(cfg.completions_per_iteration),
             )
             metrics = update(  # 5 update
                 policy,
                 models.optimizer,
                 batch,
                 make_objective(cfg, reference_coef),
-                num_epochs=cfg.epochs,
-                num_minibatches=cfg.minibatches,
+                num_epochs=cfg.num_epochs,
+                num_minibatches=cfg.num_minibatches,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
+                micro_batch_size=cfg.micro_batch_size or None,
                 loss_weights=loss_weights,
                 on_minibatch=make_kl_early_stopping(cfg.target_kl),
                 on_nonfinite=run.guard,
@@ -149,7 +168,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             metrics |= {
                 "kl_reference_coef": reference_coef,
                 "learning_rate": learning_rate,
-                "groups_equal": groups_without_signal,
+                "groups_without_signal": groups_without_signal,
             } | off_policy_metrics
             if metrics["optimizer_steps"]:
                 recipe_state["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
@@ -170,23 +189,23 @@ def sample_groups(run: TrainingRun, models: RLHFModels, cfg: Config) -> tuple[Ro
     With `resample`, such groups are replaced, at most that many times; what is then still missing is filled with them.
     Rows and tokens of all rounds are counted, also of groups that are not learned from.
     """
-    num_groups, informative_groups, uninformative_groups = cfg.rows // cfg.group, [], []
+    num_groups, informative_groups, uninformative_groups = cfg.completions_per_iteration // cfg.group_size, [], []
     num_sampled = 0
-    for _ in range(cfg.resample + 1):
+    for _ in range(cfg.dynamic_sampling_rounds + 1):
         first_row, num_missing = run.rows, num_groups - len(informative_groups)
-        prompt_indices = run.next_rows(len(models.sampler), num_missing, num_repeats=cfg.group)
+        prompt_indices = run.next_rows(len(models.sampler), num_missing, num_repeats=cfg.group_size)
         rollout = models.sampler.collect(models.policy, prompt_indices, first_row=first_row)
         run.steps += int(rollout.trajectory.mask.sum())
         scores = models.score_completions(rollout)
         constrained_score = models.subtract_constraint_costs(scores)
         num_sampled += num_missing
         for group_number in range(num_missing):
-            rows = slice(group_number * cfg.group, (group_number + 1) * cfg.group)
+            rows = slice(group_number * cfg.group_size, (group_number + 1) * cfg.group_size)
             group_score = constrained_score[rows]
             valid_score = group_score[~group_score.isnan()]
             is_uninformative = len(valid_score) < 2 or bool((valid_score == valid_score[0]).all())
             (uninformative_groups if is_uninformative else informative_groups).append((rollout, scores, rows))
-        if not cfg.resample:
+        if not cfg.dynamic_sampling_rounds:
             return rollout, scores, len(uninformative_groups) / num_sampled
         if len(informative_groups) == num_groups:
             break

@@ -205,7 +205,7 @@ class RewardSum:
 class FunctionReward:
     """A part that asks a function of the user's: a batch at once, and where that fails row by row.
 
-    A row asked by itself has the batch's time limit over the number of rows, or over `HANGS` where that is fewer.
+    A row asked by itself has the batch's time limit over the number of rows, or over `MAX_HANGING_ROWS` where that is fewer.
     """
 
     def __init__(self, asked: InProcess | Worker, spec: str) -> None:

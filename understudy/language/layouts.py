@@ -28,8 +28,9 @@ def convert_layout(
     """Rows with the columns of ShareGPT (`conversations`) and Alpaca (`instruction`, `input`, `output`) under our names.
 
     Args:
-        chat: whether there is a chat template: Alpaca's instructions then are a user's turn, and else a line of text.
-        conversations: our name for the column of ShareGPT; None where it is not wanted.
+        has_chat_template: whether there is a chat template: Alpaca's instructions then are a user's turn, and else a
+            line of text.
+        conversation_column: our name for the column of ShareGPT; None where it is not wanted.
     """
     available, notes = {*column_names(rows)}, []
     source = next((name for name in ("conversations", "conversation") if name in available), None)

@@ -62,7 +62,7 @@ class LayerWeights:
 
 
 class FastLlama:
-    """A trunk of `KNOWN` with its weights laid out anew; for as long as they do not change.
+    """A trunk of `SUPPORTED_MODELS` with its weights laid out anew; for as long as they do not change.
 
     Args:
         few: rows at a time: weights are copied as oneDNN takes them soonest, column by column. Nothing learns through them.
@@ -120,7 +120,7 @@ class FastLlama:
         return torch.cat(stacked, dim=1).flatten(0, 3)
 
     def rotary(self, num_positions: int) -> Tensor:
-        """What turns a head's queries and key at positions below `places`, complex [places, Q + 1, D / 2].
+        """What turns a head's queries and key at positions below `num_positions`, complex [places, Q + 1, D / 2].
 
         The queries' are scaled by 1 / sqrt(D).
         """
@@ -141,10 +141,10 @@ class FastLlama:
 
         Args:
             tokens: [slots].
-            turn: `turning` of each one's position, [slots, Q + 1, D / 2].
-            cache: of every layer; it takes the new key and value and gives all in use.
-            far: what is added to a score, [slots, columns]: 0 where it is seen, else very negative.
-            near: the same for layers that see a window only.
+            rotary_factors: `turning` of each one's position, [slots, Q + 1, D / 2].
+            layer_caches: of every layer; it takes the new key and value and gives all in use.
+            full_mask: what is added to a score, [slots, columns]: 0 where it is seen, else very negative.
+            window_mask: the same for layers that see a window only.
 
         Returns:
             [slots, H].
@@ -198,8 +198,8 @@ class FastLlama:
 
         Args:
             ids: [B, T].
-            needed: how many columns of a row are read, [B].
-            wanted: bool [B, T]: where something is asked; within what is needed.
+            num_columns: how many columns of a row are read, [B].
+            output_mask: bool [B, T]: where something is asked; within what is needed.
         """
         length, position = ids.shape[1], torch.arange(ids.shape[1], device=ids.device)
         prefix_row, prefix_length = _find_shared_prefixes(ids, output_mask)
@@ -303,7 +303,8 @@ def build_fast_llama(trunk: Any, *, for_whole_rows: bool = False) -> FastLlama |
     """A trunk as its parameters now are, in part copied; None where it is not known to be this simple.
 
     Args:
-        whole: for whole rows: not in half precision, and not where activations are to be made again in the backward pass.
+        for_whole_rows: for whole rows: not in half precision, and not where activations are to be made again in the
+            backward pass.
     """
     if not _is_supported(trunk):
         return None
@@ -360,7 +361,7 @@ def _group_rows_by_length(num_columns: Sequence[int]) -> list[tuple[list[int], i
 def _flat_index(row: Tensor, column: Tensor, row_offset: Tensor, row_width: Tensor, num_vectors: int) -> Tensor:
     """Where tokens at these rows and columns stand, flat: [N parts], in that order.
 
-    A row has [parts, width] places, behind those of `begin` columns before it; begin, width [B].
+    A row has [parts, width] places, behind those of `row_offset` columns before it; begin, width [B].
     """
     vector = torch.arange(num_vectors, device=row.device)
     return ((row_offset[row] * num_vectors + column)[:, None] + vector * row_width[row][:, None]).flatten()
@@ -453,7 +454,7 @@ def _scalar(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _RMSNorm(Function):
-    """`_normed`, in three passes backwards."""
+    """`_rms_norm`, in three passes backwards."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:

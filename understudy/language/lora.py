@@ -34,8 +34,9 @@ class Adapter:
     in one parameter have an A and a B each.
 
     Attributes:
-        share: of the entries of the trunk's matrices, embeddings aside, how many belong to a matrix that is adapted.
-        others: the last names of the matrices that are not.
+        adapted_fraction: of the entries of the trunk's matrices, embeddings aside, how many belong to a matrix that
+            is adapted.
+        unadapted_names: the last names of the matrices that are not.
     """
 
     def __init__(self, model: Any, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
@@ -79,7 +80,7 @@ class Adapter:
                 inject_adapter_in_model(self.config, model)
             except ValueError as error:
                 raise RequestError(
-                    f"lora_targets is {' '.join(sorted(chosen))!r}, which peft does not adapt "
+                    f"lora_target_modules is {' '.join(sorted(chosen))!r}, which peft does not adapt "
                     f"({' '.join(str(error).split())[:160]}): name others"
                 ) from error
         for name, parameter in model.named_parameters():
@@ -228,7 +229,7 @@ def _resolve_targets(targets: tuple[str, ...], names: set[str]) -> set[str]:
     for target in targets:
         if target not in names:
             raise RequestError(
-                f"lora_targets is {target!r}: the model's linear layers are {', '.join(sorted(names))}"
+                f"lora_target_modules is {target!r}: the model's linear layers are {', '.join(sorted(names))}"
                 f"{did_you_mean(target, names)}"
             )
     return set(targets) or names

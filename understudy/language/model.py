@@ -67,13 +67,13 @@ class Policy(nn.Module):
 
     Attributes:
         version: optimizer updates so far; what was sampled carries the version that sampled it.
-        fast: head and trunk give the model's own logits; otherwise the model's forward is used as it is.
-        cached: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples. None until the
-            first prompts were continued both ways.
+        is_head_separable: head and trunk give the model's own logits; otherwise the model's forward is used as it is.
+        uses_own_kv_cache: our key-value cache gives the same log-probs; otherwise Hugging Face's `generate` samples.
+            None until the first prompts were continued both ways.
         tokenizer: its `Tokenizer`, where it has one; saved with it.
-        remarks: what was found out while loading, to be said once.
+        warnings: what was found out while loading, to be said once.
         adapter: the LoRA adapter it learns by, where it has one.
-        frozen: names of the model's parameters that do not learn.
+        frozen_parameter_names: names of the model's parameters that do not learn.
     """
 
     needs_whole_rows = True  # rows are read whole
@@ -115,7 +115,7 @@ class Policy(nn.Module):
                 "top", `critic_layers` layers of its own, begun as copies, on the policy's lower ones.
             critic_init: the value head begins at 0, or at random with standard deviation 1/sqrt(H + 1).
             packing: put several rows into one when reading, so that little is spent on padding.
-            checkpointing: recompute activations in the backward pass (slower, less memory).
+            gradient_checkpointing: recompute activations in the backward pass (slower, less memory).
             trust_remote_code: run code that comes with the model. Without it such a model is refused.
 
         Raises:
@@ -210,12 +210,12 @@ class Policy(nn.Module):
         )
         if not targets and self.adapter.unadapted_names:
             self.warnings.append(
-                f"lora adapts {self.adapter.adapted_fraction:.1%} of the entries of the model's matrices: all but "
+                f"lora_rank adapts {self.adapter.adapted_fraction:.1%} of the entries of the model's matrices: all but "
                 f"{', '.join(self.adapter.unadapted_names)}, which are no linear layers"
             )
 
     def train_top_layers(self, num_layers: int) -> None:
-        """Learn by the top `count` layers, and the norm behind them, from here on."""
+        """Learn by the top `num_layers` layers, and the norm behind them, from here on."""
         self.frozen_parameter_names = frozen_parameter_names(self.model, num_layers)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in self.frozen_parameter_names)
@@ -236,7 +236,7 @@ class Policy(nn.Module):
         stop: str | Sequence[str] = (),
         seed: int = 0,
     ) -> list[list[str]]:
-        """Continue prompts: a list of `count` texts for each. Equal seeds give equal texts.
+        """Continue prompts: a list of `num_completions` texts for each. Equal seeds give equal texts.
 
         Args:
             prompts: a list of prompts, or a single one: text, or a chat as a list of messages.

@@ -59,9 +59,9 @@ class Config(config.RolloutConfig):
     """Bound on the critic's own gradient; 0 for one joint bound."""
     critic_warmup: NonNegativeInt = 0
     """Iterations at the start in which the critic alone learns."""
-    epochs: PositiveInt = 4
+    num_epochs: PositiveInt = 4
     """Passes over the record."""
-    minibatches: PositiveInt = 4
+    num_minibatches: PositiveInt = 4
     """Optimizer steps a pass."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
@@ -73,7 +73,7 @@ class Config(config.RolloutConfig):
     """Surrogate: clipped ratio, or ratio minus kl_coef * KL(old, new), exact."""
     clip: PositiveFloat = 0.2
     """How far the ratio may go from 1 before it is clipped."""
-    kl_coef: NonNegativeFloat = 1.0
+    kl_old_coef: NonNegativeFloat = 1.0
     """Coefficient of KL(old, new) in the penalty objective, initial where it adapts."""
     adaptive_kl_target: NonNegativeFloat = 0.0
     """KL(old, new) in nats a token that an adaptive kl_coef aims at, by doubling and halving; 0 for a fixed one."""
@@ -85,13 +85,15 @@ class Config(config.RolloutConfig):
     """How far the value may go from the old one before its loss is clipped; 0 for off."""
     entropy_coef: NonNegativeFloat = 0.0
     """Coefficient of the entropy bonus."""
-    standardize: Literal["none", "minibatch", "batch"] = "batch"
+    normalize_advantage: Literal["none", "minibatch", "batch"] = "batch"
     """Over what advantages are standardised."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.off_policy != "none" and self.standardize == "minibatch":
-            raise RequestError("standardize is 'minibatch': it would undo the weights of off_policy; use batch or none")
+        if self.off_policy != "none" and self.normalize_advantage == "minibatch":
+            raise RequestError(
+                "normalize_advantage is 'minibatch': it would undo the weights of off_policy; use batch or none"
+            )
 
     def needs(self) -> list[tuple[bool, str, str]]:
         is_clipped, is_penalty = self.objective == "clip", self.objective == "penalty"
@@ -99,17 +101,21 @@ class Config(config.RolloutConfig):
             *super().needs(),
             (self.critic == "top", "critic_layers", "has no effect on this critic: make critic top"),
             (
-                self.epochs * self.minibatches > 1,
+                self.num_epochs * self.num_minibatches > 1,
                 "target_kl",
-                "has no effect on a single step: raise epochs or minibatches",
+                "has no effect on a single step: raise num_epochs or num_minibatches",
             ),
             (is_clipped, "clip", "has no effect in this objective: make objective clip"),
-            (is_penalty, "kl_coef", "is of KL(old, new) in objective penalty: the reference's is kl_reference_coef"),
+            (
+                is_penalty,
+                "kl_old_coef",
+                "is of KL(old, new) in objective penalty: the reference's is kl_reference_coef",
+            ),
             (is_penalty, "adaptive_kl_target", "has no effect in this objective: make objective penalty"),
             (
-                self.kl_coef > 0,
+                self.kl_old_coef > 0,
                 "adaptive_kl_target",
-                "has no effect on a kl_coef of 0, which stays 0: give kl_coef a value above 0",
+                "has no effect on a kl_old_coef of 0, which stays 0: give kl_old_coef a value above 0",
             ),
         ]
 
@@ -118,13 +124,15 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
     with open_rlhf_run("ppo", cfg, engine, resume=resume) as (run, models):
         policy, recipe_state = models.policy, run.recipe_state
-        recipe_state.setdefault("kl_coef", cfg.kl_coef)
+        recipe_state.setdefault("kl_old_coef", cfg.kl_old_coef)
         recipe_state.setdefault("kl_reference_coef", cfg.kl_reference_coef)
         while run.is_active:
-            kl_old_coef, reference_coef = recipe_state["kl_coef"], recipe_state["kl_reference_coef"]
+            kl_old_coef, reference_coef = recipe_state["kl_old_coef"], recipe_state["kl_reference_coef"]
             learning_rate = run.update_learning_rate()
             rollout = models.sampler.collect(
-                policy, first_row=run.rows, prompt_indices=run.next_rows(len(models.sampler), cfg.rows)
+                policy,
+                first_row=run.rows,
+                prompt_indices=run.next_rows(len(models.sampler), cfg.completions_per_iteration),
             )  # 1 sample
             scores = models.score_completions(rollout)
             rollout, importance_weight, off_policy_metrics = off_policy_weights(policy, rollout, cfg)
@@ -151,11 +159,11 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
                 partial(critic_only, value_clip=cfg.value_clip)
                 if is_critic_warmup
                 else make_objective(cfg, kl_old_coef, reference_coef),
-                num_epochs=cfg.epochs,
-                num_minibatches=cfg.minibatches,
+                num_epochs=cfg.num_epochs,
+                num_minibatches=cfg.num_minibatches,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
-                transform_minibatch=standardize_advantages if cfg.standardize == "minibatch" else None,
+                micro_batch_size=cfg.micro_batch_size or None,
+                transform_minibatch=standardize_advantages if cfg.normalize_advantage == "minibatch" else None,
                 on_minibatch=None if is_critic_warmup else make_kl_early_stopping(cfg.target_kl),
                 on_nonfinite=run.guard,
                 verify=dict if is_critic_warmup else make_trust_region_check(policy, batch, cfg),
@@ -169,9 +177,9 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             metrics |= models.log_rollout(rollout, scores, batch, reward, reference_distribution)
             metrics |= {"kl_reference_coef": reference_coef, "learning_rate": learning_rate} | off_policy_metrics
             if cfg.objective == "penalty":
-                metrics |= {"kl_coef": kl_old_coef, "kl_old": measure_kl_old(policy, batch)}
+                metrics |= {"kl_old_coef": kl_old_coef, "kl_old": measure_kl_old(policy, batch)}
                 if cfg.adaptive_kl_target and was_actor_updated:
-                    recipe_state["kl_coef"] = adapt_kl_old_coef(
+                    recipe_state["kl_old_coef"] = adapt_kl_old_coef(
                         kl_old_coef, metrics["kl_old"], target=cfg.adaptive_kl_target
                     )
             if was_actor_updated:
@@ -191,8 +199,8 @@ def estimate_values(policy: Policy, trajectory: Trajectory, cfg: Config) -> tupl
     """What is kept of the policy that sampled, and V at every column."""
     sampled_tokens = SampledTokens(trajectory.action, trajectory.behavior_logprob)
     if cfg.objective == "clip" and cfg.critic == "separate":  # what the policy says is known, and V needs none of it
-        return sampled_tokens, forward_in_chunks(policy.value, trajectory.obs, cfg.micro)
-    distribution, value = forward_in_chunks(policy, trajectory.obs, cfg.micro)
+        return sampled_tokens, forward_in_chunks(policy.value, trajectory.obs, cfg.micro_batch_size)
+    distribution, value = forward_in_chunks(policy, trajectory.obs, cfg.micro_batch_size)
     return distribution.frozen() if cfg.objective == "penalty" else sampled_tokens, value
 
 
@@ -225,7 +233,7 @@ def compute_advantages(
         "reference": reference,
     }
     batch = Batch.of(trajectory, **fields)
-    return standardize_advantages(batch) if cfg.standardize == "batch" else batch
+    return standardize_advantages(batch) if cfg.normalize_advantage == "batch" else batch
 
 
 def make_objective(cfg: Config, kl_old_coef: float, reference_coef: float) -> Callable[[Any, Batch], Losses]:

@@ -338,7 +338,7 @@ def first_ratio_is_one(context: PreflightContext) -> Finding | None:
     return Finding(
         "first ratio",
         f"the first ratio is e^{gap:.2g} and must be 1",
-        "read with gradient as without, in particular with --no-checkpointing and --no-packing",
+        "read with gradient as without, in particular with --no-gradient-checkpointing and --no-packing",
     )
 
 
@@ -395,7 +395,7 @@ def truncated_fraction(context: PreflightContext) -> Finding | None:
         return None
     return Finding(
         "cut share",
-        f"{num_truncated} of {NUM_ROWS} completions were cut by max_new {context.limit}",
+        f"{num_truncated} of {NUM_ROWS} completions were cut by max_new_tokens {context.limit}",
         "raise it, choose what a cut completion is worth with --truncation, or give --fixed-length N",
         is_fatal=False,
     )
@@ -426,7 +426,9 @@ def reward_varies(context: PreflightContext) -> Finding | None:
     reward_sum, rollout = context.models.reward_sum, context.rollout
     score = reward_sum(rollout.scoring_input).score
     if _all_equal(score):
-        rollout = context.sample(max(NUM_VARIETY_ROWS, context.cfg.rows), context.models.sampler.limit)
+        rollout = context.sample(
+            max(NUM_VARIETY_ROWS, context.cfg.completions_per_iteration), context.models.sampler.limit
+        )
         score = reward_sum(rollout.scoring_input).score
     num_missing, num_rows = int(score.isnan().sum()), len(score)
     term_names = ", ".join(reward_sum.terms)
@@ -445,7 +447,7 @@ def reward_varies(context: PreflightContext) -> Finding | None:
         )
     if num_missing > num_rows / 2:
         cause = f"reward {term_names} gave {num_missing} of {num_rows} completions no score{problem}"
-        return Finding("reward spreads", cause, "mend it; rows without a score teach nothing", is_fatal=False)
+        return Finding("reward spreads", cause, "fix it; rows without a score teach nothing", is_fatal=False)
     return None
 
 

@@ -222,7 +222,7 @@ def _check_noise(model: CheckedModel, text: TokenBatch) -> None:
             raise RequestError(
                 f"{_describe_model(model)}, whose {_random_module_name(model, text)} gives other numbers each "
                 "time it reads the same rows: "
-                "set the rate of its dropout or noise to 0, and leave checkpointing out"
+                "set the rate of its dropout or noise to 0, and leave gradient_checkpointing out"
             )
     finally:
         model.train(mode)

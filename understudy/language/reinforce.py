@@ -36,12 +36,12 @@ from understudy.update import update
 class Config(config.RolloutConfig):
     """One optimizer step an iteration, on what was just sampled: no ratio, nothing to clip."""
 
-    baseline: Literal["none", "moving", "leave_one_out", "whitened"] = "leave_one_out"
+    baseline: Literal["none", "moving", "leave_one_out", "standardize"] = "leave_one_out"
     """What is taken off: nothing; a moving mean of scores; the mean of the group's others (RLOO); the batch's mean and
     deviation (REINFORCE++)."""
-    group: PositiveInt = 4
+    group_size: PositiveInt = 4
     """Answers to each prompt, for leave_one_out."""
-    moving: UnitInterval = 0.9
+    baseline_decay: UnitInterval = 0.9
     """How much of the moving mean stays, an iteration."""
     gamma: UnitInterval = 1.0
     """Discount per token."""
@@ -50,8 +50,13 @@ class Config(config.RolloutConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline == "leave_one_out" and (self.group < 2 or self.rows % self.group):
-            raise RequestError(f"group is {self.group}: must be 2 or more, and rows ({self.rows}) a multiple of it")
+        if self.baseline == "leave_one_out" and (
+            self.group_size < 2 or self.completions_per_iteration % self.group_size
+        ):
+            raise RequestError(
+                f"group_size is {self.group_size}: must be 2 or more, and completions_per_iteration "
+                f"({self.completions_per_iteration}) a multiple of it"
+            )
         if self.truncation == "bootstrap":
             raise RequestError("truncation is 'bootstrap': there is no critic to bootstrap from; use another, or ppo")
 
@@ -59,8 +64,8 @@ class Config(config.RolloutConfig):
         is_leave_one_out, is_moving_mean = self.baseline == "leave_one_out", self.baseline == "moving"
         return [
             *super().needs(),
-            (is_leave_one_out, "group", "has no effect on this baseline: make baseline leave_one_out"),
-            (is_moving_mean, "moving", "has no effect on this baseline: make baseline moving"),
+            (is_leave_one_out, "group_size", "has no effect on this baseline: make baseline leave_one_out"),
+            (is_moving_mean, "baseline_decay", "has no effect on this baseline: make baseline moving"),
             (
                 not is_leave_one_out,
                 "gamma",
@@ -69,14 +74,14 @@ class Config(config.RolloutConfig):
             (
                 not (is_leave_one_out or is_moving_mean),
                 "whiten_rewards",
-                "scales rewards token by token, where this baseline is of whole completions: take whitened or none",
+                "scales rewards token by token, where this baseline is of whole completions: take standardize or none",
             ),
         ]
 
 
 def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them. An `engine` of one's own may sample."""
-    group_size = cfg.group if cfg.baseline == "leave_one_out" else 1
+    group_size = cfg.group_size if cfg.baseline == "leave_one_out" else 1
     with open_rlhf_run("reinforce", cfg, engine, resume=resume) as (run, models):
         policy, recipe_state = models.policy, run.recipe_state
         recipe_state.setdefault("kl_reference_coef", cfg.kl_reference_coef)
@@ -86,7 +91,9 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             rollout = models.sampler.collect(
                 policy,
                 first_row=run.rows,
-                prompt_indices=run.next_rows(len(models.sampler), cfg.rows // group_size, num_repeats=group_size),
+                prompt_indices=run.next_rows(
+                    len(models.sampler), cfg.completions_per_iteration // group_size, num_repeats=group_size
+                ),
             )  # 1 sample
             scores = models.score_completions(rollout)
             rollout, importance_weight, off_policy_metrics = off_policy_weights(policy, rollout, cfg)
@@ -97,9 +104,11 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             score = episode_score(reward, trajectory.mask)  # 3 value: a baseline stands for it
             row_mask = trajectory.mask.any(dim=1)
             mean_score = float(masked_mean(score, row_mask))
-            baseline = recipe_state.get("moving", mean_score)
-            recipe_state["moving"] = (
-                cfg.moving * baseline + (1 - cfg.moving) * mean_score if "moving" in recipe_state else mean_score
+            baseline = recipe_state.get("baseline", mean_score)
+            recipe_state["baseline"] = (
+                cfg.baseline_decay * baseline + (1 - cfg.baseline_decay) * mean_score
+                if "baseline" in recipe_state
+                else mean_score
             )
             returns = reward_to_go(
                 reward, trajectory.terminated, trajectory.truncated, trajectory.mask, gamma=cfg.gamma
@@ -114,7 +123,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
                 reference=reference_distribution
                 if cfg.kl_reference == "exact"
                 else reference_distribution.log_prob(trajectory.action),
-                pretraining_text=models.next_pretraining_text(cfg.rows),
+                pretraining_text=models.next_pretraining_text(cfg.completions_per_iteration),
             )
             objective = partial(
                 policy_gradient,
@@ -131,7 +140,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
                 num_epochs=1,
                 num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
+                micro_batch_size=cfg.micro_batch_size or None,
                 on_nonfinite=run.guard,
                 verify=make_trust_region_check(policy, batch, cfg),
                 generator=run.shuffle_generator,
@@ -165,11 +174,11 @@ def subtract_baseline(
     leave_one_out compares whole answers, score for score (RLOO); the others leave each token what is still to come.
     """
     if cfg.baseline == "leave_one_out":
-        group_index = torch.arange(len(score), device=score.device) // cfg.group
+        group_index = torch.arange(len(score), device=score.device) // cfg.group_size
         advantage = torch.zeros_like(score)
         if row_mask.any():
             advantage[row_mask] = leave_one_out(score[row_mask], group_index[row_mask])
         return advantage[:, None] * mask
-    if cfg.baseline == "whitened":
+    if cfg.baseline == "standardize":
         return standardize(returns, mask)
     return torch.where(mask, returns - (baseline if cfg.baseline == "moving" else 0.0), 0.0)

@@ -31,11 +31,11 @@ class Config(config.Config):
 
     learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
-    epochs: PositiveInt = 1
+    num_epochs: PositiveInt = 1
     """Passes over the data; published reward models make one."""
-    minibatch_rows: PositiveInt = 16
+    batch_size: PositiveInt = 16
     """Pairs or labelled texts an optimizer step sees; the last of an epoch may have fewer."""
-    center: NonNegativeFloat = 0.0
+    center_coef: NonNegativeFloat = 0.0
     """Coefficient of (s_chosen + s_rejected)^2, which holds the scores of pairs around 0."""
     normalize: Literal["none", "mean", "both"] = "both"
     """What is taken out of scores, over the learned-from texts: nothing, the mean, or mean and deviation."""
@@ -43,7 +43,7 @@ class Config(config.Config):
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
-            (self.steps == 0, "epochs", "has no effect beside a number of steps: leave steps out"),
+            (self.total_tokens == 0, "num_epochs", "has no effect beside a number of tokens: leave total_tokens out"),
             (
                 self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
@@ -56,7 +56,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.num_threads)
     seed_shared_generators(cfg.seed)  # a fresh score head is drawn by torch's own
     source = (
         model_dir(cfg.model, "reward_model")
@@ -66,25 +66,25 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     model = RewardModel.from_pretrained(
         source,
         stop=cfg.stop,
-        chat_template=cfg.template,
+        chat_template=cfg.chat_template,
         add_bos=cfg.add_bos,
         packing=cfg.packing,
-        gradient_checkpointing=cfg.checkpointing,
+        gradient_checkpointing=cfg.gradient_checkpointing,
         trust_remote_code=cfg.trust_remote_code,
     )
     model.to(device=cfg.device, dtype=getattr(torch, cfg.dtype))
     train_rows, held_out_rows = load_training_rows(model, cfg)
     check_forward_consistency(model, [ids for row in train_rows for ids in token_sequences(row)])
     objective: Any = (
-        binary_label_loss if model.input_format == "text" else partial(bradley_terry_loss, center_coef=cfg.center)
+        binary_label_loss if model.input_format == "text" else partial(bradley_terry_loss, center_coef=cfg.center_coef)
     )
-    total_tokens = cfg.epochs * sum(map(num_tokens, train_rows))
+    total_tokens = cfg.num_epochs * sum(map(num_tokens, train_rows))
     optimizer = stage.adamw(cfg, stage.trainable_parameter_group(model))
-    options = {"total_steps": cfg.steps or total_tokens, "folder": "reward_model", "resume": resume}
+    options = {"total_steps": cfg.total_tokens or total_tokens, "folder": "reward_model", "resume": resume}
     with stage.open_run("reward-model", cfg, model, optimizer, **options) as run:
         while run.is_active:
             learning_rate = run.update_learning_rate()
-            indices = run.next_minibatch(len(train_rows), cfg.minibatch_rows)
+            indices = run.next_minibatch(len(train_rows), cfg.batch_size)
             batch = collate([train_rows[i] for i in indices]).to(cfg.device)
             run.steps += sum(num_tokens(train_rows[i]) for i in indices)
             metrics = update(  # 5 update
@@ -95,7 +95,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
                 num_epochs=1,
                 num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
+                micro_batch_size=cfg.micro_batch_size or None,
                 on_nonfinite=run.guard,
                 generator=run.shuffle_generator,
             )
@@ -123,9 +123,9 @@ def load_training_rows(model: RewardModel, cfg: Config) -> tuple[list[Any], list
     limit = text.Limit.of(model.model, cfg.max_length)
     columns = text.column_names(rows)
     model.input_format = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
-    if model.input_format == "text" and cfg.center:
+    if model.input_format == "text" and cfg.center_coef:
         raise RequestError(
-            f"center is {cfg.center}, which has no effect on labelled texts: give pairs, or leave center out"
+            f"center_coef is {cfg.center_coef}, which has no effect on labelled texts: give pairs, or leave center_coef out"
         )
     make_all: Any = text.make_labelled_examples if model.input_format == "text" else text.make_preferences
 

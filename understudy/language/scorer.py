@@ -32,8 +32,8 @@ class RewardModel(nn.Module):
 
     Attributes:
         mean, scale: of raw scores on the texts it was normalised on; stored in config.json.
-        form: what it was trained on: prompts with their "completion", stop id and all, or plain "text" without one.
-        remarks: what was found out about the data it learns from, to be said once.
+        input_format: what it was trained on: prompts with their "completion", stop id and all, or plain "text" without one.
+        warnings: what was found out about the data it learns from, to be said once.
     """
 
     needs_whole_rows = True  # rows are read whole
@@ -173,7 +173,7 @@ class RewardModel(nn.Module):
         columns: dict[str, Any],
         policy_tokenizer: Tokenizer | None,
     ) -> list[int]:
-        """What a completion is to this model; `policys` is the policy's tokenizer where both speak the same tokens.
+        """What a completion is to this model; `policy_tokenizer` is the policy's tokenizer where both speak the same tokens.
 
         What ended by a stop string is read from its text, which has none, and ends as the texts that it learned from.
         """

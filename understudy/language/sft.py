@@ -39,15 +39,15 @@ class Config(config.FineTuningConfig):
 
     learning_rate: LearningRate = 1e-4
     """AdamW's step size after the warm-up."""
-    epochs: PositiveInt = 1
+    num_epochs: PositiveInt = 1
     """Passes over the data."""
-    minibatch_rows: PositiveInt = 16
+    batch_size: PositiveInt = 16
     """Rows an optimizer step sees; the last of an epoch may have fewer."""
 
     def needs(self) -> list[tuple[bool, str, str]]:
         return [
             *super().needs(),
-            (self.steps == 0, "epochs", "has no effect beside a number of steps: leave steps out"),
+            (self.total_tokens == 0, "num_epochs", "has no effect beside a number of tokens: leave total_tokens out"),
             (
                 self.held_out > 0 or self.evaluation_data is not None,
                 "evaluate_every",
@@ -60,18 +60,20 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     """The loop itself, an optimizer step at a time."""
     if resume is None:
         check_effects(cfg, cfg.needs())
-    torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.num_threads)
     seed_shared_generators(cfg.seed)
     policy = load_policy(cfg)
     select_trainable_parameters(policy, cfg)
     train_examples, held_out_examples = load_examples(policy, cfg)
     check_forward_consistency(policy, [example.ids for example in train_examples])
-    total_tokens = cfg.epochs * sum(example.num_target_tokens for example in train_examples)
+    total_tokens = cfg.num_epochs * sum(example.num_target_tokens for example in train_examples)
     optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
-    with stage.open_run("sft", cfg, policy, optimizer, total_steps=cfg.steps or total_tokens, resume=resume) as run:
+    with stage.open_run(
+        "sft", cfg, policy, optimizer, total_steps=cfg.total_tokens or total_tokens, resume=resume
+    ) as run:
         while run.is_active:
             learning_rate = run.update_learning_rate()
-            indices = run.next_minibatch(len(train_examples), cfg.minibatch_rows)
+            indices = run.next_minibatch(len(train_examples), cfg.batch_size)
             text = collate_examples([train_examples[i] for i in indices]).to(cfg.device)
             run.steps += int(text.mask.sum())
             metrics = update(  # 5 update
@@ -82,7 +84,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
                 num_epochs=1,
                 num_minibatches=1,
                 max_grad_norm=cfg.max_grad_norm,
-                micro_batch_size=cfg.micro or None,
+                micro_batch_size=cfg.micro_batch_size or None,
                 on_nonfinite=run.guard,
                 generator=run.shuffle_generator,
             )
@@ -116,13 +118,13 @@ def load_examples(policy: Policy, cfg: Config) -> tuple[list[Example], list[Exam
 
 
 def load_policy(cfg: config.Config, *, has_fixed_length: bool = False, **options) -> Policy:
-    """The policy a config names, with its tokenizer; `endless` where its completions have no stop."""
+    """The policy a config names, with its tokenizer; `has_fixed_length` where its completions have no stop."""
     source = model_dir(cfg.model, "policy")
     policy = Policy.from_pretrained(
         source,
         packing=cfg.packing,
         dtype=getattr(torch, cfg.dtype),
-        gradient_checkpointing=cfg.checkpointing,
+        gradient_checkpointing=cfg.gradient_checkpointing,
         trust_remote_code=cfg.trust_remote_code,
         **options,
     )
@@ -130,7 +132,7 @@ def load_policy(cfg: config.Config, *, has_fixed_length: bool = False, **options
         source,
         stop=cfg.stop,
         has_fixed_length=has_fixed_length,
-        chat_template=cfg.template,
+        chat_template=cfg.chat_template,
         add_bos=cfg.add_bos,
         keep_special_tokens=getattr(cfg, "keep_special_tokens", False),
         trust_remote_code=cfg.trust_remote_code,
@@ -140,9 +142,9 @@ def load_policy(cfg: config.Config, *, has_fixed_length: bool = False, **options
 
 def select_trainable_parameters(policy: Policy, cfg: config.FineTuningConfig) -> None:
     """From here on, what learns is what the config says: a fresh adapter, the top layers, or everything."""
-    if cfg.lora:
+    if cfg.lora_rank:
         seed = derive_seed(cfg.seed, "lora")
-        policy.add_lora_adapter(rank=cfg.lora, alpha=cfg.lora_alpha, targets=cfg.lora_targets, seed=seed)
+        policy.add_lora_adapter(rank=cfg.lora_rank, alpha=cfg.lora_alpha, targets=cfg.lora_target_modules, seed=seed)
     if cfg.train_layers:
         policy.train_top_layers(cfg.train_layers)
 

@@ -53,8 +53,8 @@ class TrainingRun:
 
     Attributes:
         steps: tokens chosen, or learned from, so far.  rows: sequences so far.
-        kept: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
-        bounds: the run's constraints, where it has any.
+        recipe_state: numbers of the recipe's own that go on from iteration to iteration; a checkpoint holds them.
+        constraints: the run's constraints, where it has any.
         function_states: gives what functions of the user's remember, as plain JSON, for a checkpoint.
         restored_states: the same, of the checkpoint that the run goes on from.
     """
@@ -119,10 +119,11 @@ class TrainingRun:
         return self.optimizer.param_groups[0]["lr"]
 
     def next_rows(self, num_data_rows: int, num_rows: int, *, num_repeats: int = 1) -> list[int]:
-        """Which of `size` rows of the data come next, `count` of them: every one once an epoch, in an order of its own.
+        """Which of `num_data_rows` rows of the data come next, `num_rows` of them: every one once an epoch, in an
+        order of its own.
 
         Args:
-            each: how many rows of the run are made of one row of the data; they follow each other.
+            num_repeats: how many rows of the run are made of one row of the data; they follow each other.
         """
         indices = []
         for number in range(self.rows // num_repeats, self.rows // num_repeats + num_rows):
@@ -132,7 +133,8 @@ class TrainingRun:
         return indices
 
     def next_minibatch(self, num_data_rows: int, batch_size: int) -> list[int]:
-        """The next rows of an epoch over `size` rows, at most `count` of them: the last minibatch of an epoch is smaller."""
+        """The next rows of an epoch over `num_data_rows` rows, at most `batch_size` of them: the last minibatch of an
+        epoch is smaller."""
         return self.next_rows(num_data_rows, min(batch_size, num_data_rows - self.rows % num_data_rows))
 
     def is_due(self, interval: int) -> bool:
@@ -255,7 +257,7 @@ def open_run(
     check_trackers(cfg.log)
     if resume is None:
         description = {"recipe": f"language {recipe}", "config": to_dict(cfg)}
-        run = Run.create(cfg.out, f"{recipe}-s{cfg.seed}", description, origin)
+        run = Run.create(cfg.output_dir, f"{recipe}-s{cfg.seed}", description, origin)
         for name in IN_MEMORY_FIELDS:
             if isinstance(rows := getattr(cfg, name, None), Table):
                 rows.write(run.path / f"{name}.jsonl")
@@ -299,8 +301,8 @@ def open_run(
 
 def _memory_advice(cfg: Config) -> str:
     """What to ask less of where memory is short, dearest first."""
-    slots = f", slots (now {cfg.slots})" if isinstance(cfg, RolloutConfig) else ""
-    return f"lower micro (now {cfg.micro or 'all rows at once'}){slots}, or set checkpointing"
+    slots = f", max_num_seqs (now {cfg.max_num_seqs})" if isinstance(cfg, RolloutConfig) else ""
+    return f"lower micro_batch_size (now {cfg.micro_batch_size or 'all rows at once'}){slots}, or set gradient_checkpointing"
 
 
 def check_reference_digest(run: Run, digest: str) -> None:
@@ -367,7 +369,7 @@ def split_data(
     """The records to learn from, those to evaluate on, and what is to be said: see `held_out` and `evaluation_data`.
 
     Args:
-        rows: of `data`.  make: rows and the name of their file -> records.  key: what decides a record's side.
+        rows: of `records`.  make: rows and the name of their file -> records.  key: what decides a record's side.
     """
     records = make_records(rows, cfg.data)
     if cfg.evaluation_data is None:

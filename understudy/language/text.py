@@ -265,7 +265,7 @@ def pad_sequences(
     fill: int = 0,
 ) -> TokenBatch:
     """Rows padded on the right; the mask is True at t where token t+1 is there, not before the row's start and in no span of
-    `unlearned`.
+    `ignored_spans`.
     """
     ids, length = _pad_ids(sequences, fill)
     first_position = torch.tensor([0] * len(sequences) if starts is None else list(starts))

@@ -62,8 +62,8 @@ class Tokenizer:
         Args:
             stop: what ends a completion, see `ending_at`; by default the stop ids and stop strings of
                 generation_config.json, or else the tokenizer's EOS.
-            fixed_length: completions have no end, whatever the model says.
-            template: a Jinja chat template or the path of one, in place of the tokenizer's own.
+            has_fixed_length: completions have no end, whatever the model says.
+            chat_template: a Jinja chat template or the path of one, in place of the tokenizer's own.
             add_bos: text begins with BOS even where the tokenizer adds none of itself; `save` keeps it that way.
         """
         check_files(source, trust_remote_code=trust_remote_code)
@@ -203,7 +203,7 @@ class Tokenizer:
 
         They are the end of a render in which the assistant says something else, to be put behind the ids there are. So
         nothing that was sampled is tokenized again, nor lost to a template that would now write earlier turns otherwise.
-        The stop id that ended the turn is not among them; where none did (not `closed`), the turn's end is.
+        The stop id that ended the turn is not among them; where none did (not `is_closed`), the turn's end is.
         """
         ids = _encode_without_prefix(
             self.hf, self._render_around_answer(before, messages, add_generation_prompt=True)[1]
@@ -232,7 +232,7 @@ class Tokenizer:
         """The text of ids as it stands behind others': some tokenizers drop the blank in front of a text.
 
         Neither a stop id at their end nor a stop string that the last of them completes, begun in the turn that begins at
-        the id number `turn`, is part of it.
+        the id number `turn_start`, is part of it.
         """
         prefix_text, full_text = self._decode_text(list(before)), self.decode([*before, *ids])
         text = full_text[len(prefix_text) :] if full_text.startswith(prefix_text) else self.decode(ids)
@@ -296,7 +296,7 @@ class Tokenizer:
         return frozenset() if self.keep_special_tokens else frozenset({*special, *self.hf.all_special_ids})
 
     def _last_written_ids(self, ids: Sequence[int], max_ids: int) -> list[int]:
-        """The last ids that are written as text, `most` of them."""
+        """The last ids that are written as text, `max_ids` of them."""
         return [*islice((i for i in reversed(ids) if i not in self._skipped_ids), max_ids)][::-1]
 
     def _decode_after(self, before: Sequence[int], ids: Sequence[int]) -> str:
@@ -336,7 +336,7 @@ class Tokenizer:
     def _render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         if not self.hf.chat_template:
             raise RequestError(
-                "the data are chat and the tokenizer has no chat template: give one with --template FILE"
+                "the data are chat and the tokenizer has no chat template: give one with --chat-template FILE"
             )
         try:
             with limit_resources():
@@ -367,7 +367,7 @@ class Tokenizer:
         if text.count(PLACEHOLDER_ANSWER) != 1:
             raise RequestError(
                 "the chat template does not write each of the assistant's turns once, so that what stands before and "
-                "behind one cannot be told: give another with --template"
+                "behind one cannot be told: give another with --chat-template"
             )
         text_before, _, text_after = text.partition(PLACEHOLDER_ANSWER)
         return text_before, text_after
@@ -393,7 +393,7 @@ class Tokenizer:
         if text[:answer_start] != text_before[:answer_start] or rendered_prefill != prefill:
             raise RequestError(
                 "the chat template writes the prompt otherwise for every answer, so that what is learned from is not what "
-                "is sampled: give a template that does not with --template"
+                "is sampled: give a template that does not with --chat-template"
             )
         return answer
 
@@ -410,7 +410,7 @@ class Tokenizer:
 
 MAX_RENDERED_CHARACTERS = 50_000_000
 """Characters that a chat template may write of one chat."""
-TEMPLATE_HINT = "give another with --template FILE"
+TEMPLATE_HINT = "give another with --chat-template FILE"
 
 RESERVED = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding"}
 RESERVED |= {"truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
@@ -461,7 +461,7 @@ def _load_chat_template(hf: PreTrainedTokenizerBase, chat_template: str) -> str:
     if "{{" not in chat_template and "{%" not in chat_template:
         if not Path(chat_template).is_file():
             raise RequestError(
-                f"template is {chat_template!r}: unknown template, neither a file nor Jinja; give one of them"
+                f"chat_template is {chat_template!r}: unknown template, neither a file nor Jinja; give one of them"
             )
         text = Path(chat_template).read_text(encoding="utf-8")
     try:
@@ -469,11 +469,11 @@ def _load_chat_template(hf: PreTrainedTokenizerBase, chat_template: str) -> str:
             hf.apply_chat_template([{"role": "user", "content": "?"}], chat_template=text, tokenize=False)
     except (TimeoutError, MemoryError, RecursionError) as error:
         raise RequestError(
-            f"template is {chat_template[:40]!r}, which never ends or grows without bound ({error}): {TEMPLATE_HINT}"
+            f"chat_template is {chat_template[:40]!r}, which never ends or grows without bound ({error}): {TEMPLATE_HINT}"
         ) from None
     except jinja2.TemplateSyntaxError as error:
         raise RequestError(
-            f"template is {chat_template[:40]!r}: not Jinja in line {error.lineno} ({error.message})"
+            f"chat_template is {chat_template[:40]!r}: not Jinja in line {error.lineno} ({error.message})"
         ) from None
     except jinja2.TemplateError:
         pass  # it asks for other messages than this one

@@ -64,8 +64,8 @@ class Head:
 class TokenDistribution:
     """A categorical over the vocabulary at every column where something was chosen; 0 everywhere else.
 
-    Logits [B, T, V] never exist: they are made for the chosen columns only, once if they fit `WHOLE`, else in pieces that
-    are made again in the backward pass.
+    Logits [B, T, V] never exist: they are made for the chosen columns only, once if they fit `MAX_STORED_LOGITS`,
+    else in pieces that are made again in the backward pass.
     """
 
     hidden: Tensor
@@ -182,9 +182,9 @@ class LogProb(Function):
 
     hidden [N, H], weight [V, H], bias [V] or None, token int64 [N] -> [N], [N] or None; no gradient reaches the entropy.
 
-    Logits are made `PIECE` at a time, and again in the backward pass (d log p(a) / d logit = 1_a - p): pieces of the
-    vocabulary there, so that each row of the weight's gradient is done at once. Rows are rounded up by some that count
-    for nothing.
+    Logits are made `MAX_CHUNK_LOGITS` at a time, and again in the backward pass (d log p(a) / d logit = 1_a - p):
+    pieces of the vocabulary there, so that each row of the weight's gradient is done at once. Rows are rounded up by
+    some that count for nothing.
     """
 
     @staticmethod

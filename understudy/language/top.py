@@ -62,7 +62,7 @@ class TopLayers(nn.Module):
 
 
 def make_top_layers(model: Any, num_layers: int) -> TopLayers:
-    """The top `count` layers of a causal LM's trunk, as copies.
+    """The top `num_layers` layers of a causal LM's trunk, as copies.
 
     Raises:
         RequestError: it has fewer layers, or its layers read apart do not give what they give in place.
@@ -84,7 +84,7 @@ def make_top_layers(model: Any, num_layers: int) -> TopLayers:
 
 
 def frozen_parameter_names(model: Any, num_layers: int) -> frozenset[str]:
-    """The names of all of a causal LM's parameters but those of its top `count` layers and of the norm behind them.
+    """The names of all of a causal LM's parameters but those of its top `num_layers` layers and of the norm behind them.
 
     Embeddings and head are below, whether they are tied or not.
 

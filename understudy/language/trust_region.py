@@ -47,7 +47,11 @@ class TrustRegion:
         learned = batch.mask.any(dim=1).nonzero()[:, 0]  # a row may have been dropped, or have no score
         num_rows = min(len(learned), max(MIN_ROWS, math.ceil(cfg.trust_region_fraction * len(learned))))
         rows = learned[torch.arange(num_rows, device=learned.device) * len(learned) // max(num_rows, 1)]
-        self.policy, self.max_kl, self.micro_batch_size = policy, cfg.trust_region_kl, cfg.micro or MEASURE_BATCH_SIZE
+        self.policy, self.max_kl, self.micro_batch_size = (
+            policy,
+            cfg.trust_region_kl,
+            cfg.micro_batch_size or MEASURE_BATCH_SIZE,
+        )
         self.tokens, self.mask = batch.obs[rows], batch.mask[rows]
         head = policy.head.frozen()
         self.old_distributions = [replace(distribution, head=head) for distribution in self._forward()]

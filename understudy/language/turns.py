@@ -156,15 +156,15 @@ def run_dialogue(
 ) -> list[Completion]:
     """What the policy and others say after prompts, in turn. A stop ends a turn; the last turn's stop ends the row.
 
-    Ids are only ever appended, so each token was sampled after the very ids that stand before it. With a `speak` whose
+    Ids are only ever appended, so each token was sampled after the very ids that stand before it. With a `generate` whose
     randomness hangs on seed and place, others who say nothing at all change nothing: what comes is what one completion
     without stops would have been.
 
     Args:
-        show: rows as a judge, and here `reply`, is shown them.
+        build_scoring_input: rows as a judge, and here `reply_function`, is shown them.
         limit: tokens a row may have after its prompt, those of others included. A reply that leaves no room for another
             word of the policy's is not put there: the limit has cut the row.
-        turns: of the policy, at most; after the last one nobody is asked.
+        max_turns: of the policy, at most; after the last one nobody is asked.
     """
     rows = [_Dialogue(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     active = rows

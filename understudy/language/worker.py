@@ -61,8 +61,8 @@ class InProcess:
         module: where its file defines `get_state` and `set_state`, if it is of a file.
 
     Attributes:
-        wants: `needs`, the names it must be given; `takes`, those it can be given, None for any; `has_state`, whether it can
-            say what it remembers.
+        parameters: `needs`, the names it must be given; `takes`, those it can be given, None for any; `has_state`,
+            whether it can say what it remembers.
     """
 
     def __init__(self, function: Callable[..., Any], *, output_kind: str = "scores", module: Any = None) -> None:
@@ -74,15 +74,15 @@ class InProcess:
         self.parameters: dict[str, Any] = describe_parameters(function) | {"has_state": self._state is not None}
 
     def call(self, columns: dict[str, list[Any]], timeout_fraction: float = 1.0) -> list[Any]:
-        """What the function says to `given`; raises `Fault`."""
+        """What the function says to `columns`; raises `FunctionFault`."""
         return _call_user_code(lambda: self._answer(self._function, columns))
 
     def get_state(self) -> Any:
-        """What the function remembers, as plain JSON; raises `Fault` where it is none."""
+        """What the function remembers, as plain JSON; raises `FunctionFault` where it is none."""
         return _call_user_code(lambda: _as_json(self._state.get_state()))
 
     def set_state(self, state: Any) -> None:
-        """Let the function remember what `get_state` gave; raises `Fault`."""
+        """Let the function remember what `get_state` gave; raises `FunctionFault`."""
         _call_user_code(lambda: self._state.set_state(state))
 
     def close(self) -> None:
@@ -105,19 +105,19 @@ class Worker:
         self.parameters: dict[str, Any] = self._start()
 
     def call(self, columns: dict[str, list[Any]], timeout_fraction: float = 1.0) -> list[Any]:
-        """What the function says to `given`, within `share` of the time limit.
+        """What the function says to `columns`, within `timeout_fraction` of the time limit.
 
         What is not plain data arrives as its `tolist()`, else as text; tuples arrive as lists. Raises `Fault`.
         """
         return self._request("call", columns, self._output_kind, timeout_fraction)
 
     def get_state(self) -> Any:
-        """What the function remembers, as plain JSON; raises `Fault` where it is none."""
+        """What the function remembers, as plain JSON; raises `FunctionFault` where it is none."""
         self._states = [self._request("get_state", None, "state")]
         return self._states[0]
 
     def set_state(self, state: Any) -> None:
-        """Let the function remember what `get_state` gave; raises `Fault`."""
+        """Let the function remember what `get_state` gave; raises `FunctionFault`."""
         self._states = [state]
         self._request("set_state", state, "state")
 
@@ -153,7 +153,7 @@ class Worker:
         return self._exchange({request: content}, self.timeout * timeout_fraction, kind)
 
     def _exchange(self, request: Any, timeout: float, kind: str) -> Any:
-        """Send a request, if there is one, and read the answer; a timer ends the process when `limit` is over."""
+        """Send a request, if there is one, and read the answer; a timer ends the process when `timeout` is over."""
         process, has_timed_out = self._process, threading.Event()
         assert process and process.stdin and process.stdout
 
@@ -302,7 +302,7 @@ def read_message(pipe: IO[bytes], *, max_bytes: int | None = None) -> tuple[int,
     """The next message and its number; None where the other end is gone.
 
     Raises:
-        Unreadable: it is none, or longer than `most` bytes.
+        Unreadable: it is none, or longer than `max_bytes` bytes.
     """
     header = pipe.read(HEADER.size)
     if len(header) < HEADER.size:

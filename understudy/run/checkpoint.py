@@ -195,8 +195,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES, allow_links: bool 
     """JSON of a file that may be anybody's.
 
     Args:
-        most: bytes that are read; a file with more is none of ours.
-        links: whether the file may be a link, as in Hugging Face's cache.
+        max_bytes: bytes that are read; a file with more is none of ours.
+        allow_links: whether the file may be a link, as in Hugging Face's cache.
 
     Raises:
         Damaged: it is missing, no plain file, too large, too deep or no JSON.
@@ -248,7 +248,7 @@ def require_regular_file(path: Path, *, allow_links: bool = False) -> None:
     """Refuse to read what is no plain file, or a large one that is mostly holes and costs its sender nothing.
 
     Args:
-        links: whether it may be a link to one.
+        allow_links: whether it may be a link to one.
 
     Raises:
         Damaged: it is missing, a link, a directory, a pipe or a device; or sparse.

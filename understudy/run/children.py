@@ -125,7 +125,7 @@ def _descendants(pid: int, exclude: dict[int, str] | None = None) -> dict[int, s
     """What a process has started, and what that has, each with the time of its start.
 
     Args:
-        but: these, and what they have started, are left out.
+        exclude: these, and what they have started, are left out.
     """
     descendants: dict[int, str] = {}
     for child in _children(pid):

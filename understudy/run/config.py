@@ -18,7 +18,7 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class Range:
-    """The values a number may take, both ends included unless `above` is set."""
+    """The values a number may take, both ends included unless `exclude_low` is set."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -74,8 +74,8 @@ def check_effects(config: Any, requirements: Iterable[tuple[bool, str, str]]) ->
     """Raise `RequestError` for the first field that differs from its default while the others leave it without effect.
 
     Args:
-        needs: whether some fields have an effect, their names with spaces between, and why not and what to do, as the middle
-            of the sentence "NAME is VALUE, which ..., or leave NAME out".
+        requirements: whether some fields have an effect, their names with spaces between, and why not and what to do,
+            as the middle of the sentence "NAME is VALUE, which ..., or leave NAME out".
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     for has_effect, names, reason in requirements:

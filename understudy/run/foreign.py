@@ -56,17 +56,17 @@ MAX_PACKAGED_NUMBER = 1000
 """Largest number in an argument of an installed package's wrapper, which takes nothing but numbers."""
 MAX_SIZES = {
     "num_envs": 65_536,
-    "threads": 1024,
-    "rollout": 1_000_000,
+    "num_threads": 1024,
+    "num_steps_per_env": 1_000_000,
     "evaluate_episodes": 1_000_000,
     "evaluate_rows": 1_000_000,
-    "memory_size": 65_536,
-    "rows": 65_536,
-    "slots": 65_536,
-    "max_new": 131_072,
+    "rnn_hidden_size": 65_536,
+    "completions_per_iteration": 65_536,
+    "max_num_seqs": 65_536,
+    "max_new_tokens": 131_072,
     "max_length": 4_194_304,
-    "group": 65_536,
-    "lora": 65_536,
+    "group_size": 65_536,
+    "lora_rank": 65_536,
 }
 """Fields whose size is paid for in memory."""
 MAX_OPTION_NUMBER, MAX_OPTION_ENTRIES, MAX_EPISODE_STEPS = 10_000, 10_000, 1_000_000

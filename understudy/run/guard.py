@@ -26,7 +26,7 @@ class Guard:
     Which were the last is among what the stage keeps, so that a resumed run counts on.
 
     Args:
-        stage: of either world, with `run`, `iteration`, `kept` and `cfg`.
+        training_run: of either world, with `run`, `iteration`, `recipe_state` and `cfg`.
     """
 
     def __init__(self, training_run: Any) -> None:
@@ -86,7 +86,7 @@ def out_of_memory_error(error: BaseException, run: Run, fix: str) -> RequestErro
     """The refusal of a run that does not fit into memory.
 
     Args:
-        mend: the fields that need less, with their values.
+        fix: the fields that need less, with their values.
     """
     return RequestError(
         f"memory ran out ({' '.join(str(error).split())[:120]}): {fix}; {describe_last_checkpoint(run)}"
@@ -97,7 +97,7 @@ def describe_last_checkpoint(run: Run) -> str:
     """Which checkpoint of a run is the last good one, and how to go on from it."""
     names = run.list_checkpoints()
     if not names:
-        return f"there is no checkpoint under '{short_path(run.path)}' yet: start again with another out"
+        return f"there is no checkpoint under '{short_path(run.path)}' yet: start again with another output_dir"
     checkpoint_path = run.path / "checkpoints" / names[-1]
     return (
         f"the last good checkpoint is '{short_path(checkpoint_path)}': `understudy resume {short_path(run.path)}` "

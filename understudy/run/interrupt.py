@@ -2,7 +2,8 @@
 
 The first signal is obeyed when the iteration is whole and saved, a second SIGINT at once. An iteration that does not end,
 because an environment or a reward function hangs in Python code, is broken off after a while; nothing can break off a call
-into C code that hangs but the supervisor of a process of its own (`vectorization supervised`, reward functions of a file).
+into C code that hangs but the supervisor of a process of its own (`vectorization fault_tolerant`, reward functions of
+a file).
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def make_link(role: str, path: Path, *, suffixes: frozenset[str] | None = None) 
     """A file or a directory that a run reads, by its digests.
 
     Args:
-        endings: of the files that count, where it is a directory; None for all. Folders count one level down.
+        suffixes: of the files that count, where it is a directory; None for all. Folders count one level down.
 
     Raises:
         RequestError: a file of it is nearly all holes, or no plain file.
@@ -90,7 +90,7 @@ def data_digest(data: Any) -> str:
 
 def config_digest(fields: dict[str, Any]) -> str:
     """The digest of a config; where the run is written does not count."""
-    return data_digest({name: value for name, value in fields.items() if name != "out"})
+    return data_digest({name: value for name, value in fields.items() if name != "output_dir"})
 
 
 def make_lineage(recipe: str, fields: dict[str, Any], links: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def resume_lineage(path: Path, lineage: dict[str, Any]) -> list[str]:
     """Check that a run that goes on still reads what it began with; one without a lineage.json gets this one.
 
     Args:
-        about: what `describe` gives of it now.
+        lineage: what `make_lineage` gives of it now.
 
     Returns:
         Which of `MADE_BY` are not known to be what they were when the run last went on; they are written down.
@@ -146,7 +146,7 @@ def rewrite_config(path: Path, document: dict[str, Any], fields: dict[str, Any])
     Until config.json has its new fields, lineage.json holds both digests.
 
     Args:
-        about: config.json as it is.  fields: the config that it is to hold.
+        document: config.json as it is.  fields: the config that it is to hold.
     """
     has_lineage = (path / FILE).exists()
     if has_lineage:

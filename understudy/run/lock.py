@@ -35,7 +35,7 @@ def acquire(path: Path) -> int | None:
         if not isinstance(error, BlockingIOError):  # a file system without locks: nothing tells writers apart there
             return None
         raise RequestError(
-            f"out is '{path}', which is open in another process or in an unfinished run of this one: "
+            f"output_dir is '{path}', which is open in another process or in an unfinished run of this one: "
             "wait for it, close its generator, or choose another directory"
         ) from error
     _handles.add(handle)

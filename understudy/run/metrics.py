@@ -43,7 +43,7 @@ class MetricsLine(NamedTuple):
 
 
 class Metrics(Sequence[dict[str, Any]]):
-    """The lines of a run so far, as a sequence. The last `RECENT` are in memory, earlier ones are read from the file."""
+    """The lines of a run so far, as a sequence. The last `MAX_RECENT` are in memory, earlier ones are read from the file."""
 
     def __init__(self, run: Path) -> None:
         self.run, self.num_lines = run, 0

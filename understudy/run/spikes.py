@@ -17,7 +17,8 @@ CHUNK_LINES = 4096  # lines at a time, so that windows stay small
 
 
 def find_spikes(metrics: Sequence[dict[str, Any]], *, first_line: int = 0) -> list[dict[str, Any]]:
-    """What stands out in the lines from number `after` on: {"iteration", "metric", "value", "median", "deviation"} each.
+    """What stands out in the lines from number `first_line` on: {"iteration", "metric", "value", "median",
+    "deviation"} each.
 
     A value is one where it is above median + 10 * 1.4826 * MAD of the last 100 lines that have the metric, at least 20:
     1.4826 * MAD is the standard deviation of a normal sample (Rousseeuw and Croux 1993), and neither is moved by the

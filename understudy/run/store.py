@@ -23,8 +23,8 @@ from understudy.run.redact import printable, redact
 from understudy.run.spikes import find_spikes
 
 _IMPORT_TIME = time.monotonic()
-SCHEMA = 1
-"""Of config.json, policy.json, understudy.json and lineage.json. What has none is of 0, which had the same fields."""
+SCHEMA = 2
+"""Of config.json, policy.json, understudy.json and lineage.json. Those of 1 and before had other names of fields."""
 MAX_METADATA_BYTES = 8 * 2**20  # bytes of such a file
 RUN_FILES = (metrics.FILE, "events.jsonl", "evaluation.json")
 RUN_FOLDERS = ("adapter", "best", "checkpoints", "policy", "reward_model", "samples", "video")  # what we write into
@@ -80,11 +80,11 @@ class Run:
         config.json comes last and makes the directory a run: killed before that, it is none, and may be used again.
 
         Args:
-            out: None for the next free number under runs/.  home: what a relative `out` is relative to, by default the
-                working directory.
+            output_dir: None for the next free number under runs/.  home: what a relative `output_dir` is relative to,
+                by default the working directory.
 
         Raises:
-            RequestError: `out` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
+            RequestError: `output_dir` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
         """
         base_dir = base_dir or Path.cwd()
         path = (
@@ -97,7 +97,7 @@ class Run:
             run = cls(path)
         except OSError as error:
             raise RequestError(
-                f"out is '{short_path(path)}', which cannot be made ({error.strerror}): choose another"
+                f"output_dir is '{short_path(path)}', which cannot be made ({error.strerror}): choose another"
             ) from error
         try:
             refuse_used_directory(path)
@@ -108,7 +108,7 @@ class Run:
             run.close()
             if isinstance(error, OSError):
                 raise RequestError(
-                    f"out is '{short_path(path)}', which cannot be written to ({error.strerror}): choose another"
+                    f"output_dir is '{short_path(path)}', which cannot be written to ({error.strerror}): choose another"
                 ) from error
             raise
         return run
@@ -140,7 +140,7 @@ class Run:
                 if errors and checkpoint_path is None:
                     raise RequestError(
                         f"run is '{path}', whose checkpoints are all damaged ({errors[0]}): they are in "
-                        f"'{folder / 'quarantine'}'; start again with another out"
+                        f"'{folder / 'quarantine'}'; start again with another output_dir"
                     )
         except RequestError:
             run.close()
@@ -289,7 +289,7 @@ class ResumePoint:
 
     Args:
         run: as `Run.reopen` gave it.  checkpoint: where to go on; None to begin anew.
-        about: what events.jsonl says of it.
+        event_fields: what events.jsonl says of it.
         accepted: called once every check has passed and the stage is put back: only then does config.json change.
     """
 
@@ -329,7 +329,7 @@ class ResumePoint:
 
 
 def is_checkpoint_due(interval: int, iteration: int, steps_since_last: int, total_steps: int) -> bool:
-    """Whether this iteration, `since` steps after what was saved last, is one to save.
+    """Whether this iteration, `steps_since_last` steps after what was saved last, is one to save.
 
     >>> due = is_checkpoint_due(3, 6, steps_since_last=1, total_steps=1000)
     >>> due, *(is_checkpoint_due(0, 6, steps_since_last=n, total_steps=1000) for n in (199, 200))
@@ -392,10 +392,10 @@ def read_versioned_json(path: Path, error_prefix: str) -> dict[str, Any]:
     """One of our JSON files with a version of its form, which may be anybody's.
 
     Args:
-        otherwise: how the sentence begins that refuses it.
+        error_prefix: how the sentence begins that refuses it.
 
     Raises:
-        RequestError: it is missing, is no JSON object, or has a later form than this version reads.
+        RequestError: it is missing, is no JSON object, or has another schema than this version reads.
     """
     try:
         document = checkpoint.read_json(path, max_bytes=MAX_METADATA_BYTES)
@@ -403,11 +403,13 @@ def read_versioned_json(path: Path, error_prefix: str) -> dict[str, Any]:
         raise RequestError(f"{error_prefix} ({error}): give the directory of a run") from error
     if is_deep(document):
         raise RequestError(f"{error_prefix} ('{path}' is nested too deeply): give the directory of a run")
-    if not isinstance(document, dict) or document.get("schema", 0) not in range(SCHEMA + 1):
-        schema = document.get("schema") if isinstance(document, dict) else None
-        raise RequestError(
-            f"{error_prefix}: it has schema {schema!r}, this version reads 0 to {SCHEMA}; use a newer version"
-        )
+    if not isinstance(document, dict):
+        raise RequestError(f"{error_prefix} ('{path}' is no JSON object): give the directory of a run")
+    schema = document.get("schema", 0)
+    if schema != SCHEMA:
+        is_newer = isinstance(schema, int) and schema > SCHEMA
+        fix = "use a newer version" if is_newer else "use the version that wrote it, or make it anew"
+        raise RequestError(f"{error_prefix}: it has schema {schema!r}, this version reads {SCHEMA}; {fix}")
     return document
 
 
@@ -496,14 +498,14 @@ def refuse_used_directory(path: Path) -> None:
     """
     if (path / "config.json").exists():
         raise RequestError(
-            f"out is '{short_path(path)}', which holds a run already: choose another directory, or remove that one; "
+            f"output_dir is '{short_path(path)}', which holds a run already: choose another directory, or remove that one; "
             f"`understudy resume {short_path(path)}` goes on with it"
         )
     leftovers = [name for name in RUN_FOLDERS if (path / name).is_dir() and any((path / name).iterdir())]
     leftovers += [name for name in RUN_FILES if os.path.lexists(path / name) and not (path / name).is_dir()]
     if leftovers:
         raise RequestError(
-            f"out is '{short_path(path)}', which holds {', '.join(leftovers)} of an earlier run: choose another "
+            f"output_dir is '{short_path(path)}', which holds {', '.join(leftovers)} of an earlier run: choose another "
             "directory, or remove them"
         )
 

@@ -15,7 +15,7 @@ from understudy.run.redact import printable
 from understudy.run.store import read_config
 from understudy.study.statistics import bootstrap_interval, iqm, probability_of_improvement
 
-IGNORED_FIELDS = ("seed", "out", "quiet", "log", "video")  # fields that make no other experiment
+IGNORED_FIELDS = ("seed", "output_dir", "quiet", "log", "video")  # fields that make no other experiment
 TASK = ("env", "env_options", "wrappers", "data", "evaluation_data")  # fields that say what a run is measured on
 MEASURES = ("evaluation return", "training return", "gold", "score", "accuracy")
 """What runs can be compared by; the first that all of them have is taken. Returns are of control runs, the others of the

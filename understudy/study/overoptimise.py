@@ -81,10 +81,11 @@ def kl_of_best_of_n(n: int) -> float:
 
 
 def mean_of_best_of_n(ranking_scores: np.ndarray, values: np.ndarray, n: int) -> float:
-    """Expected `what` of the best of n by `by`, over all ways to draw n of the N samples (Nakano et al. 2021, app. I).
+    """Expected `values` of the best of n by `ranking_scores`, over all ways to draw n of the N samples (Nakano et al.
+    2021, app. I).
 
     Args:
-        by, what: [..., N], a row a prompt; rows are averaged. n: at most N.
+        ranking_scores, values: [..., N], a row a prompt; rows are averaged. n: at most N.
     """
     order = np.argsort(ranking_scores, axis=-1, kind="stable")
     ordered = np.take_along_axis(values, order, axis=-1)
