@@ -24,8 +24,8 @@ import torch
 
 from understudy import update as room
 from understudy.cli import main
-from understudy.control import stage as control_stage
-from understudy.language import stage as language_stage
+from understudy.control import training as control_stage
+from understudy.language import training as language_stage
 from understudy.run.store import Run
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"

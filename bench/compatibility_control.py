@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from understudy.control import actor_critic, environment, ppo, reinforce
-from understudy.control.collect import RolloutCollector
-from understudy.control.masks import find_action_mask, sample_allowed_action
+from understudy.control import actor_critic, ppo, reinforce
+from understudy.control.envs import make as environment
+from understudy.control.envs.masks import find_action_mask, sample_allowed_action
 from understudy.control.policy import Policy
+from understudy.control.rollout import RolloutCollector
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive_seed
 

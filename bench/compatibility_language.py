@@ -28,11 +28,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.architectures import ARCHITECTURES, make  # noqa: E402
-from understudy.language import grpo, rehearsal, sft  # noqa: E402
-from understudy.language.generate import build_trajectory, generate  # noqa: E402
-from understudy.language.model import Policy  # noqa: E402
-from understudy.language.reading import check_forward_consistency  # noqa: E402
-from understudy.language.text import pad_sequences  # noqa: E402
+from understudy.language import grpo, sft, toy_language  # noqa: E402
+from understudy.language.data.records import pad_sequences  # noqa: E402
+from understudy.language.model.forward import check_forward_consistency  # noqa: E402
+from understudy.language.model.policy import Policy  # noqa: E402
+from understudy.language.rollout.generate import build_trajectory, generate  # noqa: E402
 from understudy.run.config import RequestError  # noqa: E402
 
 RESULTS, PAGE = ROOT / "bench" / "results" / "compatibility_language.json", ROOT / "docs" / "compatibility-language.md"
@@ -68,7 +68,7 @@ def _save(name: str, folder: Path) -> None:
     for setting, value in SETTINGS.items():
         setattr(model.generation_config, setting, value)
     model.save_pretrained(folder)
-    rehearsal.make_tokenizer().save_pretrained(folder)
+    toy_language.make_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     own = ARCHITECTURES[name].fields
     rates = {key: 0.3 for key, x in config.items() if isinstance(x, float) and "drop" in key and key not in own}
@@ -167,8 +167,8 @@ def last_digits(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def furnish(home: Path) -> None:
     """Texts and prompts of the made-up language."""
     (home / "data").mkdir(parents=True)
-    rehearsal.write_jsonl([{"text": text} for text in rehearsal.sentences(4, 0)], home / "data" / "rows.jsonl")
-    rehearsal.write_jsonl(rehearsal.prompts(8, 0), home / "data" / "prompts.jsonl")
+    toy_language.write_jsonl([{"text": text} for text in toy_language.sentences(4, 0)], home / "data" / "rows.jsonl")
+    toy_language.write_jsonl(toy_language.prompts(8, 0), home / "data" / "prompts.jsonl")
 
 
 def page(results: list[dict[str, Any]]) -> str:

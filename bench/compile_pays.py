@@ -22,11 +22,11 @@ import gymnasium
 import torch
 
 from understudy.batch import Batch, Trajectory, map_tensors
-from understudy.compiled import CompiledUpdate
 from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
 from understudy.control.ppo import Config, standardize_advantages
-from understudy.control.stage import adam
+from understudy.control.training import adam
+from understudy.fast.compiled_update import CompiledUpdate
 from understudy.objective import ppo
 from understudy.update import update
 

@@ -148,8 +148,8 @@ GROWTH = {1: 320, 4: 200, 16: 120, 64: 60, 256: 24, 1024: 12, 4096: 8}  # enviro
 ROWS = {
     "cartpole": Row(
         "CartPole-v1, 4 environments x 128, recipe A",
-        "Gymnasium's Python CartPole; ours in a subclass of `SyncVectorEnv` that does less around them (`control/rows.py`). "
-        "4 epochs of 4 minibatches, lr 2.5e-4 to 0, entropy 0.01. "
+        "Gymnasium's Python CartPole; ours in a subclass of `SyncVectorEnv` that does less around them "
+        "(`control/fast/vector_env.py`). 4 epochs of 4 minibatches, lr 2.5e-4 to 0, entropy 0.01. "
         "SBX clips the gradients of actor and critic apart, and does not initialise them orthogonally.",
         976 * 512,
         {

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from understudy.compiled import CompiledUpdate
 from understudy.control import ppo
-from understudy.control.collect import RolloutCollector
 from understudy.control.policy import Policy
 from understudy.control.presets import preset
+from understudy.control.rollout import RolloutCollector
+from understudy.fast.compiled_update import CompiledUpdate
 
 WARMUP = 3
 PARTS = [  # what is timed: its name, where it stands, what it is part of

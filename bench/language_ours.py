@@ -14,8 +14,8 @@ import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - 80 MiB of code t
 from language_work import HEADS, HIDDEN, INNER, KV_HEADS, LAYERS, Clock, Reward, job
 
 from understudy.language import grpo, ppo
-from understudy.language.generate import generate
-from understudy.language.model import Policy
+from understudy.language.model.policy import Policy
+from understudy.language.rollout.generate import generate
 
 FOREVER = 10**9
 

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 
 from understudy import load
 from understudy.cli import rehearse
-from understudy.language import RewardModel, ppo, rehearsal, reward_model
-from understudy.language.text import make_preferences
+from understudy.language import RewardModel, ppo, reward_model, toy_language
+from understudy.language.data.records import make_preferences
 from understudy.run.seeds import derive_seed
 from understudy.study.overoptimise import Curve, Form, fit, kl_of_best_of_n, mean_of_best_of_n, peak_interval
 from understudy.study.statistics import bootstrap_interval
@@ -144,10 +144,10 @@ def policy_of(seed: int) -> Path:
         shutil.rmtree(out, ignore_errors=True)
         policy = rehearse.train_sft_policy(out, seed, rehearse.FULL_SIZES, report=lambda text: None)
         pairs = rehearse.sample_pairs(policy, max(SIZES) + TESTED, seed)
-        rows = rehearsal.preferences(pairs, temperature=rehearse.TEMPERATURE, seed=seed)
+        rows = toy_language.preferences(pairs, temperature=rehearse.TEMPERATURE, seed=seed)
         for size in SIZES:
-            rehearsal.write_jsonl(rows[:size], out / f"pairs-{size}.jsonl")
-        rehearsal.write_jsonl(rows[-TESTED:], out / "tested.jsonl")
+            toy_language.write_jsonl(rows[:size], out / f"pairs-{size}.jsonl")
+        toy_language.write_jsonl(rows[-TESTED:], out / "tested.jsonl")
     return out
 
 
@@ -175,7 +175,7 @@ def examine(out: Path, proxy: RewardModel, size: int) -> dict[str, float]:
 def best_of(out: Path, proxy: RewardModel, seed: int) -> dict[str, list[float]]:
     """Mean true and proxy score of the best of n by the proxy; and the true score of the best by truth."""
     said = sampled(out, seed)
-    true = np.array([rehearsal.true_score(text) for _, text in said]).reshape(OPENINGS, SAMPLES)
+    true = np.array([toy_language.true_score(text) for _, text in said]).reshape(OPENINGS, SAMPLES)
     by = proxy.score([ids for ids, _ in said]).double().numpy().reshape(OPENINGS, SAMPLES)
     return {
         "n": list(BEST_OF),
@@ -190,7 +190,7 @@ def sampled(out: Path, seed: int) -> list[tuple[list[int], str]]:
     """Completions of openings nobody was trained on, ids and text; the same for every proxy."""
     path = out / "sampled.json"
     if not path.exists():
-        openings = [row["prompt"] for row in rehearsal.prompts(OPENINGS, derive_seed(seed, "test"))]
+        openings = [row["prompt"] for row in toy_language.prompts(OPENINGS, derive_seed(seed, "test"))]
         many = [x for x in openings for _ in range(SAMPLES)]
         said = rehearse.sample_completions(load(out / "sft"), many, derive_seed(seed, "best of") >> 1)
         path.write_text(json.dumps([[[*ids, *completion.ids], text] for ids, completion, text in said]))
@@ -202,7 +202,7 @@ def by_ppo(out: Path, seed: int, size: int) -> dict[str, list[float]]:
     path = out / f"ppo-{size}"
     shutil.rmtree(path, ignore_errors=True)
     cfg = rehearse.ppo_config(out, seed, replace(rehearse.FULL_SIZES, iterations=ITERATIONS))
-    judges: dict[str, Any] = {"reward": (str(out / f"proxy-{size}"),), "gold": (rehearsal.true_scores,)}
+    judges: dict[str, Any] = {"reward": (str(out / f"proxy-{size}"),), "gold": (toy_language.true_scores,)}
     metrics = ppo.train(replace(cfg, **judges, **PPO, output_dir=str(path))).metrics
     lines = [m for m in metrics if "evaluation_kl" in m and m["iteration"] > PPO["critic_warmup"]]
     first = lines[0]
@@ -263,7 +263,7 @@ def page(found: dict[int, list[dict[str, Any]]]) -> str:
         "",
         "A reward model is a proxy for what people like, and a policy that follows it far enough finds where it is "
         "wrong: the proxy's score goes on rising while the true one falls (Gao et al. 2023). Here the true score is "
-        "known, the rule of `understudy/language/rehearsal.py` (0 to below 1, length included), so both can be drawn.",
+        "known, the rule of `understudy/language/toy_language.py` (0 to below 1, length included), so both can be drawn.",
         "",
         "![True and proxy score over the square root of KL](over-optimisation.png)",
         "",

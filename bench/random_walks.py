@@ -109,7 +109,7 @@ def write_model(folder: Path, seed: int) -> None:
 def measure(run: Path, edges: dict[str, list[str]], best: dict[str, int]) -> float:
     """Mean optimality over all start nodes, 64 samples each."""
     from understudy import load
-    from understudy.language.generate import generate
+    from understudy.language.rollout.generate import generate
 
     policy = load(run)
     starts = [node for node in NODES[1:] for _ in range(64)]

@@ -26,10 +26,10 @@ import transformers
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from understudy.language import dpo, reward_model, stage
-from understudy.language.model import Policy
-from understudy.language.scorer import RewardModel, load_reward_model
-from understudy.language.text import Preference, Tokenizer, make_preferences, read_rows
+from understudy.language import dpo, reward_model, training
+from understudy.language.data.records import Preference, Tokenizer, make_preferences, read_rows
+from understudy.language.model.policy import Policy
+from understudy.language.model.reward_model import RewardModel, load_reward_model
 from understudy.reduce import mean_interval
 
 HERE = Path(__file__).parent
@@ -120,7 +120,7 @@ def once(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def split() -> tuple[list[Preference], list[Preference], dict[str, int]]:
     """The pairs to learn from, those held out, and how many rows were cut or skipped: as the recipes split them."""
     pairs = make_preferences(read_rows(PAIRS), Tokenizer.load(MODEL), max_length=TOKENS, too_long="cut")
-    learned, kept = stage.hold_out(list(map(stage.preference_split_key, pairs)), len(pairs) // SHARE)
+    learned, kept = training.hold_out(list(map(training.preference_split_key, pairs)), len(pairs) // SHARE)
     counts = {"read": len(pairs), "cut": pairs.num_cut, "skipped": pairs.num_skipped, "equal": pairs.num_equal}
     return [pairs[i] for i in learned], [pairs[i] for i in kept], counts
 
@@ -141,7 +141,7 @@ def by_length(learned: Sequence[Preference], kept: Sequence[Preference]) -> Tens
 def count_pairs() -> dict[str, Any]:
     """The two parts of the preferences in numbers."""
     learned, kept, counts = split()
-    asked = [{stage.preference_split_key(pair) for pair in part} for part in (learned, kept)]
+    asked = [{training.preference_split_key(pair) for pair in part} for part in (learned, kept)]
     right = by_length(learned, kept)
     return {
         **counts,
@@ -169,7 +169,7 @@ def tune(kind: str, settings: dict[str, Any]) -> dict[str, Any]:
     rows = read_rows(PAIRS)
     source.write_text("".join(json.dumps(rows[pair.row - 1]) + "\n" for pair in pairs), encoding="utf-8")
     count = len(pairs) // SHARE
-    learned, kept = stage.hold_out(list(map(stage.preference_split_key, pairs)), count)
+    learned, kept = training.hold_out(list(map(training.preference_split_key, pairs)), count)
     return run(kind, TUNING_SEED, source, count, settings, [pairs[i] for i in learned], [pairs[i] for i in kept])
 
 

@@ -112,7 +112,7 @@ def page(seeds: list[dict[str, Any]]) -> str:
             f"# The rehearsal over {len(seeds)} seeds",
             "",
             f"`make rehearse` runs `understudy rehearse --seed N` for N from {SEEDS[0]} to {SEEDS[-1]} and writes "
-            "this page. The true score is the rule of `language/rehearsal.py`, which no stage of the training "
+            "this page. The true score is the rule of `language/toy_language.py`, which no stage of the training "
             "sees; SFT and PPO are means over 512 sampled completions of 128 openings, best of 64 the mean over "
             "those openings of the best of 64 completions by the SFT policy. KL(PPO, SFT) is exact at every token "
             "and summed over a completion. Reward model: accuracy on 400 held-out pairs, next to what the noise "

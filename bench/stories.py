@@ -24,14 +24,14 @@ import gold_words
 import torch
 import transformers
 
-from understudy.language import ppo, reward_model, stage
-from understudy.language.collect import Rollout, Sampler
+from understudy.language import ppo, reward_model, training
+from understudy.language.data.records import Tokenizer, make_prompts
 from understudy.language.evaluate import sample_evaluation_rollout
-from understudy.language.generate import generate
-from understudy.language.judge import distinct_n
-from understudy.language.model import Policy, Reference
-from understudy.language.scorer import load_reward_model
-from understudy.language.text import Tokenizer, make_prompts
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.model.reward_model import load_reward_model
+from understudy.language.rewards.reward_sum import distinct_n
+from understudy.language.rollout.generate import generate
+from understudy.language.rollout.sampler import Rollout, Sampler
 from understudy.reduce import fraction_interval, mean_interval
 from understudy.run.seeds import derive_seed
 
@@ -280,7 +280,7 @@ def held_out() -> Sampler:
     tokenizer = Tokenizer.load(MODEL, stop=STOP)
     rows = [json.loads(line) for line in data().read_text(encoding="utf-8").splitlines()]
     found = make_prompts(rows, tokenizer, max_length=64)
-    _, kept = stage.hold_out([prompt.ids for prompt in found], HELD_OUT)
+    _, kept = training.hold_out([prompt.ids for prompt in found], HELD_OUT)
     return Sampler([found[i] for i in kept], tokenizer, limit=TOKENS, has_fixed_length=False, seed=0, max_num_seqs=128)
 
 

@@ -27,11 +27,11 @@ import torch
 import transformers
 
 from understudy.language import grpo, ppo, reinforce
+from understudy.language.data.records import Tokenizer
 from understudy.language.evaluate import sample_evaluation_rollout
-from understudy.language.judge import distinct_n
-from understudy.language.model import Policy, Reference
-from understudy.language.scorer import load_reward_model
-from understudy.language.text import Tokenizer
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.model.reward_model import load_reward_model
+from understudy.language.rewards.reward_sum import distinct_n
 from understudy.reduce import fraction_interval, mean_interval, student_t
 
 RESULTS = stories.RESULTS.parent / "stories_methods"

@@ -23,7 +23,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, VectorEnv
 
-from understudy.control.supervise import FaultTolerantVectorEnv
+from understudy.control.envs.fault_tolerant import FaultTolerantVectorEnv
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results" / "supervise.json", ROOT / "docs" / "supervise.md"

@@ -29,7 +29,7 @@ import torch
 
 from understudy import load, update
 from understudy.cli import rehearse
-from understudy.language import RewardModel, ppo, rehearsal
+from understudy.language import RewardModel, ppo, toy_language
 from understudy.language.trust_region import TrustRegion
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def run(seed: int, way: str) -> dict[str, Any]:
         moved.append(line["kl_reference"])
     seconds = time.process_time() - began
     found = json.loads((taught / "rehearsal.json").read_text())
-    shown = rehearsal.demonstrations(rehearse.FULL_SIZES.num_demonstrations, seed)
+    shown = toy_language.demonstrations(rehearse.FULL_SIZES.num_demonstrations, seed)
     judge = RewardModel.from_pretrained(taught / "reward_model" / "reward_model")
     policy = load(out)
     found["ppo"], said = rehearse.evaluate_policy(

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from understudy import load
 from understudy.language import grpo, sft
-from understudy.language.generate import generate
+from understudy.language.rollout.generate import generate
 from understudy.reduce import fraction_interval
 
 RESULTS = Path(__file__).parent / "results" / "verifiable"

@@ -10,10 +10,10 @@ import torch
 
 from understudy.advantage import reward_to_go
 from understudy.batch import Batch
-from understudy.control import environment
-from understudy.control.collect import RolloutCollector
 from understudy.control.config import NetworkConfig
+from understudy.control.envs import make as environment
 from understudy.control.policy import Policy
+from understudy.control.rollout import RolloutCollector
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import standardize
 from understudy.run.seeds import derive_seed, make_generator

@@ -17,14 +17,14 @@ from tests.records import seeded
 from understudy.advantage import gae, group_relative, leave_one_out
 from understudy.batch import Batch, TokenBatch, Trajectory
 from understudy.distribution import Categorical
-from understudy.language import config, dpo, grpo, ppo, reinforce, stage
-from understudy.language.collect import Rollout
-from understudy.language.judge import ScoringInput
-from understudy.language.text import Preference
-from understudy.language.tokens import Head, SampledTokens, TokenDistribution
+from understudy.language import config, dpo, grpo, ppo, reinforce, training
+from understudy.language.data.records import Preference
+from understudy.language.model.token_distribution import Head, SampledTokens, TokenDistribution
+from understudy.language.rewards.reward_sum import ScoringInput
+from understudy.language.rollout.sampler import Rollout
 from understudy.objective import critic_only, policy_gradient, scale_penalty, squared_error
 from understudy.reduce import per_row
-from understudy.score import episode_score, reward_at_last_step
+from understudy.reward import episode_score, reward_at_last_step
 from understudy.update import update
 from understudy.value import next_value
 
@@ -162,7 +162,7 @@ def learn(task: Task, make: Callable[..., Any], seed: int) -> list[Tensor]:
     `make(lm, said, score, reference)` is steps 2 to 4 of a recipe: its batch, its objective and what else `update` is told.
     """
     lm, reference, generator = task.lm(), Frozen(task.lm()), seeded(seed)
-    optimizer = stage.adamw(settings(config.RolloutConfig, task), stage.trainable_parameter_group(lm))
+    optimizer = training.adamw(settings(config.RolloutConfig, task), training.trainable_parameter_group(lm))
     last = []
     for i in range(ITERATIONS):
         slow_down(optimizer, i / ITERATIONS)
@@ -272,7 +272,7 @@ def learn_pairs(task: Task, pairs: list[Preference], seed: int) -> list[Tensor]:
     """The last iterates of DPO on pairs, minibatch by minibatch; the learning rate falls to 0 in a line."""
     lm, generator = task.lm(), seeded(seed)
     cfg = dpo.Config(model="-", data="-", beta=task.coef)
-    optimizer = stage.adamw(cfg, {"params": [lm.logits]})
+    optimizer = training.adamw(cfg, {"params": [lm.logits]})
     data = dpo.collate(pairs, dpo.compute_pair_logprobs(lm, pairs, micro_batch_size=len(pairs)))  # pyright: ignore[reportArgumentType]
     last = []
     for i in range(PAIR_STEPS):
@@ -457,7 +457,7 @@ class Exam:
         lm, draw = TableLM(self.logits.float(), length=3), seeded(5)
         with torch.no_grad():
             lm.logits[0] = 0.0  # every prompt alike likely
-        optimizer = stage.adamw(config.Config(model="-", data="-"), {"params": [lm.values]})
+        optimizer = training.adamw(config.Config(model="-", data="-"), {"params": [lm.values]})
         updates = answers // 512
         for i in range(updates):
             slow_down(optimizer, i / updates)

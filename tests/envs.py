@@ -13,9 +13,9 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor, nn
 
-from understudy.control import environment
-from understudy.control.collect import RolloutCollector
+from understudy.control.envs import make as environment
 from understudy.control.policy import Policy
+from understudy.control.rollout import RolloutCollector
 from understudy.distribution import Categorical
 
 ACTIONS = 3

@@ -16,10 +16,10 @@ CONFIGS = {
     "dpo": dpo.Config,
 }
 PPO, SFT, REWARD = "test_language_ppo.py::", "test_sft.py::", "test_reward_model.py::"
-REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_model.py::", "test_generate.py::"
+REFUSED, MODEL, GENERATE = "test_language_data_refusals.py::", "test_language_policy.py::", "test_generate.py::"
 
 TRUST = "test_trust_region.py::"
-TURNS, OFF = "test_turns.py::", "test_off_policy.py::"
+TURNS, OFF = "test_multi_turn.py::", "test_off_policy.py::"
 COUNTS = OFF + "test_a_token_counts_as_the_config_says"
 SCHEDULE = "test_schedule.py::"
 BOUNDS = "test_language_constraints.py::"
@@ -56,10 +56,12 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             SFT + "test_the_loss_is_the_surprise_of_the_completions_tokens_alone",
             "test_data_in_memory.py::test_rows_in_memory_teach_what_the_same_file_teaches",
         ),
-        "data_config": ("test_data.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",),
+        "data_config": (
+            "test_data_files.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",
+        ),
         "data_split": (
-            "test_data.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",
-            "test_data.py::test_a_part_of_what_has_none_is_refused",
+            "test_data_files.py::test_another_split_and_configuration_of_a_directory_are_read_where_named",
+            "test_data_files.py::test_a_part_of_what_has_none_is_refused",
         ),
         "columns": (REFUSED + "test_columns_of_other_names_are_mapped",),
         "total_tokens": (PPO + "test_a_run_has_the_rows_tokens_and_optimizer_steps_it_was_asked_for", SFT + FIRST_STEP),
@@ -77,17 +79,17 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
             SFT + "test_only_the_last_turn_of_a_chat_is_learned_from",
         ),
         "add_bos": (
-            "test_text.py::test_a_bos_can_be_forced_and_is_saved_with_the_tokenizer",
-            "test_text.py::test_a_bos_that_does_not_exist_cannot_be_forced",
+            "test_records.py::test_a_bos_can_be_forced_and_is_saved_with_the_tokenizer",
+            "test_records.py::test_a_bos_that_does_not_exist_cannot_be_forced",
             REFUSED + "test_a_bos_is_forced_where_it_was_asked_for",
         ),
         "max_length": (
             REFUSED + "test_a_row_longer_than_asked_for_is_refused",
-            "test_text.py::test_the_field_that_limits_a_row_is_named",
+            "test_records.py::test_the_field_that_limits_a_row_is_named",
         ),
         "too_long": (
             REFUSED + "test_a_run_goes_on_without_the_rows_that_are_too_long",
-            "test_text.py::test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos",
+            "test_records.py::test_both_sides_of_a_pair_lose_as_much_of_their_prompt_and_keep_bos",
             REFUSED + "test_prompts_that_a_judge_reads_are_not_cut",
         ),
         "evaluation_data": (
@@ -172,16 +174,16 @@ TABLE: dict[str, dict[str, tuple[str, ...]]] = {
         "reward_timeout": (PPO + "test_a_reward_function_that_takes_too_long_is_missing",),
         "unconditional": (
             REFUSED + "test_an_unconditional_run_starts_every_row_from_bos",
-            "test_text.py::test_unconditional_with_a_prompt_column_is_refused",
+            "test_records.py::test_unconditional_with_a_prompt_column_is_refused",
         ),
         "keep_special_tokens": (
             "test_chat_templates.py::test_completions_keep_special_tokens_where_asked",
             PPO + "test_a_reward_function_reads_special_tokens_where_asked",
         ),
         "missing_score": (
-            "test_judge.py::test_none_leaves_the_row_to_the_other_terms",
-            "test_judge.py::test_none_leaves_out_the_row_where_that_is_asked_for",
-            "test_judge.py::test_a_run_leaves_out_what_it_was_asked_to",
+            "test_reward_sum.py::test_none_leaves_the_row_to_the_other_terms",
+            "test_reward_sum.py::test_none_leaves_out_the_row_where_that_is_asked_for",
+            "test_reward_sum.py::test_a_run_leaves_out_what_it_was_asked_to",
         ),
         "reply": (
             TURNS + "test_a_recipe_learns_from_conversations",
@@ -283,7 +285,7 @@ SHARED = {field.name for field in dataclasses.fields(config.RolloutConfig)} - {
     field.name for field in dataclasses.fields(config.Config)
 }
 ROLLOUTS = {name: tests for name, tests in TABLE["ppo"].items() if name in SHARED}  # one cast, one `pay` for them all
-GRPO, OBJECTIVE, SCORE = "test_grpo.py::", "test_objective.py::", "test_score.py::"
+GRPO, OBJECTIVE, SCORE = "test_grpo.py::", "test_objective.py::", "test_reward.py::"
 KL_CHARGED = GRPO + "test_a_kl_in_the_loss_costs_what_its_coefficient_says"
 TABLE["grpo"] = ROLLOUTS | {
     "group_size": (GRPO + "test_an_answer_is_compared_with_its_own_group",),

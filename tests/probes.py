@@ -7,7 +7,7 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from understudy.control.spaces import MASK_KEY, mask_width
+from understudy.control.envs.spaces import MASK_KEY, mask_width
 
 OBSERVATIONS = {
     "vector": spaces.Box(-2.0, 2.0, (3,)),

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from understudy.language import ppo, rehearsal, reward_model, sft
+from understudy.language import ppo, reward_model, sft, toy_language
 
 PPO = {
     "completions_per_iteration": 8,
@@ -28,16 +28,16 @@ LEARN = {"batch_size": 8, "quiet": True, "held_out": 8}
 
 def furnish(path: Path) -> Path:
     """Write model, tokenizer and data; the same every time."""
-    rehearsal.make_model(0).save_pretrained(path)
-    rehearsal.make_tokenizer().save_pretrained(path)
-    said = rehearsal.sentences(64, 0)
+    toy_language.make_model(0).save_pretrained(path)
+    toy_language.make_tokenizer().save_pretrained(path)
+    said = toy_language.sentences(64, 0)
     halves = [sentence.split(" ", 3) for sentence in said]
     pairs = [(" ".join(words[:3]), words[3], "sat .") for words in halves]
-    labelled = [{"text": s, "label": float(rehearsal.true_score(s) > 0.3)} for s in said]
+    labelled = [{"text": s, "label": float(toy_language.true_score(s) > 0.3)} for s in said]
     files = {
-        "prompts": rehearsal.prompts(40, 0),
-        "demonstrations": rehearsal.demonstrations(40, 0),
-        "preferences": rehearsal.preferences(pairs[:40], temperature=0.2, seed=0),
+        "prompts": toy_language.prompts(40, 0),
+        "demonstrations": toy_language.demonstrations(40, 0),
+        "preferences": toy_language.preferences(pairs[:40], temperature=0.2, seed=0),
         "labelled": labelled[:40],
         "texts": [{"text": sentence} for sentence in said],
     }

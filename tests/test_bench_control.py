@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy.compiled import is_compiler_available
 from understudy.control import ppo
 from understudy.control.presets import preset
+from understudy.fast.compiled_update import is_compiler_available
 
 BENCH = Path(__file__).parents[1] / "bench"
 OURS, PEER = "Understudy", "Stable-Baselines3"

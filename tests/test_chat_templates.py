@@ -7,13 +7,13 @@ import signal
 import pytest
 import torch
 
-from tests.test_text import CHAT, CHATML, EOS, THINKING, TURN_END, built, made, tokens
-from understudy.language import bounded, text
-from understudy.language.collect import Sampler
-from understudy.language.generate import Completion
+from tests.test_records import CHAT, CHATML, EOS, THINKING, TURN_END, built, made, tokens
+from understudy.language.data import bounded, records
+from understudy.language.data.records import Prompt, Tokenizer
+from understudy.language.rollout.generate import Completion
+from understudy.language.rollout.multi_turn import run_dialogue
+from understudy.language.rollout.sampler import Sampler
 from understudy.language.sft import collate_examples
-from understudy.language.text import Prompt, Tokenizer
-from understudy.language.turns import run_dialogue
 from understudy.run.config import RequestError
 
 TOOLING = (
@@ -42,29 +42,29 @@ def chatty(template=CHATML, **options) -> Tokenizer:
 def test_every_recipe_gives_the_template_what_a_row_has_for_it(recipe, columns):
     tokenizer, answer = chatty(TOOLING), tokens("yo<|im_end|>")
     if recipe == "prompts":
-        ids = text.make_prompts([{"prompt": USER, **columns}], tokenizer, max_length=99)[0].ids
+        ids = records.make_prompts([{"prompt": USER, **columns}], tokenizer, max_length=99)[0].ids
         answer = []
     elif recipe == "examples":
-        ids = text.make_examples([{"messages": CHAT, **columns}], tokenizer, max_length=99)[0].ids
+        ids = records.make_examples([{"messages": CHAT, **columns}], tokenizer, max_length=99)[0].ids
     elif recipe == "pairs":
         row = {"prompt": USER, "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "no"}], **columns}
-        ids = text.make_preferences([row], tokenizer, max_length=99)[0].chosen
+        ids = records.make_preferences([row], tokenizer, max_length=99)[0].chosen
     else:
-        ids = text.make_labelled_examples([{"text": CHAT, "label": 1, **columns}], tokenizer, max_length=99)[0].ids
+        ids = records.make_labelled_examples([{"text": CHAT, "label": 1, **columns}], tokenizer, max_length=99)[0].ids
 
     assert list(ids) == [*tokens(START), *answer]
 
 
 def test_the_next_row_is_without_the_arguments_of_the_one_before():
     rows = [{"prompt": USER, "enable_thinking": False}, {"prompt": USER, "enable_thinking": None}]
-    first, second = text.make_prompts(rows, chatty(TOOLING), max_length=99)
+    first, second = records.make_prompts(rows, chatty(TOOLING), max_length=99)
 
     assert list(first.ids) == tokens(ASKED + "/think ") and list(second.ids) == tokens(ASKED)
 
 
 def test_a_reply_is_written_by_the_template_with_the_rows_arguments():
     template = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ mood }}")
-    (prompt,) = text.make_prompts(
+    (prompt,) = records.make_prompts(
         [{"prompt": USER, "chat_template_kwargs": {"mood": "!"}}], chatty(template), max_length=99
     )
 
@@ -86,13 +86,13 @@ def test_a_reply_is_written_by_the_template_with_the_rows_arguments():
 
 
 def test_arguments_that_the_template_does_not_use_are_noted():
-    found = text.make_prompts([{"prompt": USER, **HAS}], chatty(TOOLING.replace("tools", "nothing")), max_length=99)
+    found = records.make_prompts([{"prompt": USER, **HAS}], chatty(TOOLING.replace("tools", "nothing")), max_length=99)
 
     assert found.notes == ("tools of the rows changes nothing: the chat template does not use it",)
 
 
 def test_columns_of_these_names_beside_plain_text_are_columns():
-    assert text.make_prompts([{"prompt": "hi", "tools": "a hammer"}], made(), max_length=9)[0].columns == {
+    assert records.make_prompts([{"prompt": "hi", "tools": "a hammer"}], made(), max_length=9)[0].columns == {
         "tools": "a hammer"
     }
 
@@ -108,7 +108,7 @@ def test_columns_of_these_names_beside_plain_text_are_columns():
 )
 def test_arguments_of_another_form_are_refused_with_their_row(column, cell, fault):
     with pytest.raises(RequestError, match=f"row 1: {fault}|row 1: {column} {fault}"):
-        text.make_prompts([{"prompt": USER, column: cell}], chatty(), max_length=99)
+        records.make_prompts([{"prompt": USER, column: cell}], chatty(), max_length=99)
 
 
 # the beginning of an answer
@@ -148,15 +148,15 @@ def test_an_answer_that_was_begun_is_learned_as_it_is_sampled(recipe):
     row = {"prompt": BEGUN, "completion": [{"role": "assistant", "content": "o"}]}
     row |= {"chosen": row["completion"], "rejected": [{"role": "assistant", "content": "es"}]}
     if recipe == "examples":
-        (one,) = text.make_examples([row], chatty(), max_length=99)
+        (one,) = records.make_examples([row], chatty(), max_length=99)
         assert (list(one.ids), one.start) == (tokens(ASKED + "yo<|im_end|>"), len(tokens(ASKED)) + 1)
     else:
-        (pair,) = text.make_preferences([row], chatty(), max_length=99)
+        (pair,) = records.make_preferences([row], chatty(), max_length=99)
         assert list(pair.rejected) == tokens(ASKED + "yes<|im_end|>")
 
 
 def test_prompts_that_the_policy_continues_are_counted():
-    found = text.make_prompts([{"prompt": BEGUN}, {"prompt": USER}], chatty(), max_length=99)
+    found = records.make_prompts([{"prompt": BEGUN}, {"prompt": USER}], chatty(), max_length=99)
 
     assert found.notes == ("1 prompts end with words of the assistant, which the policy continues",)
 
@@ -165,7 +165,7 @@ def test_a_prompt_that_ends_with_tool_calls_is_refused():
     calls = [*USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]
 
     with pytest.raises(RequestError, match="row 1: the prompt ends with tool calls of the assistant"):
-        text.make_prompts([{"prompt": calls}], chatty(), max_length=99)
+        records.make_prompts([{"prompt": calls}], chatty(), max_length=99)
 
 
 # which turns are learned
@@ -173,7 +173,7 @@ def test_a_prompt_that_ends_with_tool_calls_is_refused():
 
 def taught(rows: list[dict], tokenizer: Tokenizer, train_on: str) -> list[str]:
     """What each row teaches, as text, in pieces."""
-    found = text.make_examples(rows, tokenizer, max_length=999, train_on=train_on)
+    found = records.make_examples(rows, tokenizer, max_length=999, train_on=train_on)
     batch = collate_examples(found)
     assert [int(row.sum()) for row in batch.mask] == [example.num_target_tokens for example in found]
     return [tokenizer.hf.decode(ids[1:][mask[:-1]]) for ids, mask in zip(batch.ids, batch.mask, strict=True)]
@@ -196,7 +196,7 @@ def test_the_turns_that_were_asked_for_are_learned(train_on, row, expected):
 
 
 def test_all_turns_are_laid_out_as_the_template_writes_the_chat():
-    (one,) = text.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    (one,) = records.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
     whole = built(chat_template=CHATML).apply_chat_template(LONG, return_dict=False)
 
     assert list(one.ids) == whole[:-1]  # less the newline behind the last turn
@@ -209,8 +209,8 @@ def test_a_turn_that_the_template_would_now_write_otherwise_is_learned_as_it_is_
 
 
 def test_a_chat_loses_its_beginning_and_keeps_the_turns_that_are_learned():
-    (whole,) = text.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
-    (cut,) = text.make_examples(
+    (whole,) = records.make_examples([{"messages": LONG}], chatty(), max_length=999, train_on="all")
+    (cut,) = records.make_examples(
         [{"messages": LONG}], chatty(), max_length=len(whole.ids) - 4, too_long="cut", train_on="all"
     )
 
@@ -221,7 +221,7 @@ def test_a_chat_loses_its_beginning_and_keeps_the_turns_that_are_learned():
 
 def test_all_turns_of_plain_text_are_refused():
     with pytest.raises(RequestError, match="row 1: train_on is 'all', but the data are text"):
-        text.make_examples([{"prompt": "hi", "completion": "yo"}], made(), max_length=9, train_on="all")
+        records.make_examples([{"prompt": "hi", "completion": "yo"}], made(), max_length=9, train_on="all")
 
 
 # special tokens of completions
@@ -264,7 +264,7 @@ def test_a_chat_template_is_bounded_in_time_memory_and_output(case, monkeypatch)
     template, words = ENDLESS[case]
     monkeypatch.setattr(bounded, "MAX_SECONDS", 0.2 if case == "loops" else 20.0)  # a busy machine doubles slowly
     monkeypatch.setattr(bounded, "MAX_BYTES", 2**26)
-    monkeypatch.setattr("understudy.language.tokenizer.MAX_RENDERED_CHARACTERS", 1000)
+    monkeypatch.setattr("understudy.language.data.tokenizer.MAX_RENDERED_CHARACTERS", 1000)
 
     with pytest.raises(RequestError, match=rf"^the chat template .*{words}"):
         chatty(template).encode_prompt(USER)

@@ -224,7 +224,7 @@ def test_flags_override_the_config_file_which_overrides_the_preset(here, capsys)
         main(["control", "ppo", "--config", "c.yaml", "--gamma", "0.8", "--steps", "32", "--quiet", "--out", "r"]) == 0
     )
     config = json.loads(Path("r/config.json").read_text())["config"]
-    assert (config["gamma"], config["lam"], config["hidden"], config["epochs"]) == (0.8, 0.5, [4], 4)
+    assert (config["gamma"], config["lam"], config["hidden"], config["num_epochs"]) == (0.8, 0.5, [4], 4)
 
 
 def test_an_unknown_field_in_the_config_file_is_refused_with_the_nearest(here, capsys):
@@ -336,7 +336,7 @@ def test_help_answers_without_torch_in_half_a_second():
 
 
 def test_interrupting_saves_the_policy_and_exits_130(here, capsys, monkeypatch):
-    from understudy.control.stage import TrainingRun
+    from understudy.control.training import TrainingRun
 
     report = TrainingRun.finish_iteration
 

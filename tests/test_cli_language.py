@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM
 from tests.test_cli import refused
 from understudy import language, load
 from understudy.cli import main
-from understudy.language import rehearsal
+from understudy.language import toy_language
 from understudy.run.config import RequestError
 
 CHAT = [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]
 ROWS = {
-    "prompts": rehearsal.prompts(24, 0),
-    "demonstrations": rehearsal.demonstrations(24, 0),
-    "pairs": rehearsal.preferences(
-        [(row["prompt"], "small cat .", "old dog .") for row in rehearsal.prompts(24, 0)], temperature=1.0, seed=0
+    "prompts": toy_language.prompts(24, 0),
+    "demonstrations": toy_language.demonstrations(24, 0),
+    "pairs": toy_language.preferences(
+        [(row["prompt"], "small cat .", "old dog .") for row in toy_language.prompts(24, 0)], temperature=1.0, seed=0
     ),
     "few": [{"prompt": "the", "completion": "cat"}] * 3,
     "questions": [{"question": "the old"}, {"question": "some"}],
@@ -48,8 +48,8 @@ FAST += ["--no-preflight", "--evaluate-rows", "4"]
 def stand(tmp_path_factory):
     """A directory with a tiny model, data files and reward functions."""
     folder = tmp_path_factory.mktemp("language")
-    rehearsal.make_model(0).save_pretrained(folder / "model")
-    rehearsal.make_tokenizer().save_pretrained(folder / "model")
+    toy_language.make_model(0).save_pretrained(folder / "model")
+    toy_language.make_tokenizer().save_pretrained(folder / "model")
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "broken.jsonl").write_text('{"prompt": "the"}\n{"prompt": \n')
@@ -261,8 +261,8 @@ def test_a_reference_that_is_not_the_runs_is_refused(here, capsys):
     assert main(ppo("--out", "rl", "--held-out", "4")) == 0
     capsys.readouterr()
     Path("model").unlink()
-    rehearsal.make_model(1).save_pretrained("model")
-    rehearsal.make_tokenizer().save_pretrained("model")
+    toy_language.make_model(1).save_pretrained("model")
+    toy_language.make_tokenizer().save_pretrained("model")
 
     refused(capsys, ["evaluate", "rl", "--rows", "4"], 2, "reference is 'model'", "put back")
 
@@ -310,7 +310,7 @@ def test_a_config_file_gives_defaults_that_flags_override(here, capsys):
     assert main(["language", "ppo", "--config", "c.yaml", *flags]) == 0
 
     config = json.loads(Path("rl/config.json").read_text())["config"]
-    assert (config["clip"], config["rows"], config["reward"]) == (0.1, 4, ["length"])
+    assert (config["clip"], config["completions_per_iteration"], config["reward"]) == (0.1, 4, ["length"])
 
 
 def test_generate_goes_on_from_a_prompt_and_repeats_itself_with_a_seed(here, capsys):
@@ -326,9 +326,9 @@ def test_generate_goes_on_from_a_prompt_and_repeats_itself_with_a_seed(here, cap
 
 def test_chat_takes_turns_until_the_input_ends(here, capsys, monkeypatch):
     folder = Path("chatty")
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    rehearsal.make_model(0).save_pretrained(folder)
+    toy_language.make_model(0).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the old\nsome\n"))
 

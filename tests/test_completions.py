@@ -3,8 +3,8 @@
 import pytest
 
 from understudy import load
-from understudy.language import Policy, rehearsal
-from understudy.language.text import Tokenizer
+from understudy.language import Policy, toy_language
+from understudy.language.data.records import Tokenizer
 from understudy.run.config import RequestError
 
 CONTEXT = 64  # of the model below
@@ -13,8 +13,8 @@ CONTEXT = 64  # of the model below
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    rehearsal.make_model(0).save_pretrained(folder)
-    rehearsal.make_tokenizer().save_pretrained(folder)
+    toy_language.make_model(0).save_pretrained(folder)
+    toy_language.make_tokenizer().save_pretrained(folder)
     made = Policy.from_pretrained(folder)
     made.tokenizer = Tokenizer.load(folder)
     made.save(folder / "policy")
@@ -79,4 +79,4 @@ def test_numbers_out_of_range_are_refused(policy, given, words):
 
 def test_a_policy_without_a_tokenizer_is_refused():
     with pytest.raises(RequestError, match="no tokenizer"):
-        Policy(rehearsal.make_model(0)).generate("the")
+        Policy(toy_language.make_model(0)).generate("the")

@@ -12,9 +12,9 @@ from tests.probes import ACTIONS, MODES, OBSERVATIONS, Anything, anything, is_al
 from tests.records import seeded
 from understudy import load
 from understudy.control import ppo
-from understudy.control.collect import RolloutCollector
 from understudy.control.config import NetworkConfig
 from understudy.control.policy import Policy
+from understudy.control.rollout import RolloutCollector
 from understudy.value import estimate_values
 
 MASKS = [(action, masked) for action in ACTIONS for masked in ((False,) if action == "Box" else (False, True))]

@@ -11,7 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
 from tests.envs import MODES, Diary, Rows, diaries, length_of, scripted, seed_of, walker
 from understudy import load, resume
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.costs import CostRecorder
+from understudy.control.envs.costs import CostRecorder
 from understudy.run.config import RequestError
 
 DISABLED, SAME_STEP, NEXT_STEP = MODES

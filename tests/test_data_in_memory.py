@@ -12,7 +12,7 @@ from tests.rehearsed import furnish, ppo_config, sft_config
 from understudy import resume
 from understudy.cli import main
 from understudy.language import ppo, sft
-from understudy.language.data import Table
+from understudy.language.data.files import Table
 from understudy.run import lineage
 from understudy.run.config import RequestError
 

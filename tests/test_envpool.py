@@ -8,7 +8,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from tests.envs import walker
-from understudy.control import environment, ppo
+from understudy.control import ppo
+from understudy.control.envs import make as environment
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError

@@ -7,8 +7,8 @@ import pytest
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy.cli import main
 from understudy.language import dpo, ppo, reward_model, sft
-from understudy.language.cast import RLHFModels
-from understudy.language.scorer import RewardModel
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rlhf import RLHFModels
 from understudy.language.sft import load_policy
 from understudy.run.config import RequestError
 

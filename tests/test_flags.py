@@ -19,7 +19,7 @@ from understudy.cli.language import RECIPES as LANGUAGE
 from understudy.cli.language import REWARDS, _configure
 from understudy.cli.peers import PEERS
 from understudy.control.ppo import Config
-from understudy.language.judge import BUILTINS
+from understudy.language.rewards.reward_sum import BUILTINS
 from understudy.run.config import RequestError
 from understudy.run.installation import version
 

@@ -7,10 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from tests.models import FAMILIES, LEAN, WINDOW, V, tiny, tiny_lean
-from understudy.language.generate import Completion, build_trajectory, generate, measure_cache_error
-from understudy.language.lean import build_fast_llama
-from understudy.language.model import Policy
-from understudy.language.tokens import apply_top_k_top_p
+from understudy.language.fast.llama import build_fast_llama
+from understudy.language.model.policy import Policy
+from understudy.language.model.token_distribution import apply_top_k_top_p
+from understudy.language.rollout.generate import Completion, build_trajectory, generate, measure_cache_error
 
 PROMPTS = [[1, 5, 9, 3, 17, 4, 8, 12, 6], [1, 7], [3, 3, 20, 11, 6], [1, 7], [1]]
 SEEDS = [11, 12, 13, 14, 15]

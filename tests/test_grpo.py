@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.rehearsed import furnish
-from understudy.language import dpo, grpo, rehearsal, reinforce
-from understudy.language.cast import RLHFModels, compute_rewards
-from understudy.language.generate import Completion
-from understudy.language.model import Policy
+from understudy.language import dpo, grpo, reinforce, toy_language
+from understudy.language.data.records import Preference
+from understudy.language.model.policy import Policy
+from understudy.language.rlhf import RLHFModels, compute_rewards
+from understudy.language.rollout.generate import Completion
 from understudy.language.sft import load_policy
-from understudy.language.stage import hold_out
-from understudy.language.text import Preference
+from understudy.language.training import hold_out
 from understudy.objective import cispo, gspo
 
 FEW = {
@@ -326,10 +326,10 @@ def test_the_form_the_price_and_the_smoothing_reach_the_loss(home, tmp_path):
 def test_dpo_keeps_the_pairs_of_a_prompt_together(home, tmp_path):
     rows = [
         {"prompt": f"the {name}", "chosen": f" {verb} .", "rejected": " sneered ."}
-        for name in rehearsal.WORDS["someone"]
+        for name in toy_language.WORDS["someone"]
         for verb in ("smiled", "laughed", "sang")
     ]
-    cfg = dpo_config(home, tmp_path, data=str(rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")))
+    cfg = dpo_config(home, tmp_path, data=str(toy_language.write_jsonl(rows, tmp_path / "pairs.jsonl")))
 
     learned, kept = dpo.load_preferences(load_policy(cfg), cfg)
 

@@ -14,9 +14,10 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from tests.envs import Anything, walker
 from tests.foreign_envs import CostIntOrFloat, InfoOfChangingShape, InfoSometimesNone, TenSteps
-from understudy.control import environment, ppo
-from understudy.control.costs import CostRecorder
-from understudy.control.infos import drop_unpicklable, get_info_value, merge_info
+from understudy.control import ppo
+from understudy.control.envs import make as environment
+from understudy.control.envs.costs import CostRecorder
+from understudy.control.envs.infos import drop_unpicklable, get_info_value, merge_info
 from understudy.control.policy import Policy
 
 DISABLED = AutoresetMode.DISABLED

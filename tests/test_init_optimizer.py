@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from understudy import compiled, load, resume
+from understudy import load, resume
 from understudy.cli import main
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.optimizer import adam as adam_of
-from understudy.control.optimizer import load_moments
+from understudy.control.fast.optimizer import adam as adam_of
+from understudy.control.fast.optimizer import load_moments
+from understudy.fast import compiled_update
 from understudy.run.checkpoint import list_checkpoints
 from understudy.run.config import RequestError
 from understudy.run.store import Run, read_optimizer_state
@@ -70,7 +71,9 @@ def rmsprop(was, g):
     ids=["plain", "compiled", "groups", "actor-critic", "rmsprop"],
 )
 def test_the_first_update_goes_on_from_the_saved_moments(recipe, fields, step, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "_compile", torch.enable_grad())  # what would be compiled, which takes 10 s, as it is
+    monkeypatch.setattr(
+        compiled_update, "_compile", torch.enable_grad()
+    )  # what would be compiled, which takes 10 s, as it is
     first = train(recipe, tmp_path / "first", **fields)  # four updates
     begun = {"init_from": str(first.path), "steps": 16, "learning_rate": 0.03, "adam_eps": 1e-3}
     went_on = train(recipe, tmp_path / "on", **begun, **fields, init_optimizer=True)

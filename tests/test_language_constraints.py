@@ -10,9 +10,9 @@ from torch.testing import assert_close
 from tests.rehearsed import furnish
 from understudy import resume
 from understudy.language import grpo, ppo, reinforce
-from understudy.language.cast import RLHFModels, close_workers, open_rlhf_run
-from understudy.language.judge import RewardSum, Scores
-from understudy.language.model import Policy
+from understudy.language.model.policy import Policy
+from understudy.language.rewards.reward_sum import RewardSum, Scores
+from understudy.language.rlhf import RLHFModels, close_workers, open_rlhf_run
 from understudy.run.config import RequestError
 
 RECIPES = {"ppo": ppo, "grpo": grpo, "reinforce": reinforce}

@@ -6,7 +6,7 @@ import pytest
 
 from tests.rehearsed import furnish
 from understudy.language import grpo, reinforce
-from understudy.language.cast import RLHFModels
+from understudy.language.rlhf import RLHFModels
 
 FEW = {
     "completions_per_iteration": 8,

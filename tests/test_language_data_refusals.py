@@ -9,9 +9,9 @@ from tokenizers import processors
 
 from tests.models import tiny
 from tests.rehearsed import furnish, letters, ppo_config, reward_config, sft_config
-from tests.test_text import CHATML
-from understudy.language import ppo, rehearsal, reward_model, sft
-from understudy.language.text import Tokenizer
+from tests.test_records import CHATML
+from understudy.language import ppo, reward_model, sft, toy_language
+from understudy.language.data.records import Tokenizer
 from understudy.run.config import RequestError
 
 RECIPES: dict[str, Callable] = {
@@ -158,7 +158,7 @@ def test_an_unknown_template_is_refused(refused, recipe, template):
 
 @pytest.mark.parametrize("recipe", ["sft", "ppo"])
 def test_a_model_without_a_stop_id_is_refused(refused, recipe, tmp_path):
-    model, tokenizer = rehearsal.make_model(0), rehearsal.make_tokenizer()
+    model, tokenizer = toy_language.make_model(0), toy_language.make_tokenizer()
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token = None
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "endless")
@@ -234,7 +234,7 @@ def test_pairs_with_a_label_beside_them_are_pairs(train):
 @pytest.mark.parametrize("add_bos", [False, True])
 def test_a_bos_is_forced_where_it_was_asked_for(train, tmp_path, add_bos):
     furnish(tmp_path / "model")
-    bare = rehearsal.make_tokenizer()
+    bare = toy_language.make_tokenizer()
     bare.backend_tokenizer.post_processor = processors.Sequence([])
     bare.save_pretrained(tmp_path / "model")
 
@@ -266,7 +266,7 @@ def test_an_unconditional_run_starts_every_row_from_bos(train):
 
 def test_no_bos_and_no_prompt_is_refused(refused, tmp_path):
     furnish(tmp_path / "model")
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "model")
 

@@ -6,11 +6,11 @@ import math
 import pytest
 
 from tests.rehearsed import furnish, ppo_config
-from understudy.language import ppo, rehearsal
-from understudy.language.cast import RLHFModels, close_workers
+from understudy.language import ppo, toy_language
 from understudy.language.evaluate import evaluate, explain_ended_worse, sample_evaluation_rollout
+from understudy.language.rlhf import RLHFModels, close_workers
 
-EIGHT = [f"the {name}" for name in rehearsal.WORDS["someone"][:8]]
+EIGHT = [f"the {name}" for name in toy_language.WORDS["someone"][:8]]
 
 
 @pytest.fixture(scope="module")

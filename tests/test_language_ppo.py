@@ -16,14 +16,14 @@ from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy import load, resume
 from understudy.batch import Batch, TokenBatch
 from understudy.control.policy import policy_path
-from understudy.language import ppo, rehearsal, reward_model, sft, stage
-from understudy.language.cast import open_rlhf_run
-from understudy.language.collect import Rollout
-from understudy.language.generate import Completion, build_trajectory
-from understudy.language.model import Policy, module_digest
-from understudy.language.scorer import RewardModel
-from understudy.language.text import pad_for_scoring
-from understudy.language.tokens import Head, SampledTokens, TokenDistribution
+from understudy.language import ppo, reward_model, sft, toy_language, training
+from understudy.language.data.records import pad_for_scoring
+from understudy.language.model.policy import Policy, module_digest
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.model.token_distribution import Head, SampledTokens, TokenDistribution
+from understudy.language.rlhf import open_rlhf_run
+from understudy.language.rollout.generate import Completion, build_trajectory
+from understudy.language.rollout.sampler import Rollout
 from understudy.run.config import RequestError
 from understudy.run.store import Run
 
@@ -272,7 +272,7 @@ def test_the_loss_of_one_choice_by_hand(fields, more, expected):
 def one_step(gradient: float, **fields) -> float:
     """Where AdamW takes a weight of 1 in a step."""
     weight = nn.Parameter(torch.ones(1))
-    optimizer = stage.adamw(config(**fields), {"params": [weight]})
+    optimizer = training.adamw(config(**fields), {"params": [weight]})
     weight.grad = torch.tensor([gradient])
     optimizer.step()
     return float(weight.detach())
@@ -328,9 +328,9 @@ def test_completions_of_a_fixed_length_have_it_and_no_other_end(go):
 
 
 def test_a_fixed_length_needs_no_stop_id(home, tmp_path):
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.eos_token = None
-    model = rehearsal.make_model(0)
+    model = toy_language.make_model(0)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "endless")
@@ -389,8 +389,8 @@ def test_in_bfloat16_a_reference_from_a_directory_is_the_policy_as_it_starts(go,
 
 
 def test_the_reference_is_the_directory_that_was_named(go, home, tmp_path):
-    rehearsal.make_model(7).save_pretrained(tmp_path / "other")
-    rehearsal.make_tokenizer().save_pretrained(tmp_path / "other")
+    toy_language.make_model(7).save_pretrained(tmp_path / "other")
+    toy_language.make_tokenizer().save_pretrained(tmp_path / "other")
     ids = torch.tensor([[1, 5, 9, 7]])
     model, other = (AutoModelForCausalLM.from_pretrained(path) for path in (home, tmp_path / "other"))
 
@@ -679,7 +679,7 @@ def test_pretraining_texts_that_are_too_long_are_left_out_and_counted(cast, home
 
 def test_pretraining_text_pulls_the_policy_towards_it(go, home, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"text": "my dog smiled near the river ."}\n')
-    ids = torch.tensor([rehearsal.make_tokenizer().encode("my dog smiled near the river .")])
+    ids = torch.tensor([toy_language.make_tokenizer().encode("my dog smiled near the river .")])
 
     def surprise(path) -> float:
         return float(AutoModelForCausalLM.from_pretrained(path)(ids, labels=ids).loss.detach())
@@ -844,14 +844,14 @@ def test_an_interrupted_run_keeps_its_policy(home, tmp_path):
 @pytest.fixture(scope="module")
 def speaker(home, tmp_path_factory):
     """The rehearsal's model, briefly trained on its language."""
-    data = rehearsal.write_jsonl(({"text": s} for s in rehearsal.sentences(1500, 1)), home / "many.jsonl")
+    data = toy_language.write_jsonl(({"text": s} for s in toy_language.sentences(1500, 1)), home / "many.jsonl")
     out = tmp_path_factory.mktemp("speaker") / "run"
     return sft.train(sft_config(home, out, data=str(data), learning_rate=5e-3, batch_size=32)).path
 
 
 def kindness(completions):
     """How many different kind words: a reward that pulls away from the language."""
-    return [float(len(rehearsal.KIND_WORDS.intersection(said.split()))) for said in completions]
+    return [float(len(toy_language.KIND_WORDS.intersection(said.split()))) for said in completions]
 
 
 @pytest.fixture
@@ -921,7 +921,7 @@ def test_a_run_of_another_kind_is_refused_by_its_recipe(go, judge, tmp_path):
     with pytest.raises(
         RequestError, match=r"^init_from is .* a run of `language ppo`: its policy writes text, and acts nowhere"
     ):
-        policy_path(run.path, "init")
+        policy_path(run.path, "init_from")
 
 
 def test_a_run_without_its_policy_is_refused_with_the_way_to_finish_it(go, tmp_path):

@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config
-from understudy.language import ppo, preflight, rehearsal
-from understudy.language.cache import LayerCache
-from understudy.language.cast import RLHFModels
-from understudy.language.collect import Sampler
-from understudy.language.model import Policy, Reference
-from understudy.language.scorer import RewardModel
+from understudy.language import ppo, preflight, toy_language
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rlhf import RLHFModels
+from understudy.language.rollout.kv_cache import LayerCache
+from understudy.language.rollout.sampler import Sampler
 from understudy.run.config import RequestError
 
 STORIES = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
@@ -80,9 +80,9 @@ def test_an_untrained_model_passes_but_for_being_cut(made, fields):
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "gemma2", "gemma3"])
 def test_every_family_passes(made, family, home, tmp_path):
     model = tiny(family)
-    model.resize_token_embeddings(len(rehearsal.make_tokenizer()))
+    model.resize_token_embeddings(len(toy_language.make_tokenizer()))
     model.save_pretrained(tmp_path / family)
-    rehearsal.make_tokenizer().save_pretrained(tmp_path / family)
+    toy_language.make_tokenizer().save_pretrained(tmp_path / family)
 
     assert {finding.check for finding in preflight.run_checks(made(model=str(tmp_path / family)))} <= {"cut share"}
 
@@ -217,8 +217,8 @@ def test_two_bos_and_none_are_caught(made, front, count):
 
 @pytest.mark.parametrize(("end", "caught"), [("<pad>", True), ("</s>", False)])
 def test_a_turn_end_that_is_no_stop_is_caught(made, end, caught, tmp_path):
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rehearsal.prompts(20, 0)]
-    data = rehearsal.write_jsonl(rows, tmp_path / "chat.jsonl")
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in toy_language.prompts(20, 0)]
+    data = toy_language.write_jsonl(rows, tmp_path / "chat.jsonl")
     cast = made(data=str(data), chat_template=CHATTY.replace("END", end))
 
     if caught:
@@ -281,7 +281,7 @@ def test_a_reference_that_is_not_the_policy_is_caught(made):
 
 
 def test_another_reference_by_request_is_let_pass(made, tmp_path):
-    rehearsal.make_model(1).save_pretrained(tmp_path / "other")
+    toy_language.make_model(1).save_pretrained(tmp_path / "other")
 
     preflight.run_checks(made(reference=str(tmp_path / "other")))
 
@@ -358,7 +358,7 @@ def test_of_several_stops_one_that_is_said_is_enough(made):
 @pytest.fixture
 def foreign(tmp_path):
     """The directory of a reward model that numbers the words of the language backwards."""
-    hf = rehearsal.make_tokenizer()
+    hf = toy_language.make_tokenizer()
     words = sorted(hf.get_vocab(), key=lambda word: -hf.get_vocab()[word])
     backend = json.loads(hf.backend_tokenizer.to_str())
     backend["model"]["vocab"] = {word: i for i, word in enumerate(words)}

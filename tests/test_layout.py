@@ -14,22 +14,22 @@ ROOMS = {  # each loads in a bare torch install
     "batch": set(),
     "distribution": set(),
     "reduce": set(),
-    "score": set(),
+    "reward": set(),
     "advantage": {"reduce"},
     "sample": {"distribution"},
-    "value": {"sample", "batch", "products"},
+    "value": {"sample", "batch", "fast/linear"},
     "objective": {"batch"},
     "update": {"batch", "reduce"},
-    "compiled": {"batch", "products", "reduce", "update"},
-    "products": set(),
-    "constrain": {"run/config"},
+    "constraints": {"run/config"},
+    "fast/linear": set(),
+    "fast/compiled_update": {"batch", "fast/linear", "reduce", "update"},
 }
-ANYTHING_SHARED = {*ROOMS, "run"}
+ANYTHING_SHARED = {*ROOMS, "run", "fast"}
 WORLDS = {  # what a file of a world may import besides its own world; files not listed are recipes
-    "control/networks": {"distribution", "products"},
-    "control/collect": {"sample", "batch", "run/config"},
-    "language/model": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
-    "language/generate": {"sample", "batch", "run/config"},
+    "control/networks": {"distribution", "fast/linear"},
+    "control/rollout": {"sample", "batch", "run/config"},
+    "language/model/policy": {"distribution", "batch", "run/checkpoint", "run/config", "run/store"},
+    "language/rollout/generate": {"sample", "batch", "run/config"},
 }
 HOUSES = {  # a folder or file -> the folders and files of ours that all of it may import
     "control": ANYTHING_SHARED,
@@ -38,9 +38,9 @@ HOUSES = {  # a folder or file -> the folders and files of ours that all of it m
     "doctor": {"run"},
     "studio": {"run"},
     "study": {"run"},
-    "cli": {"__init__", "control", "language", "resuming", "doctor", "studio", "study", "run"},
-    "resuming": {"control", "language", "run"},
-    "__init__": {*ANYTHING_SHARED, "control", "language", "resuming"},
+    "cli": {"__init__", "control", "language", "doctor", "studio", "study", "run"},
+    "fast": set(),
+    "__init__": {*ANYTHING_SHARED, "control", "language"},
     "__main__": {"cli"},
 }
 ONLY_IN = {  # a package of others -> where alone it may be imported
@@ -162,13 +162,13 @@ def test_code_that_is_named_at_run_time_is_imported_in_few_places():
 
     assert places <= {
         "__init__",
-        "resuming",
+        "run/resume",
         "cli/control",
         "cli/language",
-        "control/environment",
-        "language/data",
-        "language/worker",
-        "run/sinks",
+        "control/envs/make",
+        "language/data/files",
+        "language/rewards/worker",
+        "run/trackers",
     }
 
 

@@ -9,12 +9,13 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from tests.foreign_envs import MaskByMethod, MaskInObservation, TenSteps
 from tests.probes import ACTIONS, MODES, Anything, is_allowed
 from understudy import load
-from understudy.control import environment, ppo, reinforce
-from understudy.control.collect import RolloutCollector
-from understudy.control.masks import sample_allowed_action, validate_mask
+from understudy.control import ppo, reinforce
+from understudy.control.envs import make as environment
+from understudy.control.envs.checks import check_env
+from understudy.control.envs.masks import sample_allowed_action, validate_mask
+from understudy.control.envs.spaces import MASK_KEY, mask_width
 from understudy.control.policy import Policy
-from understudy.control.preflight import check_env
-from understudy.control.spaces import MASK_KEY, mask_width
+from understudy.control.rollout import RolloutCollector
 from understudy.run.config import RequestError
 
 HERE = "tests.test_masks:"

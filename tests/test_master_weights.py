@@ -9,9 +9,9 @@ from torch import nn
 
 from tests.rehearsed import furnish, sft_config
 from understudy.language import sft
-from understudy.language.optimizer import AdamW
-from understudy.resuming import resume
+from understudy.language.model.optimizer import AdamW
 from understudy.run.checkpoint import load_tensors
+from understudy.run.resume import resume
 
 
 def stepped(kind, dtype, count, *, state=None, begin=1.0, lr=1e-4):

@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM, LlamaModel, OPTConfig, OPTForCaus
 from tests.architectures import make
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import PPO, furnish, ppo_config, sft_config
-from tests.test_model import ROWS, padded
+from tests.test_language_policy import ROWS, padded
 from understudy.batch import TokenBatch
 from understudy.cli.language import evaluate_run, generate
-from understudy.language import dpo, grpo, ppo, preflight, rehearsal, reinforce, sft
-from understudy.language.cast import RLHFModels
-from understudy.language.generate import measure_cache_error
-from understudy.language.model import Policy
-from understudy.language.scorer import RewardModel
+from understudy.language import dpo, grpo, ppo, preflight, reinforce, sft, toy_language
+from understudy.language.model.policy import Policy
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rlhf import RLHFModels
+from understudy.language.rollout.generate import measure_cache_error
 from understudy.objective import sft_loss
-from understudy.resuming import resume
 from understudy.run.config import RequestError
 from understudy.run.installation import install_hint
+from understudy.run.resume import resume
 from understudy.update import update
 
 pytest.importorskip("peft", reason="the adapters of these tests are peft's")
@@ -551,9 +551,9 @@ def test_a_run_of_any_mode_that_is_taken_up_again_ends_as_if_it_never_stopped(fi
 @pytest.mark.parametrize("family", [*FAMILIES, "llama in half precision"])
 def test_preflight_passes_however_rows_are_read(family, home, tmp_path):
     model = tiny(family.split()[0])
-    model.resize_token_embeddings(len(rehearsal.make_tokenizer()))
+    model.resize_token_embeddings(len(toy_language.make_tokenizer()))
     model.save_pretrained(tmp_path)
-    rehearsal.make_tokenizer().save_pretrained(tmp_path)
+    toy_language.make_tokenizer().save_pretrained(tmp_path)
     reading = {
         "packing": True,
         "gradient_checkpointing": True,

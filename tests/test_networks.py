@@ -15,8 +15,8 @@ from tests.probes import ACTIONS, OBSERVATIONS, Anything
 from tests.records import seeded
 from understudy.batch import map_tensors
 from understudy.control.config import NetworkConfig
+from understudy.control.envs.spaces import MASK_KEY, feature_spaces, mask_width, read_obs
 from understudy.control.networks import ActorCriticNetwork, Cnn, FeatureExtractor, RecurrentLayer
-from understudy.control.spaces import MASK_KEY, feature_spaces, mask_width, read_obs
 from understudy.distribution import Bernoulli, Categorical, DiagonalGaussian, MultiCategorical, SquashedGaussian
 
 KINDS = ("gru", "lstm")

@@ -13,13 +13,14 @@ from tests.envs import GAMMA, MODES, Diary, diaries, scripted, walker
 from tests.foreign_envs import notices
 from tests.records import flags, record, row, seeded
 from understudy.batch import policy_forward
-from understudy.control import actor_critic, environment, ppo, reinforce
+from understudy.control import actor_critic, ppo, reinforce
 from understudy.control.config import NetworkConfig
+from understudy.control.envs import make as environment
 from understudy.control.evaluate import EVALUATION_SEED, evaluate
+from understudy.control.fast.numpy_actor import make_numpy_actor
 from understudy.control.normalize import CLIP, ObsNormalizer, RewardNormalizer, RunningMoments
 from understudy.control.policy import Policy
-from understudy.control.quick import make_numpy_actor
-from understudy.control.stage import open_run
+from understudy.control.training import open_run
 from understudy.run.seeds import derive_seed
 from understudy.value import estimate_values
 

@@ -14,11 +14,11 @@ from tests.bandit_lm import ONE, by_reinforce, say, settings, slow_down, total_v
 from tests.records import ACTIONS, Table, seeded
 from tests.rehearsed import furnish
 from understudy.batch import Batch, TokenBatch
-from understudy.language import config, grpo, ppo, reinforce, stage
-from understudy.language.cast import RLHFModels, off_policy_weights
-from understudy.language.collect import Rollout
-from understudy.language.generate import Completion, build_trajectory, generate
-from understudy.language.tokens import Head, TokenDistribution
+from understudy.language import config, grpo, ppo, reinforce, training
+from understudy.language.model.token_distribution import Head, TokenDistribution
+from understudy.language.rlhf import RLHFModels, off_policy_weights
+from understudy.language.rollout.generate import Completion, build_trajectory, generate
+from understudy.language.rollout.sampler import Rollout
 from understudy.objective import grpo as grpo_loss
 from understudy.objective import policy_gradient, squared_error
 from understudy.objective import ppo as ppo_loss
@@ -343,7 +343,7 @@ def astray(seed: int, **fields) -> float:
     """How far from the optimum REINFORCE ends whose every word the reference chose, in the worst of the last iterates."""
     lm, fixed, generator = ONE.lm(), ONE.lm(), seeded(seed)
     cfg = settings(reinforce.Config, ONE, **fields)
-    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(lm))
+    optimizer = training.adamw(cfg, training.trainable_parameter_group(lm))
     distance = []
     for i in range(80):
         slow_down(optimizer, i / 80)

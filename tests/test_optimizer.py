@@ -1,4 +1,4 @@
-"""control/optimizer.py: torch's own steps, to the bit, without torch's compiler."""
+"""control/fast/optimizer.py: torch's own steps, to the bit, without torch's compiler."""
 
 import subprocess
 import sys
@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from understudy.control import optimizer
 from understudy.control.config import Config
+from understudy.control.fast import optimizer
 
 KINDS = [(torch.optim.Adam, optimizer.Adam, {"fused": True}), (torch.optim.Adam, optimizer.Adam, {})]
 KINDS += [(torch.optim.RMSprop, optimizer.RMSprop, {"alpha": 0.99})]

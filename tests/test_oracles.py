@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
-from understudy.control import actor_critic, ppo, presets, stage
+from understudy.control import actor_critic, ppo, presets, training
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical, DiagonalGaussian
 from understudy.objective import policy_gradient, squared_error
@@ -613,7 +613,7 @@ def test_the_recipe_makes_the_update_that_is_compared_here(peer, tmp_path):
     )
     trained = Policy.load(ppo.train(dataclasses.replace(cfg, output_dir=str(tmp_path / "recipe"))).path / "policy")
     again = dataclasses.replace(cfg, output_dir=str(tmp_path / "again"))
-    with stage.open_run("ppo", again, None, None, optimizer=ppo.make_optimizer) as run:
+    with training.open_run("ppo", again, None, None, optimizer=ppo.make_optimizer) as run:
         traj = run.collector.collect(run.policy, cfg.num_steps_per_env)
         old, value = estimate_values(run.policy, traj)
         batch = ppo.compute_advantages(traj, run.compute_rewards(traj), value, old, cfg)

@@ -13,14 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from understudy.advantage import gae, group_relative
 from understudy.batch import Batch, TokenBatch, Trajectory
-from understudy.language import grpo, ppo, reinforce, stage
-from understudy.language.cast import compute_rewards, reference_kl_penalty
-from understudy.language.model import Critic, Policy, Reference
-from understudy.language.tokens import SampledTokens
+from understudy.language import grpo, ppo, reinforce, training
+from understudy.language.model.policy import Critic, Policy, Reference
+from understudy.language.model.token_distribution import SampledTokens
+from understudy.language.rlhf import compute_rewards, reference_kl_penalty
 from understudy.objective import clipped_surrogate, clipped_value_loss, kl_k3, policy_gradient, squared_error
 from understudy.objective import gspo as gspo_objective
 from understudy.reduce import masked_mean, per_budget, per_row, per_step, standardize, whiten
-from understudy.score import episode_score
+from understudy.reward import episode_score
 from understudy.update import update
 
 TRL, TRL_PPO = (
@@ -162,7 +162,7 @@ def improve(cfg: grpo.Config, score: Tensor, objective=None, steps: int = 2) -> 
     """The policy; metrics and weights after each optimizer step on the same answers."""
     policy, batch, reward = critic_free(cfg, score)
     batch = Batch.of(batch, advantage=compared(batch, reward, cfg)[:, None] * batch.mask)
-    optimizer = stage.adamw(cfg, {"params": policy.actor_parameters()})
+    optimizer = training.adamw(cfg, {"params": policy.actor_parameters()})
     seen, kept = [], []
     for _ in range(steps):
         metrics = update(
@@ -351,7 +351,7 @@ def one_step(name: str, weigh_by) -> tuple[Policy, dict]:
     cfg, policy, batch = leave_one_out(name)
     metrics = update(
         policy,
-        stage.adamw(cfg, {"params": policy.actor_parameters()}),
+        training.adamw(cfg, {"params": policy.actor_parameters()}),
         batch,
         partial(policy_gradient, value_coef=0.0, entropy_coef=0.0, value_loss_fn=squared_error),
         num_epochs=1,
@@ -472,7 +472,7 @@ def weighed(cfg: ppo.Config, name: str) -> tuple[Policy, Batch, Tensor]:
 
 def adamw(cfg: ppo.Config, policy: Policy) -> torch.optim.Optimizer:
     critic = [x for x in policy.critic_parameters() if x.requires_grad]
-    return stage.adamw(cfg, {"params": policy.actor_parameters()}, {"params": critic})
+    return training.adamw(cfg, {"params": policy.actor_parameters()}, {"params": critic})
 
 
 def improve_ppo(cfg: ppo.Config, name: str) -> tuple[Policy, list[dict], dict]:

@@ -9,7 +9,8 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 import understudy
-from understudy.control import collect, environment, networks, ppo
+from understudy.control import networks, ppo, rollout
+from understudy.control.envs import make as environment
 
 PACKAGE = Path(understudy.__file__).parent
 LINES, FILES = 680, 20
@@ -18,13 +19,13 @@ LINES, FILES = 680, 20
 def entered_in_one_iteration(tmp_path, monkeypatch) -> set[tuple[Path, int]]:
     """(file, first line) of each function of ours entered between the second iteration's start and its end.
 
-    Plain: what runs faster says the same, and is read apart (`tests/test_quick.py`, `test_products.py`, `test_compiled.py`,
-    `test_rows.py`).
+    Plain: what runs faster says the same, and is read apart (`tests/test_numpy_actor.py`, `test_linear.py`,
+    `test_compiled_update.py`, `test_vector_env.py`).
     """
     config = ppo.Config(
         env="CartPole-v1", num_envs=4, num_steps_per_env=32, num_epochs=2, quiet=True, output_dir=str(tmp_path / "run")
     )
-    monkeypatch.setattr(collect, "make_numpy_actor", lambda policy, walker: None)
+    monkeypatch.setattr(rollout, "make_numpy_actor", lambda policy, walker: None)
     monkeypatch.setattr(environment, "FastSyncVectorEnv", SyncVectorEnv)
     monkeypatch.setattr(environment, "use_fast_action_space", lambda env: None)
     monkeypatch.setattr(networks, "Linear", torch.nn.Linear)

@@ -19,11 +19,11 @@ from tests.probes import ACTIONS, OBSERVATIONS, Anything, anything, vector
 from tests.records import seeded
 from understudy import load
 from understudy.control import actor_critic, ppo, preset, reinforce
-from understudy.control.collect import RolloutCollector
 from understudy.control.config import NetworkConfig
+from understudy.control.envs.spaces import to_env_action
 from understudy.control.policy import Policy
 from understudy.control.presets import refuse_fields_without_effect
-from understudy.control.spaces import to_env_action
+from understudy.control.rollout import RolloutCollector
 from understudy.distribution import Categorical
 from understudy.run.config import RequestError
 from understudy.value import estimate_values

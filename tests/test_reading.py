@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from tests.architectures import make
 from tests.models import tiny
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
-from understudy.language import dpo, ppo, rehearsal, reward_model, sft
-from understudy.language.generate import build_trajectory, find_sampling_problem, generate, measure_cache_error
-from understudy.language.model import Policy, enable_gradient_checkpointing, module_digest
-from understudy.language.reading import check_forward_consistency, distance
-from understudy.language.scorer import RewardModel
+from understudy.language import dpo, ppo, reward_model, sft, toy_language
+from understudy.language.model.forward import check_forward_consistency, distance
+from understudy.language.model.policy import Policy, enable_gradient_checkpointing, module_digest
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rollout.generate import build_trajectory, find_sampling_problem, generate, measure_cache_error
 from understudy.run.config import RequestError
 
 ROWS = [[1, 5, 9, 3, 17, 4, 8, 12, 6, 11, 7, 5, 13], [1, 7, 4, 4, 9], [3, 11, 20, 6, 8]]
@@ -37,7 +37,7 @@ def saved(tmp_path):
     def save(name, **fields) -> Path:
         path = tmp_path / name
         make(name, **fields).save_pretrained(path)
-        rehearsal.make_tokenizer().save_pretrained(path)
+        toy_language.make_tokenizer().save_pretrained(path)
         return path
 
     return save
@@ -123,7 +123,7 @@ def test_a_reward_model_that_reads_both_ways_is_refused(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(vocab_size=177, num_labels=1, initializer_range=0.3, pad_token_id=0, **sizes)
     transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    rehearsal.make_tokenizer().save_pretrained(tmp_path)
+    toy_language.make_tokenizer().save_pretrained(tmp_path)
 
     with pytest.raises(RequestError, match=r"model is .*BertForSequenceClassification"):
         RewardModel.from_pretrained(tmp_path)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from understudy.language import dpo, reward_model
-from understudy.language.judge import RewardSum, ScoringInput
-from understudy.language.scorer import RewardModel
+from understudy.language.data.records import Tokenizer, make_preferences, read_rows
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rewards.reward_sum import RewardSum, ScoringInput
 from understudy.language.sft import load_policy
-from understudy.language.text import Tokenizer, make_preferences, read_rows
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="needs the real data in ../shared/data")

@@ -10,11 +10,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import furnish, letters, reward_config
-from tests.test_text import CHAT, CHATML, made, tokens
-from understudy.language import rehearsal, reward_model, text
-from understudy.language.judge import ScoringInput
-from understudy.language.scorer import RewardModel, load_reward_model
-from understudy.language.text import Preference, Tokenizer
+from tests.test_records import CHAT, CHATML, made, tokens
+from understudy.language import reward_model, toy_language
+from understudy.language.data import records
+from understudy.language.data.records import Preference, Tokenizer
+from understudy.language.model.reward_model import RewardModel, load_reward_model
+from understudy.language.rewards.reward_sum import ScoringInput
 from understudy.run.config import RequestError
 
 EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (False, True)])
@@ -248,10 +249,10 @@ def test_training_goes_on_from_a_reward_models_run(go):
 def test_pairs_of_one_prompt_are_all_learned_from_or_all_kept(home, tmp_path):
     rows = [
         {"prompt": f"the {name}", "chosen": f" {verb} .", "rejected": " sneered ."}
-        for name in rehearsal.WORDS["someone"]
+        for name in toy_language.WORDS["someone"]
         for verb in ("smiled", "laughed", "sang", "danced", "sat")
     ]
-    data = rehearsal.write_jsonl(rows, tmp_path / "pairs.jsonl")
+    data = toy_language.write_jsonl(rows, tmp_path / "pairs.jsonl")
     model = RewardModel.from_pretrained(home)
 
     learned, kept = reward_model.load_training_rows(model, reward_config(home, tmp_path, data=str(data), held_out=16))
@@ -265,8 +266,8 @@ def test_a_run_says_how_many_rows_were_too_long(go, home, capsys):
 
     lengths = [
         max(len(pair.chosen), len(pair.rejected))
-        for pair in text.make_preferences(
-            text.read_rows(home / "preferences.jsonl"), RewardModel.from_pretrained(home).tokenizer, max_length=64
+        for pair in records.make_preferences(
+            records.read_rows(home / "preferences.jsonl"), RewardModel.from_pretrained(home).tokenizer, max_length=64
         )
     ]
     fit = sum(length <= 14 for length in lengths)

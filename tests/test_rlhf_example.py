@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tests.records import flags, record, row
 from understudy.advantage import gae
-from understudy.score import kl_reward, reward_at_last_step
+from understudy.reward import kl_reward, reward_at_last_step
 from understudy.value import next_value
 
 STEPS = 5

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from understudy.language import ppo, stage
+from understudy.language import ppo, training
 from understudy.run.interrupt import InterruptHandler
 from understudy.run.progress import Progress
 from understudy.run.store import Run
@@ -16,18 +16,18 @@ from understudy.run.store import Run
 def opened(tmp_path):
     """A function that opens a run of some total; of its model there is one weight, whose rate is 1."""
 
-    def open_run(total: int = 100, **fields) -> stage.TrainingRun:
+    def open_run(total: int = 100, **fields) -> training.TrainingRun:
         cfg = ppo.Config(model="m", data="d", reward=("length",), quiet=True, **fields)
         optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0}])
         run = Run.create(str(tmp_path / "run"), "run", {})
-        return stage.TrainingRun(
+        return training.TrainingRun(
             cfg, run, None, optimizer, total, "policy", Progress("", total, quiet=True), InterruptHandler()
         )
 
     return open_run
 
 
-def rates(run: stage.TrainingRun, at: list[int]) -> list[float]:
+def rates(run: training.TrainingRun, at: list[int]) -> list[float]:
     """Learning rates of iterations that begin after so many steps."""
     found = []
     for steps in at:
@@ -68,7 +68,7 @@ def test_where_the_fall_began_is_part_of_a_checkpoint(opened):
 
     rates(run, [36])
 
-    assert run.recipe_state == {"decay_from": 36} and "recipe_state" in stage.CHECKPOINT_FIELDS
+    assert run.recipe_state == {"decay_from": 36} and "recipe_state" in training.CHECKPOINT_FIELDS
 
 
 def test_the_last_minibatch_of_an_epoch_has_the_rows_that_are_left(opened):

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.models import FAMILIES, tiny
 from tests.rehearsed import furnish, letters, sft_config
 from understudy.language import sft
-from understudy.language.model import Policy
-from understudy.language.text import Tokenizer
+from understudy.language.data.records import Tokenizer
+from understudy.language.model.policy import Policy
 
 EVERY = pytest.mark.parametrize(("family", "tied"), [(f, t) for f in FAMILIES for t in (False, True)])
 ONE_STEP = {"total_tokens": 1, "held_out": 0, "learning_rate_schedule": "constant"}

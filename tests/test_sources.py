@@ -24,10 +24,11 @@ from tests.foreign_envs import (
 )
 from understudy import load, resume
 from understudy.cli import main
-from understudy.control import environment, ppo
+from understudy.control import ppo
+from understudy.control.envs import make as environment
+from understudy.control.envs.sources import EnvSource
+from understudy.control.envs.state import obeys_seed
 from understudy.control.evaluate import evaluate
-from understudy.control.sources import EnvSource
-from understudy.control.standing import obeys_seed
 from understudy.run.config import RequestError
 
 HERE = "tests.test_sources"

@@ -10,7 +10,7 @@ from gymnasium import spaces
 from torch.testing import assert_close
 
 from tests.probes import ACTIONS, OBSERVATIONS
-from understudy.control.spaces import (
+from understudy.control.envs.spaces import (
     MASK_KEY,
     add_batch_dim,
     check_action_space,

@@ -7,17 +7,17 @@ import torch
 
 from tests.models import tiny
 from tests.rehearsed import furnish, letters, ppo_config
-from tests.test_text import AB, BOS, EOS, made, tokens
-from tests.test_turns import Script, spoken
+from tests.test_multi_turn import Script, spoken
+from tests.test_records import AB, BOS, EOS, made, tokens
 from understudy import load, resume
 from understudy.cli import main
-from understudy.language import ppo, rehearsal
-from understudy.language.collect import Sampler
-from understudy.language.generate import generate
-from understudy.language.model import Policy
+from understudy.language import ppo, toy_language
+from understudy.language.data.records import Prompt, Tokenizer
+from understudy.language.model.policy import Policy
 from understudy.language.reward_model import RewardModel
-from understudy.language.text import Prompt, Tokenizer
-from understudy.language.turns import ReplyFunction
+from understudy.language.rollout.generate import generate
+from understudy.language.rollout.multi_turn import ReplyFunction
+from understudy.language.rollout.sampler import Sampler
 from understudy.run.config import RequestError
 
 LETTERS = Tokenizer(letters(), frozenset([2]))
@@ -275,6 +275,6 @@ def test_a_reward_model_reads_what_ended_by_a_stop_string_to_a_stop_id(home):
         [Prompt(tuple(prompt), "the", {}, 1)], tokenizer, limit=9, has_fixed_length=False, seed=0, max_num_seqs=1
     )
     words.engine = Script((said, False))
-    model.make_reward_term(tokenizer)(words.collect(Policy(rehearsal.make_model(0)), [0], first_row=0).scoring_input)
+    model.make_reward_term(tokenizer)(words.collect(Policy(toy_language.make_model(0)), [0], first_row=0).scoring_input)
 
     assert sampled == [[*prompt, *tokenizer.encode_text("horse"), tokenizer.stop_token_id]]

@@ -16,7 +16,8 @@ from torch.testing import assert_close
 
 from tests.envs import MODES, walker
 from understudy.advantage import gae
-from understudy.control import actor_critic, environment, ppo
+from understudy.control import actor_critic, ppo
+from understudy.control.envs import make as environment
 from understudy.control.policy import Policy
 from understudy.distribution import Categorical
 from understudy.value import estimate_values, next_value

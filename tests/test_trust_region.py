@@ -19,7 +19,7 @@ from understudy.cli.rehearse import ended_worse as rehearsal_ended_worse
 from understudy.cli.rehearse import shortfalls
 from understudy.language import grpo, ppo, reinforce
 from understudy.language.evaluate import explain_ended_worse
-from understudy.language.model import Policy
+from understudy.language.model.policy import Policy
 from understudy.language.trust_region import TrustRegion
 from understudy.objective import ppo as clipped
 from understudy.update import UpdateRejected, update
@@ -148,7 +148,7 @@ def test_a_kl_above_the_bound_or_not_a_number_is_rejected(home, broken):
 
 @pytest.mark.parametrize("steps", [(1, 1), (2, 2)])
 def test_an_update_that_is_rejected_leaves_no_trace(steps):
-    policy, batch, reasons = Table(), random_batch(0, Table(), completions_per_iteration=6), []
+    policy, batch, reasons = Table(), random_batch(0, Table(), rows=6), []
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.1)
     objective = partial(clipped, clip=0.2, value_coef=0.5, entropy_coef=0.0)
     sizes = {"num_epochs": steps[0], "num_minibatches": steps[1], "max_grad_norm": 0.5, "generator": seeded(0)}

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.records import Blind, Table, flags, random_record, record, row, seeded
 from understudy import value as value_module
 from understudy.batch import Batch
-from understudy.products import round_up_rows
+from understudy.fast.linear import round_up_rows
 from understudy.value import estimate_values, next_value
 
 

@@ -8,9 +8,10 @@ from gymnasium.vector.utils import batch_space
 
 from tests.foreign_envs import MaskByMethod, TenSteps
 from tests.test_sources import FourValues, PaysList, events, short
-from understudy.control import ppo, sources
-from understudy.control.preflight import Preflight
-from understudy.control.vector_preflight import check_envs
+from understudy.control import ppo
+from understudy.control.envs import sources
+from understudy.control.envs.checks import Preflight
+from understudy.control.envs.vector_checks import check_envs
 from understudy.run.config import RequestError
 
 HERE = "tests.test_vector_preflight"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from understudy.language.model import Critic
+from understudy.language.model.policy import Critic
 
 STOP, BOS = 0, 1
 VOCABULARY, WORDS = 5, (1, 2, 3, 4)

@@ -25,7 +25,7 @@ def load(path: Any, policy: Any = None) -> Any:
 
     for folder in (Path(path), Path(path) / "policy"):
         if (folder / "understudy.json").is_file():
-            from understudy.language.model import Policy as LanguagePolicy
+            from understudy.language.model.policy import Policy as LanguagePolicy
 
             return LanguagePolicy.load(folder)
     from understudy.control.policy import Policy, policy_path
@@ -34,8 +34,8 @@ def load(path: Any, policy: Any = None) -> Any:
 
 
 def resume(run: Any, **options: Any) -> Any:
-    """Train a run on to its end: see `understudy.resuming.resume`."""
-    from understudy.resuming import resume
+    """Train a run on to its end: see `understudy.run.resume.resume`."""
+    from understudy.run.resume import resume
 
     return resume(run, **options)
 

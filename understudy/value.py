@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from understudy.batch import Batch, Trajectory, map_tensors, policy_forward, tensor_leaves
-from understudy.products import round_up_rows
+from understudy.fast.linear import round_up_rows
 from understudy.sample import ActorCritic
 
 MIN_CHUNKED_STEPS, CHUNK_STEPS = 2**8, 2**13

@@ -21,13 +21,14 @@ import torch
 
 import understudy
 from tests.rehearsed import ppo_config, reward_config, sft_config
-from understudy.control import actor_critic, optimizer, reinforce
+from understudy.control import actor_critic, reinforce
 from understudy.control import ppo as control_ppo
-from understudy.control import stage as control_stage
+from understudy.control import training as control_stage
+from understudy.control.fast import optimizer
 from understudy.language import dpo, grpo, reward_model, sft
 from understudy.language import ppo as language_ppo
 from understudy.language import reinforce as language_reinforce
-from understudy.language import stage as language_stage
+from understudy.language import training as language_stage
 from understudy.run.metrics import CLOCK_METRICS
 
 Moment = tuple[str, int]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_supervise.py"
+RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_fault_tolerant.py"
 RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("supervised_records", "update_guard", "hostile"))
 MORE, LINEAGE = "tests/faults/test_more_faults.py", "tests/faults/test_lineage.py"
 JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("judge", "collect", "spaces", "text"))

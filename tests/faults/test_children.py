@@ -17,8 +17,8 @@ import pytest
 from tests.faults.test_interrupt import Walk
 from understudy.cli import main
 from understudy.control import reinforce
-from understudy.control.parallel import ManagedAsyncVectorEnv
-from understudy.language.worker import Worker
+from understudy.control.envs.parallel import ManagedAsyncVectorEnv
+from understudy.language.rewards.worker import Worker
 from understudy.run import children
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="needs Linux 5.3")

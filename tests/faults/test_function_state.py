@@ -13,10 +13,10 @@ import pytest
 import understudy
 from tests.faults import killed
 from tests.rehearsed import furnish, ppo_config
-from understudy.language import function_state, worker
 from understudy.language import reinforce as recipe
-from understudy.language.cast import RLHFModels, close_workers
-from understudy.language.worker import FunctionFault, InProcess, Worker
+from understudy.language.rewards import function_state, worker
+from understudy.language.rewards.worker import FunctionFault, InProcess, Worker
+from understudy.language.rlhf import RLHFModels, close_workers
 from understudy.run.config import RequestError
 
 COUNTS = """

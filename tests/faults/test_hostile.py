@@ -24,9 +24,9 @@ from tests.rehearsed import furnish, ppo_config
 from understudy.cli import main
 from understudy.control import ppo
 from understudy.language import ppo as language_ppo
-from understudy.language.cast import RLHFModels
-from understudy.language.model import Policy
-from understudy.language.text import Tokenizer
+from understudy.language.data.records import Tokenizer
+from understudy.language.model.policy import Policy
+from understudy.language.rlhf import RLHFModels
 from understudy.run import checkpoint, lineage, trust
 from understudy.run.config import RequestError
 from understudy.run.store import read_config

@@ -11,9 +11,9 @@ from transformers import LlamaForCausalLM
 from tests.faults import killed
 from tests.rehearsed import furnish, ppo_config, reward_config, sft_config
 from understudy import update as room
-from understudy.language import dpo, ppo, rehearsal, reward_model, sft
-from understudy.language.model import Policy
-from understudy.language.text import Tokenizer, make_labelled_examples, make_prompts
+from understudy.language import dpo, ppo, reward_model, sft, toy_language
+from understudy.language.data.records import Tokenizer, make_labelled_examples, make_prompts
+from understudy.language.model.policy import Policy
 from understudy.run.config import RequestError
 
 EOS = 2
@@ -68,7 +68,7 @@ def swap_two_words(home: Path) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_token_that_the_model_has_not_is_refused_with_its_row(name, other, tmp_path):
     recipe, config = RECIPES[name]
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.add_tokens(["zebra"])  # the model's ids end below it
     tokenizer.save_pretrained(other)
     fine, last = ZEBRA | {"prompt": "the dog"}, {"rejected": " sat zebra ."}
@@ -82,7 +82,7 @@ def test_a_token_that_the_model_has_not_is_refused_with_its_row(name, other, tmp
 
 
 def test_a_text_of_the_pretraining_that_the_model_has_no_token_for_is_refused(other, tmp_path):
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(other)
     texts = written(tmp_path / "texts.jsonl", [{"text": "the zebra smiled ."}])
@@ -95,7 +95,7 @@ def test_a_text_of_the_pretraining_that_the_model_has_no_token_for_is_refused(ot
 def test_tokens_that_no_text_contains_do_no_harm(name, other, tmp_path):
     """Embeddings are often more than there are tokens: to a round number, or for tokens that may come."""
     recipe, config = RECIPES[name]
-    model = rehearsal.make_model(0)
+    model = toy_language.make_model(0)
     model.resize_token_embeddings(192)
     model.save_pretrained(other)
 
@@ -116,7 +116,7 @@ def test_a_word_of_a_reference_that_is_another_is_refused_with_both_digests(home
 
 @pytest.mark.parametrize("how", ["without a tokenizer", "with a token more"])
 def test_a_reference_whose_tokens_are_the_policys_is_taken(how, home, other, tmp_path):
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.add_tokens(["zebra"])
     tokenizer.save_pretrained(other)
     if how == "without a tokenizer":
@@ -127,7 +127,7 @@ def test_a_reference_whose_tokens_are_the_policys_is_taken(how, home, other, tmp
 
 
 def test_a_reference_of_another_size_is_refused_for_pairs_too(home, other, tmp_path):
-    model = rehearsal.make_model(0)
+    model = toy_language.make_model(0)
     model.resize_token_embeddings(192)
     model.save_pretrained(other)
 
@@ -139,7 +139,7 @@ def test_a_reference_of_another_size_is_refused_for_pairs_too(home, other, tmp_p
 def test_a_tokenizer_that_pads_with_its_end_learns_what_one_with_padding_of_its_own_does(name, home, other, tmp_path):
     """Rows are padded by their lengths; the end is learned, and padding is not, whatever the ids."""
     recipe, config = RECIPES[name]
-    tokenizer = rehearsal.make_tokenizer()
+    tokenizer = toy_language.make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(other)
     more = {"preflight": False} if name == "ppo" else {}
@@ -160,7 +160,7 @@ def test_a_tokenizer_that_pads_with_its_end_learns_what_one_with_padding_of_its_
 
 def says_only(token: int, home: Path) -> None:
     """The model gives this token all but e^-40 of the probability, whatever it reads."""
-    own = rehearsal.make_model(0)
+    own = toy_language.make_model(0)
     own.config.tie_word_embeddings = False
     model = LlamaForCausalLM(own.config)
     with torch.no_grad():

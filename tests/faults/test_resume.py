@@ -23,8 +23,9 @@ import understudy
 from tests.faults import killed
 from tests.faults.own_envs import SaysItself
 from tests.rehearsed import furnish
-from understudy.control import ppo, standing
-from understudy.control.stage import TrainingRun
+from understudy.control import ppo
+from understudy.control.envs import state as standing
+from understudy.control.training import TrainingRun
 from understudy.run import checkpoint
 from understudy.run.config import RequestError
 from understudy.run.store import Run
@@ -95,7 +96,7 @@ def test_what_a_checkpoint_holds_is_needed(lost, home, tmp_path, monkeypatch):
             found["run"][lost] = fresh if lost == "shuffle" else torch.zeros(4, dtype=torch.float64)
         return found
 
-    monkeypatch.setattr("understudy.control.stage.load_state", forgetful)
+    monkeypatch.setattr("understudy.control.training.load_state", forgetful)
 
     assert killed.resumed(tmp_path / "run") == 0
     assert killed.digests(tmp_path / "run") != killed.digests(tmp_path / "whole")
@@ -352,7 +353,7 @@ def test_metrics_that_cannot_be_written_are_said_once_and_the_run_goes_on(tmp_pa
 
 def test_an_env_that_does_not_come_back_is_said_and_the_run_goes_on(tmp_path, capsys, monkeypatch):
     """Its noise has no seed, and it was not found out at the start: no replay can bring it back."""
-    monkeypatch.setattr("understudy.control.sources.has_reproducible_resets", lambda *_: True)
+    monkeypatch.setattr("understudy.control.envs.sources.has_reproducible_resets", lambda *_: True)
     config = run_of(tmp_path / "run", env="tests.faults.own_envs:Unseeded", checkpoint_every=2)
     iterations = ppo.iterate(config)
     next(iterations)
@@ -367,7 +368,7 @@ def test_an_env_that_does_not_come_back_is_said_and_the_run_goes_on(tmp_path, ca
 
 
 def test_episodes_that_are_too_long_to_replay_are_cut_at_the_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("understudy.control.collect.MAX_REPLAY_STEPS", 5)
+    monkeypatch.setattr("understudy.control.rollout.MAX_REPLAY_STEPS", 5)
     fields = {"env": "Pendulum-v1", "checkpoint_every": 2}
     whole = ppo.train(run_of(tmp_path / "whole", **fields))
     iterations = ppo.iterate(run_of(tmp_path / "run", **fields))

@@ -334,9 +334,9 @@ def out_of_memory_at(monkeypatch, owner, attribute, call):
 
 WHERE = {  # run, module, what is called there, and which call
     "forward, control": ("ppo", "understudy.objective", "policy_forward", 30),
-    "sampling, control": ("ppo", "understudy.control.collect", "Call", 70),
+    "sampling, control": ("ppo", "understudy.control.rollout", "Call", 70),
     "forward, language": ("language-ppo", "understudy.objective", "policy_forward", 14),
-    "generation, language": ("language-ppo", "understudy.language.collect", "generate", 5),
+    "generation, language": ("language-ppo", "understudy.language.rollout.sampler", "generate", 5),
     "forward, imitation": ("sft", "understudy.update", "_clip_gradients", 5),
 }
 

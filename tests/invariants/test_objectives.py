@@ -35,7 +35,7 @@ OBJECTIVES = {
     "grpo": partial(grpo, low=0.2, high=0.28, entropy_coef=0.1),
     "cispo": partial(cispo, low=0.2, high=0.28, entropy_coef=0.1),
 }
-OF_TEXT = {"sft_loss", "with_pretraining", "dpo_loss"}  # tests/test_objective.py, tests/test_model.py
+OF_TEXT = {"sft_loss", "with_pretraining", "dpo_loss"}  # tests/test_objective.py, tests/test_language_policy.py
 OF_ROWS = {"gspo": partial(gspo, low=0.2, high=0.28, entropy_coef=0.1)}  # a ratio a row: below
 for charge in (kl_k2, kl_k3):
     OBJECTIVES[f"ppo + {charge.__name__}"] = partial(OBJECTIVES["ppo"], kl_penalty=scale_penalty(charge, 0.3))

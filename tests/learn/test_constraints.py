@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.bandit_lm import ONE, Task, by_grpo, by_ppo, by_reinforce, learn, total_variation, worst
 from tests.probes import vector
-from understudy.constrain import Constraint, LagrangianConstraints
+from understudy.constraints import Constraint, LagrangianConstraints
 from understudy.control import actor_critic, ppo, reinforce
 
 pytestmark = pytest.mark.learning

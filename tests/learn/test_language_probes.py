@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from understudy.language import Policy, ppo
-from understudy.language.generate import generate
+from understudy.language.rollout.generate import generate
 
 pytestmark = pytest.mark.learning
 

@@ -7,8 +7,8 @@ from gymnasium.vector import AutoresetMode
 
 from tests.probes import Chain, Task, Tempting, vector
 from understudy.control import actor_critic, ppo, reinforce
-from understudy.control.collect import RolloutCollector
 from understudy.control.policy import Policy
+from understudy.control.rollout import RolloutCollector
 from understudy.run.seeds import derive_seed
 
 pytestmark = pytest.mark.learning

@@ -9,12 +9,12 @@ import torch
 
 from tests.tiny_lm import BOS, LONGEST, STOP, lookup_critic, speaker, true_values
 from understudy.batch import Batch, TokenBatch
-from understudy.language import ppo, stage
-from understudy.language.collect import Rollout
-from understudy.language.generate import build_trajectory, generate
-from understudy.language.judge import ScoringInput
-from understudy.language.model import Policy, Reference
-from understudy.language.text import Prompt
+from understudy.language import ppo, training
+from understudy.language.data.records import Prompt
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.rewards.reward_sum import ScoringInput
+from understudy.language.rollout.generate import build_trajectory, generate
+from understudy.language.rollout.sampler import Rollout
 from understudy.objective import critic_only
 from understudy.update import update
 
@@ -120,7 +120,7 @@ def learnt(name: str) -> Policy:
     task, fields = CASES[name]
     policy, cfg = untrained(), config(**fields)
     groups = {"params": policy.actor_parameters()}, {"params": policy.critic_parameters()}
-    optimizer = stage.adamw(cfg, *groups)
+    optimizer = training.adamw(cfg, *groups)
     for i in range(ITERATIONS):
         for group in optimizer.param_groups:
             group["lr"] = cfg.learning_rate * (1 - i / ITERATIONS)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from understudy import advantage, constrain, objective, reduce, update, value
+from understudy import advantage, constraints, objective, reduce, update, value
 from understudy.control import ppo as control
-from understudy.control import stage as control_stage
-from understudy.language import cast as language_cast
+from understudy.control import training as control_stage
 from understudy.language import ppo as language
+from understudy.language import rlhf as language_cast
 
 SHARED = {
     "gae": advantage.gae,
@@ -22,7 +22,7 @@ SHARED = {
 
 @pytest.mark.parametrize("name", ["LagrangianConstraints", "Constraint"])
 def test_both_worlds_hold_to_the_same_bounds(name):
-    assert getattr(control_stage, name) is getattr(language_cast, name) is getattr(constrain, name)
+    assert getattr(control_stage, name) is getattr(language_cast, name) is getattr(constraints, name)
 
 
 @pytest.mark.parametrize("name", SHARED)

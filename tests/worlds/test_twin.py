@@ -15,8 +15,8 @@ from understudy.advantage import gae, reward_to_go
 from understudy.batch import Batch, Trajectory
 from understudy.objective import policy_gradient, ppo, ppo_penalty, squared_error
 from understudy.reduce import per_step, standardize
+from understudy.reward import reward_at_last_step
 from understudy.sample import sample_action
-from understudy.score import reward_at_last_step
 from understudy.update import update
 from understudy.value import estimate_values, next_value
 

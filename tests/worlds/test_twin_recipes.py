@@ -17,13 +17,13 @@ from tests.probes import vector
 from tests.records import Table, seeded
 from understudy.batch import Trajectory
 from understudy.control import ppo as control_ppo
-from understudy.control.collect import RolloutCollector
+from understudy.control.rollout import RolloutCollector
 from understudy.language import ppo as language_ppo
-from understudy.language.collect import Rollout
-from understudy.language.generate import Completion, build_trajectory
-from understudy.language.judge import ScoringInput
-from understudy.language.text import Prompt
-from understudy.language.tokens import Head, TokenDistribution
+from understudy.language.data.records import Prompt
+from understudy.language.model.token_distribution import Head, TokenDistribution
+from understudy.language.rewards.reward_sum import ScoringInput
+from understudy.language.rollout.generate import Completion, build_trajectory
+from understudy.language.rollout.sampler import Rollout
 from understudy.objective import ppo, ppo_penalty
 from understudy.update import update
 from understudy.value import estimate_values

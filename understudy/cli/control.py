@@ -13,13 +13,13 @@ from typing import Any
 from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, parse_flags, parse_json_object, read_config_file, whole_number
 from understudy.cli.help import show_help
-from understudy.control.environment import check_env_or_wrapper
+from understudy.control.envs.make import check_env_or_wrapper
 from understudy.control.evaluate import EVALUATION_SEED, evaluate
 from understudy.control.own_network import named_network
 from understudy.control.presets import settings
-from understudy.resuming import read_run_config, rebuild_config
 from understudy.run.config import RequestError, did_you_mean
 from understudy.run.paths import absolute_path, short_path
+from understudy.run.resume import read_run_config, rebuild_config
 from understudy.run.store import process_seconds, read_config, write_json
 from understudy.run.trust import require_trusted_code
 

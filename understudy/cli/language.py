@@ -16,15 +16,15 @@ from understudy.cli.flags import Parser, asks_for_help, parse_flags, read_config
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
 from understudy.language.best import FOLDER as BEST
-from understudy.language.cast import RLHFModels, close_workers
-from understudy.language.model import Policy, model_dir, module_digest
-from understudy.language.scorer import RewardModel
-from understudy.language.text import Tokenizer
-from understudy.resuming import ROLLOUTS, read_run_config, rebuild_config
+from understudy.language.data.records import Tokenizer
+from understudy.language.model.policy import Policy, model_dir, module_digest
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.rlhf import RLHFModels, close_workers
 from understudy.run.config import RequestError, did_you_mean
 from understudy.run.lineage import read_lineage
 from understudy.run.paths import short_path
 from understudy.run.redact import printable
+from understudy.run.resume import ROLLOUTS, read_run_config, rebuild_config
 from understudy.run.store import process_seconds, write_json
 from understudy.run.trust import require_trusted_code
 

@@ -1,6 +1,6 @@
 """`understudy rehearse`: base, SFT, reward model, PPO and evaluation on a made-up language whose true preference is known.
 
-The recipes are those a user runs on a real model; only the data come from `language/rehearsal.py`.
+The recipes are those a user runs on a real model; only the data come from `language/toy_language.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from rich.table import Table
 
 from understudy import load
 from understudy.cli.flags import Parser, whole_number
-from understudy.language import RewardModel, ppo, rehearsal, reward_model, sft
-from understudy.language.generate import Completion, generate
-from understudy.language.judge import distinct_n
-from understudy.language.model import Policy, Reference
-from understudy.language.text import pad_sequences
+from understudy.language import RewardModel, ppo, reward_model, sft, toy_language
+from understudy.language.data.records import pad_sequences
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.rewards.reward_sum import distinct_n
+from understudy.language.rollout.generate import Completion, generate
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive_seed
 from understudy.run.store import write_json
@@ -131,8 +131,8 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, report: Callable[[str], None
 
     report("3 a reward model from noisy preferences between the policy's own sentences")
     drawn_pairs = sample_pairs(policy, sizes.num_pairs, seed)
-    rows = rehearsal.preferences(drawn_pairs, temperature=TEMPERATURE, seed=seed)
-    data = str(rehearsal.write_jsonl(rows, out / "preferences.jsonl"))
+    rows = toy_language.preferences(drawn_pairs, temperature=TEMPERATURE, seed=seed)
+    data = str(toy_language.write_jsonl(rows, out / "preferences.jsonl"))
     reward_fields = {
         **COMMON_FIELDS,
         "seed": seed,
@@ -160,7 +160,7 @@ def pipeline(out: Path, seed: int, sizes: Sizes, *, report: Callable[[str], None
     report("5 evaluation: openings nobody was trained on, by the rule itself")
     proxy_model = RewardModel.from_pretrained(out / "reward_model" / "reward_model")
     demonstration_texts = {
-        row["prompt"] + row["completion"] for row in rehearsal.demonstrations(sizes.num_demonstrations, seed)
+        row["prompt"] + row["completion"] for row in toy_language.demonstrations(sizes.num_demonstrations, seed)
     }
     results = evaluate_policies(policy, load(out / "ppo"), proxy_model, demonstration_texts, seed, sizes)
     results |= {"reward_model_accuracy": accuracy, "reward_model_ceiling": ceiling, "updates_undone": num_undone}
@@ -229,7 +229,9 @@ def evaluate_policies(
     best_of_samples = sample_completions(
         before, [x for x in prompts for _ in range(sizes.best_of)], derive_seed(seed, "best of") >> 1
     )
-    true_scores = torch.tensor([rehearsal.true_score(text) for _, _, text in best_of_samples]).view(-1, sizes.best_of)
+    true_scores = torch.tensor([toy_language.true_score(text) for _, _, text in best_of_samples]).view(
+        -1, sizes.best_of
+    )
     sft_results, _ = evaluate_policy(before, proxy_model, demonstration_texts, seed, sizes)
     ppo_results, samples = evaluate_policy(after, proxy_model, demonstration_texts, seed, sizes)
     results = {
@@ -248,10 +250,10 @@ def evaluate_policy(
     samples = sample_completions(policy, evaluation_prompts(seed, sizes) * 4, derive_seed(seed, "answers") >> 1)
     texts = [text for _, _, text in samples]
     results = {
-        "true_score": statistics.fmean(map(rehearsal.true_score, texts)),
+        "true_score": statistics.fmean(map(toy_language.true_score, texts)),
         "proxy_score": float(proxy_model.score([[*ids, *completion.ids] for ids, completion, _ in samples]).mean()),
         "distinct_4": distinct_n([completion.ids for _, completion, _ in samples], 4),
-        "grammatical": statistics.fmean(float(rehearsal.is_grammatical(text.split())) for text in texts),
+        "grammatical": statistics.fmean(float(toy_language.is_grammatical(text.split())) for text in texts),
         "copied": statistics.fmean(float(text in demonstration_texts) for text in texts),
         "samples": texts[:5],
     }
@@ -267,7 +269,7 @@ def gap_closed(results: dict[str, Any]) -> float:
 
 def evaluation_prompts(seed: int, sizes: Sizes) -> list[str]:
     """The openings of the final table, which nobody was trained on."""
-    return [row["prompt"] for row in rehearsal.prompts(sizes.num_evaluation_prompts, derive_seed(seed, "test"))]
+    return [row["prompt"] for row in toy_language.prompts(sizes.num_evaluation_prompts, derive_seed(seed, "test"))]
 
 
 @torch.no_grad()
@@ -290,7 +292,7 @@ def sample_completions(policy: Policy, prompts: Sequence[str], first_seed: int) 
 
 def sample_pairs(policy: Policy, num_pairs: int, seed: int) -> list[tuple[str, str, str]]:
     """Openings with two completions each by the policy."""
-    prompts = [row["prompt"] for row in rehearsal.prompts(num_pairs, derive_seed(seed, "pairs"))]
+    prompts = [row["prompt"] for row in toy_language.prompts(num_pairs, derive_seed(seed, "pairs"))]
     samples = sample_completions(
         policy, [prompt for prompt in prompts for _ in range(2)], derive_seed(seed, "pairs") >> 1
     )
@@ -322,17 +324,17 @@ def print_results(results: dict[str, Any]) -> None:
 def _write_data(out: Path, seed: int, sizes: Sizes) -> None:
     """The fresh model, and the data that can be made before there is another."""
     out.mkdir(parents=True, exist_ok=True)
-    rehearsal.make_model(derive_seed(seed, "weights")).save_pretrained(out / "fresh")
-    rehearsal.make_tokenizer().save_pretrained(out / "fresh")
-    texts = [{"text": sentence} for sentence in rehearsal.sentences(sizes.num_texts, seed)]
-    rehearsal.write_jsonl(texts, out / "texts.jsonl")
-    rehearsal.write_jsonl(rehearsal.demonstrations(sizes.num_demonstrations, seed), out / "demonstrations.jsonl")
-    rehearsal.write_jsonl(rehearsal.prompts(sizes.num_prompts, seed), out / "openings.jsonl")
+    toy_language.make_model(derive_seed(seed, "weights")).save_pretrained(out / "fresh")
+    toy_language.make_tokenizer().save_pretrained(out / "fresh")
+    texts = [{"text": sentence} for sentence in toy_language.sentences(sizes.num_texts, seed)]
+    toy_language.write_jsonl(texts, out / "texts.jsonl")
+    toy_language.write_jsonl(toy_language.demonstrations(sizes.num_demonstrations, seed), out / "demonstrations.jsonl")
+    toy_language.write_jsonl(toy_language.prompts(sizes.num_prompts, seed), out / "openings.jsonl")
 
 
 def _label_accuracy(prompt: str, first: str, second: str) -> float:
     """How often even the truth is right about a noisy preference."""
-    p = rehearsal.preference_probability(f"{prompt} {first}", f"{prompt} {second}", temperature=TEMPERATURE)
+    p = toy_language.preference_probability(f"{prompt} {first}", f"{prompt} {second}", temperature=TEMPERATURE)
     return max(p, 1 - p)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from understudy import resume
 from understudy.cli.flags import Parser, parse_json_object, whole_number
-from understudy.resuming import OPTIMIZER_FLAG_HINT, ROLLOUTS, START_FLAG, read_run_config
 from understudy.run.config import RequestError
 from understudy.run.paths import short_path
+from understudy.run.resume import OPTIMIZER_FLAG_HINT, ROLLOUTS, START_FLAG, read_run_config
 from understudy.run.store import process_seconds
 
 

@@ -11,10 +11,10 @@ from typing import Any
 from understudy.cli.control import POLICY_HELP, load_run
 from understudy.cli.flags import Parser, whole_number
 from understudy.control.replay import Step, replay
-from understudy.resuming import read_run_config
 from understudy.run.checkpoint import CorruptFileError, require_regular_file
 from understudy.run.config import RequestError
 from understudy.run.redact import printable
+from understudy.run.resume import read_run_config
 
 MAX_SAMPLE_BYTES = 64 * 2**20  # bytes of a file of samples
 COLUMN_ORDER = ("logprob", "value", "advantage", "reward", "kl_reference", "entropy")  # of columns; others follow

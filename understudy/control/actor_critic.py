@@ -11,11 +11,11 @@ import torch
 
 from understudy.advantage import gae
 from understudy.batch import Batch
-from understudy.control import config, stage
-from understudy.control.optimizer import RMSprop, adam
+from understudy.control import config, training
+from understudy.control.envs.sources import EnvLike, resolve_env_fields
+from understudy.control.fast.optimizer import RMSprop, adam
 from understudy.control.policy import Policy
-from understudy.control.sources import EnvLike, resolve_env_fields
-from understudy.control.stage import Iterations, OptionalModule, OptionalResumePoint
+from understudy.control.training import Iterations, OptionalModule, OptionalResumePoint
 from understudy.objective import huber_error, policy_gradient, squared_error
 from understudy.reduce import explained_variance, standardize
 from understudy.run.config import PositiveInt, UnitInterval
@@ -55,7 +55,7 @@ def iterate(
 ) -> Iterations:
     """The loop itself, an iteration at a time."""
     cfg = resolve_env_fields(cfg, env)
-    with stage.open_run(
+    with training.open_run(
         "actor-critic", cfg, env, policy, evaluation_env=evaluation_env, optimizer=make_optimizer, resume=resume
     ) as run:
         objective = partial(
@@ -115,7 +115,7 @@ def train(
         evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
         policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
     """
-    return stage.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
+    return training.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def make_optimizer(policy: Policy, cfg: Config) -> torch.optim.Optimizer:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import gymnasium
 
+from understudy.control.envs.checks import Preflight
+from understudy.control.envs.spaces import is_far_from_unit
 from understudy.control.policy import Policy, normalized_shapes
-from understudy.control.preflight import Preflight
-from understudy.control.spaces import is_far_from_unit
 
 
 def policy_warnings(policy: Policy, seen: Preflight) -> Iterator[str]:

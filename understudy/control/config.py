@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from understudy.constrain import Constraint
+from understudy.constraints import Constraint
 from understudy.run.config import (
     LearningRate,
     NonNegativeFloat,

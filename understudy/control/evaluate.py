@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from understudy.control.collect import RolloutCollector
 from understudy.control.config import Config
+from understudy.control.envs.sources import EnvSource
 from understudy.control.policy import Policy
-from understudy.control.sources import EnvSource
+from understudy.control.rollout import RolloutCollector
 from understudy.run.seeds import derive_seed, make_generator
 
 EVALUATION_SEED = 20_261_121  # of every evaluation, whatever the run's seed

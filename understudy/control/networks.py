@@ -12,7 +12,15 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from understudy.control.config import NetworkConfig
-from understudy.control.spaces import MASK_KEY, OBS_KEY, channels_last, feature_spaces, half_width, image_size, is_image
+from understudy.control.envs.spaces import (
+    MASK_KEY,
+    OBS_KEY,
+    channels_last,
+    feature_spaces,
+    half_width,
+    image_size,
+    is_image,
+)
 from understudy.distribution import (
     Bernoulli,
     Categorical,
@@ -22,7 +30,7 @@ from understudy.distribution import (
     SquashedGaussian,
     StateNoiseGaussian,
 )
-from understudy.products import Linear, Tanh
+from understudy.fast.linear import Linear, Tanh
 
 ACTIVATIONS = {"tanh": Tanh, "relu": nn.ReLU, "elu": nn.ELU}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.batch import Trajectory, Tree
-from understudy.control.spaces import OBS_KEY
+from understudy.control.envs.spaces import OBS_KEY
 from understudy.reduce import moments
 
 CLIP = 10.0  # standard deviations; as in OpenAI's baselines (`common/vec_env/vec_normalize.py`) and since

@@ -8,8 +8,8 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
-from understudy.control.environment import imported, one_line_message
-from understudy.control.spaces import MASK_KEY, mask_sizes
+from understudy.control.envs.make import imported, one_line_message
+from understudy.control.envs.spaces import MASK_KEY, mask_sizes
 from understudy.distribution import Categorical, MultiCategorical
 from understudy.run.config import RequestError
 from understudy.run.guard import ran_out_of_memory

@@ -18,10 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from understudy.control import own_network
 from understudy.control.config import NetworkConfig
-from understudy.control.masks import validate_mask
-from understudy.control.networks import ActorCriticNetwork
-from understudy.control.normalize import ObsNormalizer, RewardNormalizer
-from understudy.control.spaces import (
+from understudy.control.envs.masks import validate_mask
+from understudy.control.envs.spaces import (
     MASK_KEY,
     add_batch_dim,
     all_forbidden,
@@ -35,6 +33,8 @@ from understudy.control.spaces import (
     space_to_json,
     to_env_action,
 )
+from understudy.control.networks import ActorCriticNetwork
+from understudy.control.normalize import ObsNormalizer, RewardNormalizer
 from understudy.run.checkpoint import CorruptFileError, load_tensors, read_shapes
 from understudy.run.config import RequestError, check_fields
 from understudy.run.store import SCHEMA, holds_no_policy, read_versioned_json, recipe_of

@@ -11,12 +11,12 @@ import torch
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
-from understudy.compiled import CompiledUpdate, is_compiler_available
-from understudy.control import config, stage
-from understudy.control.optimizer import adam
+from understudy.control import config, training
+from understudy.control.envs.sources import EnvLike, resolve_env_fields
+from understudy.control.fast.optimizer import adam
 from understudy.control.policy import Policy
-from understudy.control.sources import EnvLike, resolve_env_fields
-from understudy.control.stage import Iterations, OptionalModule, OptionalResumePoint, TrainingRun
+from understudy.control.training import Iterations, OptionalModule, OptionalResumePoint, TrainingRun
+from understudy.fast.compiled_update import CompiledUpdate, is_compiler_available
 from understudy.objective import adapt_kl_old_coef, ppo, ppo_penalty
 from understudy.reduce import explained_variance, masked_mean, standardize
 from understudy.run.config import NonNegativeFloat, PositiveFloat, PositiveInt, RequestError, UnitInterval
@@ -98,7 +98,7 @@ def iterate(
 ) -> Iterations:
     """The loop itself, an iteration at a time: log, evaluate or break between them."""
     cfg, update_function = resolve_compile(resolve_env_fields(cfg, env), is_user_policy=policy is not None)
-    with stage.open_run(
+    with training.open_run(
         "ppo", cfg, env, policy, evaluation_env=evaluation_env, optimizer=make_optimizer, resume=resume
     ) as run:
         while run.is_active:
@@ -152,7 +152,7 @@ def train(
         evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
         policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
     """
-    return stage.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
+    return training.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def resolve_compile(cfg: Config, *, is_user_policy: bool) -> tuple[Config, Any]:

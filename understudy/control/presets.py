@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from gymnasium import spaces
 
-from understudy.control import environment
 from understudy.control.config import Config
+from understudy.control.envs import make as environment
 from understudy.run.config import RequestError, parse_fields
 
 PEERS = ("cleanrl", "sb3", "rsl_rl")

@@ -10,14 +10,14 @@ import torch
 
 from understudy.advantage import group_relative, leave_one_out, reward_to_go
 from understudy.batch import Batch, Trajectory
-from understudy.control import config, stage
-from understudy.control.sources import EnvLike, resolve_env_fields
-from understudy.control.stage import Iterations, OptionalModule, OptionalResumePoint
+from understudy.control import config, training
+from understudy.control.envs.sources import EnvLike, resolve_env_fields
+from understudy.control.training import Iterations, OptionalModule, OptionalResumePoint
 from understudy.objective import huber_error, policy_gradient
 from understudy.reduce import explained_variance, standardize
+from understudy.reward import episode_score
 from understudy.run.config import PositiveInt, RequestError
 from understudy.run.store import Run
-from understudy.score import episode_score
 from understudy.update import update
 from understudy.value import estimate_values
 
@@ -80,7 +80,7 @@ def iterate(
     """The loop itself, an iteration at a time."""
     cfg = resolve_env_fields(cfg, env)
     group_size = cfg.group_size if cfg.is_grouped else 1
-    with stage.open_run(
+    with training.open_run(
         "reinforce", cfg, env, policy, evaluation_env=evaluation_env, group_size=group_size, resume=resume
     ) as run:
         while run.is_active:
@@ -128,7 +128,7 @@ def train(
         evaluation_env: where `env` is an object: a second one for evaluation, or a function that makes one copy.
         policy: your own `Policy`, or a network, `network(obs) -> distribution, value`.
     """
-    return stage.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
+    return training.run_to_end(iterate(cfg, env=env, evaluation_env=evaluation_env, policy=policy, resume=resume))
 
 
 def compute_advantages(

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from understudy.control.collect import RolloutCollector
 from understudy.control.config import Config
+from understudy.control.envs.sources import EnvSource
+from understudy.control.envs.spaces import MASK_KEY
 from understudy.control.evaluate import EVALUATION_SEED, episode_seed
 from understudy.control.policy import Policy
-from understudy.control.sources import EnvSource
-from understudy.control.spaces import MASK_KEY
+from understudy.control.rollout import RolloutCollector
 from understudy.run.seeds import make_generator
 from understudy.value import estimate_values
 

@@ -7,7 +7,7 @@ import os
 import shutil
 from typing import Any
 
-from understudy.language.stage import TrainingRun
+from understudy.language.training import TrainingRun
 from understudy.run.store import write_json
 
 FOLDER = "best"

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from understudy.constrain import Constraint
-from understudy.language.data import Table
+from understudy.constraints import Constraint
+from understudy.language.data.files import Table
+from understudy.reward import TruncationMode
 from understudy.run.config import (
     LearningRate,
     NonNegativeFloat,
@@ -24,7 +25,6 @@ from understudy.run.config import (
     check_fields,
 )
 from understudy.run.device import check_device
-from understudy.score import TruncationMode
 
 IN_MEMORY_FIELDS = ("data", "evaluation_data", "pretraining")
 """Fields that may be rows; a run keeps them as FIELD.jsonl."""

@@ -11,13 +11,8 @@ import torch
 from torch import Tensor
 
 from understudy.batch import PreferencePairs, TokenBatch
-from understudy.language import config, stage
-from understudy.language.ancestry import check_reference
-from understudy.language.model import Policy, model_dir, module_digest
-from understudy.language.reading import check_forward_consistency
-from understudy.language.sft import load_policy, select_trainable_parameters
-from understudy.language.stage import Iterations
-from understudy.language.text import (
+from understudy.language import config, training
+from understudy.language.data.records import (
     Limit,
     Preference,
     Row,
@@ -27,6 +22,11 @@ from understudy.language.text import (
     pad_sequences,
     read_rows,
 )
+from understudy.language.model.forward import check_forward_consistency
+from understudy.language.model.policy import Policy, model_dir, module_digest
+from understudy.language.provenance import check_reference
+from understudy.language.sft import load_policy, select_trainable_parameters
+from understudy.language.training import Iterations
 from understudy.objective import Losses, dpo_loss
 from understudy.reduce import cluster_ids, fraction_interval
 from understudy.run.config import LearningRate, PositiveFloat, PositiveInt, UnitInterval, check_effects
@@ -84,11 +84,11 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     select_trainable_parameters(policy, cfg)
     objective = make_objective(cfg)
     total_tokens = cfg.num_epochs * sum(map(num_tokens, train_pairs))
-    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
-    with stage.open_run(
+    optimizer = training.adamw(cfg, training.trainable_parameter_group(policy))
+    with training.open_run(
         "dpo", cfg, policy, optimizer, total_steps=cfg.total_tokens or total_tokens, resume=resume
     ) as run:
-        stage.check_reference_digest(run.run, reference_digest)
+        training.check_reference_digest(run.run, reference_digest)
         while run.is_active:
             learning_rate = run.update_learning_rate()
             indices = run.next_minibatch(len(train_pairs), cfg.batch_size)
@@ -116,7 +116,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
 
 def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, evaluation.json how often it prefers what people did."""
-    return stage.run_to_end(iterate(cfg, resume=resume))
+    return training.run_to_end(iterate(cfg, resume=resume))
 
 
 def make_objective(cfg: Config) -> Callable[[Any, PreferencePairs], Losses]:
@@ -134,8 +134,8 @@ def load_preferences(policy: Policy, cfg: Config) -> tuple[list[Preference], lis
         policy.warnings += data.make_warnings(source)
         return data
 
-    train_pairs, held_out_pairs, warnings = stage.split_data(
-        read_rows(cfg.data, **cfg.reading_options), make_pairs, cfg, stage.preference_split_key
+    train_pairs, held_out_pairs, warnings = training.split_data(
+        read_rows(cfg.data, **cfg.reading_options), make_pairs, cfg, training.preference_split_key
     )
     policy.warnings += warnings
     return train_pairs, held_out_pairs
@@ -216,7 +216,7 @@ def evaluate_preferences(
         )
         batch_metrics.append(objective(policy, pairs.to(policy.device))[1])
     metrics = {name: torch.cat([values[name] for values in batch_metrics]) for name in batch_metrics[0]}
-    cluster = cluster_ids(list(map(stage.preference_split_key, data)))
+    cluster = cluster_ids(list(map(training.preference_split_key, data)))
     accuracy, low, high = fraction_interval(metrics["accuracy"][:, 0].cpu(), cluster)
     names = ("loss", "margin", "chosen_logratio", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}

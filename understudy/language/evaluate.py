@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.language.collect import Rollout, Sampler
-from understudy.language.judge import RewardSum, distinct_n, row_to_dict
-from understudy.language.model import Policy, Reference
+from understudy.language.model.policy import Policy, Reference
+from understudy.language.rewards.reward_sum import RewardSum, distinct_n, row_to_dict
+from understudy.language.rollout.sampler import Rollout, Sampler
 from understudy.reduce import cluster_ids, fraction_interval, mean_interval
 from understudy.run.seeds import derive_seed
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from understudy.advantage import group_relative
 from understudy.batch import Batch
-from understudy.language import config, stage
-from understudy.language.cast import (
+from understudy.language import config, training
+from understudy.language.model.token_distribution import SampledTokens
+from understudy.language.rewards.reward_sum import Scores
+from understudy.language.rlhf import (
     RLHFModels,
     compute_rewards,
     next_reference_coef,
@@ -20,17 +22,15 @@ from understudy.language.cast import (
     open_rlhf_run,
     reference_kl_penalty,
 )
-from understudy.language.collect import Rollout
-from understudy.language.generate import Engine
-from understudy.language.judge import Scores
-from understudy.language.stage import Iterations, TrainingRun
-from understudy.language.tokens import SampledTokens
+from understudy.language.rollout.generate import Engine
+from understudy.language.rollout.sampler import Rollout
+from understudy.language.training import Iterations, TrainingRun
 from understudy.language.trust_region import make_kl_early_stopping, make_trust_region_check
 from understudy.objective import cispo, grpo, gspo, with_pretraining
 from understudy.reduce import per_budget, per_row, per_step
+from understudy.reward import episode_score, overlong_penalty
 from understudy.run.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, RequestError
 from understudy.run.store import ResumePoint, Run
-from understudy.score import episode_score, overlong_penalty
 from understudy.update import update
 
 OBJECTIVES = {"grpo": grpo, "gspo": gspo, "cispo": cispo}
@@ -180,7 +180,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
 
 def train(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.run_to_end(iterate(cfg, engine=engine, resume=resume))
+    return training.run_to_end(iterate(cfg, engine=engine, resume=resume))
 
 
 def sample_groups(run: TrainingRun, models: RLHFModels, cfg: Config) -> tuple[Rollout, Scores, float]:

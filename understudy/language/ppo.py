@@ -12,8 +12,10 @@ from torch import Tensor
 
 from understudy.advantage import gae
 from understudy.batch import Batch, Trajectory
-from understudy.language import config, stage
-from understudy.language.cast import (
+from understudy.language import config, training
+from understudy.language.model.policy import Policy
+from understudy.language.model.token_distribution import SampledTokens, TokenDistribution
+from understudy.language.rlhf import (
     compute_rewards,
     forward_in_chunks,
     next_reference_coef,
@@ -21,10 +23,8 @@ from understudy.language.cast import (
     open_rlhf_run,
     reference_kl_penalty,
 )
-from understudy.language.generate import Engine
-from understudy.language.model import Policy
-from understudy.language.stage import Iterations
-from understudy.language.tokens import SampledTokens, TokenDistribution
+from understudy.language.rollout.generate import Engine
+from understudy.language.training import Iterations
 from understudy.language.trust_region import make_kl_early_stopping, make_trust_region_check
 from understudy.objective import Losses, adapt_kl_old_coef, critic_only, ppo, ppo_penalty, with_pretraining
 from understudy.reduce import masked_mean, standardize
@@ -192,7 +192,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
 
 def train(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.run_to_end(iterate(cfg, engine=engine, resume=resume))
+    return training.run_to_end(iterate(cfg, engine=engine, resume=resume))
 
 
 def estimate_values(policy: Policy, trajectory: Trajectory, cfg: Config) -> tuple[Any, Tensor]:

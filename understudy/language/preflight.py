@@ -16,14 +16,14 @@ from torch.nn.functional import pad
 
 from understudy.batch import Batch, TokenBatch, map_tensors
 from understudy.distribution import Categorical
-from understudy.language.collect import Rollout
-from understudy.language.generate import describe_failure, find_sampling_problem, unsupported_model_error
-from understudy.language.model import Policy
-from understudy.language.reading import TOLERANCE, trunk_of
-from understudy.language.scorer import RewardModel
-from understudy.language.text import pad_for_scoring
-from understudy.language.tokens import SampledTokens
-from understudy.language.top import TopLayers
+from understudy.language.data.records import pad_for_scoring
+from understudy.language.model.forward import TOLERANCE, trunk_of
+from understudy.language.model.policy import Policy
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.model.token_distribution import SampledTokens
+from understudy.language.model.top_layers import TopLayers
+from understudy.language.rollout.generate import describe_failure, find_sampling_problem, unsupported_model_error
+from understudy.language.rollout.sampler import Rollout
 from understudy.objective import ppo
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive_seed

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from understudy.advantage import leave_one_out, reward_to_go
 from understudy.batch import Batch
-from understudy.language import config, stage
-from understudy.language.cast import (
+from understudy.language import config, training
+from understudy.language.grpo import add_pretraining_loss
+from understudy.language.model.token_distribution import SampledTokens
+from understudy.language.rlhf import (
     compute_rewards,
     next_reference_coef,
     off_policy_weights,
     open_rlhf_run,
     reference_kl_penalty,
 )
-from understudy.language.generate import Engine
-from understudy.language.grpo import add_pretraining_loss
-from understudy.language.stage import Iterations
-from understudy.language.tokens import SampledTokens
+from understudy.language.rollout.generate import Engine
+from understudy.language.training import Iterations
 from understudy.language.trust_region import make_trust_region_check
 from understudy.objective import policy_gradient, squared_error
 from understudy.reduce import masked_mean, standardize
+from understudy.reward import episode_score
 from understudy.run.config import NonNegativeFloat, PositiveInt, RequestError, UnitInterval
 from understudy.run.store import ResumePoint, Run
-from understudy.score import episode_score
 from understudy.update import update
 
 
@@ -163,7 +163,7 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
 
 def train(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.run_to_end(iterate(cfg, engine=engine, resume=resume))
+    return training.run_to_end(iterate(cfg, engine=engine, resume=resume))
 
 
 def subtract_baseline(

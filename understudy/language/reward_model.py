@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from understudy.batch import LabelledText, PreferencePairs
-from understudy.language import config, stage, text
-from understudy.language.model import model_dir
-from understudy.language.reading import check_forward_consistency
-from understudy.language.scorer import RewardModel
-from understudy.language.stage import Iterations
-from understudy.language.text import pad_for_scoring, read_rows
+from understudy.language import config, training
+from understudy.language.data import records
+from understudy.language.data.records import pad_for_scoring, read_rows
+from understudy.language.model.forward import check_forward_consistency
+from understudy.language.model.policy import model_dir
+from understudy.language.model.reward_model import RewardModel
+from understudy.language.training import Iterations
 from understudy.objective import binary_label_loss, bradley_terry_loss
 from understudy.reduce import cluster_ids, fraction_interval
 from understudy.run.config import LearningRate, NonNegativeFloat, PositiveInt, RequestError, check_effects
@@ -79,9 +80,9 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
         binary_label_loss if model.input_format == "text" else partial(bradley_terry_loss, center_coef=cfg.center_coef)
     )
     total_tokens = cfg.num_epochs * sum(map(num_tokens, train_rows))
-    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(model))
+    optimizer = training.adamw(cfg, training.trainable_parameter_group(model))
     options = {"total_steps": cfg.total_tokens or total_tokens, "folder": "reward_model", "resume": resume}
-    with stage.open_run("reward-model", cfg, model, optimizer, **options) as run:
+    with training.open_run("reward-model", cfg, model, optimizer, **options) as run:
         while run.is_active:
             learning_rate = run.update_learning_rate()
             indices = run.next_minibatch(len(train_rows), cfg.batch_size)
@@ -111,7 +112,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
 
 def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path / "reward_model"` holds the model, evaluation.json how good it is."""
-    return stage.run_to_end(iterate(cfg, resume=resume))
+    return training.run_to_end(iterate(cfg, resume=resume))
 
 
 def load_training_rows(model: RewardModel, cfg: Config) -> tuple[list[Any], list[Any]]:
@@ -120,23 +121,23 @@ def load_training_rows(model: RewardModel, cfg: Config) -> tuple[list[Any], list
     Pairs of one prompt are all learned from, or all kept. The model remembers which of the two it reads.
     """
     rows = read_rows(cfg.data, **cfg.reading_options)
-    limit = text.Limit.of(model.model, cfg.max_length)
-    columns = text.column_names(rows)
+    limit = records.Limit.of(model.model, cfg.max_length)
+    columns = records.column_names(rows)
     model.input_format = "text" if "label" in columns and not {"chosen", "rejected"} & {*columns} else "completion"
     if model.input_format == "text" and cfg.center_coef:
         raise RequestError(
             f"center_coef is {cfg.center_coef}, which has no effect on labelled texts: give pairs, or leave center_coef out"
         )
-    make_all: Any = text.make_labelled_examples if model.input_format == "text" else text.make_preferences
+    make_all: Any = records.make_labelled_examples if model.input_format == "text" else records.make_preferences
 
-    def make_records(rows: Sequence[text.Row], source: str) -> Sequence[Any]:
+    def make_records(rows: Sequence[records.Row], source: str) -> Sequence[Any]:
         data = make_all(rows, model.tokenizer, max_length=limit, too_long=cfg.too_long)
-        text.check_ids(data, model.model)
+        records.check_ids(data, model.model)
         model.warnings += data.make_warnings(source)
         return data
 
-    key: Any = (lambda row: (row.ids, row.label)) if model.input_format == "text" else stage.preference_split_key
-    train_rows, held_out_rows, warnings = stage.split_data(rows, make_records, cfg, key)
+    key: Any = (lambda row: (row.ids, row.label)) if model.input_format == "text" else training.preference_split_key
+    train_rows, held_out_rows, warnings = training.split_data(rows, make_records, cfg, key)
     model.warnings += warnings
     if model.input_format == "text":
         model.warnings += check_labels([row.label for row in train_rows])
@@ -161,7 +162,7 @@ def check_labels(labels: Sequence[float]) -> list[str]:
 
 def collate(data: Sequence[Any]) -> PreferencePairs | LabelledText:
     """Rows of data as one padded record."""
-    if isinstance(data[0], text.LabelledExample):
+    if isinstance(data[0], records.LabelledExample):
         return LabelledText(pad_for_scoring([row.ids for row in data]), torch.tensor([[row.label] for row in data]))
     chosen, rejected = pad_for_scoring([row.chosen for row in data]), pad_for_scoring([row.rejected for row in data])
     return PreferencePairs(chosen, rejected, torch.tensor([[row.margin] for row in data]))
@@ -169,7 +170,7 @@ def collate(data: Sequence[Any]) -> PreferencePairs | LabelledText:
 
 def num_tokens(row: Any) -> int:
     """Tokens of a row of data."""
-    return len(row.ids) if isinstance(row, text.LabelledExample) else len(row.chosen) + len(row.rejected)
+    return len(row.ids) if isinstance(row, records.LabelledExample) else len(row.chosen) + len(row.rejected)
 
 
 @torch.no_grad()
@@ -183,7 +184,7 @@ def set_score_normalization(model: RewardModel, data: Sequence[Any], mode: str) 
 
 
 def token_sequences(row: Any) -> list[tuple[int, ...]]:
-    return [row.ids] if isinstance(row, text.LabelledExample) else [row.chosen, row.rejected]
+    return [row.ids] if isinstance(row, records.LabelledExample) else [row.chosen, row.rejected]
 
 
 @torch.no_grad()
@@ -195,7 +196,7 @@ def evaluate_reward_model(model: RewardModel, data: Sequence[Any]) -> dict[str, 
     `length_correlation` of score and length (of the differences, for
     pairs); `length_baseline`, the accuracy of always preferring the longer (or the shorter, if that is better).
     """
-    if isinstance(data[0], text.LabelledExample):
+    if isinstance(data[0], records.LabelledExample):
         logit = model.score([row.ids for row in data]) * model.scale + model.mean
         length = torch.tensor([float(len(row.ids)) for row in data])
         is_positive = torch.tensor([row.label > 0.5 for row in data])
@@ -206,7 +207,7 @@ def evaluate_reward_model(model: RewardModel, data: Sequence[Any]) -> dict[str, 
         logit = (chosen - rejected) * model.scale
         length = torch.tensor([float(len(row.chosen) - len(row.rejected)) for row in data])
         is_positive, is_longer = torch.ones(len(data), dtype=torch.bool), length > 0
-        cluster = cluster_ids(list(map(stage.preference_split_key, data)))
+        cluster = cluster_ids(list(map(training.preference_split_key, data)))
     is_correct = ((logit > 0) == is_positive).float()
     baseline = float((is_longer == is_positive).float().mean())
     accuracy, low, high = fraction_interval(is_correct, cluster)

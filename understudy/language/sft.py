@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from understudy.language import config, stage
-from understudy.language.model import Policy, model_dir
-from understudy.language.reading import check_forward_consistency
-from understudy.language.stage import Iterations
-from understudy.language.text import (
+from understudy.language import config, training
+from understudy.language.data.records import (
     Example,
     Limit,
     Row,
@@ -23,6 +20,9 @@ from understudy.language.text import (
     pad_sequences,
     read_rows,
 )
+from understudy.language.model.forward import check_forward_consistency
+from understudy.language.model.policy import Policy, model_dir
+from understudy.language.training import Iterations
 from understudy.objective import sft_loss
 from understudy.run.config import LearningRate, PositiveInt, check_effects
 from understudy.run.seeds import derive_seed, seed_shared_generators
@@ -67,8 +67,8 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
     train_examples, held_out_examples = load_examples(policy, cfg)
     check_forward_consistency(policy, [example.ids for example in train_examples])
     total_tokens = cfg.num_epochs * sum(example.num_target_tokens for example in train_examples)
-    optimizer = stage.adamw(cfg, stage.trainable_parameter_group(policy))
-    with stage.open_run(
+    optimizer = training.adamw(cfg, training.trainable_parameter_group(policy))
+    with training.open_run(
         "sft", cfg, policy, optimizer, total_steps=cfg.total_tokens or total_tokens, resume=resume
     ) as run:
         while run.is_active:
@@ -97,7 +97,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
 
 def train(cfg: Config, *, resume: ResumePoint | None = None) -> Run:
     """Train to the end; `run.path` holds the policy, `run.metrics` what happened."""
-    return stage.run_to_end(iterate(cfg, resume=resume))
+    return training.run_to_end(iterate(cfg, resume=resume))
 
 
 def load_examples(policy: Policy, cfg: Config) -> tuple[list[Example], list[Example]]:
@@ -110,7 +110,7 @@ def load_examples(policy: Policy, cfg: Config) -> tuple[list[Example], list[Exam
         policy.warnings += data.make_warnings(source)
         return data
 
-    train_examples, held_out_examples, warnings = stage.split_data(
+    train_examples, held_out_examples, warnings = training.split_data(
         read_rows(cfg.data, **cfg.reading_options), make_records, cfg, lambda example: example.ids
     )
     policy.warnings += warnings

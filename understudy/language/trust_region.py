@@ -10,8 +10,8 @@ import torch
 
 from understudy.batch import Batch
 from understudy.language.config import RolloutConfig
-from understudy.language.model import Policy
-from understudy.language.tokens import TokenDistribution
+from understudy.language.model.policy import Policy
+from understudy.language.model.token_distribution import TokenDistribution
 from understudy.reduce import masked_mean
 from understudy.update import UpdateRejected
 
