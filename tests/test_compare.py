@@ -18,13 +18,16 @@ def made(tmp_path):
     """Writes a run of which only the files exist that are compared."""
     count = iter(range(99))
 
-    def run(recipe="control ppo", *, seed=0, evaluation=None, returns=(), **config) -> Path:
+    def run(recipe="control ppo", *, seed=0, evaluation=None, returns=(), steps=None, **config) -> Path:
         path = tmp_path / f"run{next(count)}"
         path.mkdir()
-        (path / "config.json").write_text(json.dumps({"recipe": recipe, "config": {"seed": seed, **config}}))
+        (path / "config.json").write_text(
+            json.dumps({"schema": 2, "recipe": recipe, "config": {"seed": seed, **config}})
+        )
         if evaluation is not None:
             (path / "evaluation.json").write_text(json.dumps(evaluation))
-        lines = [{"iteration": i, "episode_return_mean": x} for i, x in enumerate(returns, 1)]
+        lines: list[dict] = [{"iteration": i, "episode_return_mean": x} for i, x in enumerate(returns, 1)]
+        lines += [] if steps is None else [{"iteration": len(lines) + 1, "steps": steps}]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return path
 
@@ -44,6 +47,28 @@ def test_evaluations_and_training_returns_are_never_mixed(made):
     [group] = group_runs(runs)
     assert (group["measure"], group["scores"]) == ("training return", [20.0, 30.0])
     assert "1 of 2 runs were evaluated" in format_table([group])
+
+
+def test_an_evaluation_of_a_policy_that_has_learned_since_does_not_count(made):
+    old, new = ({"returns": [5.0], "after_steps": steps} for steps in (100, 200))
+    runs = [
+        made(seed=1, evaluation=old, returns=[1.0], steps=200),
+        made(seed=2, evaluation=new, returns=[2.0], steps=200),
+    ]
+
+    [group] = group_runs(runs)
+    assert (group["measure"], group["scores"], group["evaluated"]) == ("training return", [1.0, 2.0], 1)
+
+
+def test_evaluations_on_other_environments_are_not_mixed(made):
+    other = {"returns": [5.0], "env": "a", "env_options": {"wind": 2}}
+    here = {"returns": [7.0], "env": "a", "env_options": {}}
+    fields = {"env": "a", "env_options": {}, "returns": [1.0]}
+
+    [group] = group_runs([made(seed=1, evaluation=here, **fields), made(seed=2, evaluation=other, **fields)])
+    assert (group["measure"], group["scores"]) == ("training return", [1.0, 1.0])
+    [group] = group_runs([made(seed=i, evaluation=other, **fields) for i in (3, 4)])
+    assert (group["measure"], group["scores"]) == ("evaluation return", [5.0, 5.0])
 
 
 @pytest.mark.parametrize(
@@ -155,7 +180,7 @@ def test_a_model_directory_is_refused_as_no_run(tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
 
     assert main(["compare", str(tmp_path)]) == 2
-    assert "config.json names no config: give the directory of a run" in capsys.readouterr().err
+    assert "it has no schema, so it is none of this version: give the directory of a run" in capsys.readouterr().err
 
 
 def test_groups_in_other_environments_are_said_to_be_measured_on_others(made):

@@ -370,3 +370,15 @@ def test_a_reference_of_its_own_is_where_dpo_measures_from(home, tmp_path):
 
     assert dpo.train(cfg).metrics[0]["loss"] != pytest.approx(0.6931472, abs=1e-4)
     assert start.metrics[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+
+
+def test_a_batch_without_scores_leaves_a_moving_baseline(home, tmp_path):
+    calls = iter(range(100))
+
+    def sometimes(prompts, **_):
+        return [None if next(calls) in range(8, 16) else 2.0 for _ in prompts]
+
+    fields = {"baseline": "moving", "baseline_decay": 0.5, "fixed_length": 4, "kl_reference_coef": 0.0}
+    cfg = config(reinforce, home, tmp_path / "run", reward=sometimes, total_tokens=96, preflight=False, **fields)
+
+    assert [line["baseline"] for line in reinforce.train(cfg).metrics] == [2.0, 2.0, 2.0]

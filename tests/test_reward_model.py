@@ -428,3 +428,11 @@ def test_a_judge_reads_a_row_with_what_it_has_for_the_template(home):
     assert_close(
         model.make_reward_term(model.tokenizer)(given), model.score([asked + said, asked + tokens("/think ") + said])
     )
+
+
+def test_pairs_of_equal_length_are_no_case_for_length():
+    def pair(chosen: int, rejected: int) -> Preference:
+        return Preference((1,) * chosen, (1,) * rejected, margin=0.0, row=1)
+
+    assert records.longer_is_chosen([pair(3, 3), pair(4, 4)]) == 0.5
+    assert records.longer_is_chosen([pair(4, 3), pair(5, 3), pair(4, 4), pair(2, 3)]) == 2.5 / 4

@@ -1,6 +1,7 @@
 """A judge: weighted sums, missing rows, functions that misbehave, refusals, built-ins."""
 
 import asyncio
+import copy
 import json
 import math
 import os
@@ -209,6 +210,21 @@ def test_a_suffix_does_not_take_a_name_that_is_there():
 def test_a_part_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"part 'a' gave \(1,\): must be \[2\]"):
         RewardSum([("a", 1.0, said(1))])(sampled("x", "y"))
+
+
+def test_what_a_function_does_to_its_lists_reaches_nobody_else():
+    def greedy(prompts, completions, completion_ids, **columns):
+        scores = [float(len(ids)) for ids in completion_ids]
+        for column in (prompts, completions, *completion_ids, *columns.values()):
+            column.clear()
+        return scores
+
+    rows = sampled("xy", "z", answers=[["a"], ["b"]])
+    before = copy.deepcopy(rows)
+    reward_sum = judge(greedy, "length")
+
+    first, again = reward_sum(rows).score, reward_sum(rows).score
+    assert torch.equal(first, again) and rows == before
 
 
 def test_no_rows_get_no_scores():

@@ -136,3 +136,16 @@ def test_an_episode_without_steps_is_refused(here, capsys):
 
     refused(capsys, ["show", "run", "--steps", "0"], 2, "steps is 0")
     refused(capsys, ["show", "run", "--best", "1"], 2, "best is 1", "control run")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "show"])
+@pytest.mark.parametrize(
+    ("other", "space"),
+    [(["--env", "CartPole-v1"], "observation_space"), (["--env-options", '{"actions": 3}'], "action_space")],
+)
+def test_a_policy_is_not_shown_or_evaluated_in_other_spaces(here, capsys, verb, other, space):
+    env = "tests.foreign_envs:TenSteps"
+    assert main(["control", "ppo", "--env", env, "--steps", "64", "--out", "run", *SMALL]) == 0
+    capsys.readouterr()
+
+    refused(capsys, [verb, "run", *(["--env", env] if other[0] != "--env" else []), *other], 2, f"env has the {space}")

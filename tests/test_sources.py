@@ -696,3 +696,24 @@ def test_a_chosen_info_that_is_no_number_is_refused(key, tmp_path):
 def test_evaluation_gives_the_success_rate(tmp_path):
     config = short(tmp_path, env=f"{HERE}:Succeeds", num_evaluation_envs=1, exact_resume=False)
     assert evaluate(load(ppo.train(config).path), config, num_episodes=4).success_rate == 0.5
+
+
+class SucceedsOnly(Succeeds):
+    """Says nothing of the episodes in which it fails."""
+
+    def info(self, action):
+        return {"is_success": True} if self.t == 10 and self.number % 2 else {}
+
+
+def test_episodes_that_say_nothing_of_success_count_as_failures(tmp_path, capsys):
+    config = short(
+        tmp_path, env=f"{HERE}:SucceedsOnly", num_envs=1, steps=40, num_evaluation_envs=1, exact_resume=False
+    )
+    run = ppo.train(config)
+    evaluation = evaluate(load(run.path), config, num_episodes=4)
+
+    assert (evaluation.success_rate, evaluation.num_success_reports) == (0.5, 2)
+    assert main(["evaluate", str(run.path), "--episodes", "4"]) == 0
+    assert "success rate 0.50 (2 episodes say nothing of it and count as failures)" in capsys.readouterr().out
+    assert run.metrics[-1]["success_rate"] == 0.5
+    assert len(events(run, "success_unknown")) == 1

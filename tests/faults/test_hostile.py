@@ -531,7 +531,7 @@ def test_a_run_of_another_format_is_refused_by_its_number(place, world, file, sc
     path.write_text(json.dumps(about if schema is None else about | {"schema": schema}))
 
     fix = "use a newer version" if schema == 3 else "use the version that wrote it, or make it anew"
-    sentence = f"has schema {schema or 0}, this version reads 2; {fix}"
+    sentence = f"has schema {schema}, this version reads 2; {fix}" if schema else "has no schema, so it is none of this"
     if file != "config.json":
         refused(lambda: understudy.load(place / world), sentence)
     else:

@@ -18,6 +18,7 @@ from understudy.control.evaluate import EVALUATION_SEED, evaluate
 from understudy.control.own_network import named_network
 from understudy.control.presets import settings
 from understudy.run.config import RequestError, did_you_mean
+from understudy.run.metrics import last_steps
 from understudy.run.paths import absolute_path, short_path
 from understudy.run.resume import read_run_config, rebuild_config
 from understudy.run.store import process_seconds, read_config, write_json
@@ -109,6 +110,8 @@ def _print_summary(run: Any, config: Any, as_json: bool) -> None:
     print(f"Next: understudy evaluate {short_path(run.path)}")
 
 
+MEASURED_ON = ("env", "env_options", "wrappers", "evaluation_max_steps")
+"""Fields of a config that say what an evaluation is of; evaluation.json holds them."""
 POLICY_HELP = "the network of your own that the run was trained with, or what makes it; module:NAME, too"
 
 
@@ -147,7 +150,10 @@ def evaluate_run(argv: list[str]) -> int:
         "return_mean": statistics.fmean(returns),
         "return_std": statistics.stdev(returns) if len(returns) > 1 else 0.0,
         "success_rate": evaluation.success_rate,
+        "num_success_reports": evaluation.num_success_reports,
         "num_cut": evaluation.num_truncated,
+        "after_steps": last_steps(path),
+        **{name: getattr(config, name) for name in MEASURED_ON},
         "returns": returns,
     }
     if not args.sample:
@@ -158,6 +164,8 @@ def evaluate_run(argv: list[str]) -> int:
         f"{result['return_std']:.2f}"
     )
     text += "" if evaluation.success_rate is None else f", success rate {evaluation.success_rate:.2f}"
+    if 0 < evaluation.num_success_reports < args.episodes:
+        text += f" ({args.episodes - evaluation.num_success_reports} episodes say nothing of it and count as failures)"
     if evaluation.num_truncated:
         steps = f"{config.evaluation_max_steps:,}"
         print(

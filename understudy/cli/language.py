@@ -22,6 +22,7 @@ from understudy.language.model.reward_model import RewardModel
 from understudy.language.rlhf import RLHFModels, close_workers
 from understudy.run.config import RequestError, did_you_mean
 from understudy.run.lineage import read_lineage
+from understudy.run.metrics import last_steps
 from understudy.run.paths import short_path
 from understudy.run.redact import printable
 from understudy.run.resume import ROLLOUTS, read_run_config, rebuild_config
@@ -261,6 +262,7 @@ def evaluate_run(argv: list[str]) -> int:
         results = _held_out_completions(
             path, source, rebuild_config(config_class, fields | overrides), args.rows or 256
         )
+    results["after_steps"] = last_steps(path)
     write_json(path / ("evaluation.json" if source == path else "evaluation-best.json"), results)
     samples = results.pop("samples", [])
     if args.json:

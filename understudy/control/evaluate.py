@@ -5,14 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import gymnasium
 import torch
+from gymnasium.vector import VectorEnv
 
 from understudy.control.config import Config
 from understudy.control.envs.sources import EnvSource
 from understudy.control.policy import Policy
 from understudy.control.rollout import RolloutCollector
+from understudy.run.config import RequestError
 from understudy.run.seeds import derive_seed, make_generator
 
 EVALUATION_SEED = 20_261_121  # of every evaluation, whatever the run's seed
@@ -24,7 +27,9 @@ class Evaluation(NamedTuple):
     returns: list[float]
     """Undiscounted returns of the environment's own reward, in the order of the episodes' seeds."""
     success_rate: float | None
-    """The share of episodes whose last info says `is_success` or `success`; None where it says neither."""
+    """The share of episodes whose last info says `is_success` or `success`; None where none says it, true or false."""
+    num_success_reports: int
+    """Episodes whose last info says it; where others do, one that does not is a failure."""
     num_truncated: int
     """Episodes that were ended at `evaluation_max_steps`."""
 
@@ -67,6 +72,7 @@ def evaluate(
         return episode_seed(episode * num_envs + row, seed)
 
     try:
+        require_spaces_of(policy, envs)
         with torch.no_grad():
             collector = RolloutCollector(
                 envs,
@@ -86,9 +92,36 @@ def evaluate(
     successes = [episode.info["success"] for episode in finished_episodes if "success" in episode.info]
     return Evaluation(
         [episode.episode_return for episode in finished_episodes],
-        statistics.fmean(successes) if successes else None,
+        sum(successes) / num_episodes if successes else None,
+        len(successes),
         sum(episode.number in evaluation_envs[episode.row].truncated_episodes for episode in finished_episodes),
     )
+
+
+def require_spaces_of(policy: Policy, envs: VectorEnv) -> None:
+    """Refuse environments that a policy cannot act in.
+
+    Raises:
+        RequestError: observations or actions are of another kind or shape than those the policy has learned from. Their
+            bounds may differ.
+    """
+    sides = (policy.observation_space, envs.single_observation_space), (policy.action_space, envs.single_action_space)
+    for (own, other), name in zip(sides, ("observation_space", "action_space"), strict=True):
+        if _layout(own) != _layout(other):
+            raise RequestError(
+                f"env has the {name} {other}, and the policy's is {own}: evaluate it in an environment of the same spaces"
+            )
+
+
+def _layout(space: gymnasium.Space) -> Any:
+    """What of a space a network's layers and the meaning of its outputs hang on; the bounds of a Box do not count."""
+    if isinstance(space, gymnasium.spaces.Box):
+        return "Box", space.shape, space.dtype
+    if isinstance(space, gymnasium.spaces.Dict):
+        return {name: _layout(part) for name, part in space.spaces.items()}
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return [_layout(part) for part in space.spaces]
+    return space
 
 
 def episode_seed(number: int, seed: int = EVALUATION_SEED) -> int:

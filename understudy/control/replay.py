@@ -10,7 +10,7 @@ import torch
 from understudy.control.config import Config
 from understudy.control.envs.sources import EnvSource
 from understudy.control.envs.spaces import MASK_KEY
-from understudy.control.evaluate import EVALUATION_SEED, episode_seed
+from understudy.control.evaluate import EVALUATION_SEED, episode_seed, require_spaces_of
 from understudy.control.policy import Policy
 from understudy.control.rollout import RolloutCollector
 from understudy.run.seeds import make_generator
@@ -44,6 +44,7 @@ def replay(policy: Policy, cfg: Config, *, episode: int, num_steps: int, sample:
     source.check()
     envs, _ = source.open_evaluation(1)
     try:
+        require_spaces_of(policy, envs)
         collector = RolloutCollector(
             envs,
             seed_of=lambda _, number: episode_seed(episode + number),

@@ -424,8 +424,9 @@ class RolloutCollector:
         final_info = info.get("final_info", {}) if self.autoreset_mode is AutoresetMode.SAME_STEP else info
         values = {}
         for key in SUCCESS_KEYS:
-            if isinstance(value := get_info_value(final_info, key, row), bool | int | float | np.number | np.bool_):
-                values["success"] = float(value)
+            value = np.asarray(get_info_value(final_info, key, row))
+            if value.size == 1 and value.dtype.kind in "biuf":
+                values["success"] = float(value.item())
         for key in self.log_info:
             value = get_info_value(final_info, key, row)
             try:

@@ -238,8 +238,18 @@ class TrainingRun:
         means = {}
         for name in dict.fromkeys(name for episode in self.recent_episodes for name in episode.info):
             values = [episode.info[name] for episode in self.recent_episodes if name in episode.info]
-            means["success_rate" if name == "success" else f"info_{name}"] = statistics.fmean(values)
+            if name == "success":
+                means["success_rate"] = sum(values) / len(self.recent_episodes)
+                self._warn_of_unknown_success(len(self.recent_episodes) - len(values))
+            else:
+                means[f"info_{name}"] = statistics.fmean(values)
         return means
+
+    def _warn_of_unknown_success(self, num_unknown: int) -> None:
+        if num_unknown and not self.recipe_state.get("success_unknown"):
+            self.recipe_state["success_unknown"] = True
+            text = f"the info of {num_unknown} of the last {len(self.recent_episodes)} episodes says nothing of success"
+            self.log_event("success_unknown", text=f"{text}: they count as failures")
 
     def _log_metrics(self, line: dict[str, Any]) -> dict[str, Any]:
         """Log and show a line, evaluated where that is due."""

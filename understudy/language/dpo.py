@@ -18,6 +18,7 @@ from understudy.language.data.records import (
     Row,
     check_ids,
     common_prefix_length,
+    longer_is_chosen,
     make_preferences,
     pad_sequences,
     read_rows,
@@ -108,7 +109,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
             )
             if held_out_pairs and (not run.is_active or run.is_due(cfg.evaluate_every)):
                 evaluation = evaluate_preferences(policy, held_out_pairs, reference_logprobs["held_out"], objective)
-                write_json(run.run.path / "evaluation.json", evaluation)
+                write_json(run.run.path / "evaluation.json", evaluation | {"after_steps": run.steps})
                 metrics |= {f"evaluation_{name}": x for name, x in evaluation.items() if isinstance(x, int | float)}
             yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
@@ -220,8 +221,7 @@ def evaluate_preferences(
     accuracy, low, high = fraction_interval(metrics["accuracy"][:, 0].cpu(), cluster)
     names = ("loss", "margin", "chosen_logratio", "rejected_gain")
     means = {name: float(metrics[name].mean()) for name in names}
-    chosen_is_longer = [len(pair.chosen) > len(pair.rejected) for pair in data]
-    baseline = sum(chosen_is_longer) / len(chosen_is_longer)
+    baseline = longer_is_chosen(data)
     return {
         "rows": len(data),
         "prompts": len(cluster.unique()),

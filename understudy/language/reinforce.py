@@ -105,11 +105,12 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             row_mask = trajectory.mask.any(dim=1)
             mean_score = float(masked_mean(score, row_mask))
             baseline = recipe_state.get("baseline", mean_score)
-            recipe_state["baseline"] = (
-                cfg.baseline_decay * baseline + (1 - cfg.baseline_decay) * mean_score
-                if "baseline" in recipe_state
-                else mean_score
-            )
+            if row_mask.any():  # rows without a score say nothing about the mean
+                recipe_state["baseline"] = (
+                    cfg.baseline_decay * baseline + (1 - cfg.baseline_decay) * mean_score
+                    if "baseline" in recipe_state
+                    else mean_score
+                )
             returns = reward_to_go(
                 reward, trajectory.terminated, trajectory.truncated, trajectory.mask, gamma=cfg.gamma
             )

@@ -104,7 +104,7 @@ def iterate(cfg: Config, *, resume: ResumePoint | None = None) -> Iterations:
                 set_score_normalization(model, train_rows, cfg.normalize)
             if held_out_rows and (not run.is_active or run.is_due(cfg.evaluate_every)):
                 evaluation = evaluate_reward_model(model, held_out_rows)
-                write_json(run.run.path / "evaluation.json", evaluation)
+                write_json(run.run.path / "evaluation.json", evaluation | {"after_steps": run.steps})
                 metrics |= {f"evaluation_{name}": x for name, x in evaluation.items() if isinstance(x, int | float)}
             yield from run.finish_iteration(metrics | {"learning_rate": learning_rate})
         return run.run
@@ -201,15 +201,15 @@ def evaluate_reward_model(model: RewardModel, data: Sequence[Any]) -> dict[str, 
         length = torch.tensor([float(len(row.ids)) for row in data])
         is_positive = torch.tensor([row.label > 0.5 for row in data])
         cluster = cluster_ids([row.ids for row in data])
-        is_longer = length > length.median()
+        baseline = float(((length > length.median()) == is_positive).float().mean())
     else:
         chosen, rejected = (model.score([getattr(row, side) for row in data]) for side in ("chosen", "rejected"))
         logit = (chosen - rejected) * model.scale
         length = torch.tensor([float(len(row.chosen) - len(row.rejected)) for row in data])
-        is_positive, is_longer = torch.ones(len(data), dtype=torch.bool), length > 0
+        is_positive = torch.ones(len(data), dtype=torch.bool)
+        baseline = records.longer_is_chosen(data)
         cluster = cluster_ids(list(map(training.preference_split_key, data)))
     is_correct = ((logit > 0) == is_positive).float()
-    baseline = float((is_longer == is_positive).float().mean())
     accuracy, low, high = fraction_interval(is_correct, cluster)
     return {
         "rows": len(data),

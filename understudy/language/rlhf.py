@@ -179,7 +179,13 @@ class RLHFModels:
         path, iteration = self.run.run.path, self.run.iteration + 1
         with self._tolerate_write_errors():
             write_json(
-                path / "evaluation.json", {**evaluation, "held_out": self.has_held_out_rows, "iteration": iteration}
+                path / "evaluation.json",
+                {
+                    **evaluation,
+                    "held_out": self.has_held_out_rows,
+                    "iteration": iteration,
+                    "after_steps": self.run.steps,
+                },
             )
             (path / "samples").mkdir(exist_ok=True)
             write_json(path / "samples" / f"evaluation-{iteration:06d}.json", evaluation["samples"])

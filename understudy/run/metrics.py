@@ -106,6 +106,11 @@ def read_metrics_reversed(run: Path) -> Iterator[dict[str, Any]]:
         yield from filter(None, [_parse_line(rest)])
 
 
+def last_steps(run: Path) -> int | None:
+    """How many steps a run has learned from, by its last line; None where it has none."""
+    return next(read_metrics_reversed(run), {}).get("steps")
+
+
 def drop_metrics_after(run: Path, iteration: int) -> tuple[Metrics, list[int], Path | None, list[dict[str, Any]]]:
     """Drop the lines of a run's metrics.jsonl after an iteration.
 

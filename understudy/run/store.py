@@ -405,7 +405,11 @@ def read_versioned_json(path: Path, error_prefix: str) -> dict[str, Any]:
         raise RequestError(f"{error_prefix} ('{path}' is nested too deeply): give the directory of a run")
     if not isinstance(document, dict):
         raise RequestError(f"{error_prefix} ('{path}' is no JSON object): give the directory of a run")
-    schema = document.get("schema", 0)
+    if "schema" not in document:
+        raise RequestError(
+            f"{error_prefix}: it has no schema, so it is none of this version: give the directory of a run"
+        )
+    schema = document["schema"]
     if schema != SCHEMA:
         is_newer = isinstance(schema, int) and schema > SCHEMA
         fix = "use a newer version" if is_newer else "use the version that wrote it, or make it anew"

@@ -10,19 +10,21 @@ from typing import Any
 
 from understudy.run.checkpoint import CorruptFileError, read_json
 from understudy.run.config import RequestError
-from understudy.run.metrics import read_metrics_reversed
+from understudy.run.metrics import last_steps, read_metrics_reversed
 from understudy.run.redact import printable
 from understudy.run.store import read_config
 from understudy.study.statistics import bootstrap_interval, iqm, probability_of_improvement
 
 IGNORED_FIELDS = ("seed", "output_dir", "quiet", "log", "video")  # fields that make no other experiment
+MEASURED_ON = ("env", "env_options", "wrappers", "evaluation_max_steps")
+"""Fields of which evaluation.json of a control run has the values that it was evaluated with."""
 TASK = ("env", "env_options", "wrappers", "data", "evaluation_data")  # fields that say what a run is measured on
 MEASURES = ("evaluation return", "training return", "gold", "score", "accuracy")
 """What runs can be compared by; the first that all of them have is taken. Returns are of control runs, the others of the
 evaluations of language runs, where gold and score count as one measure only if they are made of the same specs."""
 
 Measure = tuple[str, tuple[str, ...]]
-"""One of `MEASURES`, and the specs it is made of."""
+"""One of `MEASURES`, and the specs it is made of; or, of returns, what else than its own the run was evaluated on."""
 
 
 def group_runs(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -99,6 +101,8 @@ def _read_measures(path: Path, document: dict[str, Any]) -> dict[Measure, float]
         raise RequestError(f"run is '{path}', and {error}: evaluate it again with `understudy evaluate`") from error
     if not isinstance(evaluation, dict):
         raise RequestError(f"run is '{path}', whose evaluation.json is no object: evaluate it again")
+    if evaluation.get("after_steps") != last_steps(path):
+        evaluation = {}  # of a policy that has learned since
     measures: dict[Measure, Any] = {}
     if str(document.get("recipe")).startswith("language"):
         specs = evaluation["specs"] if isinstance(evaluation.get("specs"), dict) else document["config"]
@@ -107,7 +111,11 @@ def _read_measures(path: Path, document: dict[str, Any]) -> dict[Measure, float]
     else:
         returns = evaluation.get("returns")
         if isinstance(returns, list) and returns and all(map(_is_number, returns)):
-            measures["evaluation return", ()] = statistics.fmean(returns)
+            config = document["config"]
+            others = [
+                f"{name}={json.dumps(x)}" for name in MEASURED_ON if (x := evaluation.get(name)) != config.get(name, x)
+            ]
+            measures["evaluation return", tuple(others)] = statistics.fmean(returns)
         means = (line.get("episode_return_mean") for line in read_metrics_reversed(path))
         measures["training return", ()] = next(filter(_is_number, means), None)
     return {measure: float(x) for measure, x in measures.items() if _is_number(x)}

@@ -239,6 +239,12 @@ def make_labelled_examples(
     )
 
 
+def longer_is_chosen(data: Sequence[Preference]) -> float:
+    """How often the longer side of a pair is the chosen one, in [0, 1]; pairs of equal length count by half."""
+    differences = [len(pair.chosen) - len(pair.rejected) for pair in data]
+    return sum((x > 0) + 0.5 * (x == 0) for x in differences) / len(differences)
+
+
 def check_ids(data: Sequence[Prompt | Example | Preference | LabelledExample], model: Any) -> None:
     """Refuse rows with an id that a model has no embedding for: its tokenizer is not the one it was trained with."""
     vocabulary = model.get_input_embeddings().num_embeddings

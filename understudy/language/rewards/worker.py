@@ -53,6 +53,15 @@ class InvalidMessageError(Exception):
     """What came is no message of ours."""
 
 
+def _copy_plain(value: Any) -> Any:
+    """Lists and dicts anew, whatever else they hold as it is."""
+    if isinstance(value, list):
+        return [_copy_plain(x) if isinstance(x, list | dict) else x for x in value]
+    if isinstance(value, dict):
+        return {name: _copy_plain(x) for name, x in value.items()}
+    return value
+
+
 class InProcess:
     """A Python function that is asked where it is, like a `Worker` without a time limit.
 
@@ -75,7 +84,8 @@ class InProcess:
 
     def call(self, columns: dict[str, list[Any]], timeout_fraction: float = 1.0) -> list[Any]:
         """What the function says to `columns`; raises `FunctionFault`."""
-        return _call_user_code(lambda: self._answer(self._function, columns))
+        own = {name: _copy_plain(column) for name, column in columns.items()}  # what it changes is its own
+        return _call_user_code(lambda: self._answer(self._function, own))
 
     def get_state(self) -> Any:
         """What the function remembers, as plain JSON; raises `FunctionFault` where it is none."""
