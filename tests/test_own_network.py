@@ -171,3 +171,11 @@ def test_a_first_call_that_runs_out_of_memory_is_not_the_networks_fault(error):
     with pytest.raises(type(error)) as found:
         Policy(Says(raises), spaces.Box(-1, 1, (3,)), spaces.Discrete(3)).act(np.zeros(3, dtype=np.float32))
     assert found.value is error
+
+
+def test_a_class_in_the_place_of_a_network_is_refused(tmp_path):
+    cfg = ppo.Config(env="CartPole-v1", steps=8, num_envs=1, num_steps_per_env=8, output_dir=str(tmp_path / "run"))
+
+    with pytest.raises(RequestError, match=r"^policy is .*Linear.*, which is no torch.nn.Module: .* Linear\(\)$"):
+        ppo.train(cfg, policy=torch.nn.Linear)  # pyright: ignore[reportArgumentType]
+    assert not (tmp_path / "run").exists()

@@ -812,3 +812,19 @@ def test_labelled_sentences_are_read_from_their_csv(stories):
 
     assert len(rows) == 6920
     assert {one.label for one in records.make_labelled_examples(rows[:100], stories, max_length=512)} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("columns", "mapping"),
+    [
+        (("question", "accepted", "refused"), "chosen=accepted rejected=refused"),
+        (("context", "rejected_response", "chosen_response"), "chosen=chosen_response rejected=rejected_response"),
+        (("question", "first", "second"), "chosen=COLUMN rejected=COLUMN"),
+        (("label", "text"), "chosen=COLUMN rejected=COLUMN"),
+    ],
+)
+def test_sides_of_a_pair_are_guessed_by_their_names_alone(columns, mapping):
+    rows = [{name: f"{name} {i}" for name in columns} for i in range(2)]
+
+    with pytest.raises(RequestError, match=f"map yours with --columns {mapping}$"):
+        records.make_preferences(rows, made(), max_length=99)

@@ -10,7 +10,7 @@ from gymnasium.vector import VectorEnv
 from torch import nn
 
 from understudy.control.config import Config, NetworkConfig
-from understudy.control.policy import Policy
+from understudy.control.policy import Policy, require_module
 from understudy.run.config import RequestError
 from understudy.run.seeds import derive_seed
 
@@ -25,6 +25,7 @@ def make_initial_policy(policy: nn.Module | None, cfg: Config, envs: VectorEnv, 
         )
     normalizer_options = {"scale_obs": cfg.normalize_obs, "scale_reward": cfg.gamma if cfg.normalize_reward else None}
     if policy is not None:
+        require_module(policy)
         user_policy = (
             policy if isinstance(policy, Policy) else Policy(policy, *spaces, squash=cfg.squash, **normalizer_options)
         )

@@ -255,9 +255,12 @@ class Policy(nn.Module):
         if metadata.get("network") is None and network is None:
             raise RequestError(
                 f"policy is missing: '{path}' holds weights of a network of your own, which is needed again: "
-                f"understudy.load({str(path)!r}, policy=my_network), or --policy my_net.py:MyNet in a command"
+                f"understudy.load({str(path)!r}, policy=my_network), or --policy my_net.py:MyNet in evaluate, "
+                "show and resume; a new run begins from it in Python, train(cfg, policy=understudy.load(...))"
             )
         network = network.network if isinstance(network, Policy) else network
+        if network is not None:
+            require_module(network)
         weights = path / WEIGHTS
         weights_owner = "its policy.json" if network is None else "the network given"
         try:
@@ -334,6 +337,17 @@ def load_weights(policy: Policy, weights: dict[str, Tensor]) -> None:
     """
     check_shapes({name: tuple(x.shape) for name, x in weights.items()}, policy)
     policy.load_state_dict(weights)
+
+
+def require_module(policy: Any) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        RequestError: it is a class, a function or anything else than a torch.nn.Module.
+    """
+    if not isinstance(policy, nn.Module):
+        name = getattr(policy, "__name__", "MyNet")
+        raise RequestError(f"policy is {policy!r}, which is no torch.nn.Module: give a network, such as {name}()")
 
 
 def policy_path(path: Path, field: str) -> Path:

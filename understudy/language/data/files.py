@@ -202,9 +202,10 @@ def _check_columns(rows: Sequence[Row], names: Sequence[str]) -> None:
         common_names = [
             column for word in COMMON_COLUMN_NAMES.get(name, ()) for column in unassigned if column.lower() == word
         ]
-        guess = next(
-            (column for column in (*common_names, *text_columns, *unassigned) if column not in mapping), "COLUMN"
-        )
+        others = (
+            [] if name in ("chosen", "rejected") else [*text_columns, *unassigned]
+        )  # a wrong guess would learn backwards
+        guess = next((column for column in (*common_names, *others) if column not in mapping), "COLUMN")
         mapping += [guess]
     pairs = " ".join(f"{our_name}={data_name}" for our_name, data_name in zip(missing, mapping, strict=True))
     missing_names = " and ".join(map(repr, missing))
@@ -559,8 +560,30 @@ COMMON_COLUMN_NAMES = {
     "prompt": ("prompts", "question", "instruction", "problem", "query", "input", "user", "context", "messages"),
     "completion": ("completions", "answer", "response", "output", "solution", "target", "assistant"),
     "text": ("texts", "content", "sentence", "document", "review"),
-    "chosen": ("preferred", "winner", "better", "response_chosen", "choice_a"),
-    "rejected": ("dispreferred", "loser", "worse", "response_rejected", "choice_b"),
+    "chosen": (
+        "preferred",
+        "winner",
+        "better",
+        "accepted",
+        "good",
+        "win",
+        "positive",
+        "best",
+        "chosen_response",
+        "response_chosen",
+    ),
+    "rejected": (
+        "dispreferred",
+        "loser",
+        "worse",
+        "refused",
+        "bad",
+        "lose",
+        "negative",
+        "worst",
+        "rejected_response",
+        "response_rejected",
+    ),
     "label": ("labels", "score", "rating", "class"),
 }
 """Names under which published data have a column of ours, the likeliest first."""

@@ -108,7 +108,7 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         trust_remote_code: bool = False,
     ) -> Policy:
-        """The causal LM of a directory or a hub id. Where the directory holds an adapter, it is merged into its base.
+        """The causal LM of a directory, a run or a hub id. Where the directory holds an adapter, it is merged into its base.
 
         Args:
             critic: none; "shared", a value head on the policy's trunk; "separate", a trunk of its own, begun as a copy;
@@ -121,6 +121,7 @@ class Policy(nn.Module):
         Raises:
             RequestError: there is no causal LM there.
         """
+        source = model_dir(str(source), "policy")
         model = load_model(AutoModelForCausalLM, source, dtype=dtype, trust_remote_code=trust_remote_code)
         if gradient_checkpointing:
             enable_gradient_checkpointing(model)
