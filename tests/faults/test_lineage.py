@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -338,3 +339,30 @@ def test_what_a_model_says_cannot_steer_the_terminal(tmp_path, capsys):
     assert main(["generate", str(home), "--prompt", "", "--max-new-tokens", "8", "--count", "4"]) == 0
     said = capsys.readouterr().out
     assert r"\x1b[" in said and "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("run", "changed", "anew"),
+    [
+        ("ppo", "base/prompts.jsonl", ["--evaluation-data", "base/prompts.jsonl"]),
+        ("ppo", "rm/reward_model/config.json", ["--reward", "length:4"]),
+        ("rm", "base/preferences.jsonl", ["--evaluation-data", "base/preferences.jsonl"]),
+    ],
+)
+def test_a_run_is_not_evaluated_by_files_that_changed_since(runs, capsys, monkeypatch, run, changed, anew):
+    monkeypatch.chdir(runs)
+    assert main(["evaluate", run]) == 0
+    (runs / changed).write_text((runs / changed).read_text() + "\n")
+    capsys.readouterr()
+
+    assert main(["evaluate", run]) == 2
+    assert f"put back the files it had, or name others with {anew[0]}" in capsys.readouterr().err
+    assert main(["evaluate", run, *anew]) == 0
+
+
+def test_a_run_that_moved_with_its_data_is_evaluated(runs, capsys):
+    shutil.copytree(runs, runs.parent / "elsewhere")
+    config = runs.parent / "elsewhere/ppo/config.json"
+    config.write_text(config.read_text().replace(str(runs), str(runs.parent / "elsewhere")))
+
+    assert main(["evaluate", str(config.parent)]) == 0

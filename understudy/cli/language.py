@@ -19,9 +19,10 @@ from understudy.language.best import FOLDER as BEST
 from understudy.language.data.records import Tokenizer
 from understudy.language.model.policy import Policy, model_dir, module_digest
 from understudy.language.model.reward_model import RewardModel
+from understudy.language.provenance import collect_links
 from understudy.language.rlhf import RLHFModels, close_workers
 from understudy.run.config import RequestError, did_you_mean
-from understudy.run.lineage import read_lineage
+from understudy.run.lineage import read_lineage, require_same_files
 from understudy.run.metrics import last_steps
 from understudy.run.paths import short_path
 from understudy.run.redact import printable
@@ -252,16 +253,19 @@ def evaluate_run(argv: list[str]) -> int:
         raise RequestError(
             f"{(*unused, 'rows')[0]} has no effect on a run of {recipe}, which samples nothing: leave it out"
         )
+    cfg = rebuild_config(config_class, fields | overrides)
+    measured = {"data", "evaluation_data", "reward", "gold", "reply"} - overrides.keys()
+    require_same_files(
+        path, collect_links(cfg, recipe), measured - ({"data"} if "evaluation_data" in overrides else set())
+    )
     if recipe == "sft":
-        results = _held_out_loss(path, rebuild_config(sft.Config, fields | overrides))
+        results = _held_out_loss(path, cfg)
     elif recipe == "reward-model":
-        results = _held_out_accuracy(path, rebuild_config(reward_model.Config, fields | overrides))
+        results = _held_out_accuracy(path, cfg)
     elif recipe == "dpo":
-        results = _held_out_pairs(path, rebuild_config(dpo.Config, fields | overrides))
+        results = _held_out_pairs(path, cfg)
     else:
-        results = _held_out_completions(
-            path, source, rebuild_config(config_class, fields | overrides), args.rows or 256
-        )
+        results = _held_out_completions(path, source, cfg, args.rows or 256)
     results["after_steps"] = last_steps(path)
     write_json(path / ("evaluation.json" if source == path else "evaluation-best.json"), results)
     samples = results.pop("samples", [])

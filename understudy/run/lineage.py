@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -288,6 +288,28 @@ def _require_unchanged(old_links: list[dict[str, Any]], links: list[dict[str, An
                 f"{old['role']} is '{old['path']}', whose digest is {combined_digest(new)[:12]}..., the run began with "
                 f"{combined_digest(old)[:12]}...: put back the files it had"
             )
+
+
+def require_same_files(path: Path, links: list[dict[str, Any]], roles: Iterable[str]) -> None:
+    """Refuse to measure a run by other files than those it read, wherever they lie now.
+
+    Args:
+        links: what its config leads to now.  roles: of the links that count.
+
+    Raises:
+        RequestError: with the two digests.
+    """
+    recorded = read_lineage(path).get("links") if (path / FILE).exists() else None
+    for old in filter(_is_link, recorded or []):
+        now = [link for link in links if link["role"] == old.get("role")]
+        if old.get("role") not in roles or any(link["files"] == old.get("files") for link in now):
+            continue
+        digest = f"has the digest {combined_digest(now[0])[:12]}..." if now else "is not there"
+        raise RequestError(
+            f"{old['role']} is '{now[0]['path'] if now else old.get('path')}', which {digest}, and the run began with "
+            f"{combined_digest(old)[:12]}... ('{old.get('path')}'): put back the files it had, or name others with "
+            f"--{'evaluation-data' if 'data' in old['role'] else old['role']}"
+        )
 
 
 def _is_link(entry: Any) -> bool:
