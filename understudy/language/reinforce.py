@@ -149,11 +149,8 @@ def iterate(cfg: Config, *, engine: Engine | None = None, resume: ResumePoint | 
             policy.version += int(metrics["optimizer_steps"])
             run.steps += int(rollout.trajectory.mask.sum())
             metrics |= models.log_rollout(rollout, scores, batch, reward, reference_distribution)
-            metrics |= {
-                "kl_reference_coef": reference_coef,
-                "learning_rate": learning_rate,
-                "baseline": baseline,
-            } | off_policy_metrics
+            metrics |= {"kl_reference_coef": reference_coef, "learning_rate": learning_rate} | off_policy_metrics
+            metrics |= {"baseline": baseline} if cfg.baseline == "moving" else {}
             if metrics["optimizer_steps"]:
                 recipe_state["kl_reference_coef"] = next_reference_coef(reference_coef, metrics["kl_reference"], cfg)
             if not run.is_active or run.is_due(cfg.evaluate_every):

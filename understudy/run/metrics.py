@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -29,9 +30,16 @@ CLOCK_METRICS = frozenset({"seconds", "steps_per_second", "seconds_left"})
 
 
 def combine(iterations: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each metric over the iterations of one line: what an evaluation found as it was last, all else on average."""
+    """Each metric over the iterations of one line: what an evaluation found as it was last, all else on average.
+
+    Iterations without a value (nan) are left out of the average, unless none has one.
+    """
     found = {name: [x[name] for x in iterations if name in x] for name in dict.fromkeys(chain(*iterations))}
-    return {name: x[-1] if name.startswith("evaluation_") else statistics.fmean(x) for name, x in found.items()}
+    return {name: x[-1] if name.startswith("evaluation_") else _mean_of_values(x) for name, x in found.items()}
+
+
+def _mean_of_values(values: Sequence[float]) -> float:
+    return statistics.fmean([x for x in values if not math.isnan(x)] or values)
 
 
 class MetricsLine(NamedTuple):
