@@ -149,3 +149,14 @@ def test_a_policy_is_not_shown_or_evaluated_in_other_spaces(here, capsys, verb, 
     capsys.readouterr()
 
     refused(capsys, [verb, "run", *(["--env", env] if other[0] != "--env" else []), *other], 2, f"env has the {space}")
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "show"])
+def test_the_best_policy_of_a_control_run_is_shown_and_evaluated(here, capsys, verb):
+    flags = ["--evaluate-every", "1", "--evaluate-episodes", "2", "--steps", "64", "--out", "run", *SMALL]
+    assert main(["control", "ppo", "--env", "CartPole-v1", *flags]) == 0
+    before = Path("run/config.json").read_bytes()
+
+    assert main([verb, "run/best"]) == 0
+    assert Path("run/evaluation-best.json").exists() is (verb == "evaluate")
+    assert not Path("run/evaluation.json").exists() and Path("run/config.json").read_bytes() == before

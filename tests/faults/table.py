@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_fault_tolerant.py"
-RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("supervised_records", "update_guard", "hostile"))
+RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("fault_tolerant_records", "update_guard", "hostile"))
 MORE, LINEAGE = "tests/faults/test_more_faults.py", "tests/faults/test_lineage.py"
 JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("judge", "collect", "spaces", "text"))
 DATA, REFUSALS, GENERATE = (f"tests/test_{name}.py" for name in ("data", "language_data_refusals", "generate"))
@@ -367,7 +367,7 @@ ROWS = (
         "a run of an older form, or of a newer one",
         "read, or refused with its number",
         {
-            f"{HOSTILE}::test_earlier_forms_are_read_and_later_ones_refused_by_number": 2,
+            f"{HOSTILE}::test_a_run_of_another_format_is_refused_by_its_number": 12,
             f"{RESUME}::test_another_schema_is_refused_by_its_number": 1,
             f"{MORE}::test_a_state_of_another_form_is_refused_by_its_number": 1,
         },

@@ -113,8 +113,8 @@ def test_a_chain_of_runs_that_each_link_twice_to_the_one_before_is_walked_once(t
         run, before = tmp_path / str(number), tmp_path / str(number - 1)
         run.mkdir()
         links = [{"role": role, "path": str(before), "run": str(before)} for role in ("model", "reward")]
-        (run / "lineage.json").write_text(json.dumps({"links": links if number else []}))
-        (run / "config.json").write_text("{}")
+        (run / "lineage.json").write_text(json.dumps({"schema": 2, "links": links if number else []}))
+        (run / "config.json").write_text('{"schema": 2}')
 
     assert main(["lineage", str(tmp_path / "59"), "--verify"]) == 1  # no digest is right
     assert capsys.readouterr().out.count("(its run is above)") == 59
@@ -131,8 +131,8 @@ NO_LINKS = {
 
 @pytest.mark.parametrize("link", NO_LINKS.values(), ids=NO_LINKS)
 def test_a_lineage_whose_links_are_none_is_refused(link, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "lineage.json").write_text(json.dumps({"links": [link]}))
+    (tmp_path / "config.json").write_text('{"schema": 2}')
+    (tmp_path / "lineage.json").write_text(json.dumps({"schema": 2, "links": [link]}))
 
     assert main(["lineage", str(tmp_path), "--verify"]) == 2
     assert "has links that are none" in capsys.readouterr().err
@@ -147,9 +147,9 @@ ODD_LINKS = {
 
 @pytest.mark.parametrize("link", ODD_LINKS.values(), ids=ODD_LINKS)
 def test_odd_links_are_named_as_gone(link, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"schema": 2}')
     (tmp_path / "lineage.json").write_text(
-        json.dumps({"links": [link], "vouched": {"code": {"env x": {"y" * 5000: 1}}}})
+        json.dumps({"schema": 2, "links": [link], "vouched": {"code": {"env x": {"y" * 5000: 1}}}})
     )
 
     assert main(["lineage", str(tmp_path), "--verify"]) == 1
@@ -160,8 +160,8 @@ def test_a_large_file_that_is_all_holes_is_not_hashed(tmp_path, capsys):
     with (tmp_path / "data.jsonl").open("wb") as file:
         file.truncate(2**40)
     links = [{"role": "data", "path": str(tmp_path / "data.jsonl"), "files": {"data.jsonl": "0"}}]
-    (tmp_path / "lineage.json").write_text(json.dumps({"links": links}))
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "lineage.json").write_text(json.dumps({"schema": 2, "links": links}))
+    (tmp_path / "config.json").write_text('{"schema": 2}')
 
     assert main(["lineage", str(tmp_path), "--verify"]) == 1
     assert "gone  data" in capsys.readouterr().out

@@ -179,11 +179,10 @@ def _evaluate(argv: list[str]) -> int:
     from pathlib import Path
 
     from understudy.cli.flags import asks_for_help
-    from understudy.run.store import read_config
+    from understudy.run.store import read_config, run_of_best
 
     path = next((Path(word) for word in argv if not word.startswith("-")), None)
-    if path is not None and path.name == "best" and (path / "understudy.json").is_file():
-        path = path.parent
+    path = None if path is None else run_of_best(path)
     if path is None and asks_for_help(argv):
         from understudy.cli import control, language
 

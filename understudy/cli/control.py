@@ -21,7 +21,7 @@ from understudy.run.config import RequestError, did_you_mean
 from understudy.run.metrics import last_steps
 from understudy.run.paths import absolute_path, short_path
 from understudy.run.resume import read_run_config, rebuild_config
-from understudy.run.store import process_seconds, read_config, write_json
+from understudy.run.store import process_seconds, read_config, run_of_best, write_json
 from understudy.run.trust import require_trusted_code
 
 RECIPES = {"ppo": "ppo", "actor-critic": "actor_critic", "reinforce": "reinforce"}
@@ -117,7 +117,7 @@ POLICY_HELP = "the network of your own that the run was trained with, or what ma
 
 def evaluate_run(argv: list[str]) -> int:
     parser = Parser(prog="understudy evaluate", description="Control runs: the final policy on seeds never trained on.")
-    parser.add_argument("run", help="directory of a run")
+    parser.add_argument("run", help="directory of a run, or RUN/best")
     parser.add_argument("--episodes", type=whole_number, default=100, help="episodes (default 100)")
     parser.add_argument("--sample", action="store_true", help="draw actions as in training, instead of the mode")
     parser.add_argument("--env", help="id of the environment, where the run's own is code outside Gymnasium's registry")
@@ -137,8 +137,9 @@ def evaluate_run(argv: list[str]) -> int:
 
     if args.episodes < 1:
         raise RequestError(f"episodes is {args.episodes}: must be 1 or more")
-    path = absolute_path(args.run)
-    policy, config = load_run(path, args)
+    source = absolute_path(args.run)
+    path = run_of_best(source)
+    policy, config = load_run(source, args)
     evaluation = evaluate(policy, config, num_episodes=args.episodes, sample=args.sample)
     returns = evaluation.returns
     if args.video:
@@ -157,7 +158,7 @@ def evaluate_run(argv: list[str]) -> int:
         "returns": returns,
     }
     if not args.sample:
-        write_json(path / "evaluation.json", result)
+        write_json(path / ("evaluation.json" if source == path else "evaluation-best.json"), result)
     action_mode = "sampled" if args.sample else "mode"
     text = (
         f"{args.episodes} episodes, {action_mode} actions: return {result['return_mean']:.2f} +- "
@@ -176,8 +177,9 @@ def evaluate_run(argv: list[str]) -> int:
     return 0
 
 
-def load_run(path: Path, args: Any) -> tuple[Any, Any]:
-    """A run's final policy and its config; `args` may give some of it anew: env, wrappers, env_options, policy, device."""
+def load_run(source: Path, args: Any) -> tuple[Any, Any]:
+    """The final policy of a run, or its best, and its config; `args` may name env, wrappers, policy and so on anew."""
+    path = run_of_best(source)
     _, name, fields = read_run_config(path)
     recipe = importlib.import_module(f"understudy.control.{RECIPES[name]}")
     overrides = {"env": args.env} if args.env else {}
@@ -196,4 +198,4 @@ def load_run(path: Path, args: Any) -> tuple[Any, Any]:
     overrides |= {name: value for name, value in optional.items() if value is not None}
     config = rebuild_config(recipe.Config, fields | overrides)
     network = None if args.policy is None else named_network(args.policy)
-    return load(path, policy=network), config
+    return load(source, policy=network), config

@@ -15,7 +15,6 @@ from understudy import load
 from understudy.cli.flags import Parser, asks_for_help, parse_flags, read_config_file, unescaped, whole_number
 from understudy.cli.help import show_help
 from understudy.language import dpo, reward_model, sft
-from understudy.language.best import FOLDER as BEST
 from understudy.language.data.records import Tokenizer
 from understudy.language.model.policy import Policy, model_dir, module_digest
 from understudy.language.model.reward_model import RewardModel
@@ -27,7 +26,7 @@ from understudy.run.metrics import last_steps
 from understudy.run.paths import short_path
 from understudy.run.redact import printable
 from understudy.run.resume import ROLLOUTS, read_run_config, rebuild_config
-from understudy.run.store import process_seconds, write_json
+from understudy.run.store import process_seconds, run_of_best, write_json
 from understudy.run.trust import require_trusted_code
 
 RECIPES = {
@@ -239,7 +238,7 @@ def evaluate_run(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="the last line of standard output is one JSON object")
     args = parser.parse(argv)
     source = Path(args.run)
-    path = run_directory(source)
+    path = run_of_best(source)
     _, recipe, fields = read_run_config(path)
     config_class = importlib.import_module(f"understudy.language.{RECIPES[recipe]}").Config
     overrides: dict[str, Any] = {
@@ -330,11 +329,6 @@ def _require_held_out(rows: list[Any], cfg: Any) -> list[Any]:
             "that takes at least 8 different rows"
         )
     return rows
-
-
-def run_directory(path: Path) -> Path:
-    """The run that a path belongs to: RUN itself, or RUN of RUN/best."""
-    return path.parent if path.name == BEST and (path / "understudy.json").is_file() else path
 
 
 def _held_out_completions(path: Path, policy: Path, cfg: Any, rows: int) -> dict[str, Any]:

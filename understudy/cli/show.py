@@ -15,6 +15,7 @@ from understudy.run.checkpoint import CorruptFileError, require_regular_file
 from understudy.run.config import RequestError
 from understudy.run.redact import printable
 from understudy.run.resume import read_run_config
+from understudy.run.store import run_of_best
 
 MAX_SAMPLE_BYTES = 64 * 2**20  # bytes of a file of samples
 COLUMN_ORDER = ("logprob", "value", "advantage", "reward", "kl_reference", "entropy")  # of columns; others follow
@@ -51,7 +52,7 @@ def show(argv: list[str]) -> int:
     control.add_argument("--device", help="torch device, where the run's own is not here")
     args = parser.parse(argv)
     path = Path(args.run)
-    world, recipe, _ = read_run_config(path)
+    world, recipe, _ = read_run_config(run_of_best(path))
     inapplicable = (
         ("best", "worst", "row", "iteration")
         if world == "control"
@@ -62,7 +63,7 @@ def show(argv: list[str]) -> int:
             raise RequestError(f"{name} is {getattr(args, name)}: this is a {world} run, which has no use for it")
     if world == "control":
         return _show_episode(path, args)
-    return _show_samples(path, recipe, args)
+    return _show_samples(run_of_best(path), recipe, args)
 
 
 def _show_episode(path: Path, args: Any) -> int:

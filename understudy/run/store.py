@@ -362,6 +362,12 @@ def read_config(run: Path) -> dict[str, Any]:
     return document
 
 
+def run_of_best(path: Path) -> Path:
+    """The run that a path belongs to: RUN itself, or RUN of RUN/best."""
+    holds_policy = any((path / name).is_file() for name in ("understudy.json", "policy.json"))
+    return path.parent if path.name == "best" and holds_policy and (path.parent / "config.json").is_file() else path
+
+
 def recipe_of(path: Path) -> str | None:
     """The recipe of the run in a directory, as "control ppo"; None where it holds no run."""
     try:
