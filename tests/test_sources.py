@@ -84,6 +84,38 @@ def test_a_setting_without_effect_beside_an_object_is_refused(fields, word, tmp_
     assert not (tmp_path / "run").exists()
 
 
+ONE = TenSteps()
+
+
+@pytest.mark.parametrize(
+    ("fields", "envs", "field"),
+    [
+        ({"num_envs": 2}, {"env": lambda: ONE}, "env"),
+        ({"num_envs": 3}, {"env": SyncVectorEnv([lambda: ONE] * 3)}, "env"),
+        ({"num_envs": 1, "evaluate_every": 1}, {"env": ONE, "evaluation_env": ONE}, "evaluation_env"),
+        (
+            {"num_envs": 1, "evaluate_every": 1},
+            {"env": ONE, "evaluation_env": gymnasium.Wrapper(ONE)},
+            "evaluation_env",
+        ),
+        ({"num_envs": 1, "evaluate_every": 1}, {"env": ONE, "evaluation_env": lambda: ONE}, "evaluation_env"),
+        ({"num_envs": 1, "evaluate_every": 1}, {"env": lambda: ONE}, "env"),
+        ({"evaluate_every": 1}, {"env": TenSteps, "evaluation_env": lambda: ONE}, "evaluation_env"),
+    ],
+)
+def test_one_object_behind_several_environments_is_refused(fields, envs, field, tmp_path):
+    with pytest.raises(RequestError, match=rf"^{field} is .* object.*: (make|pass)"):
+        ppo.train(short(tmp_path, **fields), **envs)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_in_copies_that_are_one_object_is_refused(tmp_path):
+    config = short(tmp_path, num_evaluation_envs=2)
+    policy = load(ppo.train(short(tmp_path), env=TenSteps).path)
+    with pytest.raises(RequestError, match="copies 0 and 1 are one and the same object"):
+        evaluate(policy, config, num_episodes=2, source=EnvSource(config, lambda: ONE))
+
+
 def test_without_any_environment_a_run_is_refused(tmp_path):
     with pytest.raises(RequestError, match="env is missing"):
         ppo.train(short(tmp_path))

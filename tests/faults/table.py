@@ -11,8 +11,8 @@ from typing import NamedTuple
 RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_fault_tolerant.py"
 RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("fault_tolerant_records", "update_guard", "hostile"))
 MORE, LINEAGE = "tests/faults/test_more_faults.py", "tests/faults/test_lineage.py"
-JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("judge", "collect", "spaces", "text"))
-DATA, REFUSALS, GENERATE = (f"tests/test_{name}.py" for name in ("data", "language_data_refusals", "generate"))
+JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("reward_sum", "rollout", "spaces", "records"))
+DATA, REFUSALS, GENERATE = (f"tests/test_{name}.py" for name in ("data_files", "language_data_refusals", "generate"))
 PREFLIGHT, LANGUAGE = "tests/test_language_preflight.py", "tests/faults/test_language_faults.py"
 
 

@@ -73,6 +73,7 @@ def evaluate(
 
     try:
         require_spaces_of(policy, envs)
+        source.refuse_shared_evaluation_copies(envs)
         with torch.no_grad():
             collector = RolloutCollector(
                 envs,

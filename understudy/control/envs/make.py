@@ -145,6 +145,7 @@ def make(
             fault_options: dict[str, Any] = {"step_timeout": step_timeout, "check_bounds": check_bounds}
             envs = FaultTolerantVectorEnv([factory] * num_envs, autoreset_mode=AutoresetMode.DISABLED, **fault_options)
     try:
+        refuse_shared_copies(env_name(env), envs)
         check_spaces(env_name(env), envs.single_observation_space, envs.single_action_space)
     except RequestError:
         envs.close()
@@ -191,6 +192,23 @@ def check_spaces(env: str, observation_space: gymnasium.Space, action_space: gym
         raise RequestError(f"env is {env!r}: its {error}") from error
 
 
+def single_envs(envs: VectorEnv) -> list[gymnasium.Env]:
+    """The environments of this process that a vector env steps, without their wrappers; none where they are elsewhere."""
+    unwrapped = envs.unwrapped
+    return [env.unwrapped for env in unwrapped.envs] if isinstance(unwrapped, SyncVectorEnv) else []
+
+
+def refuse_shared_copies(name: str, envs: VectorEnv, field: str = "env") -> None:
+    """Refuse copies that are one object: a step or reset of one would move the others."""
+    first: dict[int, int] = {}  # the copy in which an object was met
+    for copy, env in enumerate(single_envs(envs)):
+        if first.setdefault(id(env), copy) != copy:
+            raise RequestError(
+                f"{field} is {name!r}, whose copies {first[id(env)]} and {copy} are one and the same object: make a new "
+                "environment at each call"
+            )
+
+
 def as_vector_env(
     env: gymnasium.Env | VectorEnv,
     seed_of: Callable[[int, int], int],
@@ -215,6 +233,7 @@ def as_vector_env(
         unwrapped._add_info = partial(merge_info, num_envs=unwrapped.num_envs)  # pyright: ignore[reportAttributeAccessIssue]
     if not isinstance(unwrapped, SyncVectorEnv):
         return with_masks(env)
+    refuse_shared_copies(env_name(env), env)
     unwrapped.envs = [with_mask(sub) for sub in unwrapped.envs]
     if unwrapped.autoreset_mode is not AutoresetMode.DISABLED:
         # one that was adopted before, for another run, gets the seeds of this one

@@ -173,17 +173,20 @@ class EnvSource:
         cfg = self.cfg
         if not (cfg.evaluate_every or cfg.video):
             return
+        training_envs = environment.single_envs(envs)
         with preserve_shared_generators(), TemporaryDirectory() as folder:
             if self.evaluation_env is not None:
                 self.evaluation_seen = self._check_evaluation_env(self.evaluation_env, envs)
             if cfg.evaluate_every:
-                self._try_evaluation("evaluate_every", min(cfg.evaluate_episodes, cfg.num_evaluation_envs))
+                num_envs = min(cfg.evaluate_episodes, cfg.num_evaluation_envs)
+                self._try_evaluation("evaluate_every", training_envs, num_envs)
             if cfg.video:
-                self._try_evaluation("video", 1, Path(folder) / "video")
+                self._try_evaluation("video", training_envs, 1, Path(folder) / "video")
 
     def _check_evaluation_env(self, given: Any, envs: VectorEnv) -> Preflight:
         name, own = env_name(given), isinstance(given, gymnasium.Env)
         env = with_mask(given) if own else environment.make_factory(given)()
+        self._refuse_training_env(env, environment.single_envs(envs))
         sees, acts, wanted = env.observation_space, env.action_space, envs.single_observation_space
         seen = check_env(name, env, seed=self.seed, out_of_space=self.cfg.out_of_space, keep_open=own)
         if not spaces_match(sees, wanted) or acts != envs.single_action_space:
@@ -193,15 +196,37 @@ class EnvSource:
             )
         return seen
 
-    def _try_evaluation(self, field: str, num_envs: int, video: Path | None = None) -> None:
+    def _refuse_training_env(self, env: gymnasium.Env, training_envs: list[gymnasium.Env]) -> None:
+        """Refuse to evaluate in an environment that is in the midst of an episode of training."""
+        if any(env.unwrapped is other for other in training_envs):
+            field, given = ("env", self.env) if self.evaluation_env is None else ("evaluation_env", self.evaluation_env)
+            raise RequestError(
+                f"{field} is {env_name(given)!r}, which gives evaluation the very object that training steps: pass a second "
+                "environment, or a function that makes a new one at each call, as evaluation_env"
+            )
+
+    def _try_evaluation(
+        self, field: str, training_envs: list[gymnasium.Env], num_envs: int, video: Path | None = None
+    ) -> None:
         try:
-            self.close_evaluation(self.open_evaluation(num_envs, video)[0])
+            evaluation_envs, _ = self.open_evaluation(num_envs, video)
         except RequestError as error:
             default = type(self.cfg).__dataclass_fields__[field].default
             raise RequestError(
                 f"{field} is {getattr(self.cfg, field)!r}, but beside the environments of training {error}; where training "
                 f"has the only one, set {field} to {default!r} and evaluate the finished run"
             ) from error
+        try:
+            for env in environment.single_envs(evaluation_envs):
+                self._refuse_training_env(env, training_envs)
+            self.refuse_shared_evaluation_copies(evaluation_envs)
+        finally:
+            self.close_evaluation(evaluation_envs)
+
+    def refuse_shared_evaluation_copies(self, envs: VectorEnv) -> None:
+        """Refuse copies for evaluation that are one object."""
+        field, env = ("env", self.env) if self.evaluation_env is None else ("evaluation_env", self.evaluation_env)
+        environment.refuse_shared_copies(env_name(env), envs, field)
 
     def open_evaluation(
         self, num_envs: int, video: Path | None = None, num_episodes: int = 1
