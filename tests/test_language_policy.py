@@ -201,6 +201,27 @@ def test_a_directory_without_a_model_is_refused_in_a_sentence(tmp_path):
         Policy.from_pretrained(tmp_path)
 
 
+def test_a_model_whose_weights_are_not_finite_is_refused(tmp_path):
+    model = tiny("gpt2", tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[2, 3] = float("nan")
+    model.save_pretrained(tmp_path)
+
+    with pytest.raises(RequestError, match=r"model is .*whose weight 'lm_head.weight' is not finite"):
+        Policy.from_pretrained(tmp_path)
+
+
+def test_a_critic_whose_weights_are_not_finite_is_refused(tmp_path):
+    model = tiny("gpt2", tied=False)
+    policy = Policy(model, critic=Critic(H, None))
+    with torch.no_grad():
+        policy.critic.head.weight.fill_(float("nan"))
+    policy.save(tmp_path)
+
+    with pytest.raises(RequestError, match=r"critic.*whose weight 'head.weight' is not finite"):
+        Policy.load(tmp_path)
+
+
 def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     gradients = []

@@ -272,6 +272,31 @@ def test_a_network_of_ones_own_is_asked_for_when_loading(tmp_path):
         load(tmp_path)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_where_they_are_loaded(value, tmp_path):
+    broken = policy()
+    with torch.no_grad():
+        next(broken.network.parameters()).view(-1)[0] = value
+    broken.save(tmp_path)
+
+    with pytest.raises(RequestError, match=r"whose weight 'network\..*' is not finite"):
+        load(tmp_path)
+
+
+def test_a_buffer_of_ones_own_network_may_hold_infinities(tmp_path):
+    class Masked(Plain):
+        def __init__(self, value):
+            super().__init__()
+            self.register_buffer("mask", torch.tensor(value))
+
+    Policy(Masked(-math.inf), OBSERVATIONS["vector"], ACTIONS["Discrete"]).save(tmp_path / "a")
+    Policy(Masked(math.nan), OBSERVATIONS["vector"], ACTIONS["Discrete"]).save(tmp_path / "b")
+
+    assert load(tmp_path / "a", policy=Masked(0.0)).network.mask == -math.inf
+    with pytest.raises(RequestError, match=r"whose weight 'network.mask' is not finite"):
+        load(tmp_path / "b", policy=Masked(0.0))
+
+
 def test_an_environment_of_ones_own_is_one_row(tmp_path):
     run = ppo.train(short(tmp_path, log_every=1), env=Anything("vector", "Discrete", length=3))
 

@@ -35,7 +35,7 @@ from understudy.control.envs.spaces import (
 )
 from understudy.control.networks import ActorCriticNetwork
 from understudy.control.normalize import ObsNormalizer, RewardNormalizer
-from understudy.run.checkpoint import CorruptFileError, load_tensors, read_shapes
+from understudy.run.checkpoint import CorruptFileError, find_nonfinite, load_tensors, read_shapes
 from understudy.run.config import RequestError, check_fields
 from understudy.run.store import SCHEMA, holds_no_policy, read_versioned_json, recipe_of
 from understudy.sample import sample_action
@@ -249,7 +249,7 @@ class Policy(nn.Module):
         """Read what `save` wrote. A policy around a network of one's own needs that `network` again.
 
         Raises:
-            RequestError: that network is missing, the weights do not fit, or what is there is no policy.
+            RequestError: that network is missing, the weights do not fit or are not finite, or what is there is no policy.
         """
         metadata = read_versioned_json(path / "policy.json", f"policy is '{path}', which holds no readable policy.json")
         if metadata.get("network") is None and network is None:
@@ -286,6 +286,11 @@ class Policy(nn.Module):
                 f"{' '.join(str(error).split())[:120]}): give the directory of a run"
             ) from error
         load_weights(policy, load_tensors(weights))
+        if (name := find_nonfinite(policy)) is not None:
+            raise RequestError(
+                f"policy is '{path}', whose weight {name!r} is not finite, so that it cannot act: give another policy, such "
+                "as that of a checkpoint"
+            )
         policy.has_action_mask = metadata.get("has_action_mask") is True
         return policy
 

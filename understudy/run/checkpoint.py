@@ -232,6 +232,14 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
+def find_nonfinite(module: torch.nn.Module) -> str | None:
+    """The name of the first weight that is not finite; a buffer may hold infinities, as masks do, but no NaN."""
+    for name, weight in module.named_parameters():
+        if not weight.isfinite().all():
+            return name
+    return next((name for name, buffer in module.named_buffers() if buffer.isnan().any()), None)
+
+
 @contextmanager
 def _reading_safetensors(path: Path) -> Iterator[None]:
     """Refuse what is no plain file; say what is wrong with one that is not safetensors."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from understudy.language.model.lora import base_of, merge_adapter
-from understudy.run.checkpoint import CorruptFileError, read_json
+from understudy.run.checkpoint import CorruptFileError, find_nonfinite, read_json
 from understudy.run.config import RequestError
 from understudy.run.store import holds_no_policy, recipe_of
 
@@ -55,7 +55,7 @@ def load_model_with_report(
     attention (SDPA) computes its attention plainly (eager).
 
     Raises:
-        RequestError: none can be loaded from there, or it has an encoder.
+        RequestError: none can be loaded from there, it has an encoder, or its weights are not finite.
     """
     check_files(source, trust_remote_code=trust_remote_code)
     if base := base_of(source):
@@ -67,7 +67,9 @@ def load_model_with_report(
         model, report = load_model_with_report(
             model_class, base, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
-        return merge_adapter(model, source), report
+        model = merge_adapter(model, source)
+        refuse_nonfinite(model, source)
+        return model, report
     check_pickles(source)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -77,13 +79,16 @@ def load_model_with_report(
         load = partial(model_class.from_pretrained, source, output_loading_info=True, **options)
         # torch's fused attention knows no soft-cap inside (Gemma 2)
         if getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None:
-            return load(attn_implementation="eager")
-        try:
-            return load(attn_implementation="sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            return load(attn_implementation="eager")
+            model, report = load(attn_implementation="eager")
+        else:
+            try:
+                model, report = load(attn_implementation="sdpa")
+            except ValueError as error:
+                if "scaled_dot_product_attention" not in str(error):
+                    raise
+                model, report = load(attn_implementation="eager")
+        refuse_nonfinite(model, source)
+        return model, report
     except RequestError:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
@@ -102,6 +107,12 @@ def load_model_with_report(
         raise RequestError(
             f"model is '{source}', which cannot be loaded ({why}): give a directory or hub id in Hugging Face layout"
         ) from error
+
+
+def refuse_nonfinite(model: Any, source: str | Path) -> None:
+    """Refuse a model with a weight that is NaN or infinite: whatever it computes is neither text nor a score."""
+    if (name := find_nonfinite(model)) is not None:
+        raise RequestError(f"model is '{source}', whose weight {name!r} is not finite: give another, or load it anew")
 
 
 def attention_warning(model: Any) -> str:

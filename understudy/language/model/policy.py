@@ -28,7 +28,7 @@ from understudy.language.model.forward import (
     ran_out_of_memory,
     trunk_of,
 )
-from understudy.language.model.loading import attention_warning, load_model
+from understudy.language.model.loading import attention_warning, load_model, refuse_nonfinite
 from understudy.language.model.lora import ADAPTER, Adapter, base_of
 from understudy.language.model.token_distribution import Head, TokenDistribution
 from understudy.language.model.top_layers import TopLayers, frozen_parameter_names, make_top_layers
@@ -164,6 +164,8 @@ class Policy(nn.Module):
             raise RequestError(
                 f"policy is '{path}', whose critic does not fit it ({' '.join(str(error).split())[:160]}): give another"
             ) from error
+        if policy.critic is not None:
+            refuse_nonfinite(policy.critic, path / "critic")
         if (path / "tokenizer_config.json").is_file():
             generation_defaults = policy.model.generation_config
             policy.tokenizer = Tokenizer.load(
