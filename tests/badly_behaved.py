@@ -1,5 +1,7 @@
 """Environments that break something, named on the command line as `badly_behaved:NAME`."""
 
+import multiprocessing
+import os
 from typing import Any
 
 import gymnasium
@@ -73,3 +75,46 @@ class RaisesLater(Plain):
         if self.count == 4:
             raise RuntimeError("the simulator\nwent away")
         return 1.0
+
+
+class RaisesSilentlyLater(Plain):
+    kind: type[BaseException] = StopIteration
+
+    def pay(self) -> Any:
+        if self.count == 4:
+            raise self.kind
+        return 1.0
+
+
+class RaisesGeneratorExitLater(RaisesSilentlyLater):
+    kind = GeneratorExit
+
+
+class RaisesMemoryErrorLater(RaisesSilentlyLater):
+    kind = MemoryError
+
+
+class EndsItsProcessLater(Plain):
+    def pay(self) -> Any:
+        if self.count == 4 and multiprocessing.parent_process() is not None:  # not in preflight
+            os._exit(7)
+        return 1.0
+
+
+class RaisesGeneratorExitAtOnce(Plain):
+    def see(self) -> Any:
+        raise GeneratorExit
+
+
+class RaisesWhenClosed(Plain):
+    def close(self) -> None:
+        raise RuntimeError("the window was gone")
+
+
+class RaisesWhenClosedLater(Plain):
+    closed = 0
+
+    def close(self) -> None:
+        RaisesWhenClosedLater.closed += 1
+        if RaisesWhenClosedLater.closed > 3:  # three that preflight opens
+            raise RuntimeError("the window was gone")

@@ -164,7 +164,7 @@ def test_a_missing_sink_is_named_with_its_pip_line(here, capsys, sink):
         (
             "RaisesLater",
             [
-                "the simulator went away; in badly_behaved.py, line 74; the traceback is in 'run/events.jsonl'",
+                "the simulator went away; in badly_behaved.py, line 76; the traceback is in 'run/events.jsonl'",
                 "`understudy resume run` goes on from checkpoint 000003",
             ],
         ),
@@ -180,6 +180,54 @@ def test_an_env_that_fails_later_ends_the_run_with_1_and_keeps_what_was_saved(he
     failed = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
     assert failed["kind"] == "failed"
     assert "Traceback" in failed["traceback"]
+
+
+SILENT = {
+    "RaisesSilentlyLater": ("sync", "StopIteration was raised within an iteration"),
+    "RaisesGeneratorExitLater": ("sync", "GeneratorExit was raised within an iteration"),
+    "RaisesMemoryErrorLater": ("sync", "memory ran out (MemoryError): lower num_envs (now 2)"),
+    "EndsItsProcessLater": ("async", "the process of copy 0 has ended (exit code 7)"),
+}
+
+
+@pytest.mark.parametrize("env", SILENT)
+def test_an_env_that_fails_without_a_word_is_explained(here, capsys, env):
+    vectorization, said = SILENT[env]
+    flags = ["--checkpoint-every", "1", "--num-envs", "2", "--num-steps-per-env", "1", "--num-minibatches", "1"]
+    flags += ["--compile", "off", "--out", "run", "--vectorization", vectorization]
+    place = "in badly_behaved.py, line 85" if vectorization == "sync" else "vectorization to fault_tolerant"
+
+    words = [said, place, "`understudy resume run` goes on from", "000003"]
+    refused(capsys, ["control", "ppo", "--quiet", "--env", f"badly_behaved:{env}", *flags], 1, *words)
+    assert not Path("run/policy").exists()
+    failed = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
+    assert failed["kind"] == "failed" and "Traceback" in failed["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("RaisesWhenClosed", ["raises RuntimeError when it is closed: the window was gone", "badly_behaved.py, line"]),
+        ("RaisesGeneratorExitAtOnce", ["raises GeneratorExit in its first steps", "badly_behaved.py, line"]),
+    ],
+)
+def test_an_env_that_fails_in_preflight_is_refused_by_its_line(here, capsys, env, words):
+    refused(capsys, ["control", "ppo", "--env", f"badly_behaved:{env}", *SMALL, "--out", "run"], 2, *words)
+    assert not Path("run").exists()
+
+
+def test_an_env_that_fails_when_a_run_closes_it_leaves_the_run_whole(here, capsys):
+    argv = ["control", "ppo", "--env", "badly_behaved:RaisesWhenClosedLater", *SMALL, "--steps", "16", "--out", "run"]
+    assert main(argv) == 0
+    assert "raises RuntimeError when it is closed: the window was gone" in capsys.readouterr().err
+    assert Path("run/policy/policy.json").exists()
+
+
+def test_an_env_that_fails_in_evaluation_is_named_by_its_line(here, capsys):
+    assert main(["control", "ppo", "--env", "badly_behaved:Plain", *SMALL, "--steps", "16", "--out", "run"]) == 0
+    capsys.readouterr()
+    argv = ["evaluate", "run", "--env", "badly_behaved:RaisesGeneratorExitLater"]
+    refused(capsys, argv, 1, "GeneratorExit", "in badly_behaved.py, line 85")
 
 
 def test_a_run_is_never_written_over(here, capsys):

@@ -709,7 +709,7 @@ def test_when_the_restarts_are_spent_the_run_is_saved_and_says_so(tmp_path):
 def test_an_environment_that_fails_at_once_is_refused_before_there_is_a_run(tmp_path):
     config = ppo.Config(env="tests.badly_behaved:RaisesAtOnce", output_dir=str(tmp_path / "run"), **FIELDS)
     with pytest.raises(
-        RequestError, match=r"in its first steps: the simulator is not there \(badly_behaved.py, line 68\); mend it"
+        RequestError, match=r"in its first steps: the simulator is not there \(badly_behaved.py, line 70\); mend it"
     ):
         ppo.train(config)
 

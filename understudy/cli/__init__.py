@@ -67,12 +67,16 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(error, "__notes__"):  # a run that SIGTERM has ended
             print(f"understudy: {printable(_format_error(error, 'stopped'))}", file=sys.stderr)
         raise
-    except Exception as error:  # said in a sentence; the traceback is in the run's events.jsonl
+    except (Exception, GeneratorExit) as error:  # said in a sentence; the traceback is in the run's events.jsonl
         if isinstance(error, BrokenPipeError) and _reader_has_ended():
             return 141
-        if (refusal := _size_refusal(error)) is not None:
+        if not hasattr(error, "__notes__") and (refusal := _size_refusal(error)) is not None:
             print(f"understudy: {printable(redact(refusal))}", file=sys.stderr)
             return 2
+        from understudy.run.origin import user_error_location
+
+        if not hasattr(error, "__notes__") and (place := user_error_location(error)):
+            error.add_note(f"in {place}")  # outside a run, whose notes say it
         message = printable(redact(_format_error(error)))
         print(f"understudy: {type(error).__name__}: {message}", file=sys.stderr)
         return 1
@@ -81,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
 def _format_error(error: BaseException, message: str | None = None) -> str:
     """An error's message on one line, with the notes that a run gave it."""
     text = str(error) if message is None else message
-    return " ".join("; ".join([text, *getattr(error, "__notes__", ())]).split())
+    return " ".join("; ".join(filter(None, [text, *getattr(error, "__notes__", ())])).split())
 
 
-def _size_refusal(error: Exception) -> str | None:
+def _size_refusal(error: BaseException) -> str | None:
     """The refusal of a request that does not fit into memory or into a file name, wherever it was met; else None."""
     from understudy.run.guard import ran_out_of_memory
 

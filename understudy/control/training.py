@@ -25,6 +25,7 @@ from understudy.control.config import Config
 from understudy.control.envs import make as environment
 from understudy.control.envs.costs import CostRecorder
 from understudy.control.envs.fault_tolerant import FaultTolerantVectorEnv, RestartsExhaustedError
+from understudy.control.envs.parallel import describe_dead_worker
 from understudy.control.envs.sources import EnvLike, EnvSource
 from understudy.control.envs.state import ActionLog, RestoreMethod
 from understudy.control.evaluate import EvaluationInterrupted, evaluate
@@ -37,7 +38,7 @@ from understudy.fast.linear import keep_freed_memory
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state, load_tensors
 from understudy.run.config import RequestError, to_dict
-from understudy.run.guard import Guard, note_failure, out_of_memory_error, resume_command
+from understudy.run.guard import Guard, UserCodeError, explain_failure, note_failure, resume_command, was_left
 from understudy.run.installation import require_package
 from understudy.run.interrupt import InterruptHandler, close_at_exit
 from understudy.run.metrics import combine
@@ -476,22 +477,24 @@ def open_run(
             except (KeyboardInterrupt, SystemExit) as error:
                 error.add_note(resume_command(run))
                 raise  # what could be saved is saved: an iteration that is not whole is not
-            except GeneratorExit:
-                training_run.finish(interrupted=True)
-                raise
             except RestartsExhaustedError as error:
                 training_run.log_env_faults()
                 collector.abandon_episodes()
                 training_run.finish(interrupted=True)
                 note_failure(run, error)
                 raise
-            except torch.OutOfMemoryError as error:
-                refusal = out_of_memory_error(error, run, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
-                note_failure(run, refusal)
-                raise refusal from error
             except BaseException as error:
-                note_failure(run, error)
-                raise
+                if was_left(error):
+                    training_run.finish(interrupted=True)
+                    raise
+                failure = explain_failure(error, run, f"lower num_envs (now {cfg.num_envs}) or the network's sizes")
+                if isinstance(error, EOFError | ConnectionError) and (text := describe_dead_worker(collector.envs)):
+                    failure = UserCodeError(f"env {source.name!r}: {text}")
+                    failure.__cause__ = error
+                note_failure(run, failure)
+                if failure is error:
+                    raise
+                raise failure from error
             else:
                 training_run.finish()
             finally:
@@ -499,8 +502,15 @@ def open_run(
                 for tracker in training_run.trackers:
                     tracker.close()
     finally:
-        (envs if collector is None else collector.envs).close()
-        source.close()
+        for opened in (envs if collector is None else collector.envs, source):
+            try:
+                opened.close()
+            except Exception as error:  # all is saved; and what has ended the run is not to be hidden by this
+                print(
+                    f"understudy: env {source.name!r} raises {type(error).__name__} when it is closed: "
+                    f"{environment.one_line_message(error)}",
+                    file=sys.stderr,
+                )
 
 
 def run_to_end(iterations: Iterations) -> Run:

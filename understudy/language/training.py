@@ -28,7 +28,7 @@ from understudy.language.model.optimizer import AdamW
 from understudy.run import lineage
 from understudy.run.checkpoint import load_state
 from understudy.run.config import RequestError, to_dict
-from understudy.run.guard import Guard, note_failure, out_of_memory_error, resume_command
+from understudy.run.guard import Guard, explain_failure, note_failure, resume_command, was_left
 from understudy.run.interrupt import InterruptHandler, close_at_exit
 from understudy.run.metrics import combine
 from understudy.run.paths import short_path
@@ -282,16 +282,15 @@ def open_run(
         except (KeyboardInterrupt, SystemExit) as error:
             error.add_note(resume_command(run))
             raise  # what could be saved is saved: an iteration that is not whole is not
-        except GeneratorExit:
-            training_run.finish()
-            raise
-        except torch.OutOfMemoryError as error:
-            refusal = out_of_memory_error(error, run, _memory_advice(cfg))
-            note_failure(run, refusal)
-            raise refusal from error
         except BaseException as error:
-            note_failure(run, error)
-            raise
+            if was_left(error):
+                training_run.finish()
+                raise
+            failure = explain_failure(error, run, _memory_advice(cfg))
+            note_failure(run, failure)
+            if failure is error:
+                raise
+            raise failure from error
         else:
             training_run.finish()
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 import sys
 import traceback
@@ -88,9 +89,40 @@ def out_of_memory_error(error: BaseException, run: Run, fix: str) -> RequestErro
     Args:
         fix: the fields that need less, with their values.
     """
-    return RequestError(
-        f"memory ran out ({' '.join(str(error).split())[:120]}): {fix}; {describe_last_checkpoint(run)}"
-    )
+    details = " ".join(str(error).split())[:120] or type(error).__name__
+    return RequestError(f"memory ran out ({details}): {fix}; {describe_last_checkpoint(run)}")
+
+
+class UserCodeError(Exception):
+    """What an environment, a network or a function of the user's did that says nothing by itself, in a sentence."""
+
+
+def was_left(error: BaseException) -> bool:
+    """Whether a run's generator was closed, and not GeneratorExit raised by what an iteration calls."""
+    if not isinstance(error, GeneratorExit) or error.__traceback__ is None:
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+
+
+def explain_failure(error: BaseException, run: Run, fix: str) -> BaseException:
+    """What a run that an error has ended ends with: the error itself, or one that says more, with the error as its cause.
+
+    Args:
+        fix: the fields that need less memory, with their values.
+    """
+    raised = (
+        error.__cause__ if isinstance(error.__cause__, StopIteration) else error
+    )  # Python's own: "generator raised"
+    if isinstance(raised, StopIteration | GeneratorExit):
+        name = type(raised).__name__
+        failure = UserCodeError(f"{name} was raised within an iteration: catch it there, or raise another error")
+    elif ran_out_of_memory(error):
+        failure = out_of_memory_error(error, run, fix)
+    else:
+        return error
+    failure.__cause__ = error
+    return failure
 
 
 def describe_last_checkpoint(run: Run) -> str:

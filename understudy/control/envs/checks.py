@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import gymnasium
@@ -81,17 +81,24 @@ def check_env(
 @contextmanager
 def errors_explained(name: str, env: Any, *, keep: bool) -> Iterator[None]:
     """Say in a sentence whatever a user's environment or vector env raises; close it in the end, but for `keep`."""
+    when = "in its first steps"
     try:
-        yield
-    except RequestError:
-        raise
-    except Exception as error:
-        raise RequestError(
-            f"env {name!r} raises {type(error).__name__} in its first steps: {one_line_message(error)}; mend it"
-        ) from error
-    finally:
+        try:
+            yield
+        except BaseException:
+            if not keep:
+                with suppress(Exception):  # what was raised first is what is said
+                    env.close()
+            raise
+        when = "when it is closed"
         if not keep:
             env.close()
+    except RequestError:
+        raise
+    except (Exception, GeneratorExit) as error:
+        raise RequestError(
+            f"env {name!r} raises {type(error).__name__} {when}: {one_line_message(error)}; mend it"
+        ) from error
 
 
 def check_statistics(name: str, env: Any) -> None:

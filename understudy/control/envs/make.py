@@ -140,7 +140,13 @@ def make(
             envs = make_sync_envs(factory, num_envs)
         elif vectorization == "async":
             factories = [replace(factory, outer_wrappers=(*factory.outer_wrappers, PicklableInfo))] * num_envs
-            envs = ManagedAsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED)
+            try:
+                envs = ManagedAsyncVectorEnv(factories, autoreset_mode=AutoresetMode.DISABLED)
+            except (EOFError, ConnectionError) as error:
+                raise RequestError(
+                    f"env is {env_name(env)!r}, and the process of a copy ended while it was made: what it wrote is above; "
+                    "fix it, or set vectorization to sync"
+                ) from error
         else:
             fault_options: dict[str, Any] = {"step_timeout": step_timeout, "check_bounds": check_bounds}
             envs = FaultTolerantVectorEnv([factory] * num_envs, autoreset_mode=AutoresetMode.DISABLED, **fault_options)
@@ -463,7 +469,7 @@ def _explain_errors(env: str, options: dict[str, Any]) -> Iterator[None]:
         ) from error
     except RequestError:
         raise
-    except Exception as error:  # whatever a user's environment raises
+    except (Exception, GeneratorExit) as error:  # whatever a user's environment raises
         error_name = "" if isinstance(error, gymnasium.error.Error | TypeError) else f"{type(error).__name__}: "
         raise RequestError(
             f"env is {env!r} with env_options {options}: {error_name}{one_line_message(error)}"

@@ -7,7 +7,7 @@ import signal
 import time
 from typing import Any
 
-from gymnasium.vector import AsyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, VectorEnv
 from gymnasium.vector.async_vector_env import AsyncState, _async_worker
 
 from understudy.control.envs.infos import ExactInfos
@@ -15,6 +15,9 @@ from understudy.run.children import end_group_with_process, end_with_parent
 
 CLOSE_SECONDS = 5.0
 """How long all environments together may take to close; then they are ended."""
+
+DEATH_SECONDS = 0.2
+"""How long a process that has let go of its pipe may take to end."""
 
 
 class ManagedAsyncVectorEnv(ExactInfos, AsyncVectorEnv):
@@ -46,3 +49,16 @@ def run_worker(*args: Any) -> None:
     end_with_parent()
     end_group_with_process()
     _async_worker(*args)
+
+
+def describe_dead_worker(envs: VectorEnv) -> str:
+    """Which copy's process has ended, and what to do, where a vector env of processes has lost one; else ""."""
+    processes = envs.unwrapped.processes if isinstance(envs.unwrapped, AsyncVectorEnv) else []
+    for copy, process in enumerate(processes):
+        process.join(DEATH_SECONDS)
+        if process.exitcode is not None:
+            return (
+                f"the process of copy {copy} has ended (exit code {process.exitcode}): fix what ends it, or set "
+                "vectorization to fault_tolerant, which starts such a copy again"
+            )
+    return ""

@@ -113,7 +113,7 @@ def has_reproducible_resets(env: gymnasium.Env, seed: int) -> bool:
         env.action_space.seed(seed)
         actions = [env.action_space.sample() for _ in range(PROBE_STEPS)]
         return _digest_episode(env, seed, actions) == _digest_episode(env, seed, actions)
-    except Exception:  # preflight has said what is wrong, if anything is
+    except (Exception, GeneratorExit):  # preflight has said what is wrong, if anything is
         return True
     finally:
         env.close()
