@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
+import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 
 import understudy
+from tests.faults import killed
 from understudy.control import ppo
 from understudy.run import lineage, metrics
 from understudy.run.config import RequestError
@@ -220,6 +224,34 @@ def test_runs_without_a_name_begun_at_once_get_directories_of_their_own(tmp_path
 
 
 # beginnings
+
+
+@pytest.mark.parametrize("output_dir", ["far/run", None, "there"])
+@pytest.mark.parametrize("most_bytes", [10, 1000, 8000], ids=["lineage", "config", "rows"])
+def test_a_start_that_the_disk_refuses_leaves_nothing(output_dir, most_bytes, tmp_path, monkeypatch):
+    """A real refusal by the system: files of the fork may not have more bytes than this."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    files = {"data.jsonl": lambda file: file.write_text("x" * 9000)} if most_bytes == 8000 else None
+
+    def begin() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        try:
+            Run.create(output_dir, "ppo", {"config": {"text": "x" * 5000}}, {"links": ["x" * 50]}, files=files)
+        except RequestError as error:
+            sys.exit(3 if "cannot be written to (File too large)" in str(error) else 4)
+
+    assert killed.in_fork(begin) == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert {path.name for path in (tmp_path / "there").iterdir()} <= {"lock"}
+
+
+def test_what_was_in_a_directory_stays_where_a_start_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="cannot be written to"):
+        Run.create(str(tmp_path), "ppo", {}, files={"data.jsonl": lambda file: os.mkdir(tmp_path)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "notes.txt"]
 
 
 class Killed(BaseException):

@@ -257,10 +257,9 @@ def open_run(
     check_trackers(cfg.log)
     if resume is None:
         description = {"recipe": f"language {recipe}", "config": to_dict(cfg)}
-        run = Run.create(cfg.output_dir, f"{recipe}-s{cfg.seed}", description, origin)
-        for name in IN_MEMORY_FIELDS:
-            if isinstance(rows := getattr(cfg, name, None), Table):
-                rows.write(run.path / f"{name}.jsonl")
+        values = {name: getattr(cfg, name, None) for name in IN_MEMORY_FIELDS}
+        files = {f"{name}.jsonl": rows.write for name, rows in values.items() if isinstance(rows, Table)}
+        run = Run.create(cfg.output_dir, f"{recipe}-s{cfg.seed}", description, origin, files=files)
     else:
         run = resume.run
         run.changed += lineage.resume_lineage(run.path, origin)

@@ -74,39 +74,51 @@ class Run:
         config: dict[str, Any],
         lineage: dict[str, Any] | None = None,
         base_dir: Path | None = None,
+        files: dict[str, Callable[[Path], None]] | None = None,
     ) -> Run:
         """Make the directory and write lineage.json and config.json. An existing run is never written over.
 
-        config.json comes last and makes the directory a run: killed before that, it is none, and may be used again.
+        config.json comes last and makes the directory a run: killed before that, it is none, and may be used again. Where
+        the disk refuses one of them, nothing that was made here stays.
 
         Args:
-            output_dir: None for the next free number under runs/.  home: what a relative `output_dir` is relative to,
-                by default the working directory.
+            output_dir: None for the next free number under runs/.
+            base_dir: what a relative `output_dir` is relative to, by default the working directory.
+            files: what else the run begins with: each file's name, and what writes it.
 
         Raises:
             RequestError: `output_dir` holds a run already, or parts of one, or is open elsewhere, or cannot be made.
         """
-        base_dir = base_dir or Path.cwd()
-        path = (
-            absolute_path(base_dir / output_dir)
-            if output_dir
-            else _create_free_directory(absolute_path(base_dir / "runs"), name)
-        )
+        path = absolute_path((base_dir or Path.cwd()) / (output_dir or "runs"))
+        made = [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]  # innermost first
         try:
+            if not output_dir:
+                path = _create_free_directory(path, name)
+                made.insert(0, path)
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path)
         except OSError as error:
+            _remove_folders(made)
             raise RequestError(
                 f"output_dir is '{short_path(path)}', which cannot be made ({error.strerror}): choose another"
             ) from error
+        written: list[str] = []
         try:
             refuse_used_directory(path)
-            if lineage is not None:
-                write_json(path / "lineage.json", lineage)
-            write_json(path / "config.json", {"schema": SCHEMA} | config)
+            for file, write in (files or {}).items():
+                written.append(file)
+                write(path / file)
+            for file, data in (("lineage.json", lineage), ("config.json", {"schema": SCHEMA} | config)):
+                if data is not None:
+                    written.append(file)
+                    write_json(path / file, data)
         except BaseException as error:
             run.close()
             if isinstance(error, OSError):
+                for file in [*written, *(["lock"] if path in made else [])]:
+                    with suppress(OSError):
+                        (path / file).unlink(missing_ok=True)
+                _remove_folders(made)
                 raise RequestError(
                     f"output_dir is '{short_path(path)}', which cannot be written to ({error.strerror}): choose another"
                 ) from error
@@ -443,9 +455,14 @@ def write_json(path: Path, data: Any) -> None:
     temporary.unlink(
         missing_ok=True
     )  # of a process that was killed in here; never written through, should it be a link
-    temporary.write_text(json.dumps(sanitize(data), indent=2) + "\n")
-    checkpoint.sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(sanitize(data), indent=2) + "\n")
+        checkpoint.sync(temporary)
+        os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
 
 
 def sanitize(data: Any) -> Any:
@@ -518,6 +535,13 @@ def refuse_used_directory(path: Path) -> None:
             f"output_dir is '{short_path(path)}', which holds {', '.join(leftovers)} of an earlier run: choose another "
             "directory, or remove them"
         )
+
+
+def _remove_folders(folders: list[Path]) -> None:
+    """Remove folders, innermost first, as far as nothing is in them."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _create_free_directory(parent: Path, name: str) -> Path:
