@@ -375,6 +375,28 @@ def test_a_completion_of_the_policys_tokens_is_read_as_it_was_sampled(home):
     assert_close(score, model.score([[*prompt, 9, 8, 2], [*prompt, 9, 8]]))
 
 
+@pytest.mark.parametrize(("cut", "end"), [(False, [2]), (True, [])])
+def test_a_completion_that_another_stop_ended_is_read_with_its_own(home, cut, end):
+    model, policys = RewardModel.from_pretrained(home), Tokenizer.load(home, stop=(".",))
+    ids = policys.encode_completion(" smiled .", "the dog")  # its last token is "."
+    ids, text = (ids[:-1], " smiled") if cut else (ids, policys.decode(ids))
+
+    score = model.make_reward_term(policys)(sampled(["the dog"], [text], [ids], [cut]))
+
+    assert_close(score, model.score([[*model.tokenizer.encode_prompt("the dog smiled"), *end]]))
+
+
+def test_a_model_that_learned_no_end_is_shown_none(home):
+    model, policys = RewardModel.from_pretrained(home), Tokenizer.load(home)
+    model.tokenizer = Tokenizer.load(home, has_fixed_length=True)
+    ids = policys.encode_completion(" smiled .", "the dog")
+
+    score = model.make_reward_term(policys)(sampled(["the dog"], [" smiled ."], [ids], [False]))
+
+    assert ids[-1] == 2
+    assert_close(score, model.score([model.tokenizer.encode_prompt("the dog smiled .")]))
+
+
 def test_a_model_of_texts_is_shown_no_stop_id(home):
     model, tokenizer = RewardModel.from_pretrained(home), Tokenizer.load(home)
     model.input_format = "text"

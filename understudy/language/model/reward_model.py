@@ -181,13 +181,16 @@ class RewardModel(nn.Module):
     ) -> list[int]:
         """What a completion is to this model; `policy_tokenizer` is the policy's tokenizer where both speak the same tokens.
 
-        What ended by a stop string is read from its text, which has none, and ends as the texts that it learned from.
+        What ended by a stop string, or by a stop id that is none of this model's, is read from its text, which has neither,
+        and ends as the texts that it learned from.
         """
         tokenizer = self.tokenizer if isinstance(prompt, str) else self.tokenizer.with_template_arguments(columns)
-        ended = policy_tokenizer is not None and bool(ids) and ids[-1] in policy_tokenizer.stops
-        if policy_tokenizer is not None and (ended or truncated or not policy_tokenizer.stop_strings):
-            completion_ids = ids[:-1] if self.input_format == "text" and not truncated and ended else ids
-            return [*tokenizer.encode_prompt(prompt), *completion_ids]
+        if policy_tokenizer is not None:
+            ended = bool(ids) and ids[-1] in policy_tokenizer.stops
+            if ended and not truncated and self.input_format == "text":
+                return [*tokenizer.encode_prompt(prompt), *ids[:-1]]
+            if truncated or (ids[-1] in tokenizer.stops if ended else not policy_tokenizer.stop_strings):
+                return [*tokenizer.encode_prompt(prompt), *ids]
         if self.input_format == "text" and isinstance(prompt, str):
             return tokenizer.encode_prompt(prompt + completion)
         completion_ids = tokenizer.encode_completion(completion, prompt)
