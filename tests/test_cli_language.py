@@ -128,6 +128,7 @@ WRONG_REQUESTS = {
     ),
     "generate beyond memory": (["generate", "model", "--prompt", "the", "--count", "1e12"], ["count 1000000000000"]),
     "generate nothing at all": (["generate", "model", "--prompt", "the", "--count", "0"], ["num_completions is 0"]),
+    "rehearse beyond seeds": (["rehearse", "--seed", "1e30"], ["seed is 1000000000000000019884624838656", "2^63"]),
     "freeze": (["generate", "model", "--prompt", "the", "--temperature", "0"], ["temperature is 0", "greedy"]),
 }
 
@@ -175,6 +176,15 @@ def test_the_pipeline_from_sft_to_evaluation(here, capsys):
     assert 0 <= done(capsys, ["evaluate", "rm", "--json"])["accuracy"] <= 1
     assert isinstance(load("rl"), language.Policy)
     assert AutoModelForCausalLM.from_pretrained("rl/policy").generation_config.eos_token_id == 2
+
+
+@pytest.mark.parametrize("rows", [-3, 0, 10**30])
+def test_rows_to_evaluate_on_are_checked_before_anything_is_loaded(tmp_path, capsys, rows):
+    fields = {"model": "gone", "data": "gone.jsonl", "reward": ["length"]}
+    about = {"schema": 2, "recipe": "language grpo", "config": fields}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+
+    refused(capsys, ["evaluate", tmp_path, "--rows", rows], 2, f"rows is {rows}: must be between 1 and 1,000,000")
 
 
 def test_evaluation_without_held_out_rows_is_refused(here, capsys):

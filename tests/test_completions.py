@@ -70,6 +70,7 @@ def test_nothing_is_asked_for_nothing(policy):
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": 0.0}, "temperature is 0.0: .*greedy"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"seed": 10**30}, r"seed is 10+: must be a whole number between -2\^63 and 2\^63"),
     ],
 )
 def test_numbers_out_of_range_are_refused(policy, given, words):

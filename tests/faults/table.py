@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 RESUME, SUPERVISE = "tests/faults/test_resume.py", "tests/faults/test_fault_tolerant.py"
-RECORDS, GUARD, HOSTILE = (f"tests/faults/test_{name}.py" for name in ("fault_tolerant_records", "update_guard", "hostile"))
+RECORDS, GUARD, HOSTILE = (
+    f"tests/faults/test_{name}.py" for name in ("fault_tolerant_records", "update_guard", "hostile")
+)
 MORE, LINEAGE = "tests/faults/test_more_faults.py", "tests/faults/test_lineage.py"
 JUDGE, COLLECT, SPACES, TEXT = (f"tests/test_{name}.py" for name in ("reward_sum", "rollout", "spaces", "records"))
 DATA, REFUSALS, GENERATE = (f"tests/test_{name}.py" for name in ("data_files", "language_data_refusals", "generate"))

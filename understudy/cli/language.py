@@ -172,8 +172,6 @@ def generate(argv: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="talk: a line of standard input is a turn")
     parser.add_argument(
         "--max-new-tokens",
-        "--max-new-tokens",
-        dest="max_new_tokens",
         type=whole_number,
         default=64,
         help="tokens a completion may have, within the model's context (default 64)",
@@ -257,6 +255,9 @@ def evaluate_run(argv: list[str]) -> int:
     require_same_files(
         path, collect_links(cfg, recipe), measured - ({"data"} if "evaluation_data" in overrides else set())
     )
+    rows = 256 if args.rows is None else args.rows
+    if not 1 <= rows <= 1_000_000:
+        raise RequestError(f"rows is {rows}: must be between 1 and 1,000,000")
     if recipe == "sft":
         results = _held_out_loss(path, cfg)
     elif recipe == "reward-model":
@@ -264,7 +265,7 @@ def evaluate_run(argv: list[str]) -> int:
     elif recipe == "dpo":
         results = _held_out_pairs(path, cfg)
     else:
-        results = _held_out_completions(path, source, cfg, args.rows or 256)
+        results = _held_out_completions(path, source, cfg, rows)
     results["after_steps"] = last_steps(path)
     write_json(path / ("evaluation.json" if source == path else "evaluation-best.json"), results)
     samples = results.pop("samples", [])

@@ -70,8 +70,8 @@ def rehearse(argv: list[str], sizes: Sizes = FULL_SIZES) -> int:
     parser.add_argument("--quiet", action="store_true", help="no words between the stages")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of samples and table")
     args = parser.parse(argv)
-    if args.seed < 0:
-        raise RequestError(f"seed is {args.seed}: must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise RequestError(f"seed is {args.seed}: must be 0 or more, and below 2^63")
     out = Path(args.out) if args.out else _free_directory(Path("runs"))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RequestError(

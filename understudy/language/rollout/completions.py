@@ -37,6 +37,8 @@ def complete_prompts(
         raise RequestError(
             f"temperature is {temperature}: must be between 1e-06 and 1e+06; greedy takes the likeliest token"
         )
+    if not -(2**63) < seed < 2**63:
+        raise RequestError(f"seed is {seed}: must be a whole number between -2^63 and 2^63")
     if policy.tokenizer is None:
         raise RequestError("the policy has no tokenizer: load one from a run, or set policy.tokenizer")
     tokenizer = policy.tokenizer.with_stop([stop] if isinstance(stop, str) else stop)
