@@ -1510,7 +1510,10 @@ HAND = [
     ),
     Mutant("control/own_network.py", "if ran_out_of_memory(error):", "if False:", "memory is the network's fault"),
     Mutant(
-        "run/metrics.py", 'x[-1] if name.startswith("evaluation_") else statistics', "statistics", "the mean evaluation"
+        "run/metrics.py",
+        'x[-1] if name.startswith("evaluation_") else _mean_of_values',
+        "statistics",
+        "the mean evaluation",
     ),
     Mutant(
         "run/store.py", "if newer := checkpoint.set_aside_newer(self.checkpoint):", "if newer := []:", "newer ones stay"

@@ -126,7 +126,7 @@ def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path, capsys):
 
 def test_a_negative_seed_is_refused(tmp_path, capsys):
     assert main(["rehearse", "--seed", "-1", "--out", str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == "understudy: seed is -1: must be 0 or more\n"
+    assert capsys.readouterr().err == "understudy: seed is -1: must be 0 or more, and below 2^63\n"
     assert not (tmp_path / "out").exists()
 
 
